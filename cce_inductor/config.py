@@ -1,0 +1,176 @@
+"""Every knob of the library, once.
+
+Each knob can be set in three places; the nearest one wins:
+
+1. ``torch.compile(model, backend="cce", options={"min_vocab": 0})``: for one compilation;
+2. ``cce_inductor.config.min_vocab = 0`` or ``with cce_inductor.config.patch(min_vocab=0):``: for the process;
+3. ``CCE_INDUCTOR_MIN_VOCAB=0`` in the environment: read once, when this module is first imported.
+
+`KNOBS` lists them with their defaults and meaning. An unknown name or an unusable value is an error that says so.
+"""
+
+import contextlib
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+ENV_PREFIX = "CCE_INDUCTOR_"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The value of every knob for one compilation or one direct call."""
+
+    compiler: str = "inductor"
+    grad_filter: str = "exact"
+    min_vocab: int = 4096
+    defer_logits: bool = True
+    workspace_mb: int = 64
+    dump_dir: str | None = None
+    strict: bool = False
+
+    @property
+    def workspace_bytes(self) -> int:
+        return self.workspace_mb << 20
+
+
+@dataclass(frozen=True)
+class Knob:
+    """How one knob is read: `parse` takes a Python value or an environment string and raises ValueError."""
+
+    parse: Callable[[Any], Any]
+    doc: str
+
+
+def _choice(*allowed: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if value not in allowed:
+            raise ValueError(f"must be one of {', '.join(map(repr, allowed))}")
+        return str(value)
+
+    return parse
+
+
+def _integer(least: int) -> Callable[[Any], int]:
+    def parse(value: Any) -> int:
+        try:
+            number = int(value)
+        except (TypeError, ValueError):
+            raise ValueError("must be an integer") from None
+        if isinstance(value, float) and value != number:
+            raise ValueError("must be an integer")
+        if number < least:
+            raise ValueError(f"must be at least {least}")
+        return number
+
+    return parse
+
+
+def _boolean(value: Any) -> bool:
+    words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    if isinstance(value, str):
+        value = words.get(value.strip().lower(), value)
+    if value in (0, 1, True, False):
+        return bool(value)
+    raise ValueError("must be true or false")
+
+
+def _path(value: Any) -> str | None:
+    return os.fspath(value) or None if value is not None else None
+
+
+KNOBS: dict[str, Knob] = {
+    "compiler": Knob(
+        _choice("inductor", "aot_eager", "eager"),
+        "what the rewritten graph is handed to",
+    ),
+    "grad_filter": Knob(
+        _choice("exact"),
+        "which columns of the softmax the backward computes; 'exact' is all of them",
+    ),
+    "min_vocab": Knob(
+        _integer(0),
+        "heads with fewer classes are left alone; 0 fuses every size",
+    ),
+    "defer_logits": Knob(
+        _boolean,
+        "give back logits that leave the graph as a lazy tensor, computed when somebody looks",
+    ),
+    "workspace_mb": Knob(
+        _integer(1),
+        "MiB of scratch memory besides outputs and the fp32 accumulator of the hidden gradient",
+    ),
+    "dump_dir": Knob(
+        _path,
+        "folder for the graph before and after, the sites with their reasons, and the kernels",
+    ),
+    "strict": Knob(
+        _boolean,
+        "a loss over a vocabulary that cannot be fused raises instead of running unfused",
+    ),
+}
+
+
+def _parse(name: str, value: Any, where: str) -> Any:
+    if name not in KNOBS:
+        raise ValueError(f"cce_inductor has no option {name!r} ({where}); it has {', '.join(KNOBS)}")
+    try:
+        return KNOBS[name].parse(value)
+    except ValueError as error:
+        raise ValueError(f"cce_inductor option {name}={value!r} ({where}) {error}") from None
+
+
+def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The knobs that `environ` sets, parsed. Variables with an unknown suffix are an error: a typo must not pass."""
+    found = {}
+    for variable, text in environ.items():
+        if variable.startswith(ENV_PREFIX):
+            found[variable] = _parse(variable.removeprefix(ENV_PREFIX).lower(), text, f"environment variable {variable}")
+    return {key.removeprefix(ENV_PREFIX).lower(): value for key, value in found.items()}
+
+
+def current() -> Settings:
+    """The process-wide settings: defaults, then the environment, then what was assigned to this module."""
+    return Settings(**_values)
+
+
+def split_options(options: Mapping[str, Any] | None) -> tuple[Settings, dict[str, Any]]:
+    """Splits ``torch.compile``'s `options` into our settings and what goes on to Inductor unchanged."""
+    options = dict(options or {})
+    ours = {name: _parse(name, options.pop(name), "options=") for name in list(options) if name in KNOBS}
+    return Settings(**{**_values, **ours}), options
+
+
+@contextlib.contextmanager
+def patch(**values: Any) -> Iterator[None]:
+    """Sets knobs for the time of a ``with`` block."""
+    before = dict(_values)
+    try:
+        for name, value in values.items():
+            _values[name] = _parse(name, value, "config.patch")
+        yield
+    finally:
+        _values.clear()
+        _values.update(before)
+
+
+class _ConfigModule(types.ModuleType):
+    """Lets ``cce_inductor.config.<knob>`` be read and assigned, and refuses names that are no knob."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _values:
+            return _values[name]
+        raise AttributeError(f"cce_inductor.config has no knob {name!r}; it has {', '.join(KNOBS)}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("__"):
+            super().__setattr__(name, value)
+        else:
+            _values[name] = _parse(name, value, "cce_inductor.config")
+
+
+_values: dict[str, Any] = {**asdict(Settings()), **from_environment(os.environ)}
+sys.modules[__name__].__class__ = _ConfigModule

@@ -1,0 +1,137 @@
+"""The direct calls: the fused loss and its statistics as functions, eager or inside torch.compile."""
+
+import torch
+from torch import Tensor
+
+from .. import config, version
+from .call import Attributes
+from .library import FORWARD
+from .losses import CrossEntropy, cross_entropy
+
+
+@torch.compiler.assume_constant_result
+def _attributes(scale: float, softcap: float) -> tuple:
+    """The operators' attributes under the process-wide settings; a constant while torch.compile traces."""
+    settings = config.current()
+    return Attributes(
+        scale,
+        softcap,
+        grad_filter=settings.grad_filter,
+        workspace=settings.workspace_bytes,
+        version=version.source_hash(),
+    ).args()
+
+
+def _softcap(softcap: float | None) -> float:
+    if softcap is None:
+        return 0.0
+    if not softcap > 0:
+        raise ValueError(f"softcap must be positive, or None for no softcap, got {softcap}")
+    return float(softcap)
+
+
+def _flatten(input: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """input as (N, D) and target as (N,), or an error that names what does not fit."""
+    if input.dim() == 0 or weight.dim() != 2:
+        raise ValueError(
+            f"input must be (..., D) and weight (V, D), got {tuple(input.shape)} and {tuple(weight.shape)}"
+        )
+    if input.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"input {tuple(input.shape)} and weight {tuple(weight.shape)} differ in their last dimension; weight is "
+            "(V, D), as in torch.nn.functional.linear"
+        )
+    if target.is_floating_point():
+        raise TypeError(
+            f"target must hold class indices (int64), got {target.dtype}; class probabilities need all logits: use "
+            "torch.nn.functional.cross_entropy(torch.nn.functional.linear(input, weight), target)"
+        )
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must hold class indices of dtype torch.int64, got {target.dtype}: use target.long()")
+    if target.shape != input.shape[:-1]:
+        raise ValueError(
+            f"target must have one class per row of input, {tuple(input.shape[:-1])}, got {tuple(target.shape)}"
+        )
+    return input.reshape(-1, input.shape[-1]), target.reshape(-1)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """Cross-entropy of the logits ``softcap * tanh(scale * (input @ weight.T + bias) / softcap)``, without the logits.
+
+    Equals ``F.cross_entropy(F.linear(input, weight, bias), target, ...)`` with logits kept in fp32, plus
+    ``z_loss * logsumexp**2`` per row. Memory besides the result: ``cce_inductor.config.workspace_mb``.
+
+    Args:
+        input: hidden states, (..., D), any floating dtype.
+        weight: the head, (V, D).
+        target: class indices, (...), int64 in [0, V) or equal to `ignore_index`.
+        bias: (V,), added before `scale`.
+        class_weight: (V,), not differentiated; as `weight` of `F.cross_entropy`.
+        ignore_index, reduction, label_smoothing: as in `F.cross_entropy`.
+        scale: factor of the logits. softcap: bound of the logits (Gemma 2), None for none.
+        z_loss: weight of the squared log-sum-exp (PaLM, arXiv 2204.02311, section 5).
+
+    Returns:
+        A scalar, or (...) for reduction "none"; fp32 (fp64 for fp64 inputs). Gradients have their operands' dtypes
+        and are accumulated in fp32. Under autocast the operands are rounded to its dtype, as in `F.linear`.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that do not fit. IndexError: a target outside the vocabulary (CPU).
+        RuntimeError: on a second derivative.
+    """
+    loss = CrossEntropy(ignore_index, reduction, label_smoothing, z_loss)
+    x, t = _flatten(input, weight, target)
+    active = t != ignore_index
+    operands, names = [x, weight, t], "input weight target"
+    if bias is not None:
+        operands, names = [*operands, bias], names + " bias"
+    if class_weight is not None:
+        _check_class_weight(class_weight, weight)
+        if label_smoothing:
+            operands, names = [*operands, class_weight.detach()], names + " column_weight"
+    out = FORWARD(operands, names, active, loss.statistics, False, *_attributes(scale, _softcap(softcap)))
+    stats = dict(zip(loss.statistics.split(), out))
+    value = cross_entropy(stats, t, active, class_weight, weight.shape[0], loss)
+    return value.reshape(target.shape) if reduction == "none" else value
+
+
+def _check_class_weight(class_weight: Tensor, weight: Tensor) -> None:
+    if class_weight.shape != weight.shape[:1]:
+        raise ValueError(f"class_weight must be ({weight.shape[0]},), got {tuple(class_weight.shape)}")
+
+
+def linear_logsumexp(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The log-sum-exp of each row of logits and the logit of its target: `lse - target_logit` is the cross-entropy.
+
+    Args are those of `linear_cross_entropy`; every target must be in [0, V). Both results have the shape
+    ``input.shape[:-1]``, are fp32 (fp64 for fp64 inputs) and differentiable in input, weight and bias.
+    """
+    x, t = _flatten(input, weight, target)
+    operands, names = [x, weight, t], "input weight target"
+    if bias is not None:
+        operands, names = [*operands, bias], names + " bias"
+    lse, target_logit = FORWARD(
+        operands, names, None, "lse target_logit", False, *_attributes(scale, _softcap(softcap))
+    )
+    return lse.reshape(target.shape), target_logit.reshape(target.shape)

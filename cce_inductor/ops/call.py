@@ -1,0 +1,118 @@
+"""The arguments of a fused operator, in one value.
+
+The operators' schema is variadic so that a new operand, statistic or saved tensor does not change it: tensors travel in
+lists, and a string of names beside each list says what they are. `Call` is that convention read back.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import statistics
+
+OPERANDS = ("input", "weight", "bias", "target", "column_weight")
+DIFFERENTIABLE_OPERANDS = ("input", "weight", "bias")
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """What is not a tensor: the same values go to the forward and to the backward operator.
+
+    scale: factor of the logits before the softcap. softcap: `cap` of cap * tanh(u / cap), 0.0 for none.
+    compute_dtype: dtype the operands are rounded to before they are multiplied (accumulation is fp32, or fp64 for
+    fp64); None means what `F.linear` would do: the autocast dtype if autocast is on, the operands' own otherwise.
+    grad_filter: which columns the backward computes. workspace: bytes of scratch. version: see `cce_inductor.version`.
+    """
+
+    scale: float = 1.0
+    softcap: float = 0.0
+    compute_dtype: torch.dtype | None = None
+    grad_filter: str = "exact"
+    workspace: int = 64 << 20
+    version: str = ""
+
+    def args(self) -> tuple:
+        return self.scale, self.softcap, self.compute_dtype, self.grad_filter, self.workspace, self.version
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operator, with its operands by name. `active` is a (N,) mask of rows that count, or None."""
+
+    operands: dict[str, Tensor]
+    active: Tensor | None
+    statistics: str
+    attributes: Attributes
+
+    @staticmethod
+    def read(operands: list[Tensor], names: str, active: Tensor | None, stats: str, attributes: tuple) -> "Call":
+        return Call(dict(zip(names.split(), operands, strict=True)), active, stats, Attributes(*attributes))
+
+    @property
+    def input(self) -> Tensor:
+        return self.operands["input"]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.operands["weight"]
+
+    @property
+    def rows(self) -> list[statistics.Statistic]:
+        """The statistics asked for, as rows of the table."""
+        return statistics.parse(self.statistics)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.attributes.compute_dtype or self.input.dtype
+
+    @property
+    def accumulate_dtype(self) -> torch.dtype:
+        """Dtype of logits tiles, accumulators and statistics."""
+        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
+
+    def with_compute_dtype(self, dtype: torch.dtype) -> "Call":
+        return replace(self, attributes=replace(self.attributes, compute_dtype=dtype))
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise RuntimeError(f"cce_inductor: {message}")
+
+
+def check(call: Call) -> None:
+    """Raises RuntimeError, saying what is wrong, for operands whose shapes or dtypes do not fit together."""
+    ops = call.operands
+    unknown = set(ops) - set(OPERANDS)
+    _check(not unknown, f"unknown operands {sorted(unknown)}; expected some of {OPERANDS}")
+    _check("input" in ops and "weight" in ops, "the operands input and weight are needed")
+    x, w = call.input, call.weight
+    _check(x.dim() == 2 and w.dim() == 2, f"input must be (N, D) and weight (V, D), got {_shape(x)} and {_shape(w)}")
+    _check(
+        x.shape[1] == w.shape[1],
+        f"input {_shape(x)} and weight {_shape(w)} differ in their last dimension; weight is (V, D), as in F.linear",
+    )
+    for name in ("input", "weight", "bias", "column_weight"):
+        if name in ops:
+            t = ops[name]
+            _check(t.is_floating_point(), f"{name} must be floating point, got {t.dtype}")
+            _check(t.device == x.device, f"{name} is on {t.device}, input on {x.device}")
+    for name in ("bias", "column_weight"):
+        if name in ops:
+            _check(ops[name].shape == w.shape[:1], f"{name} must be ({w.shape[0]},), got {_shape(ops[name])}")
+    if call.attributes.compute_dtype is None:
+        _check(x.dtype == w.dtype, f"input is {x.dtype} but weight is {w.dtype}: cast one of them, or use autocast")
+    if "target" in ops:
+        t = ops["target"]
+        _check(t.dtype == torch.int64, f"target must hold class indices of dtype torch.int64, got {t.dtype}")
+        _check(t.shape == x.shape[:1], f"target must have one class per row, {_shape(x)[:1]}, got {_shape(t)}")
+    if call.active is not None:
+        mask = call.active
+        _check(mask.dtype == torch.bool and mask.shape == x.shape[:1], "active must be a bool mask with one entry per row")
+    for row in call.rows:
+        missing = [r for r in row.requires if r not in ops and r not in call.statistics.split()]
+        _check(not missing, f"statistic {row.name} needs {', '.join(missing)}")
+
+
+def _shape(t: Tensor) -> tuple:
+    return tuple(t.shape)

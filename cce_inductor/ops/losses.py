@@ -1,0 +1,66 @@
+"""Losses as arithmetic on row statistics.
+
+Plain PyTorch on (N,) vectors, written once: the direct calls run it on tensors, and the rewrite runs it on FX proxies to
+put the same arithmetic into a graph. So it uses only operators and functions that FX records, and no Python `if` on
+tensor values.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The arguments of `F.cross_entropy` that are not tensors, and the weight of z-loss (PaLM, arXiv 2204.02311)."""
+
+    ignore_index: int = -100
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {self.reduction!r}")
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing must be between 0.0 and 1.0, got {self.label_smoothing}")
+
+    @property
+    def statistics(self) -> str:
+        """What it asks of the logits."""
+        return "lse target_logit logit_sum" if self.label_smoothing else "lse target_logit"
+
+
+def cross_entropy(stats: dict[str, Any], target: Any, active: Any, class_weight: Any, vocab: int, loss: CrossEntropy) -> Any:
+    """Cross-entropy from `lse`, `target_logit` and, with label smoothing, `logit_sum`, all (N,) and 0 in inactive rows.
+
+    target: (N,) int64. active: (N,) bool, the rows whose target is not `ignore_index`. class_weight: (V,) or None; with
+    label smoothing, `logit_sum` is weighted by it. Returns the loss in the statistics' dtype: a scalar, or (N,) for
+    reduction "none". Follows torch.nn.CrossEntropyLoss: the mean divides by the sum of the weights of the targets, and
+    no row at all gives NaN. z-loss is not weighted by class: its mean is over the active rows.
+    """
+    lse = stats["lse"]
+    nll = lse - stats["target_logit"]
+    if class_weight is None:
+        weight, total_weight = None, vocab
+    else:
+        class_weight = class_weight.detach().to(lse.dtype)
+        weight = torch.where(active, class_weight[torch.where(active, target, 0)], 0)
+        total_weight = class_weight.sum()
+        nll = nll * weight
+    if loss.label_smoothing:
+        smooth = lse * total_weight - stats["logit_sum"]
+        nll = nll * (1.0 - loss.label_smoothing) + smooth * (loss.label_smoothing / vocab)
+    squared = lse * lse * loss.z_loss if loss.z_loss else None
+    if loss.reduction == "none":
+        return nll if squared is None else nll + squared
+    value = nll.sum()
+    if loss.reduction == "mean":
+        value = value / (active.sum() if weight is None else weight.sum())
+    if squared is None:
+        return value
+    extra = squared.sum()
+    return value + (extra / active.sum() if loss.reduction == "mean" else extra)

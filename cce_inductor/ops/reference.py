@@ -1,0 +1,222 @@
+"""The eager implementation, which is also the specification: every kernel is tested against it.
+
+Plain tensor algebra over tiles of (block of rows) x (slab of columns), so that the scratch memory stays within the
+call's `workspace` whatever N and V are. The backward is slab-major: the logits of a slab are recomputed block by
+block, its rows of dW are finished, and dx is added to. Accumulation is in fp32 (fp64 for fp64) and rounded once.
+
+Notation: N rows, D width, V vocabulary; `input` (N, D), `weight` (V, D), `bias` (V,), `target` (N,).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .call import Call
+from .statistics import Statistic, Tile
+
+BLOCK_ROWS = 1024  # rows of a tile at most: enough for a GEMM to run at its rate
+
+
+def tile_shape(call: Call, temporaries: int, slab_accumulator: bool) -> tuple[int, int]:
+    """(rows, columns) of a tile whose scratch fits the call's workspace.
+
+    temporaries: how many (rows, columns) tensors live at once. slab_accumulator: whether a (columns, D) accumulator is
+    needed besides the casts of the operands.
+    """
+    (n, d), v = call.input.shape, call.weight.shape[0]
+    size = call.accumulate_dtype.itemsize
+    budget = call.attributes.workspace // size
+    per_column = d * ((call.weight.dtype != call.accumulate_dtype) + slab_accumulator)
+    rows = max(1, min(n, BLOCK_ROWS, budget // (4 * d) or 1))
+    columns = (budget - 2 * rows * d) // (rows * temporaries + per_column)
+    return rows, max(1, min(v, columns))
+
+
+class Operands:
+    """The operands of a call, cast tile by tile and restricted to the active rows."""
+
+    def __init__(self, call: Call):
+        self.call = call
+        self.index = None if call.active is None else call.active.nonzero()[:, 0]
+        self.n = call.input.shape[0] if self.index is None else self.index.shape[0]
+        self.target = self.rows(call.operands.get("target"), slice(0, self.n))
+
+    def rows(self, tensor: Tensor | None, block: slice) -> Tensor | None:
+        """Rows `block` (counted among the active ones) of a tensor whose first dimension is N."""
+        if tensor is None:
+            return None
+        return tensor[block] if self.index is None else tensor[self.index[block]]
+
+    def cast(self, tensor: Tensor) -> Tensor:
+        """Rounds to the compute dtype, then widens to the accumulation dtype: products of the two are exact."""
+        return tensor.to(self.call.compute_dtype).to(self.call.accumulate_dtype)
+
+    def input(self, block: slice) -> Tensor:
+        x = self.rows(self.call.input, block)
+        assert x is not None
+        return self.cast(x)
+
+    def weight(self, slab: slice) -> Tensor:
+        return self.cast(self.call.weight[slab])
+
+    def column(self, name: str, slab: slice) -> Tensor | None:
+        """A (V,) operand's entries of the slab in accumulation dtype, or None."""
+        tensor = self.call.operands.get(name)
+        return None if tensor is None else tensor[slab].to(self.call.accumulate_dtype)
+
+    def tile(self, x: Tensor, w: Tensor, block: slice, slab: slice) -> tuple[Tile, Tensor | None]:
+        """The logits of one tile, and tanh(u / cap) where there is a softcap."""
+        scale, cap = self.call.attributes.scale, self.call.attributes.softcap
+        z = x @ w.t()
+        bias = self.column("bias", slab)
+        if bias is not None:
+            z += bias
+        tanh = None
+        if cap:
+            tanh = z.mul_(scale / cap).tanh_()
+            z = tanh * cap
+        elif scale != 1.0:
+            z *= scale
+        target = None if self.target is None else self.target[block]
+        return Tile(z, slab.start, target, self.column("column_weight", slab)), tanh
+
+
+def _blocks(length: int, step: int) -> Iterator[slice]:
+    return (slice(i, min(i + step, length)) for i in range(0, length, step))
+
+
+def check_targets(operands: Operands) -> None:
+    """Raises IndexError for a target of an active row outside the vocabulary, as F.cross_entropy does on a CPU.
+
+    On an accelerator the check is a device-side assertion: reading the values would wait for the device.
+    """
+    target, v = operands.target, operands.call.weight.shape[0]
+    if target is None or target.numel() == 0:
+        return
+    if target.device.type != "cpu":
+        torch._assert_async(((target >= 0) & (target < v)).all())
+        return
+    low, high = target.aminmax()
+    if low < 0 or high >= v:
+        wrong = int(low if low < 0 else high)
+        raise IndexError(f"Target {wrong} is out of bounds: the vocabulary has {v} classes, 0 to {v - 1}.")
+
+
+def forward(call: Call) -> list[Tensor]:
+    """The statistics of every row, (N,) each, in accumulation dtype (argmax: int64); 0 in rows that are not active."""
+    rows = call.rows
+    operands = Operands(call)
+    check_targets(operands)
+    n = call.input.shape[0]
+    out = [
+        call.input.new_zeros(n, dtype=torch.int64 if row.integer else call.accumulate_dtype) for row in rows
+    ]
+    block_rows, columns = tile_shape(call, temporaries=3, slab_accumulator=False)
+    for block in _blocks(operands.n, block_rows):
+        states: list = [None] * len(rows)
+        x = operands.input(block)
+        for slab in _blocks(call.weight.shape[0], columns):
+            tile, _ = operands.tile(x, operands.weight(slab), block, slab)
+            states = [row.update(state, tile) for row, state in zip(rows, states)]
+        where = block if operands.index is None else operands.index[block]
+        for result, row, state in zip(out, rows, states):
+            result[where] = row.finish(state)
+    return out
+
+
+@dataclass
+class Gradients:
+    """The accumulators of the backward. dx is its own accumulator where it has the accumulation dtype."""
+
+    call: Call
+    needs: frozenset[str]
+
+    def __post_init__(self) -> None:
+        call, acc = self.call, self.call.accumulate_dtype
+        x, w, b = call.input, call.weight, call.operands.get("bias")
+        self.dx = x.new_zeros(x.shape, dtype=acc) if "input" in self.needs else None
+        self.dw = w.new_empty(w.shape) if "weight" in self.needs else None
+        self.db = b.new_empty(b.shape) if b is not None and "bias" in self.needs else None
+
+    def result(self, name: str) -> Tensor:
+        tensor = {"input": self.dx, "weight": self.dw, "bias": self.db}[name]
+        assert tensor is not None
+        return tensor.to(self.call.operands[name].dtype)
+
+
+def backward(
+    call: Call, tangents: dict[str, Tensor], saved: dict[str, Tensor], needs: list[str]
+) -> list[Tensor]:
+    """The gradients of the operands named in `needs`, in their own dtypes.
+
+    tangents: (N,) for each statistic that has one. saved: the forward's results by name.
+    """
+    operands = Operands(call)
+    grads = Gradients(call, frozenset(needs))
+    rows = [row for row in call.rows if row.name in tangents and row.differentiable]
+    slab_accumulator = "weight" in needs and call.weight.dtype != call.accumulate_dtype
+    block_rows, columns = tile_shape(call, temporaries=4, slab_accumulator=slab_accumulator)
+    for slab in _blocks(call.weight.shape[0], columns):
+        _backward_slab(operands, grads, rows, tangents, saved, slab, block_rows)
+    return [grads.result(name) for name in needs]
+
+
+def _backward_slab(
+    operands: Operands,
+    grads: Gradients,
+    rows: list[Statistic],
+    tangents: dict[str, Tensor],
+    saved: dict[str, Tensor],
+    slab: slice,
+    block_rows: int,
+) -> None:
+    """Finishes dW and db of one slab of columns and adds the slab's share to dx."""
+    call, acc = operands.call, operands.call.accumulate_dtype
+    w = operands.weight(slab)
+    in_place = grads.dw is not None and grads.dw.dtype == acc
+    dw = None if grads.dw is None else grads.dw[slab].zero_() if in_place else torch.zeros_like(w, dtype=acc)
+    db = None if grads.db is None else w.new_zeros(w.shape[0])
+    for block in _blocks(operands.n, block_rows):
+        x = operands.input(block)
+        dacc = _dacc(operands, x, w, rows, tangents, saved, block, slab)
+        if dw is not None:
+            dw.addmm_(dacc.t(), x)
+        if db is not None:
+            db += dacc.sum(0)
+        if grads.dx is not None:
+            if operands.index is None:
+                grads.dx[block].addmm_(dacc, w)
+            else:
+                grads.dx.index_add_(0, operands.index[block], dacc @ w)
+    if grads.dw is not None and dw is not None and not in_place:
+        grads.dw[slab] = dw
+    if grads.db is not None and db is not None:
+        grads.db[slab] = db
+
+
+def _dacc(
+    operands: Operands,
+    x: Tensor,
+    w: Tensor,
+    rows: list[Statistic],
+    tangents: dict[str, Tensor],
+    saved: dict[str, Tensor],
+    block: slice,
+    slab: slice,
+) -> Tensor:
+    """d loss / d (x Wᵀ + b) of one tile, in accumulation dtype."""
+    call = operands.call
+    tile, tanh = operands.tile(x, w, block, slab)
+    known = {name: operands.rows(value, block) for name, value in saved.items()}
+    if any(row.uses_softmax for row in rows):
+        known["p"] = torch.exp(tile.z - known["lse"][:, None])
+    dz = torch.zeros_like(tile.z)
+    for row in rows:
+        assert row.add_gradient is not None
+        row.add_gradient(dz, tile, operands.rows(tangents[row.name], block), known)
+    if tanh is not None:
+        # d z / d acc = scale * (1 - tanh(u / cap)²)
+        dz.mul_(tanh.square_().neg_().add_(1))
+    return dz.mul_(call.attributes.scale) if call.attributes.scale != 1.0 else dz

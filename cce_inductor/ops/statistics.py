@@ -1,0 +1,175 @@
+"""The table of row statistics: what a loss may ask of the logits, and what each costs in the backward.
+
+Notation, here and in every kernel: `z` are the logits of one row, `p = exp(z - lse)` its softmax, `t` its target
+class, `c` a weight per column. Each statistic is a function of one row of `z`, so a matrix of logits is reduced to
+vectors of length N, and the gradient of any loss over them is `dz_j = sum over statistics of tangent * d statistic / d z_j`.
+
+| statistic    | value             | d / d z_j                      | kind    | budget |
+|--------------|-------------------|--------------------------------|---------|--------|
+| lse          | log sum_j exp z_j | p_j                            | dense   | valid  |
+| target_logit | z_t               | 1 at j = t                     | sparse  | exact  |
+| logit_sum    | sum_j c_j z_j     | c_j                            | linear  | no     |
+| entropy      | lse - sum_j p_j z_j | -p_j (z_j - lse + entropy)   | signed  | no     |
+| argmax       | argmax_j z_j      | none                           | none    | valid  |
+
+"linear" is rank-1 without a softcap and dense with one. "budget" says whether a backward that drops columns of small
+probability mass stays within its bound (docs/design.md); the sparse part is never dropped.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Callable, Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["dense", "sparse", "linear", "signed", "none"]
+
+
+@dataclass
+class Tile:
+    """One tile of logits in accumulation dtype: rows of a block, columns `start : start + z.shape[1]`."""
+
+    z: Tensor  # (rows, columns)
+    start: int
+    target: Tensor | None  # (rows,) class indices over the whole vocabulary
+    column_weight: Tensor | None  # (columns,)
+
+    def target_position(self) -> tuple[Tensor, Tensor]:
+        """For each row: whether its target lies in this tile, and its column in the tile (0 where it does not)."""
+        assert self.target is not None
+        column = self.target - self.start
+        inside = (column >= 0) & (column < self.z.shape[1])
+        return inside, torch.where(inside, column, 0)
+
+
+@dataclass
+class RunningExp:
+    """The online log-sum-exp of the rows seen so far, and beside it the sum of z weighted by exp z."""
+
+    maximum: Tensor  # (rows,)
+    total: Tensor  # sum exp(z - maximum)
+    weighted: Tensor | None  # sum z exp(z - maximum)
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One row of the table. The three functions define it for the eager reference.
+
+    `update(state, tile)` folds one tile into the state (None at first), `finish(state)` gives the (rows,) result, and
+    `add_gradient(dz, tile, tangent, saved)` adds tangent * d statistic / d z of one tile to `dz`; `saved` holds the
+    finished statistics of the rows and, under "p", the tile's softmax where a dense statistic needs it.
+    """
+
+    name: str
+    kind: Kind
+    budget: bool
+    update: Callable[[Any, Tile], Any]
+    finish: Callable[[Any], Tensor]
+    add_gradient: Callable[[Tensor, Tile, Tensor, dict[str, Tensor]], None] | None
+    requires: tuple[str, ...] = ()  # operands and statistics that must be there as well
+    integer: bool = False
+
+    @property
+    def differentiable(self) -> bool:
+        return self.add_gradient is not None
+
+    @property
+    def uses_softmax(self) -> bool:
+        return self.kind in ("dense", "signed")
+
+
+def _shift(maximum: Tensor) -> Tensor:
+    """The maximum as a shift for exp: 0 where it is infinite, as torch.logsumexp does, so that inf - inf never occurs."""
+    return torch.where(maximum.isinf(), 0, maximum)
+
+
+def _update_exp(state: RunningExp | None, tile: Tile, weighted: bool) -> RunningExp:
+    z = tile.z
+    maximum = z.amax(1) if state is None else torch.maximum(state.maximum, z.amax(1))
+    shift = _shift(maximum)
+    exp = torch.exp(z - shift[:, None])
+    total = exp.sum(1)
+    # z exp z tends to 0 where z is -inf; 0 * -inf would be NaN.
+    product = torch.where(z == -torch.inf, 0, exp.mul_(z)).sum(1) if weighted else None
+    if state is not None:
+        rescale = torch.exp(torch.where(state.maximum == -torch.inf, -torch.inf, _shift(state.maximum) - shift))
+        total += state.total * rescale
+        if product is not None and state.weighted is not None:
+            product += state.weighted * rescale
+    return RunningExp(maximum, total, product)
+
+
+def _finish_lse(state: RunningExp) -> Tensor:
+    return state.total.log() + _shift(state.maximum)
+
+
+def _finish_entropy(state: RunningExp) -> Tensor:
+    assert state.weighted is not None
+    return _finish_lse(state) - state.weighted / state.total
+
+
+def _update_target(state: Tensor | None, tile: Tile) -> Tensor:
+    inside, column = tile.target_position()
+    value = torch.where(inside, tile.z.gather(1, column[:, None])[:, 0], 0)
+    return value if state is None else state + value
+
+
+def _update_sum(state: Tensor | None, tile: Tile) -> Tensor:
+    value = tile.z.sum(1) if tile.column_weight is None else tile.z @ tile.column_weight
+    return value if state is None else state + value
+
+
+def _update_argmax(state: tuple[Tensor, Tensor] | None, tile: Tile) -> tuple[Tensor, Tensor]:
+    value, column = tile.z.max(1)
+    column += tile.start
+    if state is None:
+        return value, column
+    # As torch.argmax: the first of equal values, and NaN above everything.
+    better = (value > state[0]) | (value.isnan() & ~state[0].isnan())
+    return torch.where(better, value, state[0]), torch.where(better, column, state[1])
+
+
+def _grad_lse(dz: Tensor, tile: Tile, tangent: Tensor, saved: dict[str, Tensor]) -> None:
+    dz.addcmul_(saved["p"], tangent[:, None])
+
+
+def _grad_target(dz: Tensor, tile: Tile, tangent: Tensor, saved: dict[str, Tensor]) -> None:
+    inside, column = tile.target_position()
+    dz.scatter_add_(1, column[:, None], torch.where(inside, tangent, 0)[:, None])
+
+
+def _grad_sum(dz: Tensor, tile: Tile, tangent: Tensor, saved: dict[str, Tensor]) -> None:
+    if tile.column_weight is None:
+        dz += tangent[:, None]
+    else:
+        dz.addcmul_(tangent[:, None], tile.column_weight)
+
+
+def _grad_entropy(dz: Tensor, tile: Tile, tangent: Tensor, saved: dict[str, Tensor]) -> None:
+    log_p = tile.z - saved["lse"][:, None]
+    p_log_p = torch.where(saved["p"] == 0, 0, saved["p"] * (log_p + saved["entropy"][:, None]))
+    dz.addcmul_(p_log_p, tangent[:, None], value=-1)
+
+
+def _identity(state: Tensor) -> Tensor:
+    return state
+
+
+TABLE: dict[str, Statistic] = {
+    s.name: s
+    for s in (
+        Statistic("lse", "dense", True, lambda s, t: _update_exp(s, t, False), _finish_lse, _grad_lse),
+        Statistic("target_logit", "sparse", True, _update_target, _identity, _grad_target, ("target",)),
+        Statistic("logit_sum", "linear", False, _update_sum, _identity, _grad_sum),
+        Statistic("entropy", "signed", False, lambda s, t: _update_exp(s, t, True), _finish_entropy, _grad_entropy, ("lse",)),
+        Statistic("argmax", "none", True, _update_argmax, lambda s: s[1], None, integer=True),
+    )
+}
+
+
+def parse(names: str) -> list[Statistic]:
+    """The rows of the table that an operator's `statistics` argument names, separated by blanks."""
+    unknown = [name for name in names.split() if name not in TABLE]
+    if unknown or not names.split():
+        raise ValueError(f"statistics {names!r}: expected names out of {', '.join(TABLE)}, separated by blanks")
+    return [TABLE[name] for name in names.split()]
