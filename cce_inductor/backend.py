@@ -1,0 +1,158 @@
+"""The torch.compile backend: rewrite the captured graph, hand it on, make the deferred outputs lazy."""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+from torch.fx import GraphModule
+
+from . import compat, config, record, version
+from .config import Settings
+from .deferred import defer
+from .ops import library as library  # registers the operators
+from .rewrite.rewrite import Rewritten, rewrite
+
+log = logging.getLogger(__name__)
+
+COUNTERS = "cce_inductor"
+_MARK = "cce_inductor_rewritten"
+
+
+class DeclinedError(RuntimeError):
+    """Raised under ``strict``: a loss over a vocabulary was not fused."""
+
+
+def cce_backend(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Callable:
+    """``torch.compile(model, backend=cce_backend)``: Inductor, with losses over a vocabulary fused with their heads.
+
+    `options` may hold every knob of `cce_inductor.config`; other options and `mode` go to Inductor unchanged.
+    """
+    settings, rest = config.split_options(options)
+    return compile_graph(gm, example_inputs, settings, _compiler(settings, mode, {**rest, **kwargs}))
+
+
+def _compiler(settings: Settings, mode: str | None, options: Mapping[str, Any]) -> Callable:
+    if settings.compiler == "inductor":
+        return compat.inductor_wrapper(mode, options)
+    return compat.named_backend(settings.compiler)
+
+
+def compile_graph(
+    gm: GraphModule, example_inputs: Sequence[Any], settings: Settings, compiler: Callable
+) -> Callable:
+    """Rewrites `gm` and compiles the result with ``compiler(gm, example_inputs)``."""
+    if gm.meta.get(_MARK):
+        return compiler(gm, example_inputs)
+    result = rewrite(gm, settings, version.source_hash())
+    _count(result)
+    record.record(gm, result, settings)
+    declined = [site for site in result.sites if not site.fused]
+    if settings.strict and declined:
+        raise DeclinedError("cce_inductor, with strict=True:\n" + "\n".join(str(site) for site in declined))
+    # compile_fx calls itself, and enable() wraps it: the mark keeps the pass from running twice on one graph.
+    result.graph_module.meta[_MARK] = True
+    compiled = compiler(result.graph_module, example_inputs)
+    return _with_deferred(compiled, result) if result.deferrals else compiled
+
+
+def _count(result: Rewritten) -> None:
+    ours = counters[COUNTERS]
+    ours["fused"] += result.fused
+    ours["declined"] += len(result.sites) - result.fused
+    ours["deferred"] += len(result.deferrals)
+
+
+def _with_deferred(compiled: Callable, result: Rewritten) -> Callable:
+    """Wraps a compiled function whose graph gives hidden states where the user's graph gave logits."""
+    deferrals, n = result.deferrals, result.user_outputs
+
+    def run(*args: Any) -> tuple:
+        everything = compiled(*args)
+        outputs, extra = list(everything[:n]), everything[n:]
+        made: dict[int, Any] = {}
+        for deferral in deferrals:
+            # An output that stands twice in the user's graph is one tensor.
+            key = id(deferral.compute)
+            if key not in made:
+                operands = [source.get(args, extra) for source in deferral.operands]
+                made[key] = defer(
+                    deferral.compute,
+                    operands,
+                    shape=deferral.shape(operands),
+                    dtype=deferral.dtype,
+                    requires_grad=deferral.requires_grad,
+                )
+            outputs[deferral.position] = made[key]
+        return tuple(outputs)
+
+    return run
+
+
+# ------------------------------------------------------------------------------------- plain torch.compile
+
+_original_compile_fx: Callable | None = None
+
+
+def enable() -> None:
+    """Gives every later ``torch.compile(model)`` with the default backend the same pass. `CCE_INDUCTOR=1` does it too."""
+    global _original_compile_fx
+    import torch._inductor.compile_fx as module
+
+    if _original_compile_fx is not None:
+        return
+    original = _original_compile_fx = module.compile_fx
+
+    @functools.wraps(original)
+    def compile_fx(model_: Any, example_inputs_: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(model_, GraphModule):
+            return original(model_, example_inputs_, *args, **kwargs)
+        return compile_graph(
+            model_, example_inputs_, config.current(), lambda gm, inputs: original(gm, inputs, *args, **kwargs)
+        )
+
+    module.compile_fx = compile_fx
+
+
+def disable() -> None:
+    """Undoes `enable`. What is already compiled stays as it is: call ``torch._dynamo.reset()`` to compile it anew."""
+    global _original_compile_fx
+    import torch._inductor.compile_fx as module
+
+    if _original_compile_fx is not None:
+        module.compile_fx = _original_compile_fx  # type: ignore[assignment]
+        _original_compile_fx = None
+
+
+def enabled() -> bool:
+    """Whether plain ``torch.compile`` uses the pass."""
+    return _original_compile_fx is not None
+
+
+def _reset() -> None:
+    """What torch._dynamo.reset() asks of a backend: drop the CUDA graphs that Inductor recorded."""
+    compat.inductor_wrapper(None, {}).reset()
+
+
+cce_backend.reset = _reset  # type: ignore[attr-defined]
+
+
+@compat.on_compile_start
+def _keep_loss_and_head_together() -> None:
+    """Hugging Face logs a warning between logits and loss for models without a loss of their own (GPT-2 among them).
+
+    Dynamo would break the graph there. The method exists once transformers is imported, so it is looked for at every
+    compilation.
+    """
+    warning_once = compat.transformers_warning_once()
+    if warning_once is not None:
+        compat.ignore_logging_function(warning_once)

@@ -1,0 +1,75 @@
+"""Every difference between the supported versions of PyTorch, and every private name of it that we build on."""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+SUPPORTED = ((2, 11), (2, 13))
+
+
+def torch_version() -> tuple[int, int]:
+    major, minor = torch.__version__.split("+")[0].split(".")[:2]
+    return int(major), int(minor)
+
+
+def inductor_wrapper(mode: str | None, options: Mapping[str, Any]) -> Any:
+    """What ``torch.compile(backend="inductor", mode=..., options=...)`` calls, with the same checks of its arguments."""
+    return torch._TorchCompileInductorWrapper(mode, dict(options) or None, None)
+
+
+def named_backend(name: str) -> Callable:
+    from torch._dynamo.backends.registry import lookup_backend
+
+    return lookup_backend(name)
+
+
+def on_compile_start(callback: Callable[[], None]) -> None:
+    """Calls `callback` whenever Dynamo begins to trace a frame."""
+    from torch._dynamo.callback import callback_handler
+
+    callback_handler.register_start_callback(lambda _args: callback())
+
+
+def ignore_logging_function(function: Callable) -> None:
+    """Lets Dynamo trace through calls of a logging function instead of breaking the graph at them."""
+    import torch._dynamo.config
+
+    torch._dynamo.config.ignore_logging_functions.add(function)
+
+
+def transformers_warning_once() -> Callable | None:
+    """The method that Hugging Face transformers adds to every logger, once it is imported."""
+    return getattr(logging.Logger, "warning_once", None)
+
+
+def debug_folder() -> str | None:
+    """PyTorch's own debug folder under TORCH_COMPILE_DEBUG=1, else None."""
+    import torch._dynamo.config
+    import torch._inductor.config
+    from torch._dynamo.utils import get_debug_dir
+
+    return get_debug_dir() if torch._inductor.config.trace.enabled else None
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """An artifact in the structured trace that ``tlparse`` shows; costs nothing where no trace is written."""
+    from torch._logging import trace_structured
+
+    trace_structured(
+        "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text, expect_trace_id=False
+    )
+
+
+def copy_node_attributes(old: Node, new: Node) -> None:
+    """What Dynamo keeps on a node outside its `meta`: where a placeholder came from, which AOTAutograd reads."""
+    for name in ("_dynamo_source",):
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
+
+
+def readable(gm: GraphModule) -> str:
+    """A graph as Python with shapes and source locations."""
+    return gm.print_readable(print_output=False)

@@ -1,0 +1,72 @@
+"""`explain`: what the pass would do to a function, without compiling it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import config, record
+from .rewrite.site import Site as Site
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of every loss over a vocabulary. ``print(report)`` is for people, `sites` for programs."""
+
+    sites: list[Site] = field(default_factory=list)
+    graphs: int = 0
+    deferred: int = 0
+    workspace_mb: int = 0
+
+    def __str__(self) -> str:
+        fused = sum(site.fused for site in self.sites)
+        lines = [
+            f"{self.graphs} graph(s), {len(self.sites)} loss(es) over a vocabulary: {fused} fused, "
+            f"{len(self.sites) - fused} declined; {self.deferred} output(s) deferred"
+        ]
+        for site in self.sites:
+            lines.append(f"- {site}")
+            if site.fused and site.logits_bytes is not None:
+                lines.append(f"  logits of {site.logits_bytes / 2**20:.1f} MiB are not held; {self._scratch(site)}")
+        if not self.sites:
+            lines.append("No cross_entropy or nll_loss was captured: are the head and the loss in one compiled region?")
+        return "\n".join(lines)
+
+    def _scratch(self, site: Site) -> str:
+        rows, width = int(site.rows), int(site.width)
+        return (
+            f"scratch: workspace_mb={self.workspace_mb}, and for 16-bit types {rows * width * 4 / 2**20:.1f} MiB to "
+            "accumulate the hidden gradient in fp32; no bound is kept (exact gradients)"
+        )
+
+
+def of(graphs: list[record.GraphRecord]) -> Report:
+    """The report over some compiled graphs."""
+    return Report(
+        [site for graph in graphs for site in graph.sites],
+        len(graphs),
+        sum(graph.deferred for graph in graphs),
+        config.current().workspace_mb,
+    )
+
+
+def explain(fn: Callable, *args: Any, **kwargs: Any) -> Report:
+    """Runs ``fn(*args, **kwargs)`` once, in eager mode but captured and rewritten as under the backend, and reports.
+
+    `fn` is a function or a module, not compiled yet. Its forward runs for real, so it has its usual side effects;
+    nothing is compiled and no compiled code of yours is touched.
+    """
+    from .backend import COUNTERS, cce_backend, counters
+
+    fn = getattr(fn, "_orig_mod", getattr(fn, "_torchdynamo_orig_callable", fn))
+    before = dict(counters[COUNTERS])
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        return cce_backend(gm, inputs, options={"compiler": "eager", "strict": False})
+
+    with record.collect() as graphs:
+        torch.compile(fn, backend=backend)(*args, **kwargs)
+    counters[COUNTERS].clear()
+    counters[COUNTERS].update(before)
+    return of(graphs)

@@ -1,0 +1,63 @@
+"""Writes nodes into a graph by running Python on FX proxies.
+
+Every new node gets the metadata that Dynamo's own nodes have: AOTAutograd's cache refuses a graph with nodes that lack
+`example_value`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from .values import example
+
+_INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack")
+
+
+class _Tracer(fx.proxy.GraphAppendingTracer):
+    def __init__(self, graph: Graph, like: Node):
+        super().__init__(graph)
+        self.like = like
+        self.fake_mode = next(
+            value.fake_mode for n in graph.nodes if hasattr(value := example(n), "fake_mode") and n.op == "placeholder"
+        )
+
+    def create_node(self, *args: Any, **kwargs: Any) -> Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta.update({k: self.like.meta[k] for k in _INHERITED if k in self.like.meta})
+        node.meta["example_value"] = self._run(node)
+        return node
+
+    def _run(self, node: Node) -> Any:
+        """The fake result of a node, in the grad mode that the loss it serves was recorded in."""
+        values = map_arg((node.args, node.kwargs), example)
+        args, kwargs = values
+        function: Callable = getattr(args[0], node.target) if node.op == "call_method" else node.target  # type: ignore
+        with self.fake_mode, torch.set_grad_enabled(bool(getattr(example(self.like), "requires_grad", False))):
+            return function(*args[1:], **kwargs) if node.op == "call_method" else function(*args, **kwargs)
+
+
+class Builder:
+    """Inserts nodes in front of `like`, which they serve: they take its source location."""
+
+    def __init__(self, graph: Graph, like: Node):
+        self.graph, self.like = graph, like
+        self.tracer = _Tracer(graph, like)
+
+    def proxy(self, node: Node) -> fx.Proxy:
+        return fx.Proxy(node, self.tracer)
+
+    def proxies(self, *nodes: Node | None) -> list[Any]:
+        return [None if n is None else self.proxy(n) for n in nodes]
+
+    def run(self, function: Callable, *args: Any) -> Any:
+        """Runs `function` on the arguments, with the nodes it records placed in front of `like`."""
+        with self.graph.inserting_before(self.like):
+            return function(*args)
+
+    def call(self, target: Callable, *args: Any) -> fx.Proxy:
+        """Records one call that does not dispatch on proxies, such as an operator overload on a list of tensors."""
+        return self.tracer.create_proxy("call_function", target, args, {})

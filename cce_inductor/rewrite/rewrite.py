@@ -1,0 +1,165 @@
+"""The pass: a captured graph in, a rewritten copy and a record of every loss out."""
+
+import logging
+from dataclasses import dataclass, field
+
+from torch.fx import Graph, GraphModule, Node
+
+from .. import compat
+from ..config import Settings
+from ..ops.call import Attributes
+from . import emit, site
+from .defer import Deferral, Outputs
+from .site import Site
+from .trace import Finding, Trace, find, written_between
+from .values import Refusal, Refused
+
+log = logging.getLogger(__name__)
+
+# torch.func transforms inside a graph: the operators have no batching rule and no forward-mode derivative.
+_FUNCTORCH = ("_add_batch_dim", "_vmap_increment_nesting", "_grad_increment_nesting", "_jvp_increment_nesting")
+
+
+@dataclass
+class Rewritten:
+    """The result of the pass. `graph_module` is the original one where nothing was fused."""
+
+    graph_module: GraphModule
+    sites: list[Site]
+    deferrals: list[Deferral] = field(default_factory=list)
+    user_outputs: int = 0
+
+    @property
+    def fused(self) -> int:
+        return sum(s.fused for s in self.sites)
+
+
+def rewrite(gm: GraphModule, settings: Settings, version: str) -> Rewritten:
+    """Fuses every loss that can be; never raises for a graph it cannot take, and never changes `gm` itself."""
+    try:
+        return _rewrite(gm, settings, version)
+    except Exception as error:
+        # A fault of ours must not cost the user the compilation: the graph stays as it was, and the record says why.
+        log.exception("cce_inductor could not rewrite a graph and left it as it was")
+        return Rewritten(gm, [_fault(f, error) for f in find(gm.graph)])
+
+
+def _fault(finding: Finding, error: Exception) -> Site:
+    refusal = Refusal(finding.loss, f"internal error: {type(error).__name__}: {error}", "please report it")
+    return site.make(finding.loss, None, refusal)
+
+
+def _copy(gm: GraphModule) -> GraphModule:
+    """A copy of a Dynamo graph module that keeps node metadata and the module's attributes."""
+    graph = Graph()
+    mapping: dict[Node, Node] = {}
+    result = graph.graph_copy(gm.graph, mapping, return_output_node=True)
+    assert isinstance(result, tuple)
+    graph.output(result[0]).meta.update(result[1].meta)
+    for old, new in mapping.items():
+        compat.copy_node_attributes(old, new)
+    copy = GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)
+    for name, value in vars(gm).items():
+        if name not in vars(copy):
+            setattr(copy, name, value)
+    return copy
+
+
+def _rewrite(gm: GraphModule, settings: Settings, version: str) -> Rewritten:
+    if not find(gm.graph):
+        return Rewritten(gm, [])
+    copy = _copy(gm)
+    graph = copy.graph
+    findings = find(graph)
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    attributes = Attributes(
+        grad_filter=settings.grad_filter, workspace=settings.workspace_bytes, version=version
+    )
+    plans = {f.trace.head.node: _plan(graph, f.trace, order, settings) for f in findings if f.trace is not None}
+    sites = [_site(f, plans, settings) for f in findings]
+    fused = [plan for plan in plans.values() if plan.refusal is None]
+    if not fused:
+        return Rewritten(gm, sites)
+    deferrals: list[Deferral] = []
+    for plan in fused:
+        for group in plan.groups:
+            emit.emit(graph, group, attributes)
+        emit.replace_metadata(graph, plan.trace)
+    # The outputs are read after the losses were replaced: a loss is one of them.
+    outputs = Outputs(graph)
+    for plan in fused:
+        for value in plan.trace.outputs if settings.defer_logits else []:
+            deferrals += outputs.defer(value)
+    user_outputs = outputs.finish()
+    for plan in fused:
+        emit.erase_dead(graph, plan.trace, [loss.node for loss, _ in plan.trace.losses])
+    graph.lint()
+    copy.recompile()
+    return Rewritten(copy, sites, deferrals, user_outputs)
+
+
+@dataclass
+class Plan:
+    """What is to be done with one head: its losses in groups, or the reason to leave it alone."""
+
+    trace: Trace
+    groups: list[emit.Group] = field(default_factory=list)
+    refusal: Refusal | None = None
+
+
+def _plan(graph: Graph, trace: Trace, order: dict[Node, int], settings: Settings) -> Plan:
+    try:
+        refusal = _refusal(graph, trace, settings)
+        if refusal is not None:
+            return Plan(trace, refusal=refusal)
+        groups = emit.groups(trace, order)
+        return Plan(trace, groups, _late_write(graph, trace, groups, settings))
+    except Refused as refused:
+        return Plan(trace, refusal=Refusal(trace.head.node, refused.reason, refused.cure))
+
+
+def _refusal(graph: Graph, trace: Trace, settings: Settings) -> Refusal | None:
+    """Why a head is not fused at all, or None."""
+    head = trace.head
+    if head.vocab < settings.min_vocab:
+        return Refusal(
+            head.node,
+            f"{head.vocab} classes are fewer than min_vocab={settings.min_vocab}: there is little to save",
+            "lower cce_inductor.config.min_vocab",
+        )
+    functorch = next((n for n in graph.nodes if getattr(n.target, "__name__", "") in _FUNCTORCH), None)
+    if functorch is not None:
+        return Refusal(functorch, "the graph has a torch.func transform", "compute the loss outside torch.func")
+    if trace.escapes:
+        return trace.escapes[0]
+    return None
+
+
+def _late_write(graph: Graph, trace: Trace, groups: list[emit.Group], settings: Settings) -> Refusal | None:
+    """A write to an operand between where the head read it and where the operator (or a deferred read) does."""
+    head = trace.head
+    shifts = [s.node for _, value in trace.losses for s in value.shifts]
+    losses = [loss.node for group in groups for loss, _ in group.members]
+    last = next((n for n in reversed(graph.nodes) if n in losses), None)
+    deferred = bool(trace.outputs) and settings.defer_logits
+    writer = written_between(graph, [*head.operands(), *shifts], head.node, None if deferred else last)
+    for group in groups:
+        first, *_, final = (loss.node for loss, _ in (group.members[0], *group.members))
+        targets = [loss.target for loss, _ in group.members]
+        writer = writer or written_between(graph, targets, first, final)
+    if writer is None:
+        return None
+    reason = "an operand of the head or the target is written to in place before the loss is computed"
+    return Refusal(writer, reason, "write to a copy")
+
+
+def _site(finding: Finding, plans: dict[Node, Plan], settings: Settings) -> Site:
+    if finding.trace is None:
+        return site.make(finding.loss, None, finding.refusal)
+    plan = plans[finding.trace.head.node]
+    refusal = plan.refusal
+    if refusal is None and all(loss.node is not finding.loss for loss, _ in plan.trace.losses):
+        refusal = Refusal(finding.loss, "the loss reads the logits in a way the trace did not follow")
+    deferred = len(plan.trace.outputs) if refusal is None and settings.defer_logits else 0
+    return site.make(finding.loss, finding.trace.head, refusal, deferred)

@@ -1,0 +1,160 @@
+"""The many spellings of an op, brought to one canonical name with named arguments.
+
+A row of `SPELLINGS` says: these functions and these tensor methods are `name`, and their parameters are called so.
+A new spelling is a new entry here; what an op does to logits is decided in `trace`.
+"""
+
+import builtins
+import inspect
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """`parameters` in order, as in a signature: ``"input dim=None"``; a leading ``*`` collects the rest into a tuple."""
+
+    name: str
+    parameters: str
+    functions: tuple[Callable, ...] = ()
+    methods: tuple[str, ...] = ()
+
+    @property
+    def signature(self) -> inspect.Signature:
+        kinds = inspect.Parameter
+        parameters = []
+        for text in self.parameters.split():
+            name, _, default = text.partition("=")
+            if name.startswith("*"):
+                parameters.append(kinds(name[1:], kinds.VAR_POSITIONAL))
+            else:
+                value = eval(default) if default else kinds.empty
+                parameters.append(kinds(name, kinds.POSITIONAL_OR_KEYWORD, default=value))
+        return inspect.Signature(parameters)
+
+
+_CROSS_ENTROPY = (
+    "input target weight=None size_average=None ignore_index=-100 reduce=None reduction='mean' label_smoothing=0.0"
+)
+_NLL = "input target weight=None size_average=None ignore_index=-100 reduce=None reduction='mean'"
+_CAST_METHODS = ("to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda")
+
+SPELLINGS = (
+    # heads
+    Spelling("linear", "input weight bias=None", (F.linear, torch._C._nn.linear)),
+    Spelling("matmul", "input other", (torch.matmul, operator.matmul, torch.mm), ("matmul", "mm", "__matmul__")),
+    Spelling("addmm", "bias input other beta=1 alpha=1", (torch.addmm,), ("addmm",)),
+    # values
+    Spelling("cast", "input *rest", (), _CAST_METHODS),
+    Spelling("mul", "input other", (operator.mul, torch.mul, torch.multiply), ("mul", "multiply", "__mul__", "__rmul__")),
+    Spelling(
+        "div",
+        "input other rounding_mode=None",
+        (operator.truediv, torch.div, torch.true_divide, torch.divide),
+        ("div", "true_divide", "divide", "__truediv__"),
+    ),
+    Spelling("add", "input other alpha=1", (operator.add, torch.add), ("add", "__add__", "__radd__")),
+    Spelling("sub", "input other alpha=1", (operator.sub, torch.sub, torch.subtract), ("sub", "subtract", "__sub__")),
+    Spelling("neg", "input", (operator.neg, torch.neg, torch.negative), ("neg", "negative", "__neg__")),
+    Spelling("tanh", "input", (torch.tanh, F.tanh), ("tanh",)),
+    Spelling("detach", "input", (torch.detach,), ("detach",)),
+    # rows
+    Spelling("view", "input *size", (), ("view", "reshape")),
+    Spelling("reshape", "input shape", (torch.reshape,)),
+    Spelling("flatten", "input start_dim=0 end_dim=-1", (torch.flatten,), ("flatten",)),
+    Spelling("unsqueeze", "input dim", (torch.unsqueeze,), ("unsqueeze",)),
+    Spelling("squeeze", "input dim=None", (torch.squeeze,), ("squeeze",)),
+    Spelling("copy", "input memory_format=None", (torch.clone,), ("contiguous", "clone")),
+    Spelling("transpose", "input dim0 dim1", (torch.transpose, torch.swapaxes), ("transpose", "swapaxes")),
+    Spelling("t", "input", (torch.t,), ("t",)),
+    Spelling("permute", "input *dims", (), ("permute",)),
+    Spelling("permute", "input dims", (torch.permute,)),
+    Spelling("getitem", "input index", (operator.getitem,), ("__getitem__",)),
+    # metadata
+    Spelling("size", "input dim=None", (), ("size",)),
+    Spelling("metadata", "input *rest", (), ("dim", "ndimension", "numel", "nelement", "stride", "is_contiguous")),
+    Spelling("getattr", "input name", (builtins.getattr,)),
+    # losses
+    Spelling("log_softmax", "input dim=None _stacklevel=3 dtype=None", (F.log_softmax,)),
+    Spelling("log_softmax", "input dim dtype=None", (torch.log_softmax, torch.special.log_softmax), ("log_softmax",)),
+    Spelling("cross_entropy", _CROSS_ENTROPY, (F.cross_entropy,)),
+    Spelling("nll_loss", _NLL, (F.nll_loss,)),
+)
+
+_FUNCTIONS = {f: (s.name, s.signature) for s in SPELLINGS for f in s.functions}
+_METHODS = {m: (s.name, s.signature) for s in SPELLINGS for m in s.methods}
+# operator.iadd(a, b) on a tensor writes into a, as do methods that end in one underscore, setitem and out=.
+_INPLACE_FUNCTIONS = frozenset(
+    getattr(operator, name)
+    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
+) | {operator.ilshift, operator.irshift, operator.imatmul, operator.delitem}
+
+
+@dataclass(frozen=True)
+class Op:
+    """A node read by the vocabulary: its canonical name and its arguments by parameter name."""
+
+    name: str
+    args: dict[str, Any]
+
+
+def read(node: Node) -> Op | None:
+    """What `node` is, or None for an op that the vocabulary does not have (or arguments it does not fit)."""
+    if node.op == "call_function":
+        entry = _FUNCTIONS.get(node.target)  # type: ignore[arg-type]
+    elif node.op == "call_method":
+        entry = _METHODS.get(str(node.target))
+    else:
+        entry = None
+    if entry is None:
+        return None
+    name, signature = entry
+    try:
+        if name == "cast":  # what a cast does is read off its result: its keywords do not matter
+            bound = signature.bind(*node.args)
+        else:
+            bound = signature.bind(*node.args, **node.kwargs)
+    except TypeError:
+        return None
+    bound.apply_defaults()
+    return Op(name, dict(bound.arguments))
+
+
+def mutated(node: Node) -> Node | None:
+    """The node whose tensor `node` writes into, or None for an op that writes into nothing."""
+    if node.op == "call_function":
+        out = node.kwargs.get("out")
+        if isinstance(out, Node):
+            return out
+        schema = getattr(node.target, "_schema", None)
+        inplace = node.kwargs.get("inplace") is True or (schema is not None and schema.is_mutable)
+        name = getattr(node.target, "__name__", "")
+        inplace |= name.endswith("_") and not name.endswith("__")
+        if not (node.target in _INPLACE_FUNCTIONS or inplace):
+            return None
+    elif node.op == "call_method":
+        name = str(node.target)
+        if not (name.endswith("_") and not name.endswith("__")) and name != "__setitem__":
+            return None
+    else:
+        return None
+    first = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+    return first if isinstance(first, Node) else None
+
+
+def describe(node: Node) -> str:
+    """The op as a person writes it: ``torch.nn.functional.dropout``, ``Tensor.view``, ``%``-names for inputs."""
+    if node.op == "call_method":
+        return f"Tensor.{node.target}"
+    if node.op == "call_function":
+        target = node.target
+        module = getattr(target, "__module__", None)
+        name = getattr(target, "__name__", str(target))
+        return f"{module}.{name}" if module not in (None, "builtins", "_operator") else name
+    return f"{node.op} {node.target}"
