@@ -37,7 +37,29 @@ def ignore_logging_function(function: Callable) -> None:
     """Lets Dynamo trace through calls of a logging function instead of breaking the graph at them."""
     import torch._dynamo.config
 
-    torch._dynamo.config.ignore_logging_functions.add(function)
+    known = torch._dynamo.config.ignore_logging_functions
+    known.add(_JsonFunction(function) if torch_version() < (2, 13) else function)
+
+
+class _JsonFunction(str):
+    """A function's name that equals the function.
+
+    torch before 2.13 writes this config set as JSON into its compilation metrics, and logs an error for each function
+    in it; a string passes, and the set is asked by equality only.
+    """
+
+    function: Callable
+
+    def __new__(cls, function: Callable) -> "_JsonFunction":
+        self = super().__new__(cls, getattr(function, "__name__", repr(function)))
+        self.function = function
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return other is self.function or (isinstance(other, _JsonFunction) and other.function is self.function)
+
+    def __hash__(self) -> int:
+        return hash(self.function)
 
 
 def transformers_warning_once() -> Callable | None:

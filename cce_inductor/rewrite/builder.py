@@ -31,6 +31,10 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
         node.meta["example_value"] = self._run(node)
         return node
 
+    def create_arg(self, a: Any) -> Any:
+        # Row maps carry arguments of the user's own nodes: sizes and bounds that are nodes already.
+        return a if isinstance(a, Node) else super().create_arg(a)
+
     def _run(self, node: Node) -> Any:
         """The fake result of a node, in the grad mode that the loss it serves was recorded in."""
         values = map_arg((node.args, node.kwargs), example)
