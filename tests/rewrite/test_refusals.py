@@ -1,0 +1,241 @@
+"""What must not fuse: the graph stays as it was, results are eager's, and the record says why, where and what to do."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from capture import FUSE_ALL, assert_same_as_eager, graphs_of
+from torch._dynamo.utils import counters
+
+import cce_inductor
+from cce_inductor import config
+from cce_inductor.rewrite.rewrite import rewrite
+
+B, S, D, V = 2, 6, 8, 40
+
+
+def rand(*shape):
+    return torch.randn(*shape).requires_grad_()
+
+
+@pytest.fixture
+def inputs():
+    torch.manual_seed(0)
+    return rand(B, S, D), rand(V, D), torch.randint(0, V, (B, S))
+
+
+def ce(z, t, **kwargs):
+    return F.cross_entropy(z.reshape(-1, z.shape[-1]), t.reshape(-1), **kwargs)
+
+
+def softened(z):
+    return torch.softmax(z.detach().flip(-1), -1).view(-1, V)
+
+
+# name: (function of logits and targets, part of the reason, part of the cure)
+REFUSED = {
+    "dropout": (lambda z, t: ce(F.dropout(z, 0.0), t), "dropout", "hidden states"),
+    "relu": (lambda z, t: ce(F.relu(z), t), "relu", ""),
+    "softmax first": (lambda z, t: ce(F.softmax(z, -1), t), "softmax", ""),
+    "layer norm": (lambda z, t: ce(F.layer_norm(z, z.shape[-1:]), t), "layer_norm", ""),
+    "in place": (lambda z, t: ce(z.mul_(0.5), t), "mul_", ""),
+    "in place, dead-looking": (lambda z, t: (z.mul_(0.5), ce(z, t))[1], "in place", "out-of-place"),
+    "in place on a view": (lambda z, t: (z[..., 0].zero_(), ce(z, t))[1], "", ""),
+    "setitem": (lambda z, t: (z.__setitem__((..., 3), -1e4), ce(z, t))[1], "in place", ""),
+    "view regroups classes": (lambda z, t: F.cross_entropy(z.view(-1, V // 2), t.repeat(1, 2).view(-1) % 20), "reshape", "leading"),
+    "wrong class dimension": (lambda z, t: F.cross_entropy(z, t[:, :1].expand(B, V) % S), "classes are dimension 2", "flatten"),
+    "soft targets": (lambda z, t: F.cross_entropy(z.view(-1, V), softened(z)), "class probabilities", "class indices"),
+    "log_softmax over rows": (lambda z, t: F.nll_loss(F.log_softmax(z, 1).view(-1, V), t.view(-1)), "log_softmax over", "vocabulary"),
+    "nll_loss of logits": (lambda z, t: F.nll_loss(z.view(-1, V), t.view(-1)), "nll_loss reads logits", "cross_entropy"),
+    "token-dependent prior": (lambda z, t: ce(z + z.detach().sin(), t), "", ""),
+    "row-dependent bias": (lambda z, t: ce(z + torch.ones(S, V), t), "not one bias per class", "vocabulary"),
+    "prior behind a softcap": (lambda z, t: ce(5 * torch.tanh(z / 5) + torch.ones(V), t), "behind the softcap", "in front"),
+    "tensor scale": (lambda z, t: ce(z * torch.full((S, 1), 0.5), t), "multiplied by a tensor", "hidden states"),
+    "regulariser on the logits": (lambda z, t: ce(z, t) + z.square().mean(), "square", ""),
+    "added to itself": (lambda z, t: ce(z + z, t), "", ""),
+    "rounded on the way": (lambda z, t: ce(z.bfloat16().float(), t), "narrower dtype", ""),
+    "float64 statistics": (lambda z, t: ce(z.double(), t), "float64", "float32"),
+    "part of the vocabulary": (lambda z, t: ce(z[..., :30], t % 30), "part of the vocabulary", "weight"),
+    "deprecated arguments": (lambda z, t: ce(z, t, size_average=True), "deprecated", "reduction"),
+    "pseudo-labels": (lambda z, t: ce(z, z.argmax(-1)), "argmax", ""),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*size_average.*")
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_a_reason(name, inputs):
+    loss, reason, cure = REFUSED[name]
+
+    def fn(h, w, t):
+        return loss(F.linear(h, w), t)
+
+    report = cce_inductor.explain(fn, *inputs)
+    assert_same_as_eager(fn, inputs, fused=0)
+    with config.patch(min_vocab=0):
+        report = cce_inductor.explain(fn, *inputs)
+    assert report.sites and not any(site.fused for site in report.sites)
+    site = report.sites[0]
+    assert site.reason and reason in site.reason
+    assert cure in site.cure
+    assert "test_refusals.py:" in site.location
+
+
+def test_the_reason_names_the_node_and_the_line(inputs):
+    def fn(h, w, t):
+        z = F.linear(h, w)
+        dropped = F.dropout(z, 0.0)  # the line at fault
+        return ce(dropped, t)
+
+    with config.patch(min_vocab=0):
+        (site,) = cce_inductor.explain(fn, *inputs).sites
+    line = fn.__code__.co_firstlineno + 2
+    assert site.at.startswith("dropped") and site.at_location.endswith(f"test_refusals.py:{line}")
+    assert f"test_refusals.py:{line}" in str(site) and "hidden states" in str(site)
+
+
+def test_graph_untouched_when_declined(inputs):
+    def fn(h, w, t):
+        return ce(F.dropout(F.linear(h, w), 0.1), t)
+
+    (gm,) = graphs_of(fn, *inputs)
+    before = str(gm.graph)
+    result = rewrite(gm, config.Settings(min_vocab=0), "v")
+    assert result.graph_module is gm and str(gm.graph) == before
+    assert [site.fused for site in result.sites] == [False]
+
+
+def test_the_captured_graph_is_not_changed_when_fused(inputs):
+    (gm,) = graphs_of(lambda h, w, t: ce(F.linear(h, w), t), *inputs)
+    before = str(gm.graph)
+    result = rewrite(gm, config.Settings(min_vocab=0), "v")
+    assert result.fused == 1 and result.graph_module is not gm and str(gm.graph) == before
+
+
+def test_one_head_declines_and_another_fuses(inputs):
+    h, w, t = inputs
+
+    def fn(h, w, w2, t):
+        return ce(F.linear(h, w), t) + ce(F.linear(h, w2).relu(), t)
+
+    assert_same_as_eager(fn, (h, w, rand(V, D), t), fused=1)
+
+
+def test_operand_written_to_between_head_and_loss(inputs):
+    """The operator reads the hidden states at the loss: a write after the head must not be seen."""
+    h, w, t = inputs
+
+    def hidden(h, w, t):
+        h = h.detach() * 1
+        z = F.linear(h, w)
+        h.mul_(2)
+        return ce(z, t)
+
+    def through_a_view(h, w, t):
+        h = h.detach() * 1
+        rows = h.view(-1)
+        z = F.linear(h, w)
+        rows.zero_()
+        return ce(z, t)
+
+    def before_the_head(h, w, t):
+        h = h * 1
+        h.mul_(2)
+        return ce(F.linear(h, w), t)
+
+    def target_before_the_loss(h, w, t):
+        t = t.clone()
+        z = F.linear(h, w)
+        t[:, 0] = -100
+        return ce(z, t)
+
+    def returned_logits(h, w, t):
+        h = h * 1
+        z = F.linear(h, w)
+        loss = ce(z, t)
+        h.detach().zero_()
+        return loss, z
+
+    assert_same_as_eager(target_before_the_loss, (h, w, t), fused=1)
+    with torch.no_grad():  # with gradients, eager itself refuses the writes
+        for fn, fused in ((hidden, 0), (through_a_view, 0), (before_the_head, 1), (returned_logits, 0)):
+            assert_same_as_eager(fn, (h, w, t), fused=fused)
+
+
+def test_size_gate(inputs):
+    def fn(h, w, t):
+        return ce(F.linear(h, w), t)
+
+    assert_same_as_eager(fn, inputs, fused=0, min_vocab=V + 1)
+    assert_same_as_eager(fn, inputs, fused=1, min_vocab=V)
+    (site,) = cce_inductor.explain(fn, *inputs).sites
+    assert "min_vocab=4096" in site.reason and "min_vocab" in site.cure
+
+
+def test_logits_from_outside_the_graph(inputs):
+    h, w, t = inputs
+    with config.patch(min_vocab=0):
+        (site,) = cce_inductor.explain(lambda z, t: ce(z, t), F.linear(h, w).detach(), t).sites
+    assert "from outside" in site.reason and "one torch.compile region" in site.cure
+
+
+def test_hook_on_the_logits(inputs):
+    def fn(h, w, t):
+        z = F.linear(h, w)
+        z.register_hook(lambda g: g * 2)
+        return ce(z, t)
+
+    assert_same_as_eager(fn, inputs, fused=0)
+
+
+def test_functorch_is_left_alone(inputs):
+    def fn(h, w, t):
+        return torch.func.vmap(lambda a, b: F.cross_entropy(F.linear(a, w), b))(h, t).mean()
+
+    assert_same_as_eager(fn, inputs, fused=0)
+
+
+def test_convolution_is_no_head():
+    conv = torch.nn.Conv2d(3, V, 1)
+
+    def fn(x, t):
+        return F.cross_entropy(conv(x), t)
+
+    x, t = torch.randn(2, 3, 4, 4), torch.randint(0, V, (2, 4, 4))
+    with config.patch(min_vocab=0):
+        (site,) = cce_inductor.explain(fn, x, t).sites
+    assert not site.fused and "conv2d" in site.reason
+
+
+def test_strict_raises_with_the_reason(inputs):
+    def fn(h, w, t):
+        return ce(F.dropout(F.linear(h, w), 0.0), t)
+
+    with pytest.raises(Exception, match="dropout.*test_refusals.py"):
+        torch.compile(fn, backend="cce", options={**FUSE_ALL, "strict": True})(*inputs)
+    torch._dynamo.reset()
+    # strict says nothing about a graph that fuses or has no loss.
+    torch.compile(lambda h, w, t: ce(F.linear(h, w), t), backend="cce", options={**FUSE_ALL, "strict": True})(*inputs)
+    torch.compile(torch.sin, backend="cce", options={**FUSE_ALL, "strict": True})(inputs[0])
+
+
+def test_a_fault_of_the_pass_leaves_the_graph(inputs, monkeypatch, caplog):
+    from cce_inductor.rewrite import emit
+
+    def broken(*args):
+        raise KeyError("deliberate")
+
+    monkeypatch.setattr(emit, "emit", broken)
+    with caplog.at_level(logging.ERROR, logger="cce_inductor"):
+        assert_same_as_eager(lambda h, w, t: ce(F.linear(h, w), t), inputs, fused=0)
+    assert "could not rewrite" in caplog.text
+    with config.patch(min_vocab=0):
+        (site,) = cce_inductor.explain(lambda h, w, t: ce(F.linear(h, w), t), *inputs).sites
+    assert "internal error" in site.reason and "deliberate" in site.reason
+
+
+def test_counters(inputs):
+    counters.clear()
+    fn = torch.compile(lambda h, w, t: ce(F.linear(h, w).relu(), t), backend="cce", options=FUSE_ALL)
+    fn(*inputs)
+    assert counters["cce_inductor"]["declined"] == 1 and counters["cce_inductor"]["fused"] == 0
