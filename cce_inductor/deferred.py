@@ -18,6 +18,7 @@ logits, in-place edits and views need nothing of their own; the dispatcher calls
 from __future__ import annotations
 
 import contextlib
+import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -50,10 +51,10 @@ def defer(
 ) -> Tensor:
     """A tensor of this shape and dtype that stands for ``compute(operands)`` and computes it on first touch.
 
-    ``compute`` is a pure, differentiable function of the operands and returns a contiguous tensor of ``shape`` and
-    ``dtype``.  ``operands[0]`` are the hidden states (..., D), ``operands[1]`` the head's weight.  It runs outside
-    autocast and outside Dynamo: once for the value, and once more inside the backward if a gradient reaches the
-    logits.  ``requires_grad`` says whether eager's logits would have required grad.
+    ``compute`` is a pure, differentiable function of the operands and returns a tensor of ``shape`` and ``dtype`` that
+    does not alias them; ours is contiguous.  ``operands[0]`` are the hidden states (..., D), ``operands[1]`` the
+    head's weight.  It runs outside autocast and outside Dynamo: once for the value, and once more inside the backward
+    if a gradient reaches the logits.  ``requires_grad`` says whether eager's logits would have required grad.
 
     The operands are referred to, not copied.  A read after they have changed raises
     :class:`DeferredLogitsError`; see :class:`_Operand` for what is recognised and what cannot be.
@@ -94,10 +95,8 @@ class _Operand(NamedTuple):
 
     @classmethod
     def record(cls, index: int, tensor: Tensor) -> _Operand:
-        # An alias, because the hidden states' grad_fn would keep the whole graph's saved tensors alive.  Outside
-        # inference mode, because in it detach() does not share the version counter.
-        with torch.inference_mode(False):
-            alias = tensor.detach()
+        # It shares the version counter, but not the grad_fn, which would keep the whole graph's saved tensors alive.
+        alias = tensor.detach()
         version = None if alias.is_inference() else alias._version
         return cls(_operand_name(index), alias, version, _sample(alias))
 
@@ -174,7 +173,7 @@ class _Head:
             operand.check()
         aliases = [operand.alias for operand in self.operands]
         with _surroundings(aliases[0].device, grad=False):
-            out = self.compute(aliases)
+            out = self.compute(aliases).contiguous()  # the strides that the program has been told
         if out.shape != self.shape or out.dtype != self.dtype:
             raise AssertionError(
                 f"deferred logits came out as {tuple(out.shape)} {out.dtype} where the graph has "
@@ -245,9 +244,6 @@ class DeferredLogits(torch.Tensor):
 
     _value: _Value
 
-    # The default would turn every result back into this class.
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
     @staticmethod
     def __new__(cls, value: _Value, meta: Tensor, device: torch.device) -> DeferredLogits:
         self = torch.Tensor._make_wrapper_subclass(
@@ -313,21 +309,24 @@ class DeferredLogits(torch.Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if not self.is_leaf:
             return super().__deepcopy__(memo)  # raises, as for every other tensor
-        if id(self) not in memo:
-            memo[id(self)] = self._as_leaf().__deepcopy__(memo)
-        return memo[id(self)]
+        return copy.deepcopy(self._as_leaf(), memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self._as_leaf().__reduce_ex__(protocol)
 
-    def share_memory_(self) -> DeferredLogits:
-        self._value.expose().share_memory_()
-        return self
 
-
-# Methods that read the storage directly, where a wrapper has none: null pointers and worse.
+# Methods in C++ that go to the storage, where a wrapper has none, and do not ask the dispatcher.  What Python builds
+# on them (__array__, storage, share_memory_, is_shared) follows.
 _THROUGH_VALUE = (
-    "__array__ __dlpack__ apply_ as_subclass data_ptr is_shared map_ map2_ numpy storage tolist untyped_storage"
+    "__dlpack__",
+    "apply_",
+    "as_subclass",
+    "data_ptr",
+    "map_",
+    "map2_",
+    "numpy",
+    "tolist",
+    "untyped_storage",
 )
 
 
@@ -340,7 +339,7 @@ def _through_value(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in _THROUGH_VALUE.split():
+for _name in _THROUGH_VALUE:
     setattr(DeferredLogits, _name, _through_value(_name))
 
 
@@ -357,9 +356,7 @@ def _run_on_values(func: Any, args: Any, kwargs: Any) -> Any:
             continue
         for x in tree_leaves(given.get(argument.name)):
             if isinstance(x, DeferredLogits):
-                value = x._value.expose()
-                if argument.alias_info.is_write:
-                    owner[id(value)] = x
+                owner[id(x._value.expose())] = x
 
     def plain(x: Any) -> Any:
         return x._value.get() if isinstance(x, DeferredLogits) else x
