@@ -32,7 +32,7 @@ def _explain(arguments: list[str]) -> int:
     enable()
     with record.collect() as graphs:
         # The script may end by sys.exit or an exception: what was compiled until then is reported all the same.
-        atexit.register(lambda: print(report.of(list(graphs)), file=sys.stderr))
+        atexit.register(lambda: print(report.of(graphs)))
         sys.argv = [args.script, *args.arguments]
         runpy.run_path(args.script, run_name="__main__")
     return 0

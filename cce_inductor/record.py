@@ -49,7 +49,7 @@ def record(gm: GraphModule, result: Rewritten, settings: Settings) -> None:
     for collector in _collectors:
         collector.append(entry)
     for site in result.sites:
-        log.log(logging.INFO if site.fused else logging.WARNING, "%s", site)
+        log.info("%s", site)
     if not result.sites:
         log.debug("graph %d: no loss over a vocabulary", number)
         return

@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass, field
 
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import compat
 from ..config import Settings
@@ -12,12 +13,9 @@ from . import emit, site
 from .defer import Deferral, Outputs
 from .site import Site
 from .trace import Finding, Trace, find, written_between
-from .values import Refusal, Refused
+from .values import Refusal, Refused, fake
 
 log = logging.getLogger(__name__)
-
-# torch.func transforms inside a graph: the operators have no batching rule and no forward-mode derivative.
-_FUNCTORCH = ("_add_batch_dim", "_vmap_increment_nesting", "_grad_increment_nesting", "_jvp_increment_nesting")
 
 
 @dataclass
@@ -128,11 +126,27 @@ def _refusal(graph: Graph, trace: Trace, settings: Settings) -> Refusal | None:
             f"{head.vocab} classes are fewer than min_vocab={settings.min_vocab}: there is little to save",
             "lower cce_inductor.config.min_vocab",
         )
-    functorch = next((n for n in graph.nodes if getattr(n.target, "__name__", "") in _FUNCTORCH), None)
-    if functorch is not None:
-        return Refusal(functorch, "the graph has a torch.func transform", "compute the loss outside torch.func")
-    if trace.escapes:
-        return trace.escapes[0]
+    transform = _transform_around(graph, {head.node, *(loss.node for loss, _ in trace.losses)})
+    if transform is not None:
+        return Refusal(transform, "the head or the loss is inside a torch.func transform", "compute it outside")
+    subclass = next((n for n in head.operands() if is_traceable_wrapper_subclass(fake(n))), None)
+    if subclass is not None:
+        kind = type(fake(subclass)).__name__
+        return Refusal(subclass, f"an operand of the head is a {kind}", "give the head plain tensors")
+    return trace.escapes[0] if trace.escapes else None
+
+
+def _transform_around(graph: Graph, nodes: set[Node]) -> Node | None:
+    """The torch.func transform (vmap, grad, jvp) that one of `nodes` is inside of: the operators have no rules for it."""
+    open_levels: list[Node] = []
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        if name.endswith("_increment_nesting"):
+            open_levels.append(node)
+        elif name.endswith("_decrement_nesting"):
+            open_levels.pop()
+        elif node in nodes and open_levels:
+            return open_levels[-1]
     return None
 
 

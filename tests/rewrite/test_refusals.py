@@ -192,7 +192,12 @@ def test_functorch_is_left_alone(inputs):
     def fn(h, w, t):
         return torch.func.vmap(lambda a, b: F.cross_entropy(F.linear(a, w), b))(h, t).mean()
 
+    def elsewhere(h, w, t):
+        weights = torch.func.vmap(lambda a: a.square().sum())(h.detach())
+        return weights.sum() * F.cross_entropy(F.linear(h, w).view(-1, V), t.view(-1))
+
     assert_same_as_eager(fn, inputs, fused=0)
+    assert_same_as_eager(elsewhere, inputs, fused=1)
 
 
 def test_convolution_is_no_head():

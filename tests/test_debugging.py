@@ -1,0 +1,132 @@
+"""explain, doctor, dumps, logs, traces."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.utils import counters
+
+import cce_inductor
+from cce_inductor import config, doctor
+
+SCRIPT = """
+import torch, torch.nn.functional as F
+def fn(h, w, t):
+    good = F.cross_entropy(F.linear(h, w), t)
+    return good + F.cross_entropy(F.linear(h, w).relu(), t)
+h, w, t = torch.randn(6, 8), torch.randn(40, 8), torch.randint(0, 40, (6,))
+print("loss", torch.compile(fn, BACKEND)(h, w, t).item())
+"""
+
+
+def rand(*shape):
+    return torch.randn(*shape).requires_grad_()
+
+
+@pytest.fixture
+def inputs():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    return rand(2, 6, 8), rand(5000, 8), torch.randint(0, 5000, (2, 6))
+
+
+def returning(h, w, t):
+    z = F.linear(h, w)
+    return F.cross_entropy(z.view(-1, 5000), t.view(-1)), z
+
+
+def run(tmp_path, arguments=(), backend="", **environment):
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.replace("BACKEND", backend or "backend='inductor'"))
+    env = {**os.environ, "CCE_INDUCTOR_MIN_VOCAB": "0", "CCE_INDUCTOR_COMPILER": "aot_eager", **environment}
+    command = [sys.executable, *arguments, str(script)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=True, cwd=tmp_path, timeout=600)
+
+
+def test_explain_reports_every_site(inputs):
+    before = dict(counters["cce_inductor"])
+    report = cce_inductor.explain(returning, *inputs)
+    (site,) = report.sites
+    assert site.fused and site.reason == "" and report.deferred == 1
+    assert (site.rows, site.vocab, site.width) == ("12", "5000", "8")
+    assert site.logits_bytes == 12 * 5000 * 4
+    assert "test_debugging.py" in site.location
+    text = str(report)
+    assert "1 fused, 0 declined" in text and "1 output(s) deferred" in text and "workspace_mb=64" in text
+    assert dict(counters["cce_inductor"]) == before  # looking changes nothing
+
+
+def test_explain_of_a_compiled_function_and_of_a_module(inputs):
+    h, _, t = inputs
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(8, 5000)
+
+        def forward(self, h, t):
+            return returning(h, self.head.weight, t)
+
+    assert cce_inductor.explain(torch.compile(returning), *inputs).sites[0].fused
+    assert cce_inductor.explain(torch.compile(Model()), h, t).sites[0].fused
+    assert cce_inductor.explain(Model(), h, t=t).sites[0].fused
+
+
+def test_explain_without_a_loss():
+    report = cce_inductor.explain(torch.sin, torch.ones(3))
+    assert report.sites == [] and "No cross_entropy" in str(report)
+
+
+def test_dump_dir(tmp_path, inputs):
+    with config.patch(dump_dir=tmp_path):
+        torch.compile(returning, backend="cce", options={"compiler": "aot_eager"})(*inputs)
+    (folder,) = (tmp_path / "cce_inductor").iterdir()
+    before, after = (folder / "before.py").read_text(), (folder / "after.py").read_text()
+    assert "cross_entropy" in before and "linear_statistics" not in before
+    code = [line for line in after.splitlines() if not line.strip().startswith("#")]
+    assert any("linear_statistics" in line for line in code) and not any("cross_entropy(" in line for line in code)
+    (site,) = json.loads((folder / "sites.json").read_text())
+    assert site["fused"] and site["vocab"] == "5000"
+
+
+def test_debug_folder_of_pytorch(tmp_path):
+    run(tmp_path, backend="backend='cce'", TORCH_COMPILE_DEBUG="1", TORCH_COMPILE_DEBUG_DIR=str(tmp_path))
+    found = list(tmp_path.glob("torch_compile_debug/run_*/cce_inductor/graph_0_pid_*/after.py"))
+    assert len(found) == 1 and "linear_statistics" in found[0].read_text()
+
+
+def test_structured_trace_and_log(tmp_path):
+    trace = tmp_path / "trace"
+    out = run(tmp_path, backend="backend='cce'", TORCH_TRACE=str(trace), TORCH_LOGS="+cce_inductor")
+    assert "fused: torch.nn.functional.cross_entropy at " in out.stderr and "declined: " in out.stderr
+    assert "relu" in out.stderr and "train.py:5" in out.stderr
+    text = "\n".join(p.read_text() for p in trace.iterdir())
+    assert all(f'"cce_inductor_{name}"' in text for name in ("before.py", "after.py", "sites.json"))
+
+
+def test_declined_losses_are_quiet_without_the_log_switched_on(tmp_path):
+    """A loss that is left as it was is nothing to worry a user who did not ask."""
+    out = run(tmp_path, backend="backend='cce'")
+    assert "loss" in out.stdout and "declined" not in out.stderr
+
+
+def test_explain_command(tmp_path):
+    out = run(tmp_path, arguments=("-m", "cce_inductor", "explain"))
+    assert "loss" in out.stdout
+    assert "1 graph(s), 2 loss(es) over a vocabulary: 1 fused, 1 declined" in out.stdout
+
+
+def test_doctor_says_what_is_in_force():
+    text = doctor.report()
+    for word in (torch.__version__, "triton", "min_vocab", "compile cache", "threads", 'backend="cce"'):
+        assert word in text
+    assert "does not use cce_inductor" in text
+    cce_inductor.enable()
+    try:
+        assert "plain torch.compile        uses cce_inductor" in doctor.report()
+    finally:
+        cce_inductor.disable()
