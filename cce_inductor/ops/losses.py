@@ -1,7 +1,7 @@
 """Losses as arithmetic on row statistics.
 
-Plain PyTorch on (N,) vectors, written once: the direct calls run it on tensors, and the rewrite runs it on FX proxies to
-put the same arithmetic into a graph. So it uses only operators and functions that FX records, and no Python `if` on
+Plain PyTorch on (N,) vectors, written once: the direct calls run it on tensors, and the rewrite runs it on FX proxies
+to put the same arithmetic into a graph. So it uses only operators and functions that FX records, and no Python `if` on
 tensor values.
 """
 
@@ -34,7 +34,9 @@ class CrossEntropy:
         return "lse target_logit logit_sum" if self.label_smoothing else "lse target_logit"
 
 
-def cross_entropy(stats: dict[str, Any], target: Any, active: Any, class_weight: Any, vocab: int, loss: CrossEntropy) -> Any:
+def cross_entropy(
+    stats: dict[str, Any], target: Any, active: Any, class_weight: Any, vocab: int, loss: CrossEntropy
+) -> Any:
     """Cross-entropy from `lse`, `target_logit` and, with label smoothing, `logit_sum`, all (N,) and 0 in inactive rows.
 
     target: (N,) int64. active: (N,) bool, the rows whose target is not `ignore_index`. class_weight: (V,) or None; with
@@ -45,13 +47,13 @@ def cross_entropy(stats: dict[str, Any], target: Any, active: Any, class_weight:
     lse = stats["lse"]
     nll = lse - stats["target_logit"]
     if class_weight is None:
-        weight, total_weight = None, vocab
+        weight = None
     else:
-        class_weight = class_weight.detach().to(lse.dtype)
+        class_weight = class_weight.detach().to(lse)  # its dtype
         weight = torch.where(active, class_weight[torch.where(active, target, 0)], 0)
-        total_weight = class_weight.sum()
         nll = nll * weight
     if loss.label_smoothing:
+        total_weight = vocab if class_weight is None else class_weight.sum()
         smooth = lse * total_weight - stats["logit_sum"]
         nll = nll * (1.0 - loss.label_smoothing) + smooth * (loss.label_smoothing / vocab)
     squared = lse * lse * loss.z_loss if loss.z_loss else None

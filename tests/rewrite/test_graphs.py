@@ -1,0 +1,120 @@
+"""What the rewritten graph looks like. Run with EXPECTTEST_ACCEPT=1 to accept a change, then read the difference."""
+
+import re
+
+import torch
+import torch.nn.functional as F
+from capture import graphs_of, text
+from expecttest import TestCase
+
+from cce_inductor import config
+from cce_inductor.rewrite.rewrite import rewrite
+
+
+def rewritten(fn, *inputs, **settings):
+    (gm,) = graphs_of(fn, *inputs)
+    result = rewrite(gm, config.Settings(min_vocab=0, **settings), "VERSION")
+    return result, re.sub(r"\b67108864\b", "WORKSPACE", text(result.graph_module))
+
+
+class Graphs(TestCase):
+    def setUp(self):
+        torch.manual_seed(0)
+        self.h, self.w = torch.randn(2, 6, 8).requires_grad_(), torch.randn(40, 8).requires_grad_()
+        self.t = torch.randint(0, 40, (2, 6))
+
+    def test_plain(self):
+        def fn(h, w, t):
+            return F.cross_entropy(F.linear(h, w).view(-1, 40), t.view(-1))
+
+        result, graph = rewritten(fn, self.h, self.w, self.t)
+        assert result.deferrals == []
+        self.assertExpectedInline(graph, """\
+view_1 = view(%l_t_, -1)
+reshape = reshape(%l_h_, -1, 8)
+ne = ne(%view_1, -100)
+linear_statistics_default = linear_statistics.default([%reshape, %l_w_, %view_1], 'input weight target', %ne, 'lse target_logit', False, 1.0, 0.0, torch.float32, 'exact', WORKSPACE, 'VERSION')
+getitem = getitem(%linear_statistics_default, 0)
+getitem_1 = getitem(%linear_statistics_default, 1)
+sub = sub(%getitem, %getitem_1)
+sum_1 = sum(%sub)
+sum_2 = sum(%ne)
+truediv = truediv(%sum_1, %sum_2)
+return (%truediv)""")
+
+    def test_softcap_shift_and_smoothing(self):
+        def fn(h, w, t):
+            z = 30.0 * torch.tanh(F.linear(h, w) / 30.0)
+            return F.cross_entropy(z[:, :-1].float().reshape(-1, 40), t[:, 1:].reshape(-1), label_smoothing=0.1)
+
+        _, graph = rewritten(fn, self.h, self.w, self.t)
+        self.assertExpectedInline(graph, """\
+getitem_1 = getitem(%l_t_, (slice(None, None, None), slice(1, None, None)))
+reshape_1 = reshape(%getitem_1, -1)
+getitem_2 = getitem(%l_h_, (slice(None, None, None), slice(None, -1, None)))
+reshape_2 = reshape(%getitem_2, -1, 8)
+ne = ne(%reshape_1, -100)
+linear_statistics_default = linear_statistics.default([%reshape_2, %l_w_, %reshape_1], 'input weight target', %ne, 'lse target_logit logit_sum', False, 1.0, 30.0, torch.float32, 'exact', WORKSPACE, 'VERSION')
+getitem_3 = getitem(%linear_statistics_default, 0)
+getitem_4 = getitem(%linear_statistics_default, 1)
+getitem_5 = getitem(%linear_statistics_default, 2)
+sub = sub(%getitem_3, %getitem_4)
+mul = mul(%getitem_3, 40)
+sub_1 = sub(%mul, %getitem_5)
+mul_1 = mul(%sub, 0.9)
+mul_2 = mul(%sub_1, 0.0025)
+add = add(%mul_1, %mul_2)
+sum_1 = sum(%add)
+sum_2 = sum(%ne)
+truediv_1 = truediv(%sum_1, %sum_2)
+return (%truediv_1)""")
+
+    def test_returned_logits_become_hidden_states(self):
+        def fn(h, w, t):
+            x = torch.tanh(h)
+            z = F.linear(x, w)
+            return F.cross_entropy(z.float().view(-1, 40), t.view(-1), reduction="sum"), z
+
+        result, graph = rewritten(fn, self.h, self.w, self.t)
+        (deferral,) = result.deferrals
+        assert deferral.position == 1 and result.user_outputs == 2
+        # Hidden states come as an additional output, the weight is an argument of the graph.
+        assert [(s.argument, s.index) for s in deferral.operands] == [(False, 0), (True, 1)]
+        self.assertExpectedInline(graph, """\
+x = tanh(%l_h_)
+view_1 = view(%l_t_, -1)
+reshape = reshape(%x, -1, 8)
+ne = ne(%view_1, -100)
+linear_statistics_default = linear_statistics.default([%reshape, %l_w_, %view_1], 'input weight target', %ne, 'lse target_logit', False, 1.0, 0.0, torch.float32, 'exact', WORKSPACE, 'VERSION')
+getitem = getitem(%linear_statistics_default, 0)
+getitem_1 = getitem(%linear_statistics_default, 1)
+sub = sub(%getitem, %getitem_1)
+sum_1 = sum(%sub)
+return (%sum_1, None, %x)""")
+
+    def test_transposed_weight_and_class_weights(self):
+        weight = torch.rand(40)
+
+        def fn(h, w, t):
+            return F.cross_entropy((h @ w).transpose(1, 2), t, weight=weight, reduction="none")
+
+        _, graph = rewritten(fn, self.h, self.w.detach().t().contiguous(), self.t)
+        self.assertExpectedInline(graph, """\
+transpose_1 = transpose(%l_h_, 1, 2)
+movedim = movedim(%transpose_1, 1, -1)
+flatten = flatten(%movedim, 0, -2)
+t = t(%l_w_)
+reshape = reshape(%l_t_, -1)
+ne = ne(%reshape, -100)
+linear_statistics_default = linear_statistics.default([%flatten, %t, %reshape], 'input weight target', %ne, 'lse target_logit', False, 1.0, 0.0, torch.float32, 'exact', WORKSPACE, 'VERSION')
+getitem = getitem(%linear_statistics_default, 0)
+getitem_1 = getitem(%linear_statistics_default, 1)
+sub = sub(%getitem, %getitem_1)
+detach = detach(%l_weight_)
+to = to(%detach, %getitem)
+where = where(%ne, %reshape, 0)
+getitem_2 = getitem(%to, %where)
+where_1 = where(%ne, %getitem_2, 0)
+mul = mul(%sub, %where_1)
+reshape_as = reshape_as(%mul, %l_t_)
+return (%reshape_as)""")
