@@ -126,6 +126,17 @@ def read(node: Node) -> Op | None:
     return Op(name, dict(bound.arguments))
 
 
+def _inplace_argument(node: Node) -> bool:
+    """Whether a call has a true `inplace`, by keyword or by position, as in ``F.relu(x, True)``."""
+    if node.kwargs.get("inplace"):
+        return True
+    try:
+        signature = inspect.signature(node.target)  # type: ignore[arg-type]
+        return bool(signature.bind(*node.args, **node.kwargs).arguments.get("inplace"))
+    except (TypeError, ValueError):  # a builtin without a signature has no such argument
+        return False
+
+
 def mutated(node: Node) -> Node | None:
     """The node whose tensor `node` writes into, or None for an op that writes into nothing."""
     if node.op == "call_function":
@@ -133,7 +144,7 @@ def mutated(node: Node) -> Node | None:
         if isinstance(out, Node):
             return out
         schema = getattr(node.target, "_schema", None)
-        inplace = node.kwargs.get("inplace") is True or (schema is not None and schema.is_mutable)
+        inplace = _inplace_argument(node) or (schema is not None and schema.is_mutable)
         name = getattr(node.target, "__name__", "")
         inplace |= name.endswith("_") and not name.endswith("__")
         if not (node.target in _INPLACE_FUNCTIONS or inplace):

@@ -138,6 +138,12 @@ def test_operand_written_to_between_head_and_loss(inputs):
         rows.zero_()
         return ce(z, t)
 
+    def by_a_positional_flag(h, w, t):
+        h = h.detach() * 1
+        z = F.linear(h, w)
+        F.relu(h, True)
+        return ce(z, t)
+
     def before_the_head(h, w, t):
         h = h * 1
         h.mul_(2)
@@ -158,7 +164,7 @@ def test_operand_written_to_between_head_and_loss(inputs):
 
     assert_same_as_eager(target_before_the_loss, (h, w, t), fused=1)
     with torch.no_grad():  # with gradients, eager itself refuses the writes
-        for fn, fused in ((hidden, 0), (through_a_view, 0), (before_the_head, 1), (returned_logits, 0)):
+        for fn, fused in ((hidden, 0), (through_a_view, 0), (by_a_positional_flag, 0), (before_the_head, 1), (returned_logits, 0)):
             assert_same_as_eager(fn, (h, w, t), fused=fused)
 
 
