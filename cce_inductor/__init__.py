@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from .backend import disable as disable
     from .backend import enable as enable
     from .deferred import DeferredLogitsError as DeferredLogitsError
+    from .ops.api import linear_cross_entropy as linear_cross_entropy
+    from .ops.api import linear_logsumexp as linear_logsumexp
     from .report import Report as Report
     from .report import Site as Site
     from .report import explain as explain
-    from .ops.api import linear_cross_entropy as linear_cross_entropy
-    from .ops.api import linear_logsumexp as linear_logsumexp
 
 _HOME = {
     "cce_backend": "backend",

@@ -1,4 +1,4 @@
-"""Called by ``import torch`` itself (entry-point group ``torch.backends``). Imports nothing unless CCE_INDUCTOR is set."""
+"""Called by ``import torch`` (entry-point group ``torch.backends``). Imports nothing unless CCE_INDUCTOR is set."""
 
 import os
 

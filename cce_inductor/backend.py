@@ -5,7 +5,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
@@ -47,9 +46,7 @@ def _compiler(settings: Settings, mode: str | None, options: Mapping[str, Any]) 
     return compat.named_backend(settings.compiler)
 
 
-def compile_graph(
-    gm: GraphModule, example_inputs: Sequence[Any], settings: Settings, compiler: Callable
-) -> Callable:
+def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings, compiler: Callable) -> Callable:
     """Rewrites `gm` and compiles the result with ``compiler(gm, example_inputs)``."""
     if gm.meta.get(_MARK):
         return compiler(gm, example_inputs)
@@ -104,7 +101,7 @@ _original_compile_fx: Callable | None = None
 
 
 def enable() -> None:
-    """Gives every later ``torch.compile(model)`` with the default backend the same pass. `CCE_INDUCTOR=1` does it too."""
+    """Gives every later ``torch.compile(model)`` with the default backend the same pass, as `CCE_INDUCTOR=1` does."""
     global _original_compile_fx
     import torch._inductor.compile_fx as module
 

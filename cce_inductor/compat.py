@@ -16,7 +16,7 @@ def torch_version() -> tuple[int, int]:
 
 
 def inductor_wrapper(mode: str | None, options: Mapping[str, Any]) -> Any:
-    """What ``torch.compile(backend="inductor", mode=..., options=...)`` calls, with the same checks of its arguments."""
+    """What ``torch.compile(backend="inductor", mode=..., options=...)`` calls, with its checks of the arguments."""
     return torch._TorchCompileInductorWrapper(mode, dict(options) or None, None)
 
 

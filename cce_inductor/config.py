@@ -128,7 +128,9 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     found = {}
     for variable, text in environ.items():
         if variable.startswith(ENV_PREFIX):
-            found[variable] = _parse(variable.removeprefix(ENV_PREFIX).lower(), text, f"environment variable {variable}")
+            found[variable] = _parse(
+                variable.removeprefix(ENV_PREFIX).lower(), text, f"environment variable {variable}"
+            )
     return {key.removeprefix(ENV_PREFIX).lower(): value for key, value in found.items()}
 
 

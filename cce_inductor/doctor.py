@@ -19,7 +19,10 @@ def _torch() -> list[tuple[str, str]]:
         ("python", platform.python_version()),
         ("torch", f"{torch.__version__} ({'supported' if supported else f'outside {span}'})"),
         ("triton", triton),
-        ("cce_inductor", f"{_installed('cce-inductor') or 'not installed, run from a checkout'}, source {version.source_hash()}"),
+        (
+            "cce_inductor",
+            f"{_installed('cce-inductor') or 'not installed, run from a checkout'}, source {version.source_hash()}",
+        ),
         ("templates", str(version.templates_dir())),
     ]
 
@@ -53,10 +56,19 @@ def _hooks() -> list[tuple[str, str]]:
     flag = os.environ.get("CCE_INDUCTOR")
     autoload = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") != "0"
     return [
-        ('backend="cce"', "registered" if named else "unknown to torch.compile: install the package (pip install -e .)"),
+        (
+            'backend="cce"',
+            "registered" if named else "unknown to torch.compile: install the package (pip install -e .)",
+        ),
         ("CCE_INDUCTOR", f"{flag!r}" if flag is not None else "not set"),
-        ("plugins of import torch", "loaded" if autoload else "off (TORCH_DEVICE_BACKEND_AUTOLOAD=0): CCE_INDUCTOR has no effect"),
-        ("plain torch.compile", "uses cce_inductor" if backend.enabled() else "does not use cce_inductor (enable() turns it on)"),
+        (
+            "plugins of import torch",
+            "loaded" if autoload else "off (TORCH_DEVICE_BACKEND_AUTOLOAD=0): CCE_INDUCTOR has no effect",
+        ),
+        (
+            "plain torch.compile",
+            "uses cce_inductor" if backend.enabled() else "does not use cce_inductor (enable() turns it on)",
+        ),
     ]
 
 

@@ -38,7 +38,9 @@ def text(gm):
             continue
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
         arguments = [show(a) for a in node.args] + [f"{k}={show(v)}" for k, v in node.kwargs.items()]
-        lines.append(f"{node.name} = {name}({', '.join(arguments)})" if node.op != "output" else f"return {show(node.args[0])}")
+        lines.append(
+            f"{node.name} = {name}({', '.join(arguments)})" if node.op != "output" else f"return {show(node.args[0])}"
+        )
     return "\n".join(lines)
 
 
@@ -66,9 +68,7 @@ def assert_same_as_eager(fn, inputs, fused, deferred=0, dynamic=None, tolerance=
     torch._dynamo.reset()
     before = dict(counters["cce_inductor"])
     want, want_grads = run(fn, inputs, fn)
-    compiled = torch.compile(
-        fn, backend=cce_inductor.cce_backend, dynamic=dynamic, options={**FUSE_ALL, **options}
-    )
+    compiled = torch.compile(fn, backend=cce_inductor.cce_backend, dynamic=dynamic, options={**FUSE_ALL, **options})
     got, got_grads = run(compiled, inputs, fn)
     for a, b in zip(want, got, strict=True):
         if not isinstance(a, torch.Tensor):

@@ -36,9 +36,16 @@ class Source:
     def get(self, arguments: Sequence[Any], extra: Sequence[Any]) -> Tensor:
         value = (arguments if self.argument else extra)[self.index]
         for node in self.chain:
-            args, kwargs = map_arg((node.args, node.kwargs), lambda _: value)
-            value = getattr(args[0], str(node.target))(*args[1:], **kwargs) if node.op == "call_method" else node.target(*args, **kwargs)  # type: ignore[operator]
+            value = _repeat(node, value)
         return value
+
+
+def _repeat(node: Node, value: Tensor) -> Tensor:
+    """What `node` gives for `value` as its only tensor argument."""
+    args, kwargs = map_arg((node.args, node.kwargs), lambda _: value)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ class Outputs:
         """Takes one traced value out of the outputs."""
         positions = [i for i, out in enumerate(self.outputs) if out is value.node]
         if not positions or not all(n is None or isinstance(n, Node) for n in self.outputs):
-            raise Refused("the logits leave the graph inside a structure")
+            raise Refused("the logits leave the graph inside a structure", "return them as a tensor")
         head = value.head
         builder = Builder(self.graph, self.node)
         h = builder.run(emit.hidden, builder, value, False).node

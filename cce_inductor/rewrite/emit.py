@@ -147,9 +147,7 @@ def _statistics(builder: Builder, group: Group, attributes: Attributes) -> tuple
     return {name: out[i] for i, name in enumerate(names)}, target, active
 
 
-def _loss(
-    builder: Builder, loss: Loss, value: Value, stats: dict[str, Proxy], target: Proxy, active: Proxy
-) -> Proxy:
+def _loss(builder: Builder, loss: Loss, value: Value, stats: dict[str, Proxy], target: Proxy, active: Proxy) -> Proxy:
     """Records the arithmetic of one loss, in eager's shape and dtype."""
     weight = None if loss.weight is None else builder.proxy(loss.weight)
     result = cross_entropy(stats, target, active, weight, vocab(builder, value.head), loss.arguments)
@@ -163,18 +161,19 @@ def replace_metadata(graph: Graph, trace: Trace) -> None:
     """Lets reads of the logits' shape read it off the hidden states, so that they do not keep the logits alive."""
     for node, value in trace.metadata:
         builder = Builder(graph, node)
+        node.replace_input_with(value.node, builder.run(_same_shape, builder, value).node)
 
-        def expanded() -> Proxy:
-            h = hidden(builder, value, detach=True).narrow(value.class_dim, 0, 1)
-            sizes = [-1] * value.fake.dim()
-            sizes[value.class_dim] = vocab(builder, value.head)
-            return h.expand(*sizes)
 
-        node.replace_input_with(value.node, builder.run(expanded).node)
+def _same_shape(builder: Builder, value: Value) -> Proxy:
+    """A tensor of the logits' shape that takes no memory of its own: one column of the hidden states, expanded."""
+    h = hidden(builder, value, detach=True).narrow(value.class_dim, 0, 1)
+    sizes = [-1] * value.fake.dim()
+    sizes[value.class_dim] = vocab(builder, value.head)
+    return h.expand(*sizes)
 
 
 def erase_dead(graph: Graph, trace: Trace, findings: list[Node]) -> None:
-    """Erases the losses and what is left of the logits without a use. Only nodes of the trace: they are known to be pure."""
+    """Erases losses and logits without a use. Only nodes of the trace: they are known to be pure."""
     dead = set(findings) | set(trace.values)
     for node in reversed(list(graph.nodes)):
         if node in dead and not node.users:

@@ -71,9 +71,7 @@ def _rewrite(gm: GraphModule, settings: Settings, version: str) -> Rewritten:
     graph = copy.graph
     findings = find(graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
-    attributes = Attributes(
-        grad_filter=settings.grad_filter, workspace=settings.workspace_bytes, version=version
-    )
+    attributes = Attributes(grad_filter=settings.grad_filter, workspace=settings.workspace_bytes, version=version)
     plans = {f.trace.head.node: _plan(graph, f.trace, order, settings) for f in findings if f.trace is not None}
     sites = [_site(f, plans, settings) for f in findings]
     fused = [plan for plan in plans.values() if plan.refusal is None]
@@ -137,7 +135,7 @@ def _refusal(graph: Graph, trace: Trace, settings: Settings) -> Refusal | None:
 
 
 def _transform_around(graph: Graph, nodes: set[Node]) -> Node | None:
-    """The torch.func transform (vmap, grad, jvp) that one of `nodes` is inside of: the operators have no rules for it."""
+    """The torch.func transform (vmap, grad, jvp) around one of `nodes`: the operators have no rules for it."""
     open_levels: list[Node] = []
     for node in graph.nodes:
         name = getattr(node.target, "__name__", "")
@@ -174,6 +172,7 @@ def _site(finding: Finding, plans: dict[Node, Plan], settings: Settings) -> Site
     plan = plans[finding.trace.head.node]
     refusal = plan.refusal
     if refusal is None and all(loss.node is not finding.loss for loss, _ in plan.trace.losses):
-        refusal = Refusal(finding.loss, "the loss reads the logits in a way the trace did not follow")
+        reason = "the loss reads the logits in a way the trace did not follow"
+        refusal = Refusal(finding.loss, reason, "please report it")
     deferred = len(plan.trace.outputs) if refusal is None and settings.defer_logits else 0
     return site.make(finding.loss, finding.trace.head, refusal, deferred)

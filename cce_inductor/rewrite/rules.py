@@ -34,11 +34,11 @@ def _number(x: Any) -> bool:
 
 def _head(node: Node, x: Any, w: Any, bias: Any, transposed: bool) -> Head:
     if not isinstance(x, Node) or not isinstance(w, Node):
-        raise Refused("an operand of the head is not a tensor of the graph")
+        raise Refused("an operand of the head is not a tensor of the graph", "make it one")
     if fake(w).dim() != 2:
         raise Refused(f"the head's weight has {fake(w).dim()} dimensions, not 2", "flatten the weight to (V, D)")
     if not fake(node).is_floating_point():
-        raise Refused(f"the head computes in {fake(node).dtype}")
+        raise Refused(f"the head computes in {fake(node).dtype}", "use a floating dtype")
     return Head(node, x, w, bias, transposed)
 
 
@@ -55,7 +55,7 @@ def _addmm(node: Node, args: dict[str, Any]) -> Head:
         raise Refused("addmm with beta or alpha other than 1", "scale the logits behind the head")
     head = _head(node, args["input"], args["other"], args["bias"], True)
     if not is_vocabulary_vector(fake(args["bias"]), fake(node), fake(node).dim() - 1):
-        raise Refused("addmm adds a matrix, not one bias per class")
+        raise Refused("addmm adds a matrix, not one bias per class", "add a (V,) bias")
     return head
 
 
@@ -79,7 +79,7 @@ def is_vocabulary_vector(other: Tensor, z: Tensor, class_dim: int) -> bool:
 def _cast(value: Value, node: Node, args: dict[str, Any]) -> Value:
     old, new = value.fake, fake(node)
     if not new.is_floating_point():
-        raise Refused(f"logits cast to {new.dtype}")
+        raise Refused(f"logits cast to {new.dtype}", "keep them floating")
     if new.device != old.device:
         raise Refused(f"logits moved from {old.device} to {new.device}", "compute the loss where the head is")
     if new.dtype == torch.float64 and value.head.dtype != torch.float64:
@@ -119,7 +119,7 @@ def _neg(value: Value, node: Node, args: dict[str, Any]) -> Value:
 
 def _tanh(value: Value, node: Node, args: dict[str, Any]) -> Value:
     if value.kind != "logits" or value.capped:
-        raise Refused("tanh of something other than scaled logits")
+        raise Refused("tanh of something other than scaled logits", "use one softcap, cap * tanh(logits / cap)")
     return value.then(node, lambda z, _: torch.tanh(z), capped=True)
 
 
@@ -132,7 +132,7 @@ def _add(value: Value, node: Node, args: dict[str, Any], sign: float = 1.0) -> V
     if not isinstance(other, Node) or not isinstance(example(other), Tensor):
         raise Refused("a number is added to the logits", "drop it: the softmax does not depend on it")
     if not _number(alpha) or alpha != 1 or (sign < 0 and not first):
-        raise Refused("logits are subtracted from a tensor, or added with alpha")
+        raise Refused("logits are subtracted from a tensor, or added with alpha", "write logits + bias")
     if value.capped:
         raise Refused("a prior is added behind the softcap", "add it in front of the softcap")
     if not is_vocabulary_vector(fake(other), value.fake, value.class_dim) or fake(node).shape != value.fake.shape:
@@ -195,7 +195,7 @@ def _output_class_dim(value: Value, node: Node) -> int:
         before = same(count(new[:j]), count(old[:c]))
         behind = same(count(new[j + 1 :]), count(old[c + 1 :]))
         # A reshape keeps the number of elements: with the classes last, what stands before them follows.
-        if same(size, old[c]) and (behind and (before or j == len(new) - 1 and c == len(old) - 1)):
+        if same(size, old[c]) and (behind and (before or (j == len(new) - 1 and c == len(old) - 1))):
             return j
     raise Refused(
         f"a reshape from {tuple(old)} to {tuple(new)} does not keep the {old[c]} classes in a dimension of their own",
@@ -208,7 +208,7 @@ def _resize(value: Value, node: Node, sizes: tuple) -> Value:
         sizes = tuple(sizes[0])
     class_dim = _output_class_dim(value, node)
     if len(sizes) != fake(node).dim():
-        raise Refused("the logits are viewed as another dtype, or with a size that is not spelled out")
+        raise Refused("the logits are viewed as another dtype, or with a size not spelled out", "name every dimension")
     others_known = not any(isinstance(s, int) and s == -1 for i, s in enumerate(sizes) if i != class_dim)
 
     def replay(h: Any, width: Any) -> Any:
@@ -242,7 +242,7 @@ def _squeeze(value: Value, node: Node, args: dict[str, Any]) -> Value:
         raise Refused("squeeze of every dimension, or of several", "squeeze one dimension at a time")
     dim %= value.fake.dim()
     if dim == value.class_dim:
-        raise Refused("squeeze of the class dimension")
+        raise Refused("squeeze of the class dimension", "squeeze a leading dimension")
     gone = value.fake.dim() - fake(node).dim()
     return value.mapped(node, lambda h, _: h.squeeze(dim), value.class_dim - (gone if dim < value.class_dim else 0))
 
@@ -345,7 +345,7 @@ def _class_indices(node: Node, args: dict[str, Any]) -> Loss:
         raise Refused("the deprecated arguments size_average or reduce", "use reduction=")
     target, weight = args["target"], args["weight"]
     if not isinstance(target, Node) or not isinstance(args["input"], Node):
-        raise Refused("the target is not a tensor of the graph")
+        raise Refused("the target is not a tensor of the graph", "make it one")
     if fake(target).is_floating_point():
         raise Refused("class probabilities as target: they need every logit", "use class indices")
     if fake(target).dtype != torch.int64:
@@ -382,5 +382,5 @@ def check_loss(loss: Loss, value: Value) -> None:
             "flatten the logits to (N, V)",
         )
     lead, target = value.lead_shape, tuple(fake(loss.target).shape)
-    if len(lead) != len(target) or not all(same(a, b) for a, b in zip(lead, target)):
-        raise Refused(f"targets of shape {target} for logits with rows {lead}")
+    if len(lead) != len(target) or not all(same(a, b) for a, b in zip(lead, target, strict=True)):
+        raise Refused(f"targets of shape {target} for logits with rows {lead}", "give each row one target")

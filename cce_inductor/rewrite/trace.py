@@ -1,8 +1,8 @@
 """Follows the logits from a head through every use.
 
-A small abstract interpretation: each node made from the logits has a `Value`, given by the rules of `rules`. The trace
-ends at losses over row statistics, at graph outputs, and at reads of metadata; any other use is an escape, recorded with
-its reason. It only reads the graph.
+A small abstract interpretation: each node made from the logits has a `Value`, given by the rules of `rules`. The
+trace ends at losses over row statistics, at graph outputs, and at reads of metadata; any other use is an escape,
+recorded with its reason. It only reads the graph.
 """
 
 from collections.abc import Iterator
@@ -149,7 +149,9 @@ def _use(result: Trace, value: Value, user: Node) -> Value | None:
     if op.name not in rules.VALUES:
         raise Refused(f"{vocabulary.describe(user)} reads the logits themselves", "use the hidden states instead")
     if _reads(op.args, value.node) != 1:
-        raise Refused(f"{vocabulary.describe(user)} takes the logits as a second argument, or twice")
+        raise Refused(
+            f"{vocabulary.describe(user)} takes the logits as a second argument, or twice", "pass something else there"
+        )
     return rules.VALUES[op.name](value, user, op.args)
 
 
@@ -163,7 +165,8 @@ def _check_independence(result: Trace) -> None:
     for loss, value in result.losses:
         others = [loss.target, loss.weight, *(s.node for s in value.shifts)]
         if any(isinstance(n, Node) and n in behind for n in others):
-            result.escapes.append(Refusal(loss.node, "the target or a bias is computed from the logits"))
+            reason = "the target or a bias is computed from the logits"
+            result.escapes.append(Refusal(loss.node, reason, "compute it from the hidden states, or outside"))
 
 
 def descendants(node: Node) -> Iterator[Node]:

@@ -12,7 +12,7 @@ from torch.fx import Node
 class Refused(Exception):
     """Raised inside the trace where it cannot go on; becomes a `Refusal`."""
 
-    def __init__(self, reason: str, cure: str = ""):
+    def __init__(self, reason: str, cure: str):
         super().__init__(reason)
         self.reason, self.cure = reason, cure
 
@@ -23,7 +23,7 @@ class Refusal:
 
     node: Node
     reason: str
-    cure: str = ""
+    cure: str
 
 
 def example(node: Node) -> Any:
@@ -35,7 +35,7 @@ def fake(node: Node) -> Tensor:
     """The fake tensor of a node, or Refused for a node that is no tensor."""
     value = example(node)
     if not isinstance(value, Tensor):
-        raise Refused(f"%{node.name} has no tensor metadata")
+        raise Refused(f"%{node.name} has no tensor metadata", "report it: Dynamo gave a node without an example")
     return value
 
 
@@ -78,9 +78,9 @@ class Shift:
     factor: float
 
 
-# (hidden, D) -> hidden: does to the hidden states what an op did to the leading dimensions of the logits, on FX proxies.
+# (hidden, D) -> hidden, on FX proxies: does to the hidden states what an op did to the logits' leading dimensions.
 RowMap = Callable[[Any, Any], Any]
-# One op on values, with the class dimension last; `operands` are the tensors behind `Value.compute_operands`.
+# One op on values, with the class dimension last; the list holds the tensors of `Value.extra`.
 Step = Callable[[Tensor, list[Tensor]], Tensor]
 
 
@@ -136,6 +136,6 @@ class Value:
         scale = self.scale * self.post if self.capped else self.scale
         softcap = abs(self.post) if self.capped else 0.0
         if scale == 0 or (self.capped and self.post == 0):
-            raise Refused("logits multiplied by zero")
+            raise Refused("logits multiplied by zero", "drop the loss: it is a constant")
         inner = self.scale
         return scale, softcap, tuple(Shift(s.node, s.factor / inner) for s in self.shifts)

@@ -18,7 +18,7 @@ from torch.fx import Node
 
 @dataclass(frozen=True)
 class Spelling:
-    """`parameters` in order, as in a signature: ``"input dim=None"``; a leading ``*`` collects the rest into a tuple."""
+    """`parameters` in order, as in a signature: ``"input dim=None"``; a leading ``*`` collects the rest in a tuple."""
 
     name: str
     parameters: str
@@ -52,7 +52,9 @@ SPELLINGS = (
     Spelling("addmm", "bias input other beta=1 alpha=1", (torch.addmm,), ("addmm",)),
     # values
     Spelling("cast", "input *rest", (), _CAST_METHODS),
-    Spelling("mul", "input other", (operator.mul, torch.mul, torch.multiply), ("mul", "multiply", "__mul__", "__rmul__")),
+    Spelling(
+        "mul", "input other", (operator.mul, torch.mul, torch.multiply), ("mul", "multiply", "__mul__", "__rmul__")
+    ),
     Spelling(
         "div",
         "input other rounding_mode=None",
@@ -116,10 +118,8 @@ def read(node: Node) -> Op | None:
         return None
     name, signature = entry
     try:
-        if name == "cast":  # what a cast does is read off its result: its keywords do not matter
-            bound = signature.bind(*node.args)
-        else:
-            bound = signature.bind(*node.args, **node.kwargs)
+        # What a cast does is read off its result: its keywords do not matter.
+        bound = signature.bind(*node.args, **({} if name == "cast" else node.kwargs))
     except TypeError:
         return None
     bound.apply_defaults()

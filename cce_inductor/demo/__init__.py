@@ -1,0 +1,1 @@
+"""`python -m cce_inductor demo`: one model, one text, trained with and without cce_inductor."""

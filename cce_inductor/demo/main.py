@@ -1,0 +1,113 @@
+"""Fine-tunes a Hugging Face model twice, under torch.compile and under cce_inductor, and compares.
+
+Same weights, same batches, same optimizer; each contender in a process of its own. Prints a table, writes
+`demo.png` (losses, memory over time), `demo.json` (the figures) and the contenders' logs. The exit status is 1
+if nothing was fused or the losses part by more than rounding, and 2 if the demo could not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .check import problems
+from .data import DemoError, find_model
+from .launch import run_contender
+from .report import plot, table
+from .run import FUSED, ITEMSIZE, PLAIN, Run, Spec
+
+REQUIRED = ("transformers", "accelerate", "gguf", "matplotlib", "tqdm")
+
+
+def _parser() -> argparse.ArgumentParser:
+    summary, _, details = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser("python -m cce_inductor demo", description=summary, epilog=details)
+    parser.add_argument("--steps", type=int, default=Spec.steps, help="optimizer steps, at least 2 [%(default)s]")
+    parser.add_argument("--batch", type=int, default=Spec.batch, help="rows of text per step [%(default)s]")
+    parser.add_argument("--seq", type=int, default=Spec.seq, help="tokens per row [%(default)s]")
+    parser.add_argument("--model", metavar="PATH", help="checkpoint directory or GGUF file [SmolLM2-135M]")
+    parser.add_argument("--dtype", choices=list(ITEMSIZE), default=Spec.dtype, help="of the weights [%(default)s]")
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="[%(default)s]")
+    return parser
+
+
+def _check_requirements() -> None:
+    """Raise DemoError naming what is not installed, before minutes are spent."""
+    missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DemoError(f"not installed: {', '.join(missing)}; `pip install 'cce-inductor[demo]'` brings them")
+    if not Path("/proc/self/statm").exists():
+        raise DemoError("memory is measured through /proc, which only Linux has")
+
+
+class Progress:
+    """One bar over the steps of both contenders; says what the present one is doing, and the last loss."""
+
+    def __init__(self, steps: int) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=steps, unit="step", dynamic_ncols=True)
+        self.contender = ""
+
+    def __call__(self, event: dict[str, Any] | None) -> None:
+        if event is None:
+            self._bar.refresh()
+        elif event["event"] == "phase":
+            self._bar.set_description(f"{self.contender}: {event['phase']}")
+        elif event["event"] == "step":
+            self._bar.set_postfix(loss=f"{event['loss']:.4f}", refresh=False)
+            self._bar.update()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def compare(spec: Spec, out: Path) -> tuple[Run, Run]:
+    """Both contenders, one after the other: (plain, fused). Their prints go to a log each in `out`."""
+    progress = Progress(2 * spec.steps)
+    runs = []
+    try:
+        for contender in (PLAIN, FUSED):
+            progress.contender = contender
+            runs.append(run_contender(replace(spec, contender=contender), out / f"{contender}.log", progress))
+    finally:
+        progress.close()
+    return runs[0], runs[1]
+
+
+def main(argv: list[str]) -> int:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.steps < 2 or args.batch < 1 or args.seq < 2:
+        parser.error("needs --steps 2, --batch 1 and --seq 2 at least")
+    begin = time.monotonic()
+    try:
+        model = find_model(args.model)
+        _check_requirements()
+        args.out.mkdir(parents=True, exist_ok=True)
+        spec = Spec(PLAIN, str(model.resolve()), args.dtype, args.steps, args.batch, args.seq)
+        print(f"{model.name}: {args.steps} steps of {args.batch} x {args.seq} tokens, {args.dtype}")
+        plain, fused = compare(spec, args.out)
+    except DemoError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    return conclude(plain, fused, args.out, time.monotonic() - begin)
+
+
+def conclude(plain: Run, fused: Run, out: Path, seconds: float) -> int:
+    """Print and save the results; the exit status."""
+    found = problems(plain, fused)
+    print(f"\n{table(plain, fused)}\n")
+    plot(plain, fused, out / "demo.png")
+    results = {"plain": plain.summary(), "fused": fused.summary(), "problems": found}
+    (out / "demo.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"{out / 'demo.png'} and {out / 'demo.json'} written; {seconds / 60:.1f} minutes in all")
+    for problem in found:
+        print(f"FAILED: {problem}", file=sys.stderr)
+    return 1 if found else 0

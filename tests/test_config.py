@@ -1,0 +1,139 @@
+"""Every knob can be set in three places; typos and unusable values are errors that say what is possible."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cce_inductor import config
+
+OTHER = {  # for every knob: a value that is not the default, how the environment spells it, unusable values
+    "compiler": ("aot_eager", "aot_eager", ["nvcc", "", None, 1]),
+    "grad_filter": ("exact", "exact", ["eps", "0.1", 0.1, None]),
+    "min_vocab": (17, "17", [-1, "many", 1.5, None]),
+    "defer_logits": (False, "off", ["maybe", "", 2, None]),
+    "workspace_mb": (128, "128", [0, -64, "64MB", 0.5, None]),
+    "dump_dir": ("/tmp/dumps", "/tmp/dumps", []),
+    "strict": (True, "1", ["maybe", "", 2, None]),
+}
+
+
+@pytest.fixture(autouse=True)
+def restore():
+    with config.patch():
+        yield
+
+
+def test_every_knob_is_covered():
+    assert list(OTHER) == list(config.KNOBS) == list(config.Settings.__dataclass_fields__)
+    assert all(knob.doc for knob in config.KNOBS.values())
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_assignment(name):
+    value = OTHER[name][0]
+    setattr(config, name, value)
+    assert getattr(config, name) == value == getattr(config.current(), name)
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_patch(name):
+    value, before = OTHER[name][0], getattr(config, name)
+    with config.patch(**{name: value}):
+        assert getattr(config.current(), name) == value
+    assert getattr(config, name) == before
+    with pytest.raises(KeyError), config.patch(**{name: value}):
+        raise KeyError
+    assert getattr(config, name) == before
+
+
+def test_a_patch_with_a_mistake_changes_nothing():
+    with pytest.raises(ValueError), config.patch(min_vocab=5, workspace_mb=-1):
+        pass
+    assert config.current() == config.Settings(**config.from_environment(os.environ))
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_options(name):
+    value = OTHER[name][0]
+    options = {name: value, "max_autotune": True}
+    settings, rest = config.split_options(options)
+    assert getattr(settings, name) == value and rest == {"max_autotune": True}
+    assert options == {name: value, "max_autotune": True}, "the caller's dictionary is left alone"
+    assert config.split_options(None) == (config.current(), {})
+
+
+def test_options_win_over_assignment():
+    config.min_vocab = 5
+    settings, _ = config.split_options({"min_vocab": 6})
+    assert settings.min_vocab == 6 and config.min_vocab == 5
+    assert config.split_options({})[0].min_vocab == 5
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_environment(name):
+    value, text, _ = OTHER[name]
+    environ = {f"CCE_INDUCTOR_{name.upper()}": text, "PATH": "x", "CCE_INDUCTOR": "1"}
+    assert config.from_environment(environ) == {name: value}
+
+
+@pytest.mark.parametrize("text,value", [("1", True), ("0", False), ("True", True), ("no", False), (" ON ", True)])
+def test_spellings_of_booleans(text, value):
+    assert config.from_environment({"CCE_INDUCTOR_STRICT": text}) == {"strict": value}
+
+
+def run(code: str, **environ: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": os.pathsep.join(sys.path), **environ},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_environment_of_a_process():
+    code = "from cce_inductor import config; print(config.min_vocab, config.strict, config.dump_dir, config.compiler)"
+    result = run(code, CCE_INDUCTOR_MIN_VOCAB="7", CCE_INDUCTOR_STRICT="yes", CCE_INDUCTOR_DUMP_DIR="")
+    assert result.stdout.split() == ["7", "True", "None", "inductor"], result.stderr
+
+
+def test_a_typo_in_the_environment_is_an_error():
+    result = run("from cce_inductor import config", CCE_INDUCTOR_MINVOCAB="7")
+    assert result.returncode != 0
+    assert "has no option 'minvocab' (environment variable CCE_INDUCTOR_MINVOCAB)" in result.stderr
+
+
+@pytest.mark.parametrize("name,value", [(name, bad) for name in OTHER for bad in OTHER[name][2]])
+def test_unusable_values(name, value):
+    before = getattr(config, name)
+    message = f"cce_inductor option {name}={value!r} \\(.*\\) must be"
+    with pytest.raises(ValueError, match=message):
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=message), config.patch(**{name: value}):
+        pass
+    with pytest.raises(ValueError, match=message):
+        config.split_options({name: value})
+    if isinstance(value, str):
+        with pytest.raises(ValueError, match=message):
+            config.from_environment({f"CCE_INDUCTOR_{name.upper()}": value})
+    assert getattr(config, name) == before
+
+
+def test_unknown_names():
+    everything = "it has compiler, grad_filter, min_vocab"
+    with pytest.raises(ValueError, match=f"no option 'min_vocabulary' .*{everything}"):
+        config.min_vocabulary = 5
+    with pytest.raises(AttributeError, match=f"no knob 'min_vocabulary'; {everything}"):
+        _ = config.min_vocabulary
+    with pytest.raises(ValueError, match=everything), config.patch(min_vocabulary=5):
+        pass
+    # An option that is not ours is Inductor's, which complains about those it does not know.
+    assert config.split_options({"min_vocabulary": 5})[1] == {"min_vocabulary": 5}
+
+
+def test_through_the_package():
+    import cce_inductor
+
+    cce_inductor.config.workspace_mb = 3
+    assert config.current().workspace_mb == 3 and config.current().workspace_bytes == 3 << 20
