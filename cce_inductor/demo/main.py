@@ -32,7 +32,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=Spec.batch, help="rows of text per step [%(default)s]")
     parser.add_argument("--seq", type=int, default=Spec.seq, help="tokens per row [%(default)s]")
     parser.add_argument("--model", metavar="PATH", help="checkpoint directory or GGUF file [SmolLM2-135M]")
-    parser.add_argument("--dtype", choices=list(ITEMSIZE), default=Spec.dtype, help="of the weights [%(default)s]")
+    parser.add_argument(
+        "--dtype",
+        choices=list(ITEMSIZE),
+        default=Spec.dtype,
+        help="of the weights; bf16 is very slow on a CPU without bf16 instructions [%(default)s]",
+    )
     parser.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="[%(default)s]")
     return parser
 

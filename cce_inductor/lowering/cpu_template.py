@@ -1,0 +1,158 @@
+"""C++ templates as Inductor buffers: one kernel with several outputs of any shapes and dtypes."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._inductor import ir
+from torch._inductor.codegen.cpp_template import CppTemplate
+from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
+from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP, cexpr_index
+from torch._inductor.utils import Placeholder, parallel_num_threads
+from torch._inductor.virtualized import V
+
+from .. import version
+
+# The GEMM that the templates use where the CPU has AVX-512. Tests put a plain loop in its place to run that path anywhere.
+BRGEMM = "at::native::cpublas::brgemm"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What one kernel is rendered from.
+
+    template: file name without ".cpp.jinja". element: dtype of the GEMMs' operands. compute: dtype the operands are
+    rounded to. operands: tensors by the name the template knows them by; `absent` names, with dtypes, those it must
+    be able to mention though they were not given. outputs: their layouts by name. constants: further template variables.
+    """
+
+    template: str
+    element: torch.dtype
+    compute: torch.dtype
+    operands: dict[str, Any]
+    absent: dict[str, torch.dtype]
+    outputs: dict[str, ir.Layout]
+    constants: dict[str, Any] = field(default_factory=dict)
+
+
+def number(value: float) -> str:
+    """A float as a C++ literal of type float."""
+    return f"{float(value)!r}f"
+
+
+def emit(spec: Spec, device: torch.device) -> dict[str, ir.TensorBox]:
+    """Adds the kernel to the graph that is being lowered and returns its outputs by name.
+
+    In place of CppTemplate.generate(), which requires all outputs to have one shape and dtype (for autotuning, of which
+    there is none here).
+    """
+    layouts = list(spec.outputs.values())
+    template = _Template(spec, layouts[0])
+
+    def make_kernel_render(node: Any, **kwargs: Any) -> tuple:
+        kernel = CppTemplateKernel(kernel_name=str(Placeholder.KERNEL_NAME), num_threads=template.num_threads)
+        return kernel, functools.partial(kernel.render, template, template_buffer_node=node, **kwargs)
+
+    buffer = ir.CppTemplateBuffer(
+        layout=ir.MultiOutputLayout(device=device),
+        inputs=template.input_nodes,
+        make_kernel_render=make_kernel_render,
+        template=template,
+        choice=None,
+    )
+    buffer.outputs = [ir.MultiOutput(layout, buffer, [(list, i)]) for i, layout in enumerate(layouts)]
+    for output in buffer.outputs:
+        # A pointwise consumer of the only output in use would be fused and arrive in `epilogue_nodes`.
+        V.graph.no_fuse_buffer_names.add(output.get_name())
+    return {name: ir.TensorBox.create(output) for name, output in zip(spec.outputs, buffer.outputs)}
+
+
+class _Template(CppTemplate):
+    def __init__(self, spec: Spec, layout: ir.Layout):
+        super().__init__(spec.template, list(spec.operands.values()), layout, parallel_num_threads())
+        self.spec = spec
+
+    def render(  # type: ignore[override]
+        self,
+        kernel: CppTemplateKernel,
+        template_buffer_node: Any = None,
+        epilogue_nodes: Sequence[Any] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        assert not epilogue_nodes, "outputs are in no_fuse_buffer_names"
+        spec = self.spec
+        # The scheduler drops outputs that nobody reads, and the call of the kernel must not name them.
+        # This runs after it.
+        outputs = {
+            name: node
+            for name, node in zip(spec.outputs, template_buffer_node.outputs)
+            if node.get_name() not in V.graph.removed_buffers
+        }
+        # Two operands may be views of one buffer, which is one argument of the kernel.
+        arguments: dict[str, Any] = {}
+        argument_of: dict[str, str] = {}
+        for name, node in spec.operands.items():
+            argument_of.setdefault(node.get_name(), f"in_{name}")
+            arguments.setdefault(argument_of[node.get_name()], node)
+        signature = kernel.def_kernel(
+            inputs=arguments,
+            outputs={f"out_{name}": node for name, node in outputs.items()},
+            extra_sizevars=self._symbols(),
+        )
+        variables = {
+            "element": DTYPE_TO_CPP[spec.element],
+            "compute": DTYPE_TO_CPP[spec.compute],
+            "namespace": f"{Placeholder.KERNEL_NAME}_tiles",
+            "brgemm": BRGEMM,
+            "number": number,
+            "operands": spec.operands,
+            "has_bias": "bias" in spec.operands,
+            **spec.constants,
+        }
+        return self._render(
+            spec.template,
+            header=self.header().getvalue(),
+            tiles=self._render("tiles", **variables),
+            signature=signature,
+            profile=kernel.maybe_codegen_profile(),
+            declarations=self._declarations(kernel, argument_of, outputs),
+            type=lambda name: DTYPE_TO_CPP[spec.operands[name].get_dtype()],
+            output=lambda name: f"out_{name}" if name in outputs else "nullptr",
+            **variables,
+        )
+
+    def _render(self, template: str, **variables: Any) -> str:
+        path = version.templates_dir() / f"{template}.cpp.jinja"
+        return self._template_from_string(path.read_text()).render(**variables)
+
+    def _symbols(self) -> list[Any]:
+        """Sizes, strides and offsets that the declarations mention: of two views of one buffer, one is no argument."""
+        nodes = self.spec.operands.values()
+        return [e for node in nodes for e in (*node.get_size(), *node.get_stride(), node.get_layout().offset)]
+
+    def _declarations(self, kernel: CppTemplateKernel, argument_of: dict[str, str], outputs: dict[str, Any]) -> str:
+        """C++ that gives operands, their strides and the sizes N, D, V the names the templates use."""
+        spec, lines = self.spec, []
+        weight, rows = spec.operands["weight"], spec.operands["input"]
+        for letter, node, dim in (("N", rows, 0), ("D", rows, 1), ("V", weight, 0)):
+            lines.append(f"const int64_t {letter} = {kernel.size(node, dim)};")
+        for name, node in spec.operands.items():
+            argument = argument_of[node.get_name()]
+            offset = _cexpr(kernel, node.get_layout().offset)
+            ctype = DTYPE_TO_CPP[node.get_dtype()]
+            lines.append(f"const {ctype}* {name} = reinterpret_cast<const {ctype}*>({argument}) + {offset};")
+            dims = len(node.get_size())
+            for dim in range(dims):
+                suffix = f"_{dim}" if dims > 1 else ""
+                lines.append(f"const int64_t {name}_stride{suffix} = {kernel.stride(node, dim)};")
+        for name, dtype in spec.absent.items():
+            if name not in spec.operands:
+                lines.append(f"constexpr {DTYPE_TO_CPP[dtype]}* {name} = nullptr;")
+                lines.append(f"constexpr int64_t {name}_stride = 0;")
+        return "\n  ".join(lines)
+
+
+def _cexpr(kernel: CppTemplateKernel, expr: Any) -> str:
+    return cexpr_index(kernel.rename_indexing(expr))

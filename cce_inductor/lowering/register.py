@@ -1,0 +1,15 @@
+"""Registers the lowerings of the fused operators with Inductor."""
+
+import functools
+
+
+@functools.cache
+def register() -> None:
+    """Makes Inductor compile the fused operators with our templates. May be called any number of times."""
+    from torch._inductor.lowering import register_lowering
+
+    from ..ops.library import BACKWARD, FORWARD
+    from . import cpu
+
+    register_lowering(FORWARD, type_promotion_kind=None)(cpu.forward)
+    register_lowering(BACKWARD, type_promotion_kind=None)(cpu.backward)
