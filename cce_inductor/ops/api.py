@@ -10,16 +10,13 @@ from .losses import CrossEntropy, cross_entropy
 
 
 @torch.compiler.assume_constant_result
-def _attributes(scale: float, softcap: float) -> tuple:
-    """The operators' attributes under the process-wide settings; a constant while torch.compile traces."""
+def _settings() -> tuple:
+    """The operators' attributes that the process-wide settings decide; a constant while torch.compile traces."""
     settings = config.current()
-    return Attributes(
-        scale,
-        softcap,
-        grad_filter=settings.grad_filter,
-        workspace=settings.workspace_bytes,
-        version=version.source_hash(),
-    ).args()
+    attributes = Attributes(
+        grad_filter=settings.grad_filter, workspace=settings.workspace_bytes, version=version.source_hash()
+    )
+    return attributes.args()[2:]
 
 
 def _softcap(softcap: float | None) -> float:
@@ -52,7 +49,7 @@ def _flatten(input: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Ten
         raise ValueError(
             f"target must have one class per row of input, {tuple(input.shape[:-1])}, got {tuple(target.shape)}"
         )
-    return input.reshape(-1, input.shape[-1]), target.reshape(-1)
+    return input.reshape(target.numel(), input.shape[-1]), target.reshape(-1)
 
 
 def linear_cross_entropy(
@@ -102,8 +99,8 @@ def linear_cross_entropy(
         _check_class_weight(class_weight, weight)
         if label_smoothing:
             operands, names = [*operands, class_weight.detach()], names + " column_weight"
-    out = FORWARD(operands, names, active, loss.statistics, False, *_attributes(scale, _softcap(softcap)))
-    stats = dict(zip(loss.statistics.split(), out))
+    out = FORWARD(operands, names, active, loss.statistics, False, float(scale), _softcap(softcap), *_settings())
+    stats = dict(zip(loss.statistics.split(), out, strict=False))
     value = cross_entropy(stats, t, active, class_weight, weight.shape[0], loss)
     return value.reshape(target.shape) if reduction == "none" else value
 
@@ -132,6 +129,6 @@ def linear_logsumexp(
     if bias is not None:
         operands, names = [*operands, bias], names + " bias"
     lse, target_logit = FORWARD(
-        operands, names, None, "lse target_logit", False, *_attributes(scale, _softcap(softcap))
+        operands, names, None, "lse target_logit", False, float(scale), _softcap(softcap), *_settings()
     )
     return lse.reshape(target.shape), target_logit.reshape(target.shape)

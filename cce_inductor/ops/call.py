@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import statistics
+from .statistics import Statistic, parse
 
 OPERANDS = ("input", "weight", "bias", "target", "column_weight")
 DIFFERENTIABLE_OPERANDS = ("input", "weight", "bias")
@@ -58,9 +58,9 @@ class Call:
         return self.operands["weight"]
 
     @property
-    def rows(self) -> list[statistics.Statistic]:
+    def rows(self) -> list[Statistic]:
         """The statistics asked for, as rows of the table."""
-        return statistics.parse(self.statistics)
+        return parse(self.statistics)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -101,14 +101,18 @@ def check(call: Call) -> None:
         if name in ops:
             _check(ops[name].shape == w.shape[:1], f"{name} must be ({w.shape[0]},), got {_shape(ops[name])}")
     if call.attributes.compute_dtype is None:
-        _check(x.dtype == w.dtype, f"input is {x.dtype} but weight is {w.dtype}: cast one of them, or use autocast")
+        for name in ("weight", "bias"):
+            dtype = ops[name].dtype if name in ops else x.dtype
+            _check(x.dtype == dtype, f"input is {x.dtype} but {name} is {dtype}: cast one of them, or use autocast")
     if "target" in ops:
         t = ops["target"]
         _check(t.dtype == torch.int64, f"target must hold class indices of dtype torch.int64, got {t.dtype}")
         _check(t.shape == x.shape[:1], f"target must have one class per row, {_shape(x)[:1]}, got {_shape(t)}")
     if call.active is not None:
         mask = call.active
-        _check(mask.dtype == torch.bool and mask.shape == x.shape[:1], "active must be a bool mask with one entry per row")
+        _check(
+            mask.dtype == torch.bool and mask.shape == x.shape[:1], "active must be a bool mask with one entry per row"
+        )
     for row in call.rows:
         missing = [r for r in row.requires if r not in ops and r not in call.statistics.split()]
         _check(not missing, f"statistic {row.name} needs {', '.join(missing)}")

@@ -16,9 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import reference
 from .call import DIFFERENTIABLE_OPERANDS, Attributes, Call, check
 
-_ATTRIBUTES = (
-    "float scale, float softcap, ScalarType? compute_dtype, str grad_filter, int workspace, str version"
-)
+_ATTRIBUTES = "float scale, float softcap, ScalarType? compute_dtype, str grad_filter, int workspace, str version"
 # `training` asks for what a backward reads besides the statistics; it comes behind them in the result.
 _FORWARD = (
     "linear_statistics(Tensor[] operands, str names, Tensor? active, str statistics, bool training, "
@@ -53,7 +51,7 @@ def _eager_backward(
     return reference.backward(
         call,
         dict(zip(tangent_names.split(), tangents, strict=True)),
-        dict(zip(statistics.split(), saved)),
+        dict(zip(statistics.split(), saved, strict=False)),
         needs.split(),
     )
 
@@ -67,9 +65,7 @@ def _fake_forward(operands, names, active, statistics, training, *attributes) ->
     call = Call.read(operands, names, active, statistics, attributes)
     check(call)
     n = call.input.shape[0]
-    return [
-        call.input.new_empty(n, dtype=torch.int64 if row.integer else call.accumulate_dtype) for row in call.rows
-    ]
+    return [call.input.new_empty(n, dtype=torch.int64 if row.integer else call.accumulate_dtype) for row in call.rows]
 
 
 @torch.library.register_fake("cce_inductor::linear_statistics_backward", lib=library)
@@ -86,26 +82,26 @@ class _LinearStatistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, names: str, active: Tensor | None, statistics: str, attributes: tuple, *operands: Tensor):
         with torch._C._AutoDispatchBelowAutograd():
-            out = FORWARD(list(operands), names, active, statistics, True, *attributes)
+            out = _kept(FORWARD(list(operands), names, active, statistics, True, *attributes))
         call = Call.read(list(operands), names, active, statistics, attributes)
         ctx.names, ctx.statistics, ctx.attributes = names, statistics, attributes
         ctx.operands = len(operands)
         ctx.save_for_backward(*operands, *out, *(() if active is None else (active,)))
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(o for o, row in zip(out, call.rows) if not row.differentiable))
+        ctx.mark_non_differentiable(*(o for o, row in zip(out, call.rows, strict=False) if not row.differentiable))
         return tuple(out)
 
     @staticmethod
     def backward(ctx: Any, *tangents: Tensor | None):
-        operands = list(ctx.saved_tensors[: ctx.operands])
+        tensors = list(ctx.saved_tensors)  # read once: inside an activation checkpoint a second time is an error
+        operands, rest = tensors[: ctx.operands], tensors[ctx.operands :]
         statistics = ctx.statistics.split()
-        rest = list(ctx.saved_tensors[ctx.operands :])
         active = rest.pop() if len(rest) > len(tangents) else None
-        named = {name: t for name, t in zip(statistics, tangents) if t is not None}
+        named = {name: t for name, t in zip(statistics, tangents, strict=False) if t is not None}
         names = ctx.names.split()
         needs = [
             name
-            for name, wanted in zip(names, ctx.needs_input_grad[4:])
+            for name, wanted in zip(names, ctx.needs_input_grad[4:], strict=True)
             if wanted and name in DIFFERENTIABLE_OPERANDS
         ]
         if not named or not needs:
@@ -121,35 +117,34 @@ class _LinearStatistics(torch.autograd.Function):
             " ".join(needs),
             *ctx.attributes,
         )
-        by_name = dict(zip(needs, grads))
+        by_name = dict(zip(needs, grads, strict=True))
         return (None, None, None, None, *(by_name.get(name) for name in names))
 
 
 def _autograd_forward(operands, names, active, statistics, training, *attributes) -> list[Tensor]:
     if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
-        with _SavedOutputs():
-            return list(_LinearStatistics.apply(names, active, statistics, attributes, *operands))
+        return list(_LinearStatistics.apply(names, active, statistics, attributes, *operands))
     with torch._C._AutoDispatchBelowAutograd():
         return FORWARD(operands, names, active, statistics, training, *attributes)
 
 
-class _SavedOutputs:
-    """Marks the nodes that a trace records inside it as "must be saved".
+def _kept(outputs: list[Tensor]) -> list[Tensor]:
+    """While a joint graph is traced: copies of the statistics, marked "must be saved". Otherwise `outputs`.
 
     The statistics are (N,) vectors that cost a full pass over the vocabulary: no activation checkpoint, memory budget
-    or aggressive recomputation should run the forward operator a second time.
+    or aggressive recomputation should run the forward operator a second time. The mark has to stand on a tensor, since
+    torch saves what is marked (torch._functorch.partitioners.choose_saved_values_set) and the operator gives a list.
+    maximum(t, t) is t in every bit, and no pass of Inductor takes it away as it does a clone before it partitions.
     """
-
-    def __enter__(self) -> None:
-        mode = get_proxy_mode()
-        self.graph = None if mode is None else getattr(mode.tracer, "graph", None)
-        self.before = 0 if self.graph is None else len(self.graph.nodes)
-
-    def __exit__(self, *exc: object) -> None:
-        if self.graph is not None:
-            added = len(self.graph.nodes) - self.before
-            for node in itertools.islice(reversed(self.graph.nodes), added):
-                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    mode = get_proxy_mode()
+    graph = None if mode is None else getattr(mode.tracer, "graph", None)
+    if graph is None:
+        return outputs
+    before = len(graph.nodes)
+    outputs = [torch.maximum(t, t) for t in outputs]
+    for node in itertools.islice(reversed(graph.nodes), len(graph.nodes) - before):
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    return outputs
 
 
 def _autograd_backward(tangents, tangent_names, saved, operands, *rest) -> list[Tensor]:
@@ -168,18 +163,26 @@ library.impl("linear_statistics_backward", _autograd_backward, "Autograd")
 
 
 def _register_autocast(device_type: str) -> None:
-    """An unspecified compute dtype becomes the ambient autocast dtype; the operands themselves are never copied."""
+    """An unspecified compute dtype becomes the ambient autocast dtype; the operands themselves are never copied.
+
+    Both operators run with autocast off: it would round the tiles of the eager implementation.
+    """
     key = f"Autocast{device_type.upper()}"
     exclude = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def kernel(operands, names, active, statistics, training, *attributes) -> list[Tensor]:
+    def forward(operands, names, active, statistics, training, *attributes) -> list[Tensor]:
         attrs = Attributes(*attributes)
-        if attrs.compute_dtype is None and operands[0].dtype != torch.float64:
+        if attrs.compute_dtype is None and all(t.dtype != torch.float64 for t in operands[:2]):
             attributes = (*attributes[:2], torch.get_autocast_dtype(device_type), *attributes[3:])
         with torch._C._ExcludeDispatchKeyGuard(exclude):
             return FORWARD(operands, names, active, statistics, training, *attributes)
 
-    library.impl("linear_statistics", kernel, key)
+    def backward(*args) -> list[Tensor]:
+        with torch._C._ExcludeDispatchKeyGuard(exclude):
+            return BACKWARD(*args)
+
+    library.impl("linear_statistics", forward, key)
+    library.impl("linear_statistics_backward", backward, key)
 
 
 for _device_type in ("cpu", "cuda", "xpu"):
@@ -189,14 +192,14 @@ for _device_type in ("cpu", "cuda", "xpu"):
 @register_flop_formula(torch.ops.cce_inductor.linear_statistics)
 def _forward_flops(operands, names, *args, out_val=None, **kwargs) -> int:
     """2 N V D: one GEMM over the logits. `operands` are shapes."""
-    shapes = dict(zip(names.split(), operands))
+    shapes = dict(zip(names.split(), operands, strict=True))
     return _gemm_flops(shapes)
 
 
 @register_flop_formula(torch.ops.cce_inductor.linear_statistics_backward)
 def _backward_flops(tangents, tangent_names, saved, operands, names, active, statistics, needs, *args, **kwargs) -> int:
     """2 N V D for recomputing the logits and as much again for each of dx and dW that is wanted."""
-    shapes = dict(zip(names.split(), operands))
+    shapes = dict(zip(names.split(), operands, strict=True))
     return _gemm_flops(shapes) * (1 + sum(name in ("input", "weight") for name in needs.split()))
 
 

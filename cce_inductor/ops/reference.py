@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .call import Call
-from .statistics import Statistic, Tile
+from .statistics import TABLE, Statistic, Tile
 
-BLOCK_ROWS = 1024  # rows of a tile at most: enough for a GEMM to run at its rate
+# A tile at most: enough for a GEMM to run at its rate, and small enough for the passes over it to run in cache.
+BLOCK_ROWS, SLAB_COLUMNS = 1024, 2048
 
 
 def tile_shape(call: Call, temporaries: int, slab_accumulator: bool) -> tuple[int, int]:
@@ -26,12 +28,11 @@ def tile_shape(call: Call, temporaries: int, slab_accumulator: bool) -> tuple[in
     needed besides the casts of the operands.
     """
     (n, d), v = call.input.shape, call.weight.shape[0]
-    size = call.accumulate_dtype.itemsize
-    budget = call.attributes.workspace // size
-    per_column = d * ((call.weight.dtype != call.accumulate_dtype) + slab_accumulator)
-    rows = max(1, min(n, BLOCK_ROWS, budget // (4 * d) or 1))
-    columns = (budget - 2 * rows * d) // (rows * temporaries + per_column)
-    return rows, max(1, min(v, columns))
+    budget = call.attributes.workspace // call.accumulate_dtype.itemsize
+    copies = (call.weight.dtype != call.compute_dtype) + (call.compute_dtype != call.accumulate_dtype)
+    rows = max(1, min(n, BLOCK_ROWS, budget // (4 * d + 1)))
+    columns = (budget - 2 * rows * d) // (rows * temporaries + d * (copies + slab_accumulator))
+    return rows, max(1, min(v, SLAB_COLUMNS, columns))
 
 
 class Operands:
@@ -39,14 +40,14 @@ class Operands:
 
     def __init__(self, call: Call):
         self.call = call
-        self.index = None if call.active is None else call.active.nonzero()[:, 0]
+        # The positions of the active rows, None where that is all of them.
+        self.index = None if call.active is None or call.active.all() else call.active.nonzero()[:, 0]
         self.n = call.input.shape[0] if self.index is None else self.index.shape[0]
-        self.target = self.rows(call.operands.get("target"), slice(0, self.n))
+        target = call.operands.get("target")
+        self.target = None if target is None else self.rows(target, slice(0, self.n))
 
-    def rows(self, tensor: Tensor | None, block: slice) -> Tensor | None:
+    def rows(self, tensor: Tensor, block: slice) -> Tensor:
         """Rows `block` (counted among the active ones) of a tensor whose first dimension is N."""
-        if tensor is None:
-            return None
         return tensor[block] if self.index is None else tensor[self.index[block]]
 
     def cast(self, tensor: Tensor) -> Tensor:
@@ -54,9 +55,7 @@ class Operands:
         return tensor.to(self.call.compute_dtype).to(self.call.accumulate_dtype)
 
     def input(self, block: slice) -> Tensor:
-        x = self.rows(self.call.input, block)
-        assert x is not None
-        return self.cast(x)
+        return self.cast(self.rows(self.call.input, block))
 
     def weight(self, slab: slice) -> Tensor:
         return self.cast(self.call.weight[slab])
@@ -66,21 +65,13 @@ class Operands:
         tensor = self.call.operands.get(name)
         return None if tensor is None else tensor[slab].to(self.call.accumulate_dtype)
 
-    def tile(self, x: Tensor, w: Tensor, block: slice, slab: slice) -> tuple[Tile, Tensor | None]:
-        """The logits of one tile, and tanh(u / cap) where there is a softcap."""
-        scale, cap = self.call.attributes.scale, self.call.attributes.softcap
-        z = x @ w.t()
-        bias = self.column("bias", slab)
-        if bias is not None:
-            z += bias
-        tanh = None
-        if cap:
-            tanh = z.mul_(scale / cap).tanh_()
-            z = tanh * cap
-        elif scale != 1.0:
-            z *= scale
+    def tile(self, x: Tensor, w: Tensor, block: slice, slab: slice) -> Tile:
+        """The logits of one tile before the softcap."""
+        z = F.linear(x, w, self.column("bias", slab))
+        if self.call.attributes.scale != 1.0:
+            z *= self.call.attributes.scale
         target = None if self.target is None else self.target[block]
-        return Tile(z, slab.start, target, self.column("column_weight", slab)), tanh
+        return Tile(z, slab.start, target, self.column("column_weight", slab))
 
 
 def _blocks(length: int, step: int) -> Iterator[slice]:
@@ -110,20 +101,28 @@ def forward(call: Call) -> list[Tensor]:
     operands = Operands(call)
     check_targets(operands)
     n = call.input.shape[0]
-    out = [
-        call.input.new_zeros(n, dtype=torch.int64 if row.integer else call.accumulate_dtype) for row in rows
-    ]
+    out = [call.input.new_zeros(n, dtype=torch.int64 if row.integer else call.accumulate_dtype) for row in rows]
     block_rows, columns = tile_shape(call, temporaries=3, slab_accumulator=False)
     for block in _blocks(operands.n, block_rows):
         states: list = [None] * len(rows)
         x = operands.input(block)
         for slab in _blocks(call.weight.shape[0], columns):
-            tile, _ = operands.tile(x, operands.weight(slab), block, slab)
-            states = [row.update(state, tile) for row, state in zip(rows, states)]
+            states = _forward_tile(operands, x, rows, states, block, slab)
         where = block if operands.index is None else operands.index[block]
-        for result, row, state in zip(out, rows, states):
+        for result, row, state in zip(out, rows, states, strict=True):
             result[where] = row.finish(state)
     return out
+
+
+def _forward_tile(
+    operands: Operands, x: Tensor, rows: list[Statistic], states: list, block: slice, slab: slice
+) -> list:
+    """`states` with one tile of logits folded in."""
+    tile = operands.tile(x, operands.weight(slab), block, slab)
+    cap = operands.call.attributes.softcap
+    if cap:
+        tile.z.div_(cap).tanh_().mul_(cap)
+    return [row.update(state, tile) for row, state in zip(rows, states, strict=True)]
 
 
 @dataclass
@@ -146,18 +145,19 @@ class Gradients:
         return tensor.to(self.call.operands[name].dtype)
 
 
-def backward(
-    call: Call, tangents: dict[str, Tensor], saved: dict[str, Tensor], needs: list[str]
-) -> list[Tensor]:
+def backward(call: Call, tangents: dict[str, Tensor], saved: dict[str, Tensor], needs: list[str]) -> list[Tensor]:
     """The gradients of the operands named in `needs`, in their own dtypes.
 
     tangents: (N,) for each statistic that has one. saved: the forward's results by name.
     """
     operands = Operands(call)
+    rows = [row for row in TABLE.values() if row.differentiable and row.name in tangents]
+    if operands.n == 0 or not rows:
+        return [call.operands[name].new_zeros(call.operands[name].shape) for name in needs]
     grads = Gradients(call, frozenset(needs))
-    rows = [row for row in call.rows if row.name in tangents and row.differentiable]
+    temporaries = 5 if any(row.kind == "signed" for row in rows) else 3
     slab_accumulator = "weight" in needs and call.weight.dtype != call.accumulate_dtype
-    block_rows, columns = tile_shape(call, temporaries=4, slab_accumulator=slab_accumulator)
+    block_rows, columns = tile_shape(call, temporaries, slab_accumulator)
     for slab in _blocks(call.weight.shape[0], columns):
         _backward_slab(operands, grads, rows, tangents, saved, slab, block_rows)
     return [grads.result(name) for name in needs]
@@ -173,16 +173,16 @@ def _backward_slab(
     block_rows: int,
 ) -> None:
     """Finishes dW and db of one slab of columns and adds the slab's share to dx."""
-    call, acc = operands.call, operands.call.accumulate_dtype
+    acc = operands.call.accumulate_dtype
     w = operands.weight(slab)
     in_place = grads.dw is not None and grads.dw.dtype == acc
-    dw = None if grads.dw is None else grads.dw[slab].zero_() if in_place else torch.zeros_like(w, dtype=acc)
+    dw = None if grads.dw is None else grads.dw[slab] if in_place else torch.empty_like(w)
     db = None if grads.db is None else w.new_zeros(w.shape[0])
     for block in _blocks(operands.n, block_rows):
         x = operands.input(block)
         dacc = _dacc(operands, x, w, rows, tangents, saved, block, slab)
         if dw is not None:
-            dw.addmm_(dacc.t(), x)
+            dw.addmm_(dacc.t(), x, beta=0 if block.start == 0 else 1)
         if db is not None:
             db += dacc.sum(0)
         if grads.dx is not None:
@@ -190,6 +190,7 @@ def _backward_slab(
                 grads.dx[block].addmm_(dacc, w)
             else:
                 grads.dx.index_add_(0, operands.index[block], dacc @ w)
+        del dacc  # before the next tile is allocated
     if grads.dw is not None and dw is not None and not in_place:
         grads.dw[slab] = dw
     if grads.db is not None and db is not None:
@@ -207,16 +208,21 @@ def _dacc(
     slab: slice,
 ) -> Tensor:
     """d loss / d (x Wᵀ + b) of one tile, in accumulation dtype."""
-    call = operands.call
-    tile, tanh = operands.tile(x, w, block, slab)
+    scale, cap = operands.call.attributes.scale, operands.call.attributes.softcap
+    tile = operands.tile(x, w, block, slab)
+    tanh = None
+    if cap:
+        tanh = tile.z.div_(cap).tanh_()
+        tile.z = tanh * cap
     known = {name: operands.rows(value, block) for name, value in saved.items()}
     if any(row.uses_softmax for row in rows):
-        known["p"] = torch.exp(tile.z - known["lse"][:, None])
-    dz = torch.zeros_like(tile.z)
+        log_p = known["log_p"] = tile.z.sub_(known["lse"][:, None])
+        keep = any(row.kind == "signed" for row in rows)
+        known["p"] = log_p.exp() if keep else log_p.exp_()
+    dz: Tensor | None = None
     for row in rows:
         assert row.add_gradient is not None
-        row.add_gradient(dz, tile, operands.rows(tangents[row.name], block), known)
-    if tanh is not None:
-        # d z / d acc = scale * (1 - tanh(u / cap)²)
-        dz.mul_(tanh.square_().neg_().add_(1))
-    return dz.mul_(call.attributes.scale) if call.attributes.scale != 1.0 else dz
+        dz = row.add_gradient(dz, tile, operands.rows(tangents[row.name], block) * scale, known)
+    assert dz is not None
+    # d z / d acc = scale * (1 - tanh(u / cap)²); the scale is in the tangents already.
+    return dz if tanh is None else torch.ops.aten.tanh_backward.grad_input(dz, tanh, grad_input=dz)

@@ -2,7 +2,8 @@
 
 Notation, here and in every kernel: `z` are the logits of one row, `p = exp(z - lse)` its softmax, `t` its target
 class, `c` a weight per column. Each statistic is a function of one row of `z`, so a matrix of logits is reduced to
-vectors of length N, and the gradient of any loss over them is `dz_j = sum over statistics of tangent * d statistic / d z_j`.
+vectors of length N, and the gradient of any loss over them is
+`dz_j = sum over statistics of tangent * d statistic / d z_j`.
 
 | statistic    | value             | d / d z_j                      | kind    | budget |
 |--------------|-------------------|--------------------------------|---------|--------|
@@ -16,8 +17,9 @@ vectors of length N, and the gradient of any loss over them is `dz_j = sum over 
 probability mass stays within its bound (docs/design.md); the sparse part is never dropped.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -56,8 +58,9 @@ class Statistic:
     """One row of the table. The three functions define it for the eager reference.
 
     `update(state, tile)` folds one tile into the state (None at first), `finish(state)` gives the (rows,) result, and
-    `add_gradient(dz, tile, tangent, saved)` adds tangent * d statistic / d z of one tile to `dz`; `saved` holds the
-    finished statistics of the rows and, under "p", the tile's softmax where a dense statistic needs it.
+    `add_gradient(dz, tile, tangent, saved)` gives `dz` plus tangent * d statistic / d z of one tile, in place; `dz` is
+    None at first. `saved` holds the finished statistics of the rows and, where a dense statistic needs them, the
+    tile's "log_p" and its softmax "p". Gradients are added in the order of the table.
     """
 
     name: str
@@ -65,7 +68,7 @@ class Statistic:
     budget: bool
     update: Callable[[Any, Tile], Any]
     finish: Callable[[Any], Tensor]
-    add_gradient: Callable[[Tensor, Tile, Tensor, dict[str, Tensor]], None] | None
+    add_gradient: Callable[[Tensor | None, Tile, Tensor, dict[str, Tensor]], Tensor] | None
     requires: tuple[str, ...] = ()  # operands and statistics that must be there as well
     integer: bool = False
 
@@ -79,7 +82,7 @@ class Statistic:
 
 
 def _shift(maximum: Tensor) -> Tensor:
-    """The maximum as a shift for exp: 0 where it is infinite, as torch.logsumexp does, so that inf - inf never occurs."""
+    """The maximum as a shift for exp: 0 where it is infinite, as in torch.logsumexp, so that inf - inf never occurs."""
     return torch.where(maximum.isinf(), 0, maximum)
 
 
@@ -87,10 +90,10 @@ def _update_exp(state: RunningExp | None, tile: Tile, weighted: bool) -> Running
     z = tile.z
     maximum = z.amax(1) if state is None else torch.maximum(state.maximum, z.amax(1))
     shift = _shift(maximum)
-    exp = torch.exp(z - shift[:, None])
+    exp = (z - shift[:, None]).exp_()
     total = exp.sum(1)
     # z exp z tends to 0 where z is -inf; 0 * -inf would be NaN.
-    product = torch.where(z == -torch.inf, 0, exp.mul_(z)).sum(1) if weighted else None
+    product = exp.mul_(z).masked_fill_(z == -torch.inf, 0).sum(1) if weighted else None
     if state is not None:
         rescale = torch.exp(torch.where(state.maximum == -torch.inf, -torch.inf, _shift(state.maximum) - shift))
         total += state.total * rescale
@@ -129,26 +132,33 @@ def _update_argmax(state: tuple[Tensor, Tensor] | None, tile: Tile) -> tuple[Ten
     return torch.where(better, value, state[0]), torch.where(better, column, state[1])
 
 
-def _grad_lse(dz: Tensor, tile: Tile, tangent: Tensor, saved: dict[str, Tensor]) -> None:
-    dz.addcmul_(saved["p"], tangent[:, None])
+def _add(dz: Tensor | None, term: Tensor, tangent: Tensor) -> Tensor:
+    """dz + tangent * term, in place of `dz`, or of `term` where there is no `dz` yet."""
+    return term.mul_(tangent[:, None]) if dz is None else dz.addcmul_(term, tangent[:, None])
 
 
-def _grad_target(dz: Tensor, tile: Tile, tangent: Tensor, saved: dict[str, Tensor]) -> None:
-    inside, column = tile.target_position()
-    dz.scatter_add_(1, column[:, None], torch.where(inside, tangent, 0)[:, None])
+def _grad_entropy(dz: Tensor | None, tile: Tile, tangent: Tensor, saved: dict[str, Tensor]) -> Tensor:
+    p, log_p = saved["p"], saved["log_p"]
+    # p log p tends to 0 where log p is -inf; 0 * -inf would be NaN.
+    term = torch.add(log_p, saved["entropy"][:, None]).mul_(p).masked_fill_(p == 0, 0)
+    return _add(dz, term, -tangent)
 
 
-def _grad_sum(dz: Tensor, tile: Tile, tangent: Tensor, saved: dict[str, Tensor]) -> None:
+def _grad_lse(dz: Tensor | None, tile: Tile, tangent: Tensor, saved: dict[str, Tensor]) -> Tensor:
+    return _add(dz, saved["p"], tangent)
+
+
+def _grad_sum(dz: Tensor | None, tile: Tile, tangent: Tensor, saved: dict[str, Tensor]) -> Tensor:
+    dz = torch.zeros_like(tile.z) if dz is None else dz
     if tile.column_weight is None:
-        dz += tangent[:, None]
-    else:
-        dz.addcmul_(tangent[:, None], tile.column_weight)
+        return dz.add_(tangent[:, None])
+    return dz.addcmul_(tangent[:, None], tile.column_weight)
 
 
-def _grad_entropy(dz: Tensor, tile: Tile, tangent: Tensor, saved: dict[str, Tensor]) -> None:
-    log_p = tile.z - saved["lse"][:, None]
-    p_log_p = torch.where(saved["p"] == 0, 0, saved["p"] * (log_p + saved["entropy"][:, None]))
-    dz.addcmul_(p_log_p, tangent[:, None], value=-1)
+def _grad_target(dz: Tensor | None, tile: Tile, tangent: Tensor, saved: dict[str, Tensor]) -> Tensor:
+    dz = torch.zeros_like(tile.z) if dz is None else dz
+    inside, column = tile.target_position()
+    return dz.scatter_add_(1, column[:, None], torch.where(inside, tangent, 0)[:, None])
 
 
 def _identity(state: Tensor) -> Tensor:
@@ -158,10 +168,13 @@ def _identity(state: Tensor) -> Tensor:
 TABLE: dict[str, Statistic] = {
     s.name: s
     for s in (
+        # entropy stands before lse: the gradient of lse may be written over p.
+        Statistic(
+            "entropy", "signed", False, lambda s, t: _update_exp(s, t, True), _finish_entropy, _grad_entropy, ("lse",)
+        ),
         Statistic("lse", "dense", True, lambda s, t: _update_exp(s, t, False), _finish_lse, _grad_lse),
-        Statistic("target_logit", "sparse", True, _update_target, _identity, _grad_target, ("target",)),
         Statistic("logit_sum", "linear", False, _update_sum, _identity, _grad_sum),
-        Statistic("entropy", "signed", False, lambda s, t: _update_exp(s, t, True), _finish_entropy, _grad_entropy, ("lse",)),
+        Statistic("target_logit", "sparse", True, _update_target, _identity, _grad_target, ("target",)),
         Statistic("argmax", "none", True, _update_argmax, lambda s: s[1], None, integer=True),
     )
 }

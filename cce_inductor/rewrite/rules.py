@@ -29,7 +29,7 @@ def _number(x: Any) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
-# ---------------------------------------------------------------------------------------------------------- heads
+# ---- heads
 
 
 def _head(node: Node, x: Any, w: Any, bias: Any, transposed: bool) -> Head:
@@ -73,7 +73,7 @@ def is_vocabulary_vector(other: Tensor, z: Tensor, class_dim: int) -> bool:
     )
 
 
-# --------------------------------------------------------------------------------------------------------- values
+# ---- values
 
 
 def _cast(value: Value, node: Node, args: dict[str, Any]) -> Value:
@@ -178,7 +178,7 @@ def _log_softmax(value: Value, node: Node, args: dict[str, Any]) -> Value:
     return value.then(node, lambda z, _: F.log_softmax(z, -1, dtype=dtype), kind="log_softmax")
 
 
-# ----------------------------------------------------------------------------------------------------------- rows
+# ---- rows
 
 
 def _output_class_dim(value: Value, node: Node) -> int:
@@ -325,7 +325,7 @@ VALUES: dict[str, Callable[[Value, Node, dict[str, Any]], Value]] = {
 }
 
 
-# --------------------------------------------------------------------------------------------------------- losses
+# ---- losses
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def labels(ignored=-100):
     return t
 
 
-# ------------------------------------------------------------ spellings of a head
+# ---- spellings of a head
 
 LINEAR = nn.Linear(D, V)
 EMBEDDING = nn.Embedding(V, D)
@@ -80,7 +80,7 @@ def test_modules_and_tied_weights():
     assert_same_as_eager(tied, (labels(),), fused=1)
 
 
-# --------------------------------------------------------------------------------------- between the head and the loss
+# ---- between the head and the loss
 
 BETWEEN = {
     "float": lambda z: z.float(),
@@ -145,7 +145,7 @@ def test_shifted_logits_and_shifted_labels():
         assert_same_as_eager(fn, (hidden(), rand(V, D), labels()), fused=1)
 
 
-# ------------------------------------------------------------ losses
+# ---- losses
 
 WEIGHT = torch.rand(V)
 
@@ -240,7 +240,7 @@ def test_several_heads_and_an_auxiliary_loss():
     assert_same_as_eager(fn, (hidden(), rand(V, D), rand(V, D), labels()), fused=2)
 
 
-# ------------------------------------------------------------ dtypes and autocast
+# ---- dtypes and autocast
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -351,7 +351,7 @@ def test_dynamic_batch_compiles_once():
     assert torch._dynamo.utils.counters["cce_inductor"]["fused"] == 1
 
 
-# ------------------------------------------------------------ logits returned
+# ---- logits returned
 
 RETURNED = {
     "raw": (lambda z: z, lambda z: z),

@@ -1,0 +1,122 @@
+"""What the fused operators must agree with: plain PyTorch on all logits, and the rule that says how closely."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cce_inductor.ops.call import Attributes
+from cce_inductor.ops.library import FORWARD
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def logits(
+    x: Tensor, w: Tensor, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None
+) -> Tensor:
+    z = F.linear(x, w, bias) * scale
+    return z if softcap is None else torch.tanh(z / softcap) * softcap
+
+
+def cross_entropy(
+    x, w, target, *, bias=None, class_weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0, scale=1.0,
+    softcap=None, z_loss=0.0,
+) -> Tensor:  # fmt: skip
+    """`linear_cross_entropy` as one writes it with all logits at hand."""
+    z = logits(x, w, bias, scale, softcap)
+    class_weight = None if class_weight is None else class_weight.to(z.dtype)
+    loss = F.cross_entropy(z, target, class_weight, None, ignore_index, None, reduction, label_smoothing)
+    if not z_loss:
+        return loss
+    counted = target != ignore_index
+    squared = torch.where(counted, z_loss * z.logsumexp(1) ** 2, 0)
+    if reduction == "mean":
+        return loss + squared.sum() / counted.sum()
+    return loss + (squared if reduction == "none" else squared.sum())
+
+
+def statistics(
+    names: str, z: Tensor, target: Tensor | None = None, column_weight: Tensor | None = None
+) -> list[Tensor]:
+    """The statistics named, from all logits."""
+    log_p = z.log_softmax(1)
+    every: dict[str, Callable[[], Tensor]] = {
+        "lse": lambda: z.logsumexp(1),
+        "target_logit": lambda: z.gather(1, target[:, None])[:, 0],
+        "logit_sum": lambda: z.sum(1) if column_weight is None else z @ column_weight.to(z.dtype),
+        "entropy": lambda: -(log_p.exp() * log_p).sum(1),
+        "argmax": lambda: z.argmax(1),
+    }
+    return [every[name]() for name in names.split()]
+
+
+@dataclass
+class Head:
+    """A small head with data: N rows, D width, V vocabulary, values as a trained model has them."""
+
+    x: Tensor
+    w: Tensor
+    target: Tensor
+    bias: Tensor | None = None
+    extra: dict = field(default_factory=dict)
+
+    @staticmethod
+    def make(n=37, d=16, v=131, dtype=torch.float32, bias=False, seed=0) -> "Head":
+        g = torch.Generator().manual_seed(seed)
+        return Head(
+            torch.randn(n, d, generator=g).to(dtype),
+            (torch.randn(v, d, generator=g) * 0.5).to(dtype),
+            torch.randint(v, (n,), generator=g),
+            torch.randn(v, generator=g).to(dtype) if bias else None,
+        )
+
+    def to(self, dtype: torch.dtype) -> "Head":
+        return replace(
+            self, x=self.x.to(dtype), w=self.w.to(dtype), bias=None if self.bias is None else self.bias.to(dtype)
+        )
+
+    def gradients(self, loss: Callable[..., Tensor], tangent: Tensor | None = None, **kwargs) -> dict[str, Tensor]:
+        """The loss and the gradients of x, w and bias, by name. `tangent` weighs a loss per row."""
+        leaves = {"dx": self.x, "dw": self.w} | ({} if self.bias is None else {"db": self.bias})
+        leaves = {name: t.detach().clone().requires_grad_() for name, t in leaves.items()}
+        bias = leaves.get("db")
+        value = loss(leaves["dx"], leaves["dw"], self.target, **({} if bias is None else {"bias": bias}), **kwargs)
+        scalar = value if tangent is None else (value * tangent.to(value.dtype)).sum()
+        grads = torch.autograd.grad(scalar, list(leaves.values()))
+        return {"loss": value.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def some_rows(n: int) -> Tensor:
+    """A mask of two rows out of three."""
+    return torch.arange(n) % 3 != 1
+
+
+def error(result: Tensor, exact: Tensor) -> float:
+    """Relative Frobenius error; NaN and infinities must stand in the same places."""
+    result, exact = result.double(), exact.double()
+    finite = exact.isfinite()
+    torch.testing.assert_close(result.masked_fill(finite, 0), exact.masked_fill(finite, 0), equal_nan=True)
+    difference = (result - exact).masked_fill(~finite, 0).norm().item()
+    norm = exact.masked_fill(~finite, 0).norm().item()
+    return difference / norm if norm else difference
+
+
+def check_error_rule(case: str, result: dict, eager: dict, exact: dict, dtype: torch.dtype) -> None:
+    """At most 1.25 times eager's error in the same dtype, plus two units in the last place.
+
+    In float64 eager is its own yardstick and its error 0; the sums run in another order here.
+    """
+    for name in exact:
+        ours, theirs = error(result[name], exact[name]), error(eager[name], exact[name])
+        bound = 1.25 * theirs + (64 if dtype == torch.float64 else 2) * torch.finfo(dtype).eps
+        assert ours <= bound, f"{case}: {name} is off by {ours:.2e}, allowed {bound:.2e} (eager: {theirs:.2e})"
+
+
+def call_forward(head: Head, names: str, *, bias=None, column_weight=None, active=None, training=False, **attributes):
+    """The forward operator on a head; `attributes` are those of `cce_inductor.ops.call.Attributes`."""
+    operands = {"input": head.x, "weight": head.w, "target": head.target, "bias": bias, "column_weight": column_weight}
+    operands = {name: t for name, t in operands.items() if t is not None}
+    arguments = Attributes(**attributes).args()
+    return FORWARD(list(operands.values()), " ".join(operands), active, names, training, *arguments)
