@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from . import compat, config, record, version
 from .config import Settings
 from .deferred import defer
+from .lowering import register as lowering
 from .ops import library as library  # registers the operators
 from .rewrite.rewrite import Rewritten, rewrite
 
@@ -50,6 +51,8 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], settings: Sett
     """Rewrites `gm` and compiles the result with ``compiler(gm, example_inputs)``."""
     if gm.meta.get(_MARK):
         return compiler(gm, example_inputs)
+    if settings.compiler == "inductor":
+        lowering.register()
     result = rewrite(gm, settings, version.source_hash())
     _count(result)
     record.record(gm, result, settings)
@@ -95,7 +98,7 @@ def _with_deferred(compiled: Callable, result: Rewritten) -> Callable:
     return run
 
 
-# ------------------------------------------------------------------------------------- plain torch.compile
+# ---- plain torch.compile
 
 _original_compile_fx: Callable | None = None
 

@@ -31,7 +31,7 @@ def forward(operands, names, active, statistics, training, *attributes) -> Seque
     """Lowering of ``cce_inductor::linear_statistics``."""
     call = operands, names, active, statistics, training, *attributes
     try:
-        return _forward(dict(zip(names.split(), operands)), active, statistics.split(), Attributes(*attributes))
+        return _forward(_named(names, operands), active, statistics.split(), Attributes(*attributes))
     except Unsupported as reason:
         log.info("linear_statistics runs its eager implementation: %s", reason)
         return fallback_handler(FORWARD, add_to_fallback_set=False)(*call)
@@ -42,9 +42,9 @@ def backward(tangents, tangent_names, saved, operands, names, active, statistics
     call = tangents, tangent_names, saved, operands, names, active, statistics, needs, *attributes
     try:
         return _backward(
-            dict(zip(tangent_names.split(), tangents)),
-            dict(zip(statistics.split(), saved)),
-            dict(zip(names.split(), operands)),
+            _named(tangent_names, tangents),
+            _named(statistics, saved),
+            _named(names, operands),
             active,
             needs.split(),
             Attributes(*attributes),
@@ -88,12 +88,12 @@ def _backward(
         if tangent.get_dtype() != torch.float32:
             raise Unsupported(f"the tangent of {name} is {tangent.get_dtype()}")
     device = operands["input"].get_device()
-    given = {
-        **operands,
-        **({} if active is None else {"active": active}),
-        **{name: saved[name] for name in ("lse", "entropy") if name in saved and {"lse", "entropy"} & set(tangents)},
-        **{f"g_{name}": tangent for name, tangent in tangents.items()},
-    }
+    given = dict(operands)
+    if active is not None:
+        given["active"] = active
+    if "lse" in tangents or "entropy" in tangents:
+        given |= {name: saved[name] for name in ("lse", "entropy") if name in saved}
+    given |= {f"g_{name}": tangent for name, tangent in tangents.items()}
     layouts = {name: _contiguous(device, operands[name].get_dtype(), operands[name].get_size()) for name in needs}
     constants = {
         "tangents": list(tangents),
@@ -113,6 +113,10 @@ _ABSENT = {
     "column_weight": torch.float32,
     "active": torch.bool,
 }
+
+
+def _named(names: str, values: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip(names.split(), values, strict=True))
 
 
 def _dtypes(operands: dict[str, Any], attributes: Attributes) -> tuple[torch.dtype, torch.dtype]:

@@ -15,7 +15,7 @@ from torch._inductor.virtualized import V
 
 from .. import version
 
-# The GEMM that the templates use where the CPU has AVX-512. Tests put a plain loop in its place to run that path anywhere.
+# The GEMM of the templates where the CPU has AVX-512. Tests put a plain loop in its place to run that path anywhere.
 BRGEMM = "at::native::cpublas::brgemm"
 
 
@@ -25,7 +25,7 @@ class Spec:
 
     template: file name without ".cpp.jinja". element: dtype of the GEMMs' operands. compute: dtype the operands are
     rounded to. operands: tensors by the name the template knows them by; `absent` names, with dtypes, those it must
-    be able to mention though they were not given. outputs: their layouts by name. constants: further template variables.
+    be able to mention though they were not given. outputs: their layouts by name. constants: more template variables.
     """
 
     template: str
@@ -66,7 +66,7 @@ def emit(spec: Spec, device: torch.device) -> dict[str, ir.TensorBox]:
     for output in buffer.outputs:
         # A pointwise consumer of the only output in use would be fused and arrive in `epilogue_nodes`.
         V.graph.no_fuse_buffer_names.add(output.get_name())
-    return {name: ir.TensorBox.create(output) for name, output in zip(spec.outputs, buffer.outputs)}
+    return {name: ir.TensorBox.create(output) for name, output in zip(spec.outputs, buffer.outputs, strict=True)}
 
 
 class _Template(CppTemplate):
@@ -87,7 +87,7 @@ class _Template(CppTemplate):
         # This runs after it.
         outputs = {
             name: node
-            for name, node in zip(spec.outputs, template_buffer_node.outputs)
+            for name, node in zip(spec.outputs, template_buffer_node.outputs, strict=True)
             if node.get_name() not in V.graph.removed_buffers
         }
         # Two operands may be views of one buffer, which is one argument of the kernel.

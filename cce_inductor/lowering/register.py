@@ -9,7 +9,7 @@ def register() -> None:
     from torch._inductor.lowering import register_lowering
 
     from ..ops.library import BACKWARD, FORWARD
-    from . import cpu
+    from .cpu import backward, forward
 
-    register_lowering(FORWARD, type_promotion_kind=None)(cpu.forward)
-    register_lowering(BACKWARD, type_promotion_kind=None)(cpu.backward)
+    register_lowering(FORWARD, type_promotion_kind=None)(forward)
+    register_lowering(BACKWARD, type_promotion_kind=None)(backward)

@@ -1,0 +1,337 @@
+"""The CPU kernels, compiled by Inductor, against float64 and the eager reference.
+
+A kernel takes some ten seconds to compile, so each configuration here covers several options at once.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from head_oracle import Head, check_error_rule, error, logits, some_rows, statistics
+from test_memory import Allocations
+from torch._dynamo.utils import counters
+
+import cce_inductor
+from cce_inductor.lowering.register import register
+from cce_inductor.ops.call import Attributes
+from cce_inductor.ops.library import FORWARD
+from cce_inductor.version import templates_dir
+
+EVERY = "lse target_logit logit_sum entropy argmax"
+LOSS = "lse target_logit"
+
+
+@pytest.fixture(autouse=True)
+def lowerings():
+    register()
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def operator(names: str, **attributes) -> Callable:
+    """The forward operator as a function of tensors only, to be compiled."""
+    arguments = Attributes(**attributes).args()
+
+    def call(x, w, target, bias=None, column_weight=None, active=None):
+        operands = {"input": x, "weight": w, "target": target, "bias": bias, "column_weight": column_weight}
+        given = {name: t for name, t in operands.items() if t is not None}
+        return FORWARD(list(given.values()), " ".join(given), active, names, True, *arguments)
+
+    return call
+
+
+def from_logits(names: str, scale: float = 1.0, softcap: float = 0.0, compute_dtype=None, **_) -> Callable:
+    """The same statistics from all logits."""
+
+    def call(x, w, target, bias=None, column_weight=None, active=None):
+        if compute_dtype is not None and x.dtype != torch.float64:
+            x, w = x.to(compute_dtype), w.to(compute_dtype)
+            bias = None if bias is None else bias.to(compute_dtype)
+        out = statistics(names, logits(x, w, bias, scale, softcap or None), target, column_weight)
+        return out if active is None else [torch.where(active, t, 0) for t in out]
+
+    return call
+
+
+def run(fn: Callable, head: Head, names: str, needs: str = "dx dw db", **tensors) -> dict[str, torch.Tensor]:
+    """Statistics by name, and gradients of x, w and bias under tangents of both signs."""
+    leaves = {"dx": head.x, "dw": head.w} | ({} if head.bias is None else {"db": head.bias})
+    leaves = {name: t.detach().clone().requires_grad_(name in needs.split()) for name, t in leaves.items()}
+    out = fn(leaves["dx"], leaves["dw"], head.target, leaves.get("db"), **tensors)
+    generator = torch.Generator().manual_seed(5)
+    tangents = [(torch.rand(head.x.shape[0], generator=generator) - 0.4) / 8 for _ in out]
+    total = sum((t * g).sum() for t, g in zip(out, tangents, strict=True) if t.is_floating_point())
+    wanted = {name: t for name, t in leaves.items() if t.requires_grad}
+    gradients = torch.autograd.grad(total, list(wanted.values())) if wanted else ()
+    return {
+        **{n: t.detach() for n, t in zip(names.split(), out, strict=True)},
+        **dict(zip(wanted, gradients, strict=True)),
+    }
+
+
+def check(case: str, compiled: Callable, head: Head, names: str, needs: str = "dx dw db", tensors=None, **attributes):
+    """One compiled call against float64, under the error rule; eager's error is that of all logits at hand."""
+    tensors = tensors or {}
+    ours = run(compiled, head, names, needs, **tensors)
+    plain = from_logits(names, **attributes)
+    wide = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+    exact = run(plain, head.to(torch.float64), names, needs, **wide)
+    eager = run(plain, head, names, needs, **tensors)
+    if "argmax" in names:
+        assert torch.equal(ours.pop("argmax"), exact.pop("argmax")), case
+    dtype = attributes.get("compute_dtype") or head.x.dtype
+    check_error_rule(case, ours, eager, exact, dtype)
+    for name, want in (("dx", head.x), ("dw", head.w), ("db", head.bias)):
+        assert name not in ours or (ours[name].dtype, ours[name].shape) == (want.dtype, want.shape)
+
+
+def kernels() -> int:
+    return counters["inductor"]["cpp_templated_kernel_counter"]
+
+
+def test_every_option_float32_and_any_number_of_rows():
+    attributes = {"scale": 0.7, "softcap": 5.0, "workspace": 1 << 18}
+    compiled = torch.compile(operator(EVERY, **attributes), dynamic=True)
+    for n in (137, 53, 300):
+        head = Head.make(n, 100, 1003, bias=True, seed=n)
+        tensors = {"column_weight": torch.rand(1003), "active": some_rows(n)}
+        check(f"{n} rows", compiled, head, EVERY, tensors=tensors, **attributes)
+    assert kernels() == 2
+    again = [run(compiled, head, EVERY, **tensors) for _ in range(2)]
+    assert all(torch.equal(again[0][name], again[1][name]) for name in again[0])
+
+
+def test_bfloat16_transposed_weight():
+    head = Head.make(130, 70, 2500, torch.bfloat16)
+    head.w = head.w.t().contiguous().t()
+    check("bfloat16", torch.compile(operator(LOSS)), head, LOSS)
+    assert kernels() == 2
+
+
+def test_float16_frozen_trunk_and_strided_rows():
+    head = Head.make(96, 33, 300, torch.float16, bias=True)
+    head.x = head.x.repeat(1, 2)[:, ::2]
+    check("float16", torch.compile(operator(LOSS)), head, LOSS, needs="dw db")
+    assert kernels() == 2
+
+
+def test_float32_weights_in_bfloat16():
+    """What autocast asks for: rounded operands, and a gradient of the weight in fp32."""
+    head = Head.make(64, 48, 500, bias=True)
+    check(
+        "autocast",
+        torch.compile(operator(LOSS, compute_dtype=torch.bfloat16)),
+        head,
+        LOSS,
+        compute_dtype=torch.bfloat16,
+    )
+    assert kernels() == 2
+
+
+SHAPES = [(1, 16, 131), (37, 1, 131), (37, 16, 1), (1, 1, 1), (131, 7, 3), (7, 17, 1031), (257, 31, 509), (2100, 5, 6)]
+
+
+def test_every_shape_with_one_kernel():
+    compiled = torch.compile(operator(LOSS), dynamic=True)
+    with torch._dynamo.config.patch(specialize_int=False, assume_static_by_default=False):
+        for shape in SHAPES:
+            check(str(shape), compiled, Head.make(*shape, bias=True), LOSS)
+
+
+def extreme_heads() -> dict[str, Head]:
+    large, ties, masked, nan, blind = (Head.make(40, 16, 131, bias=True, seed=s) for s in range(5))
+    large.bias[::7], large.bias[3::7] = 1e4, -1e4
+    ties.w[5] = ties.w[60] = ties.w[130] = 100 * ties.x.mean(0)
+    ties.bias[[5, 60, 130]] = 0
+    masked.bias[::3] = -torch.inf
+    nan.x[4, 3] = torch.nan
+    blind.bias[:] = -torch.inf
+    return {"1e4": large, "ties": ties, "-inf columns": masked, "NaN row": nan, "-inf everywhere": blind}
+
+
+def test_extreme_logits_as_the_reference():
+    names = "lse target_logit entropy argmax"
+    compiled, reference = torch.compile(operator(names)), operator(names)
+    for case, head in extreme_heads().items():
+        ours, want = run(compiled, head, names), run(reference, head, names)
+        for name, value in want.items():
+            difference = (ours[name] != value).sum() if name == "argmax" else error(ours[name], value)
+            # Entropy is a difference of logits: of numbers around 1e4, seven digits leave three.
+            assert difference <= (2e-3 if case == "1e4" else 2e-6), f"{case}: {name} differs by {difference}"
+
+
+def test_loss_alone_with_rows_ignored_and_targets_out_of_bounds():
+    """Unused outputs, a pointwise consumer of the only one in use, and the checks of the targets."""
+    compiled = torch.compile(lambda x, w, t: cce_inductor.linear_cross_entropy(x, w, t, reduction="none") * 2)
+    head = Head.make(50, 16, 1000)
+    head.target[::4] = -100
+    want = F.cross_entropy(F.linear(head.x, head.w), head.target, reduction="none") * 2
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(head.x, head.w, head.target), want)
+        assert kernels() == 1
+        for wrong in (-1, 1000, 2**40):
+            head.target[11] = wrong
+            with pytest.raises((IndexError, RuntimeError), match=f"Target {wrong} is out of bounds.*1000 classes"):
+                compiled(head.x, head.w, head.target)
+        head.target[:] = -100
+        assert compiled(head.x, head.w, head.target).count_nonzero() == 0
+        lse_only = torch.compile(lambda x, w, t: cce_inductor.linear_logsumexp(x, w, t)[0].exp())
+        head = Head.make(50, 16, 1000)
+        torch.testing.assert_close(
+            lse_only(head.x, head.w, head.target), F.linear(head.x, head.w).logsumexp(1).exp(), rtol=1e-5, atol=0
+        )
+
+
+def test_views_of_one_buffer():
+    """Input and weight may lie in one tensor, at offsets of their own."""
+
+    def fn(both, t):
+        both = both * 2
+        return cce_inductor.linear_cross_entropy(both[:40, 1:], both[40:, :-1], t)
+
+    both = torch.randn(340, 25, requires_grad=True)
+    target = torch.randint(300, (40,))
+    value = torch.compile(fn)(both, target)
+    want = F.cross_entropy(F.linear((both * 2)[:40, 1:], (both * 2)[40:, :-1]), target)
+    torch.testing.assert_close(value, want)
+    torch.testing.assert_close(torch.autograd.grad(value, both), torch.autograd.grad(want, both), rtol=1e-4, atol=2e-6)
+    assert kernels() == 2
+
+
+def test_float64_runs_the_eager_implementation():
+    head = Head.make(20, 8, 60, torch.float64)
+    check("float64", torch.compile(operator(LOSS)), head, LOSS)
+    assert kernels() == 0
+
+
+def test_scratch_stays_within_the_workspace():
+    n, d, v, workspace = 3000, 320, 9000, 4 << 20
+    compiled = torch.compile(operator(LOSS, workspace=workspace))
+    head = Head.make(n, d, v, torch.bfloat16)
+    head.w = head.w.t().contiguous().t()
+    x, w = head.x.requires_grad_(), head.w.requires_grad_()
+    tangents = [torch.rand(n) for _ in range(2)]
+    for _ in range(2):  # the first time compiles
+        with Allocations() as forward:
+            out = compiled(x, w, head.target)
+        with Allocations() as backward:
+            torch.autograd.backward(out, tangents, inputs=[x, w])
+        gradients, x.grad, w.grad = x.nbytes + w.nbytes, None, None
+    vectors = 16 * n * 4
+    assert kernels() == 2
+    assert forward.peak <= workspace + vectors
+    assert backward.peak <= workspace + vectors + gradients + n * d * 4
+    assert max(forward.largest, backward.largest) < n * v  # never the logits, in any dtype
+
+
+# A plain loop with the signature of at::native::cpublas::brgemm.
+NAIVE_BRGEMM = r"""
+#include <c10/util/BFloat16.h>
+#ifndef NAIVE_BRGEMM
+#define NAIVE_BRGEMM
+namespace naive {
+inline void brgemm(
+    int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const at::BFloat16* a,
+    const at::BFloat16* b, float* c, bool vnni) {
+  TORCH_CHECK(vnni && k % 2 == 0);
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j) {
+      float sum = add ? c[i * ldc + j] : 0.f;
+      for (int64_t p = 0; p < k; ++p)
+        sum += static_cast<float>(a[i * lda + p]) * static_cast<float>(b[(p / 2 * ldb + j) * 2 + p % 2]);
+      c[i * ldc + j] = sum;
+    }
+}
+inline void brgemm_release(bool) {}
+}  // namespace naive
+#endif
+"""
+
+
+def test_native_bfloat16_on_any_cpu(monkeypatch):
+    """The path of CPUs that multiply bfloat16 natively, with a plain loop in the place of their GEMM."""
+    from cce_inductor.lowering import cpu, cpu_template
+
+    header = cpu_template._Template.header
+
+    def with_naive(self):
+        text = header(self)
+        text.splice(NAIVE_BRGEMM)
+        return text
+
+    monkeypatch.setattr(cpu_template._Template, "header", with_naive)
+    monkeypatch.setattr(cpu_template, "BRGEMM", "naive::brgemm")
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: True)
+    attributes = {"scale": 1.5, "softcap": 20.0, "workspace": 1 << 18, "version": "naive"}
+    compiled = torch.compile(operator(LOSS, **attributes))
+    head = Head.make(133, 71, 1001, torch.bfloat16, bias=True)
+    head.w = head.w.t().contiguous().t()
+    check("native bfloat16", compiled, head, LOSS, tensors={"active": some_rows(133)}, **attributes)
+    # A confident row: p of the target is 1 to the last bit of bfloat16, and its gradient must survive.
+    head = Head.make(133, 71, 1001, torch.bfloat16, bias=True)
+    head.bias[head.target] += 12
+    check("confident rows", compiled, head, LOSS, tensors={"active": some_rows(133)}, **attributes)
+    assert kernels() >= 2
+
+
+@pytest.mark.slow
+def test_cpp_wrapper_and_max_autotune():
+    head = Head.make(64, 33, 301, bias=True)
+    with torch._inductor.config.patch(cpp_wrapper=True, max_autotune=True):
+        check("cpp_wrapper", torch.compile(operator(LOSS)), head, LOSS)
+        assert kernels() == 2
+        head.target[5] = 301
+        with pytest.raises((IndexError, RuntimeError), match="Target 301 is out of bounds"):
+            run(torch.compile(operator(LOSS)), head, LOSS)
+
+
+EDITED = """
+import json, sys, torch
+from torch._dynamo.utils import counters
+import cce_inductor
+from cce_inductor.lowering.register import register
+register()
+torch.manual_seed(0)
+x, w, t = torch.randn(20, 8), torch.randn(60, 8), torch.randint(60, (20,))
+lse, _ = torch.compile(cce_inductor.linear_logsumexp)(x, w, t)
+off = (lse - (x @ w.T).logsumexp(1)).abs().max().item()
+print(json.dumps({"off": off, **counters["inductor"]}))
+"""
+
+
+def test_an_edited_template_is_not_served_from_the_cache(tmp_path):
+    package = tmp_path / "site" / "cce_inductor"
+    shutil.copytree(Path(cce_inductor.__file__).parent, package)
+    shutil.copytree(templates_dir(), package / "templates", dirs_exist_ok=True)
+    env = {**os.environ, "PYTHONPATH": str(package.parent), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+
+    def fresh() -> dict:
+        out = subprocess.run(
+            [sys.executable, "-c", EDITED], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600
+        )
+        assert out.returncode == 0, out.stderr[-3000:]
+        return json.loads(out.stdout.splitlines()[-1])
+
+    template = package / "templates" / "linear_statistics.cpp.jinja"
+    original = template.read_text()
+    first = fresh()
+    assert first["off"] < 1e-5 and first["fxgraph_cache_miss"] == 1 and first["cpp_templated_kernel_counter"] == 1
+
+    line = "const float lse = std::log(sum) + shift(maximum);"
+    assert original.count(line) == 1
+    template.write_text(original.replace(line, line.replace(";", " + 3.f;")))
+    edited = fresh()
+    assert abs(edited["off"] - 3) < 1e-5 and edited["fxgraph_cache_miss"] == 1
+
+    template.write_text(original)
+    again = fresh()
+    assert again["off"] < 1e-5 and again.get("fxgraph_cache_miss", 0) == 0 and again["fxgraph_cache_hit"] == 1
