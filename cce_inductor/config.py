@@ -58,7 +58,7 @@ def _integer(least: int) -> Callable[[Any], int]:
     def parse(value: Any) -> int:
         try:
             number = int(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError("must be an integer") from None
         if isinstance(value, float) and value != number:
             raise ValueError("must be an integer")
@@ -79,7 +79,12 @@ def _boolean(value: Any) -> bool:
 
 
 def _path(value: Any) -> str | None:
-    return os.fspath(value) or None if value is not None else None
+    if value is None or value == "":
+        return None
+    try:
+        return os.fspath(value)
+    except TypeError:
+        raise ValueError("must be a path or None") from None
 
 
 KNOBS: dict[str, Knob] = {

@@ -18,7 +18,7 @@ class Spec:
     contender: str  # PLAIN or FUSED
     model: str  # checkpoint directory or GGUF file
     dtype: str = "fp32"  # of the weights: a key of ITEMSIZE
-    steps: int = 6
+    steps: int = 4
     batch: int = 8
     seq: int = 256
     lr: float = 1e-4
