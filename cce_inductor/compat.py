@@ -27,10 +27,22 @@ def named_backend(name: str) -> Callable:
 
 
 def on_compile_start(callback: Callable[[], None]) -> None:
-    """Calls `callback` whenever Dynamo begins to trace a frame."""
+    """Calls `callback` whenever Dynamo begins to trace a frame, also after ``torch._dynamo.reset()``."""
     from torch._dynamo.callback import callback_handler
 
-    callback_handler.register_start_callback(lambda _args: callback())
+    kept = _Callbacks(callback_handler.start_callbacks)
+    kept.lasting = [*getattr(callback_handler.start_callbacks, "lasting", []), lambda _args: callback()]
+    kept.append(kept.lasting[-1])
+    callback_handler.start_callbacks = kept
+
+
+class _Callbacks(list):
+    """Dynamo's list of callbacks, which its reset() clears: the `lasting` ones stay."""
+
+    lasting: list[Callable]
+
+    def clear(self) -> None:
+        self[:] = self.lasting
 
 
 def ignore_logging_function(function: Callable) -> None:
