@@ -20,6 +20,7 @@ log = logging.getLogger("cce_inductor")
 
 _collectors: list[list["GraphRecord"]] = []
 _numbers = itertools.count()
+_folders: list[Path] = []  # where the graph that was recorded last is dumped
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,19 @@ def record(gm: GraphModule, result: Rewritten, settings: Settings) -> None:
     }
     for name, text in artifacts.items():
         compat.trace_artifact(f"cce_inductor_{name}", text)
+    _folders.clear()
     for folder in (settings.dump_dir, compat.debug_folder()):
         if folder is not None:
             # Several processes (ranks) may share a dump folder.
             target = Path(folder, "cce_inductor", f"graph_{number}_pid_{os.getpid()}")
             target.mkdir(parents=True, exist_ok=True)
+            _folders.append(target)
             for name, text in artifacts.items():
                 (target / name).write_text(text())
+
+
+def kernel(name: str, text: str) -> None:
+    """Writes a rendered kernel beside the graph that is being compiled. A warm cache renders none."""
+    compat.trace_artifact(f"cce_inductor_{name}", lambda: text)
+    for folder in _folders:
+        (folder / name).write_text(text)

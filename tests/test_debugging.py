@@ -93,6 +93,15 @@ def test_dump_dir(tmp_path, inputs):
     assert site["fused"] and site["vocab"] == "5000"
 
 
+def test_dump_dir_has_the_rendered_kernels(tmp_path, inputs):
+    with config.patch(dump_dir=tmp_path):
+        loss, _ = torch.compile(returning, backend="cce", options={"fx_graph_cache": False})(*inputs)
+        loss.backward()
+    (folder,) = (tmp_path / "cce_inductor").iterdir()
+    for name in ("linear_statistics.cpp", "linear_statistics_backward.cpp"):
+        assert "at::parallel_for" in (folder / name).read_text()
+
+
 def test_debug_folder_of_pytorch(tmp_path):
     run(tmp_path, backend="backend='cce'", TORCH_COMPILE_DEBUG="1", TORCH_COMPILE_DEBUG_DIR=str(tmp_path))
     found = list(tmp_path.glob("torch_compile_debug/run_*/cce_inductor/graph_0_pid_*/after.py"))

@@ -13,7 +13,7 @@ from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP, cexpr_index
 from torch._inductor.utils import Placeholder, parallel_num_threads
 from torch._inductor.virtualized import V
 
-from .. import version
+from .. import record, version
 
 # The GEMM of the templates where the CPU has AVX-512. Tests put a plain loop in its place to run that path anywhere.
 BRGEMM = "at::native::cpublas::brgemm"
@@ -111,7 +111,7 @@ class _Template(CppTemplate):
             "has_bias": "bias" in spec.operands,
             **spec.constants,
         }
-        return self._render(
+        text = self._render(
             spec.template,
             header=self.header().getvalue(),
             tiles=self._render("tiles", **variables),
@@ -122,6 +122,8 @@ class _Template(CppTemplate):
             output=lambda name: f"out_{name}" if name in outputs else "nullptr",
             **variables,
         )
+        record.kernel(f"{spec.template}.cpp", text)
+        return text
 
     def _render(self, template: str, **variables: Any) -> str:
         path = version.templates_dir() / f"{template}.cpp.jinja"
