@@ -111,9 +111,7 @@ class Outputs:
             base = op.args["input"]
         if base in self.placeholders:
             return Source(True, self.placeholders[base], tuple(reversed(chain)))
-        if node not in self.extra:
-            self.extra.append(node)
-        return Source(False, self.extra.index(node))
+        return self._own_output(node)
 
     def defer(self, value: Value) -> list[Deferral]:
         """Takes one traced value out of the outputs."""
