@@ -2,6 +2,8 @@
 #
 #   make demo                     fine-tune a real model with and without cce_inductor, compare
 #   make demo DEMO_ARGS="..."     the same with other options, see `python -m cce_inductor demo --help`
+#   make bench                    time, memory and error of every way to compute the loss
+#   make bench BENCH_ARGS="..."   the same with other options, see `python -m cce_inductor bench --help`
 #   make test                     the test suite
 #   make test TORCH=2.11.0        the same in an environment of its own with another torch
 #   make test-all                 the slow tests too
@@ -17,6 +19,7 @@ TORCH ?= 2.13.0
 JOBS ?= $(shell nproc)
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv-$(TORCH)
 BIN := $(VENV)/bin
@@ -39,7 +42,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 
 	TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
-.PHONY: setup demo test test-all check clean
+.PHONY: setup demo bench test test-all check clean
 
 setup: $(STAMP)
 
@@ -57,6 +60,11 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)
 	$(BIN)/python -m cce_inductor demo $(DEMO_ARGS)
+
+# One contender's package is optional, and so is its dependency on Triton: without it, its row says so.
+bench: $(STAMP)
+	$(BIN)/python -c "import cut_cross_entropy" 2>/dev/null || $(PIP) install --no-deps cut-cross-entropy || true
+	$(BIN)/python -m cce_inductor bench --device cpu $(BENCH_ARGS)
 
 test: $(STAMP)
 	rm -rf $(INDUCTOR_CACHE)

@@ -1,4 +1,4 @@
-"""``python -m cce_inductor demo | explain | doctor``."""
+"""``python -m cce_inductor demo | bench | explain | doctor``."""
 
 import argparse
 import atexit
@@ -8,6 +8,12 @@ import sys
 
 def _demo(arguments: list[str]) -> int:
     from .demo.main import main
+
+    return main(arguments)
+
+
+def _bench(arguments: list[str]) -> int:
+    from .bench.main import main
 
     return main(arguments)
 
@@ -38,7 +44,7 @@ def _explain(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"demo": _demo, "explain": _explain, "doctor": _doctor}
+COMMANDS = {"demo": _demo, "bench": _bench, "explain": _explain, "doctor": _doctor}
 
 
 def main(arguments: list[str]) -> int:

@@ -12,7 +12,8 @@ from . import compat, config, record, version
 from .config import Settings
 from .deferred import defer
 from .lowering import register as lowering
-from .ops import library as library  # registers the operators
+from .lowering.choose import choose
+from .ops import library, with_gradients  # noqa: F401 - they register the operators
 from .rewrite.rewrite import Rewritten, rewrite
 
 log = logging.getLogger(__name__)
@@ -48,12 +49,13 @@ def _compiler(settings: Settings, mode: str | None, options: Mapping[str, Any]) 
 
 
 def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings, compiler: Callable) -> Callable:
-    """Rewrites `gm` and compiles the result with ``compiler(gm, example_inputs)``."""
+    """Rewrites `gm` for the compiler of `settings`, and compiles the result with ``compiler(gm, example_inputs)``."""
     if gm.meta.get(_MARK):
         return compiler(gm, example_inputs)
-    if settings.compiler == "inductor":
+    lowered = settings.compiler == "inductor"
+    if lowered:
         lowering.register()
-    result = rewrite(gm, settings, version.source_hash())
+    result = rewrite(gm, settings, version.source_hash(), choose if lowered else None)
     _count(result)
     record.record(gm, result, settings)
     declined = [site for site in result.sites if not site.fused]

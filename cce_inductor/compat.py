@@ -107,3 +107,11 @@ def copy_node_attributes(old: Node, new: Node) -> None:
 def readable(gm: GraphModule) -> str:
     """A graph as Python with shapes and source locations."""
     return gm.print_readable(print_output=False)
+
+
+def size_hint(size: int | torch.SymInt, unknown: int = 1 << 40) -> int:
+    """What a size was when the graph was captured, without a guard on it; `unknown` where nothing is known."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return unknown if hint is None else int(hint)

@@ -29,6 +29,7 @@ class Settings:
     min_vocab: int = 4096
     defer_logits: bool = True
     workspace_mb: int = 64
+    gradients_in_forward: bool = True
     dump_dir: str | None = None
     strict: bool = False
 
@@ -107,6 +108,11 @@ KNOBS: dict[str, Knob] = {
     "workspace_mb": Knob(
         _integer(1),
         "MiB of scratch memory besides outputs and the fp32 accumulator of the hidden gradient",
+    ),
+    "gradients_in_forward": Knob(
+        _boolean,
+        "form the gradients of a mean or sum while the forward has the logits, where that saves a fifth of the time; "
+        "they are then paid for, and held, by every forward under grad mode, backward or not",
     ),
     "dump_dir": Knob(
         _path,

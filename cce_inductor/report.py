@@ -1,7 +1,7 @@
 """`explain`: what the pass would do to a function, without compiling it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,13 +57,15 @@ def explain(fn: Callable, *args: Any, **kwargs: Any) -> Report:
     `fn` is a function or a module, not compiled yet. Its forward runs for real, so it has its usual side effects;
     nothing is compiled and no compiled code of yours is touched.
     """
-    from .backend import COUNTERS, cce_backend, counters
+    from .backend import COUNTERS, compile_graph, counters
 
     fn = getattr(fn, "_orig_mod", getattr(fn, "_torchdynamo_orig_callable", fn))
     before = dict(counters[COUNTERS])
 
+    settings = replace(config.current(), strict=False)
+
     def backend(gm: Any, inputs: Any) -> Any:
-        return cce_backend(gm, inputs, options={"compiler": "eager", "strict": False})
+        return compile_graph(gm, inputs, settings, lambda rewritten, _: rewritten.forward)
 
     with record.collect() as graphs:
         torch.compile(fn, backend=backend)(*args, **kwargs)

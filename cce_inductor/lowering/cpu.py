@@ -4,7 +4,7 @@ A call that they cannot take runs the operator's eager implementation inside the
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -16,6 +16,8 @@ from torch._inductor.virtualized import V
 from ..ops import statistics as table
 from ..ops.call import Attributes
 from ..ops.library import BACKWARD, FORWARD
+from ..ops.with_gradients import WITH_GRADIENTS
+from .choose import KEPT_SHARE, LEAST_CHUNK
 from .cpu_template import Spec, emit
 
 log = logging.getLogger(__name__)
@@ -54,22 +56,30 @@ def backward(tangents, tangent_names, saved, operands, names, active, statistics
         return fallback_handler(BACKWARD, add_to_fallback_set=False)(*call)
 
 
+def with_gradients(tangents, tangent_names, operands, names, active, statistics, needs, *attributes) -> Sequence[Any]:
+    """Lowering of ``cce_inductor::linear_statistics_with_gradients``."""
+    call = tangents, tangent_names, operands, names, active, statistics, needs, *attributes
+    try:
+        return _with_gradients(
+            _named(tangent_names, tangents),
+            _named(names, operands),
+            active,
+            statistics.split(),
+            needs.split(),
+            Attributes(*attributes),
+        )
+    except Unsupported as reason:
+        log.info("linear_statistics_with_gradients runs its eager implementation: %s", reason)
+        return fallback_handler(WITH_GRADIENTS, add_to_fallback_set=False)(*call)
+
+
 def _forward(operands: dict[str, Any], active: Any, statistics: list[str], attributes: Attributes) -> Sequence[Any]:
     element, compute = _dtypes(operands, attributes)
-    n, device = operands["input"].get_size()[0], operands["input"].get_device()
-    given = {**operands, **({} if active is None else {"active": active})}
-    layouts = {
-        name: _contiguous(device, torch.int64 if table.TABLE[name].integer else torch.float32, [n])
-        for name in statistics
-    }
-    constants = {
-        "statistics": statistics,
-        "scale": attributes.scale,
-        "softcap": attributes.softcap,
-        "workspace": attributes.workspace,
-    }
-    spec = Spec("linear_statistics", element, compute, _realize(given), _ABSENT, layouts, constants)
-    return list(emit(spec, device).values())
+    given = _realize(operands | _mask(active))
+    constants = _constants(attributes) | {"statistics": statistics}
+    layouts = _statistics_layouts(operands, statistics)
+    spec = Spec("linear_statistics", element, compute, given, _ABSENT, layouts, constants)
+    return list(emit(spec, operands["input"].get_device()).values())
 
 
 def _backward(
@@ -81,29 +91,74 @@ def _backward(
     attributes: Attributes,
 ) -> Sequence[Any]:
     element, compute = _dtypes(operands, attributes)
+    tangents = _tangents(tangents, attributes)
+    needed = {"target_logit"} & set(tangents)
+    if "lse" in tangents or "entropy" in tangents:
+        needed |= {"lse", "entropy"}
+    given = operands | _mask(active) | {name: t for name, t in saved.items() if name in needed} | _prefixed(tangents)
+    constants = _constants(attributes) | {"tangents": list(tangents)}
+    absent = _ABSENT | dict.fromkeys(("lse", "target_logit", "entropy", *_prefixed(table.TABLE)), torch.float32)
+    layouts = _gradient_layouts(operands, needs)
+    spec = Spec("linear_statistics_backward", element, compute, _realize(given), absent, layouts, constants)
+    return list(emit(spec, operands["input"].get_device()).values())
+
+
+def _with_gradients(
+    tangents: dict[str, Any],
+    operands: dict[str, Any],
+    active: Any,
+    statistics: list[str],
+    needs: list[str],
+    attributes: Attributes,
+) -> Sequence[Any]:
+    element, compute = _dtypes(operands, attributes)
+    tangents = _tangents(tangents, attributes)
+    constants = _constants(attributes) | {
+        "statistics": statistics,
+        "tangents": list(tangents),
+        "kept_share": KEPT_SHARE,
+        "least_chunk": LEAST_CHUNK[element],
+    }
+    given = _realize(operands | _mask(active) | _prefixed(tangents))
+    absent = _ABSENT | dict.fromkeys(_prefixed(table.TABLE), torch.float32)
+    layouts = _statistics_layouts(operands, statistics) | _gradient_layouts(operands, needs)
+    spec = Spec("linear_statistics_with_gradients", element, compute, given, absent, layouts, constants)
+    return list(emit(spec, operands["input"].get_device()).values())
+
+
+def _tangents(tangents: dict[str, Any], attributes: Attributes) -> dict[str, Any]:
+    """Those that a gradient flows through, checked."""
     if attributes.grad_filter != "exact":
         raise Unsupported(f"there is no template for grad_filter={attributes.grad_filter!r}")
     tangents = {name: t for name, t in tangents.items() if table.TABLE[name].differentiable}
     for name, tangent in tangents.items():
         if tangent.get_dtype() != torch.float32:
             raise Unsupported(f"the tangent of {name} is {tangent.get_dtype()}")
+    return tangents
+
+
+def _prefixed(tangents: Mapping[str, Any]) -> dict[str, Any]:
+    """Tangents by the names the templates know them by."""
+    return {f"g_{name}": tangent for name, tangent in tangents.items()}
+
+
+def _mask(active: Any) -> dict[str, Any]:
+    return {} if active is None else {"active": active}
+
+
+def _constants(attributes: Attributes) -> dict[str, Any]:
+    return {"scale": attributes.scale, "softcap": attributes.softcap, "workspace": attributes.workspace}
+
+
+def _statistics_layouts(operands: dict[str, Any], statistics: list[str]) -> dict[str, ir.FixedLayout]:
+    n, device = operands["input"].get_size()[0], operands["input"].get_device()
+    dtypes = {name: torch.int64 if table.TABLE[name].integer else torch.float32 for name in statistics}
+    return {name: _contiguous(device, dtype, [n]) for name, dtype in dtypes.items()}
+
+
+def _gradient_layouts(operands: dict[str, Any], needs: list[str]) -> dict[str, ir.FixedLayout]:
     device = operands["input"].get_device()
-    given = dict(operands)
-    if active is not None:
-        given["active"] = active
-    if "lse" in tangents or "entropy" in tangents:
-        given |= {name: saved[name] for name in ("lse", "entropy") if name in saved}
-    given |= {f"g_{name}": tangent for name, tangent in tangents.items()}
-    layouts = {name: _contiguous(device, operands[name].get_dtype(), operands[name].get_size()) for name in needs}
-    constants = {
-        "tangents": list(tangents),
-        "scale": attributes.scale,
-        "softcap": attributes.softcap,
-        "workspace": attributes.workspace,
-    }
-    absent = _ABSENT | dict.fromkeys(("lse", "entropy", *(f"g_{name}" for name in table.TABLE)), torch.float32)
-    spec = Spec("linear_statistics_backward", element, compute, _realize(given), absent, layouts, constants)
-    return list(emit(spec, device).values())
+    return {name: _contiguous(device, operands[name].get_dtype(), operands[name].get_size()) for name in needs}
 
 
 # Operands that a call may leave out. The templates mention them all.
@@ -124,17 +179,30 @@ def _dtypes(operands: dict[str, Any], attributes: Attributes) -> tuple[torch.dty
     x, weight = operands["input"], operands["weight"]
     if x.get_device().type != "cpu":
         raise Unsupported(f"there is no template for {x.get_device().type}")
-    for name, operand in operands.items():
-        if name != "target" and operand.get_dtype() not in FLOATS:
-            raise Unsupported(f"{name} is {operand.get_dtype()}")
     compute = attributes.compute_dtype or x.get_dtype()
-    if compute not in FLOATS:
-        raise Unsupported(f"the compute dtype is {compute}")
-    if not cpu_vec_isa.pick_vec_isa():
-        raise Unsupported("Inductor has no vector instructions for this CPU, or is told not to use them")
+    reason = unsupported([t.get_dtype() for name, t in operands.items() if name != "target"], compute)
+    if reason:
+        raise Unsupported(reason)
     if V.graph.sizevars.statically_known_equals(weight.get_size()[0], 0):
         raise Unsupported("the vocabulary is empty")
-    return (torch.bfloat16 if compute == torch.bfloat16 and multiplies_bfloat16() else torch.float32), compute
+    if V.graph.sizevars.statically_known_equals(weight.get_size()[1], 0):
+        raise Unsupported("the hidden states have no width")
+    return element_dtype(compute), compute
+
+
+def unsupported(dtypes: Iterable[torch.dtype], compute: torch.dtype) -> str:
+    """Why the templates cannot take operands of these dtypes, multiplied in `compute`, on this CPU; or ""."""
+    other = [dtype for dtype in (*dtypes, compute) if dtype not in FLOATS]
+    if other:
+        return f"{str(other[0]).removeprefix('torch.')} is none of float32, bfloat16 and float16"
+    if not cpu_vec_isa.pick_vec_isa():
+        return "Inductor has no vector instructions for this CPU, or is told not to use them"
+    return ""
+
+
+def element_dtype(compute: torch.dtype) -> torch.dtype:
+    """The dtype of the GEMMs' operands for a compute dtype."""
+    return torch.bfloat16 if compute == torch.bfloat16 and multiplies_bfloat16() else torch.float32
 
 
 def multiplies_bfloat16() -> bool:

@@ -109,16 +109,16 @@ class _Template(CppTemplate):
             "number": number,
             "operands": spec.operands,
             "has_bias": "bias" in spec.operands,
+            "type": lambda name: DTYPE_TO_CPP[spec.operands[name].get_dtype()],
             **spec.constants,
         }
         text = self._render(
             spec.template,
             header=self.header().getvalue(),
-            tiles=self._render("tiles", **variables),
+            piece=lambda name: self._render(name, **variables),
             signature=signature,
             profile=kernel.maybe_codegen_profile(),
             declarations=self._declarations(kernel, argument_of, outputs),
-            type=lambda name: DTYPE_TO_CPP[spec.operands[name].get_dtype()],
             output=lambda name: f"out_{name}" if name in outputs else "nullptr",
             **variables,
         )

@@ -16,16 +16,16 @@ from torch.utils.flop_counter import register_flop_formula
 from . import reference
 from .call import DIFFERENTIABLE_OPERANDS, Attributes, Call, check
 
-_ATTRIBUTES = "float scale, float softcap, ScalarType? compute_dtype, str grad_filter, int workspace, str version"
+ATTRIBUTES = "float scale, float softcap, ScalarType? compute_dtype, str grad_filter, int workspace, str version"
 # `training` asks for what a backward reads besides the statistics; it comes behind them in the result.
 _FORWARD = (
     "linear_statistics(Tensor[] operands, str names, Tensor? active, str statistics, bool training, "
-    f"{_ATTRIBUTES}) -> Tensor[]"
+    f"{ATTRIBUTES}) -> Tensor[]"
 )
 # `tangents` go with the statistics named in `tangent_names`; the result with the operands named in `needs`.
 _BACKWARD = (
     "linear_statistics_backward(Tensor[] tangents, str tangent_names, Tensor[] saved, Tensor[] operands, str names, "
-    f"Tensor? active, str statistics, str needs, {_ATTRIBUTES}) -> Tensor[]"
+    f"Tensor? active, str statistics, str needs, {ATTRIBUTES}) -> Tensor[]"
 )
 
 library = torch.library.Library("cce_inductor", "DEF")
@@ -82,7 +82,7 @@ class _LinearStatistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, names: str, active: Tensor | None, statistics: str, attributes: tuple, *operands: Tensor):
         with torch._C._AutoDispatchBelowAutograd():
-            out = _kept(FORWARD(list(operands), names, active, statistics, True, *attributes))
+            out = _copied(FORWARD(list(operands), names, active, statistics, True, *attributes))
         call = Call.read(list(operands), names, active, statistics, attributes)
         ctx.names, ctx.statistics, ctx.attributes = names, statistics, attributes
         ctx.operands = len(operands)
@@ -128,7 +128,13 @@ def _autograd_forward(operands, names, active, statistics, training, *attributes
         return FORWARD(operands, names, active, statistics, training, *attributes)
 
 
-def _kept(outputs: list[Tensor]) -> list[Tensor]:
+def _joint_graph() -> Any:
+    """The graph that is being traced, or None."""
+    mode = get_proxy_mode()
+    return None if mode is None else getattr(mode.tracer, "graph", None)
+
+
+def _copied(outputs: list[Tensor]) -> list[Tensor]:
     """While a joint graph is traced: copies of the statistics, marked "must be saved". Otherwise `outputs`.
 
     The statistics are (N,) vectors that cost a full pass over the vocabulary: no activation checkpoint, memory budget
@@ -136,8 +142,7 @@ def _kept(outputs: list[Tensor]) -> list[Tensor]:
     torch saves what is marked (torch._functorch.partitioners.choose_saved_values_set) and the operator gives a list.
     maximum(t, t) is t in every bit, and no pass of Inductor takes it away as it does a clone before it partitions.
     """
-    mode = get_proxy_mode()
-    graph = None if mode is None else getattr(mode.tracer, "graph", None)
+    graph = _joint_graph()
     if graph is None:
         return outputs
     before = len(graph.nodes)
@@ -162,12 +167,23 @@ library.impl("linear_statistics", _autograd_forward, "Autograd")
 library.impl("linear_statistics_backward", _autograd_backward, "Autograd")
 
 
-def _register_autocast(device_type: str) -> None:
-    """An unspecified compute dtype becomes the ambient autocast dtype; the operands themselves are never copied.
+_AUTOCAST = {device: f"Autocast{device.upper()}" for device in ("cpu", "cuda", "xpu")}
 
-    Both operators run with autocast off: it would round the tiles of the eager implementation.
-    """
-    key = f"Autocast{device_type.upper()}"
+
+def autocast_off(name: str, operator: Any) -> None:
+    """Registers that an operator runs with autocast off: it would round the tiles of the eager implementation."""
+    for key in _AUTOCAST.values():
+        exclude = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def run(*args, exclude=exclude) -> list[Tensor]:
+            with torch._C._ExcludeDispatchKeyGuard(exclude):
+                return operator(*args)
+
+        library.impl(name, run, key)
+
+
+def _autocast_forward(device_type: str, key: str) -> None:
+    """An unspecified compute dtype becomes the ambient autocast dtype; the operands themselves are never copied."""
     exclude = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def forward(operands, names, active, statistics, training, *attributes) -> list[Tensor]:
@@ -177,32 +193,28 @@ def _register_autocast(device_type: str) -> None:
         with torch._C._ExcludeDispatchKeyGuard(exclude):
             return FORWARD(operands, names, active, statistics, training, *attributes)
 
-    def backward(*args) -> list[Tensor]:
-        with torch._C._ExcludeDispatchKeyGuard(exclude):
-            return BACKWARD(*args)
-
     library.impl("linear_statistics", forward, key)
-    library.impl("linear_statistics_backward", backward, key)
 
 
-for _device_type in ("cpu", "cuda", "xpu"):
-    _register_autocast(_device_type)
+for _device_type, _key in _AUTOCAST.items():
+    _autocast_forward(_device_type, _key)
+autocast_off("linear_statistics_backward", BACKWARD)
 
 
 @register_flop_formula(torch.ops.cce_inductor.linear_statistics)
 def _forward_flops(operands, names, *args, out_val=None, **kwargs) -> int:
     """2 N V D: one GEMM over the logits. `operands` are shapes."""
     shapes = dict(zip(names.split(), operands, strict=True))
-    return _gemm_flops(shapes)
+    return gemm_flops(shapes)
 
 
 @register_flop_formula(torch.ops.cce_inductor.linear_statistics_backward)
 def _backward_flops(tangents, tangent_names, saved, operands, names, active, statistics, needs, *args, **kwargs) -> int:
     """2 N V D for recomputing the logits and as much again for each of dx and dW that is wanted."""
     shapes = dict(zip(names.split(), operands, strict=True))
-    return _gemm_flops(shapes) * (1 + sum(name in ("input", "weight") for name in needs.split()))
+    return gemm_flops(shapes) * (1 + sum(name in ("input", "weight") for name in needs.split()))
 
 
-def _gemm_flops(shapes: dict[str, Any]) -> int:
+def gemm_flops(shapes: dict[str, Any]) -> int:
     (n, d), v = shapes["input"], shapes["weight"][0]
     return 2 * n * v * d

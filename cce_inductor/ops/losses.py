@@ -29,6 +29,11 @@ class CrossEntropy:
             raise ValueError(f"label_smoothing must be between 0.0 and 1.0, got {self.label_smoothing}")
 
     @property
+    def linear(self) -> bool:
+        """Whether the loss is one number, linear in the statistics."""
+        return self.reduction != "none" and not self.z_loss
+
+    @property
     def statistics(self) -> str:
         """What it asks of the logits."""
         return "lse target_logit logit_sum" if self.label_smoothing else "lse target_logit"
@@ -66,3 +71,28 @@ def cross_entropy(
         return value
     extra = squared.sum()
     return value + (extra / active.sum() if loss.reduction == "mean" else extra)
+
+
+def tangents(target: Any, active: Any, class_weight: Any, vocab: int, loss: CrossEntropy) -> dict[str, Any]:
+    """d loss / d statistic, by name, of what `cross_entropy` reads: (N,) fp32, and 0 in inactive rows.
+
+    For losses that are linear in the statistics, a mean or a sum without z-loss (`CrossEntropy.linear`): what
+    multiplies a statistic is then known before the statistic is. Arguments as there.
+    """
+    counts = active.to(torch.float32)
+    if class_weight is None:
+        weight = counts
+    else:
+        class_weight = class_weight.detach().to(torch.float32)
+        weight = torch.where(active, class_weight[torch.where(active, target, 0)], 0)
+    total = weight.sum() if loss.reduction == "mean" else None
+    own = weight * (1.0 - loss.label_smoothing)
+    result = {"lse": own, "target_logit": -own}
+    if loss.label_smoothing:
+        spread = counts * (loss.label_smoothing / vocab)
+        result["lse"] = own + spread * (vocab if class_weight is None else class_weight.sum())
+        result["logit_sum"] = -spread
+    if total is None:
+        return result
+    # No active row: the loss is NaN, and its gradients are 0.
+    return {name: torch.where(active, t / total, 0) for name, t in result.items()}

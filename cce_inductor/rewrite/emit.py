@@ -11,11 +11,12 @@ from torch.fx import Graph, Node, Proxy
 
 from ..ops.call import Attributes
 from ..ops.library import FORWARD
-from ..ops.losses import cross_entropy
+from ..ops.losses import cross_entropy, tangents
+from ..ops.with_gradients import ATTACH, WITH_GRADIENTS
 from .builder import Builder
 from .rules import Loss
 from .trace import Trace
-from .values import Head, Shift, Value, fake
+from .values import Head, Shift, Value, example, fake
 
 
 def group_key(loss: Loss, value: Value) -> tuple:
@@ -102,49 +103,80 @@ def _bias(builder: Builder, shifts: tuple[Shift, ...], detach: bool) -> Proxy | 
     return total
 
 
-def emit(graph: Graph, group: Group, attributes: Attributes) -> None:
-    """Replaces the losses of one group."""
+def emit(graph: Graph, group: Group, attributes: Attributes, gradients: bool = False) -> None:
+    """Replaces the losses of one group. With `gradients`, of one `linear` loss, they are formed in the forward."""
     loss, value = group.members[0]
     builder = Builder(graph, loss.node)
-    stats, target, active = builder.run(_statistics, builder, group, attributes)
+    call = builder.run(_Call, builder, group, attributes)
+    if gradients:
+        loss.node.replace_all_uses_with(builder.run(_with_gradients, builder, loss, value, call).node)
+        return
+    stats = builder.run(call.statistics, builder)
     for loss, value in group.members:
         after = Builder(graph, loss.node)
-        again = [after.proxy(p.node) for p in (target, active)]
+        again = [after.proxy(p.node) for p in (call.target, call.active)]
         shared = {name: after.proxy(p.node) for name, p in stats.items()}
         result = after.run(_loss, after, loss, value, shared, *again)
         loss.node.replace_all_uses_with(result.node)
 
 
-def _statistics(builder: Builder, group: Group, attributes: Attributes) -> tuple[dict[str, Proxy], Proxy, Proxy]:
-    """Records the operator call; gives its results by name, the (N,) target and the mask of active rows."""
-    loss, value = group.members[0]
-    head = value.head
-    scale, softcap, shifts = value.canonical()
-    # The loss of logits that eager computed without a graph must have none either.
-    detach = not value.fake.requires_grad and any(fake(n).requires_grad for n in head.operands())
-    weight = builder.proxy(head.weight)
-    weight = weight.detach() if detach else weight
-    rank = value.fake.dim()
-    operands: dict[str, Proxy] = {
-        "input": _flat_rows(hidden(builder, value, detach), rank, value.class_dim),
-        "weight": weight.t() if head.transposed else weight,
-    }
-    target = builder.proxy(loss.target)
-    operands["target"] = target = target.reshape(-1) if fake(loss.target).dim() != 1 else target
-    bias = _bias(builder, shifts, detach)
-    if bias is not None:
-        operands["bias"] = bias
-    if group.column_weight is not None:
-        operands["column_weight"] = builder.proxy(group.column_weight).detach()
-    active = target.ne(loss.arguments.ignore_index)
-    names = group.statistics
-    attributes = Attributes(
-        scale, softcap, head.dtype, attributes.grad_filter, attributes.workspace, attributes.version
-    )
+class _Call:
+    """The arguments of a group's operator, recorded: its operands, the (N,) target, the mask of active rows."""
+
+    def __init__(self, builder: Builder, group: Group, attributes: Attributes):
+        loss, value = group.members[0]
+        head = value.head
+        scale, softcap, shifts = value.canonical()
+        # The loss of logits that eager computed without a graph must have none either.
+        detach = not value.fake.requires_grad and any(fake(n).requires_grad for n in head.operands())
+        weight = builder.proxy(head.weight)
+        weight = weight.detach() if detach else weight
+        rank = value.fake.dim()
+        self.operands: dict[str, Proxy] = {
+            "input": _flat_rows(hidden(builder, value, detach), rank, value.class_dim),
+            "weight": weight.t() if head.transposed else weight,
+        }
+        target = builder.proxy(loss.target)
+        self.operands["target"] = self.target = target.reshape(-1) if fake(loss.target).dim() != 1 else target
+        bias = _bias(builder, shifts, detach)
+        if bias is not None:
+            self.operands["bias"] = bias
+        if group.column_weight is not None:
+            self.operands["column_weight"] = builder.proxy(group.column_weight).detach()
+        self.active = self.target.ne(loss.arguments.ignore_index)
+        self.names = group.statistics
+        self.attributes = Attributes(
+            scale, softcap, head.dtype, attributes.grad_filter, attributes.workspace, attributes.version
+        )
+
+    def statistics(self, builder: Builder) -> dict[str, Proxy]:
+        """Records the operator; gives its results by name."""
+        given, names = list(self.operands.values()), " ".join(self.operands)
+        rest = " ".join(self.names), False, *self.attributes.args()
+        out = builder.call(FORWARD, given, names, self.active, *rest)
+        return {name: out[i] for i, name in enumerate(self.names)}
+
+
+def _with_gradients(builder: Builder, loss: Loss, value: Value, call: _Call) -> Proxy:
+    """Records the operator that forms the gradients as well, and the loss they are attached to."""
+    weight = None if loss.weight is None else builder.proxy(loss.weight)
+    known = tangents(call.target, call.active, weight, vocab(builder, value.head), loss.arguments)
+    needs = [name for name, p in call.operands.items() if example(p.node).requires_grad]
     out = builder.call(
-        FORWARD, list(operands.values()), " ".join(operands), active, " ".join(names), False, *attributes.args()
+        WITH_GRADIENTS,
+        list(known.values()),
+        " ".join(known),
+        list(call.operands.values()),
+        " ".join(call.operands),
+        call.active,
+        " ".join(call.names),
+        " ".join(needs),
+        *call.attributes.args(),
     )
-    return {name: out[i] for i, name in enumerate(names)}, target, active
+    stats = {name: out[i] for i, name in enumerate(call.names)}
+    result = _loss(builder, loss, value, stats, call.target, call.active)
+    gradients = [out[len(call.names) + i] for i in range(len(needs))]
+    return builder.call(ATTACH, result, [call.operands[name] for name in needs], gradients)
 
 
 def _loss(builder: Builder, loss: Loss, value: Value, stats: dict[str, Proxy], target: Proxy, active: Proxy) -> Proxy:

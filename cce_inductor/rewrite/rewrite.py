@@ -1,6 +1,7 @@
 """The pass: a captured graph in, a rewritten copy and a record of every loss out."""
 
 import logging
+import math
 from dataclasses import dataclass, field
 
 from torch.fx import Graph, GraphModule, Node
@@ -9,11 +10,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .. import compat
 from ..config import Settings
 from ..ops.call import Attributes
+from ..ops.choice import Choice, Chooser, Problem
 from . import emit, site
 from .defer import Deferral, Outputs
 from .site import Site
 from .trace import Finding, Trace, find, written_between
-from .values import Refusal, Refused, fake
+from .values import Head, Refusal, Refused, fake
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +34,13 @@ class Rewritten:
         return sum(s.fused for s in self.sites)
 
 
-def rewrite(gm: GraphModule, settings: Settings, version: str) -> Rewritten:
-    """Fuses every loss that can be; never raises for a graph it cannot take, and never changes `gm` itself."""
+def rewrite(gm: GraphModule, settings: Settings, version: str, choose: Chooser | None = None) -> Rewritten:
+    """Fuses every loss that can be; never raises for a graph it cannot take, and never changes `gm` itself.
+
+    `choose` is asked for the kernel of each head, and may refuse it; without one, the operators run as they are.
+    """
     try:
-        return _rewrite(gm, settings, version)
+        return _rewrite(gm, settings, version, choose)
     except Exception as error:
         # A fault of ours must not cost the user the compilation: the graph stays as it was, and the record says why.
         log.exception("cce_inductor could not rewrite a graph and left it as it was")
@@ -64,7 +69,7 @@ def _copy(gm: GraphModule) -> GraphModule:
     return copy
 
 
-def _rewrite(gm: GraphModule, settings: Settings, version: str) -> Rewritten:
+def _rewrite(gm: GraphModule, settings: Settings, version: str, choose: Chooser | None) -> Rewritten:
     if not find(gm.graph):
         return Rewritten(gm, [])
     copy = _copy(gm)
@@ -72,15 +77,16 @@ def _rewrite(gm: GraphModule, settings: Settings, version: str) -> Rewritten:
     findings = find(graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
     attributes = Attributes(grad_filter=settings.grad_filter, workspace=settings.workspace_bytes, version=version)
-    plans = {f.trace.head.node: _plan(graph, f.trace, order, settings) for f in findings if f.trace is not None}
-    sites = [_site(f, plans, settings) for f in findings]
+    plans = {f.trace.head.node: _plan(graph, f.trace, order, settings, choose) for f in findings if f.trace is not None}
     fused = [plan for plan in plans.values() if plan.refusal is None]
+    early = settings.gradients_in_forward and settings.grad_filter == "exact" and _one_linear_loss(fused)
+    sites = [_site(f, plans, settings, early) for f in findings]
     if not fused:
         return Rewritten(gm, sites)
     deferrals: list[Deferral] = []
     for plan in fused:
         for group in plan.groups:
-            emit.emit(graph, group, attributes)
+            emit.emit(graph, group, attributes, early and plan.choice.gradients_in_forward)
         emit.replace_metadata(graph, plan.trace)
     # The outputs are read after the losses were replaced: a loss is one of them.
     outputs = Outputs(graph)
@@ -95,6 +101,10 @@ def _rewrite(gm: GraphModule, settings: Settings, version: str) -> Rewritten:
     return Rewritten(copy, sites, deferrals, user_outputs)
 
 
+# What the operators run where nobody lowers them.
+EAGER = Choice("eager implementation")
+
+
 @dataclass
 class Plan:
     """What is to be done with one head: its losses in groups, or the reason to leave it alone."""
@@ -102,17 +112,53 @@ class Plan:
     trace: Trace
     groups: list[emit.Group] = field(default_factory=list)
     refusal: Refusal | None = None
+    choice: Choice = EAGER
 
 
-def _plan(graph: Graph, trace: Trace, order: dict[Node, int], settings: Settings) -> Plan:
+def _plan(graph: Graph, trace: Trace, order: dict[Node, int], settings: Settings, choose: Chooser | None) -> Plan:
     try:
         refusal = _refusal(graph, trace, settings)
         if refusal is not None:
             return Plan(trace, refusal=refusal)
         groups = emit.groups(trace, order)
-        return Plan(trace, groups, _late_write(graph, trace, groups, settings))
+        choice = choose(_problem(trace.head, settings)) if choose else EAGER
+        if choice.refusal:
+            cure = "compute the head and the loss in float32 or bfloat16"
+            return Plan(trace, refusal=Refusal(trace.head.node, choice.refusal, cure))
+        return Plan(trace, groups, _late_write(graph, trace, groups, settings), choice)
     except Refused as refused:
         return Plan(trace, refusal=Refusal(trace.head.node, refused.reason, refused.cure))
+
+
+def _problem(head: Head, settings: Settings) -> Problem:
+    """A head in numbers. Symbolic sizes give what they were at capture: asking must not put a guard on them."""
+    z = fake(head.node)
+    sizes = [compat.size_hint(s) for s in z.shape]
+    vocab = compat.size_hint(head.vocab)
+    entries = math.prod(sizes)
+    return Problem(
+        rows=entries // max(1, vocab),
+        width=compat.size_hint(head.width),
+        vocab=vocab,
+        device=z.device.type,
+        dtypes=tuple(fake(n).dtype for n in head.operands()),
+        compute_dtype=head.dtype,
+        workspace=settings.workspace_bytes,
+        logits_bytes=entries * z.element_size(),
+    )
+
+
+def _one_linear_loss(plans: list[Plan]) -> bool:
+    """Whether the gradients may be formed in the forward.
+
+    One loss in the graph, since each holds a gradient of its weight until the backward; a mean or a sum under grad,
+    since only then all tangents are known but for a factor.
+    """
+    members = [pair for plan in plans for group in plan.groups for pair in group.members]
+    if len(members) != 1:
+        return False
+    ((loss, value),) = members
+    return loss.arguments.linear and fake(loss.node).requires_grad and value.fake.requires_grad
 
 
 def _refusal(graph: Graph, trace: Trace, settings: Settings) -> Refusal | None:
@@ -166,7 +212,7 @@ def _late_write(graph: Graph, trace: Trace, groups: list[emit.Group], settings: 
     return Refusal(writer, reason, "write to a copy")
 
 
-def _site(finding: Finding, plans: dict[Node, Plan], settings: Settings) -> Site:
+def _site(finding: Finding, plans: dict[Node, Plan], settings: Settings, early: bool) -> Site:
     if finding.trace is None:
         return site.make(finding.loss, None, finding.refusal)
     plan = plans[finding.trace.head.node]
@@ -174,5 +220,10 @@ def _site(finding: Finding, plans: dict[Node, Plan], settings: Settings) -> Site
     if refusal is None and all(loss.node is not finding.loss for loss, _ in plan.trace.losses):
         reason = "the loss reads the logits in a way the trace did not follow"
         refusal = Refusal(finding.loss, reason, "please report it")
-    deferred = len(plan.trace.outputs) if refusal is None and settings.defer_logits else 0
-    return site.make(finding.loss, finding.trace.head, refusal, deferred)
+    if refusal is not None:
+        return site.make(finding.loss, finding.trace.head, refusal)
+    deferred = len(plan.trace.outputs) if settings.defer_logits else 0
+    kernel = plan.choice.kernel
+    if early and plan.choice.gradients_in_forward:
+        kernel += ", gradients formed in the forward"
+    return site.make(finding.loss, finding.trace.head, None, deferred, kernel)

@@ -26,6 +26,7 @@ class Site:
     loss, node, location: the loss as written, its name in the graph, and file:line. at, at_location: the node that is
     the reason, where it is another one. rows, vocab, width: N, V and D as text (symbolic sizes have names).
     logits_bytes: size of the logits in their own dtype, None if a size is symbolic. deferred: graph outputs made lazy.
+    kernel: what runs in its place.
     """
 
     fused: bool
@@ -41,18 +42,19 @@ class Site:
     width: str = "?"
     logits_bytes: int | None = None
     deferred: int = 0
+    kernel: str = ""
 
     def __str__(self) -> str:
         place = f" at {self.location}" if self.location else ""
         what = f"{self.loss}{place}, {self.rows} rows, {self.vocab} classes"
         if self.fused:
-            return f"fused: {what}"
+            return f"fused: {what}" + (f"; {self.kernel}" if self.kernel else "")
         fault = f" (%{self.at}{', ' + self.at_location if self.at_location else ''})" if self.at else ""
         cure = f"; to fuse it, {self.cure}" if self.cure else ""
         return f"declined: {what}: {self.reason}{fault}{cure}"
 
 
-def make(loss: Node, head: Head | None, refusal: Refusal | None, deferred: int = 0) -> Site:
+def make(loss: Node, head: Head | None, refusal: Refusal | None, deferred: int = 0, kernel: str = "") -> Site:
     """The record of a loss node."""
     sizes: dict[str, Any] = {}
     if head is not None:
@@ -76,5 +78,6 @@ def make(loss: Node, head: Head | None, refusal: Refusal | None, deferred: int =
         at=at.name if at is not None and at is not loss else "",
         at_location=location(at) if at is not None and at is not loss else "",
         deferred=deferred,
+        kernel=kernel,
         **sizes,
     )

@@ -22,7 +22,7 @@ import cce_inductor
 from cce_inductor.lowering.register import register
 from cce_inductor.ops.call import Attributes
 from cce_inductor.ops.library import FORWARD
-from cce_inductor.version import templates_dir
+from cce_inductor.version import source_hash, templates_dir
 
 EVERY = "lse target_logit logit_sum entropy argmax"
 LOSS = "lse target_logit"
@@ -39,7 +39,7 @@ def lowerings():
 
 def operator(names: str, **attributes) -> Callable:
     """The forward operator as a function of tensors only, to be compiled."""
-    arguments = Attributes(**attributes).args()
+    arguments = Attributes(**{"version": source_hash(), **attributes}).args()
 
     def call(x, w, target, bias=None, column_weight=None, active=None):
         operands = {"input": x, "weight": w, "target": target, "bias": bias, "column_weight": column_weight}
@@ -334,7 +334,7 @@ def test_an_edited_template_is_not_served_from_the_cache(tmp_path):
         assert out.returncode == 0, out.stderr[-3000:]
         return json.loads(out.stdout.splitlines()[-1])
 
-    template = package / "templates" / "linear_statistics.cpp.jinja"
+    template = package / "templates" / "row_statistics.cpp.jinja"
     original = template.read_text()
     first = fresh()
     assert first["off"] < 1e-5 and first["fxgraph_cache_miss"] == 1 and first["cpp_templated_kernel_counter"] == 1

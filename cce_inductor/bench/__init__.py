@@ -1,0 +1,1 @@
+"""`python -m cce_inductor bench`: the head and its loss, by every way there is to compute them."""

@@ -1,0 +1,97 @@
+"""The command line of the benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from . import step
+from .cases import DTYPES, HEADLINE, SHAPES, Shape, parse_shape
+from .contenders import CONTENDERS
+
+SUMMARY = "The head and its loss, by every way there is to compute them: time, memory, error."
+DETAILS = """\
+Without --headline, --step or --sweep: a table of every contender at every shape. Each contender has a process of
+its own; they take turns, so that a machine that slows down slows all of them. Markdown, JSON and pictures go to
+--output, and with --docs into the documentation too."""
+
+
+def _number(kind: Callable, least: float, below: float = math.inf) -> Callable:
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < below:
+            span = f"at least {least}" if below == math.inf else f"at least {least} and below {below}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of {span}")
+        return value
+
+    return parse
+
+
+def _shape(text: str) -> Shape:
+    try:
+        return parse_shape(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser("python -m cce_inductor bench", description=SUMMARY, epilog=DETAILS)
+    add = made.add_argument
+    shapes = " ".join(",".join(map(str, shape)) for shape in SHAPES)
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="[%(default)s]")
+    add("--shape", action="append", type=_shape, metavar="N,D,V", help=f"may be repeated [{shapes}]")
+    add("--dtype", action="append", choices=DTYPES, help="may be repeated; autocast: fp32 weights in bf16 [all]")
+    add("--contender", action="append", choices=list(CONTENDERS), help="may be repeated [all]")
+    add("--ignored", type=_number(float, 0, 1), metavar="F", help="fraction of the rows whose target is ignored")
+    add("--repeat", type=_number(int, 1), default=5, metavar="K", help="repetitions [%(default)s]")
+    add("--seed", type=_number(int, 0), default=0, help="of the inputs [%(default)s]")
+    add("--threads", type=_number(int, 1), metavar="K", help="of every contender [PyTorch's choice]")
+    add("--timeout", type=_number(float, 1), metavar="S", help="seconds for a repetition [300; --headline 3600]")
+    add("--no-error", action="store_true", help="do not compute the float64 reference")
+    add("--no-gemm", action="store_true", help="do not measure the GEMMs' rate")
+    add("--quick", action="store_true", help="tiny shapes: does everything run?")
+    add("--output", type=Path, default=Path("bench-out"), metavar="DIR", help="[%(default)s]")
+    add("--docs", type=Path, metavar="DIR", help="write the results into DIR/benchmarks.md too")
+    add("--sweep", action="store_true", help="how cost grows with N and with V")
+    headline = ",".join(map(str, HEADLINE))
+    add("--headline", action="store_true", help=f"{headline} under a memory limit: who fits")
+    add("--memory-limit-gib", type=_number(float, 0.1), metavar="G", help="for --headline [70 %% of RAM, at most 16]")
+    add("--step", action="store_true", help="a whole training step of the demo's model")
+    add("--model", metavar="PATH", help="for --step: checkpoint directory or GGUF file [SmolLM2-135M]")
+    add("--batch", type=_number(int, 1), default=step.BATCH, help="for --step: rows of text [%(default)s]")
+    add("--seq", type=_number(int, 2), default=step.SEQ, help="for --step: tokens per row [%(default)s]")
+    return made
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Ends with a message where the arguments, or what is installed, will not do."""
+    made = parser()
+    args = made.parse_args(argv)
+    special = args.headline or args.step or args.sweep
+    if args.device != "cpu":
+        made.error("--device cuda: this benchmark measures CPUs only so far")
+    if not Path("/proc/self/statm").exists():
+        made.error("memory is measured through /proc, which only Linux has")
+    if importlib.util.find_spec("matplotlib") is None:
+        made.error("not installed: matplotlib; `pip install 'cce-inductor[bench]'` brings it")
+    if special and args.ignored is not None and not args.headline:
+        made.error("--ignored goes with the table and with --headline")
+    if args.shape and (args.step or args.sweep):
+        made.error("--shape goes with the table and with --headline")
+    if args.headline and args.shape and len(args.shape) > 1:
+        made.error("--headline takes one --shape")
+    if special and args.dtype and len(args.dtype) > 1:
+        made.error("--headline, --step and --sweep take one --dtype")
+    if args.step and args.dtype == ["autocast"]:
+        made.error("--step takes fp32 or bf16: the dtype of the model's weights")
+    if args.step and args.contender and not set(args.contender) <= set(step.CONTENDERS):
+        made.error(f"--step has {', '.join(step.CONTENDERS)} as contenders")
+    if args.memory_limit_gib and not args.headline:
+        made.error("--memory-limit-gib goes with --headline")
+    return args

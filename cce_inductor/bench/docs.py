@@ -1,0 +1,69 @@
+"""Writes results into the documentation, between markers, so that it only ever holds what a command printed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+INTRODUCTION = """\
+# Benchmarks
+
+Tables, pictures and JSON here are what `python -m cce_inductor bench --docs docs` wrote; edit only what stands between
+them.
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the results: goes to the screen, to the output folder and, if wanted, to the documentation."""
+
+    name: str
+    text: str  # markdown
+    data: Any  # for JSON
+    plot: Path | None = None
+
+
+def markers(name: str) -> tuple[str, str]:
+    return f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
+
+
+def replaced(document: str, name: str, text: str) -> str:
+    """`document` with `text` between the markers of `name`, which are added at the end if they are not there.
+
+    Raises ValueError if only one of them is there.
+    """
+    begin, end = markers(name)
+    block = f"{begin}\n{text.strip()}\n{end}"
+    if begin not in document and end not in document:
+        return f"{document.rstrip()}\n\n{block}\n"
+    before, found_begin, rest = document.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found_begin and found_end):
+        raise ValueError(f"{begin} and {end} are not a pair in this order")
+    return before + block + after
+
+
+def file_name(device: str, name: str) -> str:
+    """Of a section's JSON: the section that has the device's name is the main table."""
+    return f"{device}.json" if name == device else f"{device}-{name}.json"
+
+
+def write(section: Section, folder: Path, device: str, command: str) -> None:
+    """Put a section into folder/benchmarks.md, its JSON and its picture into folder/benchmarks/."""
+    inside = folder / "benchmarks"
+    inside.mkdir(parents=True, exist_ok=True)
+    text = f"`{command}`\n\n{section.text}"
+    if section.plot is not None:
+        shutil.copyfile(section.plot, inside / f"{section.name}.png")
+        text += f"\n\n![{section.name}](benchmarks/{section.name}.png)"
+    save(section, inside / file_name(device, section.name))
+    document = folder / "benchmarks.md"
+    before = document.read_text() if document.exists() else INTRODUCTION
+    document.write_text(replaced(before, section.name, text))
+
+
+def save(section: Section, path: Path) -> None:
+    path.write_text(json.dumps(section.data, indent=1) + "\n")

@@ -1,0 +1,128 @@
+"""Results as markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ..demo.memory import MIB
+from .cases import Case
+from .contenders import CONTENDERS, EAGER
+from .measure import MODES, Stats, speedup
+from .rounds import Result, Row
+
+CAPTION = """\
+Milliseconds: median (least-most). "x eager": how many times faster than eager, the median of the rounds' ratios.
+"of GEMM": the flops that have to be done, per second, as a share of what `torch.mm` reaches at the same sizes in the
+same rounds. MiB: peak above inputs and gradients. Error: relative to float64, on the same inputs."""
+
+HEAD = (
+    "contender",
+    "loss, ms",
+    "x eager",
+    "of GEMM",
+    "MiB",
+    "loss + gradients, ms",
+    "x eager",
+    "of GEMM",
+    "MiB",
+    "error of loss",
+    "of dx",
+    "of dW",
+)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A markdown table; the first column is text, the others are figures."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def milliseconds(samples: Sequence[float] | None) -> str:
+    if not samples:
+        return ""
+    stats = Stats.of([1000 * s for s in samples])
+    digits = 0 if stats.median >= 100 else 1 if stats.median >= 10 else 2
+    return f"{stats.median:,.{digits}f} ({stats.least:,.{digits}f}-{stats.most:,.{digits}f})"
+
+
+def mib(count: int | None) -> str:
+    return "" if count is None else f"{count / MIB:,.0f}" if count >= 10 * MIB else f"{count / MIB:.1f}"
+
+
+def ratio(base: Sequence[float] | None, samples: Sequence[float] | None) -> str:
+    value = speedup(base, samples) if base and samples else None
+    return "" if value is None else f"{value:.2f}"
+
+
+def gemm_share(case: Case, mode: str, samples: Sequence[float] | None, gemm: Sequence[float] | None) -> str:
+    """Rate of the necessary flops, relative to the GEMMs' rate on all rows, round by round."""
+    value = speedup(gemm, samples) if gemm and samples else None
+    return "" if value is None else f"{value * case.counted / case.n:.0%}"
+
+
+def _cells(result: Result, row: Row) -> list[str]:
+    if not row.seconds:
+        return [row.contender, row.failure, *[""] * (len(HEAD) - 2)]
+    eager = result.row(EAGER)
+    cells = [row.contender]
+    for mode in MODES:
+        samples = row.seconds.get(mode)
+        cells += [
+            milliseconds(samples),
+            ratio(eager.seconds.get(mode) if eager else None, samples),
+            gemm_share(result.case, mode, samples, result.gemm.get(mode)),
+            mib(row.memory.get(mode)),
+        ]
+    return cells + [f"{row.error[key]:.1e}" if key in row.error else "" for key in ("loss", "dx", "dW")]
+
+
+def notes(result: Result) -> list[str]:
+    """What does not fit into the table."""
+    found = [f"{row.contender}: {row.note}" for row in result.rows if row.note]
+    found += [f"{row.contender} did not finish: {row.failure}" for row in result.rows if row.seconds and row.failure]
+    if not result.interleaved:
+        found.append("one contender after the other, not in turns: their processes would not fit into memory together")
+    return found
+
+
+def case_section(result: Result) -> str:
+    parts = [f"### {result.case.label}", markdown(HEAD, [_cells(result, row) for row in result.rows])]
+    if notes(result):
+        parts.append("\n".join(f"* {note}" for note in notes(result)))
+    return "\n\n".join(parts)
+
+
+def table(results: Sequence[Result]) -> str:
+    """Every case's table."""
+    return "\n\n".join([CAPTION, *(case_section(result) for result in results)])
+
+
+def gemm_table(results: Sequence[Result]) -> str:
+    """What `torch.mm` reaches at each case's sizes."""
+    rows = []
+    for result in results:
+        case = result.case
+        if all(result.gemm.get(mode) for mode in MODES):
+            flops = [2 * case.n * case.d * case.v * gemms for gemms in (1, 3)]
+            rates = [f / Stats.of(result.gemm[m]).median / 1e9 for f, m in zip(flops, MODES, strict=True)]
+            rows.append([case.label, "fp32" if case.dtype == "fp32" else "bf16", *(f"{r:,.0f}" for r in rates)])
+    return markdown(["case", "dtype", "x Wᵀ, GFLOP/s", "all three GEMMs, GFLOP/s"], rows) if rows else ""
+
+
+def sweep_table(results: Sequence[Result]) -> str:
+    """Loss and gradients, a line per size: time and memory of each contender."""
+    names = [row.contender for row in results[0].rows]
+    head = ["N", "D", "V", *(f"{name}, ms" for name in names), *(f"{name}, MiB" for name in names)]
+    rows = []
+    for result in results:
+        case = result.case
+        times = [milliseconds(row.seconds.get("gradients")) or row.failure for row in result.rows]
+        rows.append(
+            [str(case.n), str(case.d), str(case.v), *times, *(mib(row.memory.get("gradients")) for row in result.rows)]
+        )
+    return markdown(head, rows)
+
+
+def about(names: Iterable[str]) -> str:
+    """What the contenders' names stand for."""
+    return "\n".join(f"* {name}: {CONTENDERS[name].about}" for name in names)

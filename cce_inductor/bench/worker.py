@@ -1,0 +1,63 @@
+"""The process of one contender at one case."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from ..demo import memory
+from .cases import Case, make_inputs
+from .contenders import CONTENDERS, build
+from .measure import MODES, Head, relative_error
+from .protocol import Handlers, main
+from .reference import files
+
+
+def handlers(job: dict[str, Any]) -> Handlers:
+    """`inputs` first, then `warm_up` or `once`, then anything."""
+    case, name = Case(**job["case"]), job["contender"]
+    made: list[Head] = []
+
+    def inputs() -> dict[str, Any]:
+        made.append(Head(build(name, case.dtype), *make_inputs(case)))
+        memory.trim()
+        return {"rss": memory.rss()}
+
+    def warm_up() -> dict[str, Any]:
+        """Compile and run everything once."""
+        start = time.perf_counter()
+        for mode in MODES:
+            made[0].timed(mode)
+        return {"seconds": time.perf_counter() - start, "note": CONTENDERS[name].note()}
+
+    def timed(mode: str) -> dict[str, Any]:
+        return {"seconds": made[0].timed(mode)}
+
+    def peaks() -> dict[str, Any]:
+        found = {}
+        for mode in MODES:
+            found[mode] = made[0].peak(mode)["above"]
+            made[0].rest()
+        return found
+
+    def once() -> dict[str, Any]:
+        """Loss and gradients without a warm-up: time and memory with all that compilation takes."""
+        return made[0].peak("gradients") | {"note": CONTENDERS[name].note()}
+
+    def error(folder: str, loss: float) -> dict[str, Any]:
+        head = made[0]
+        head.rest()
+        value = float(head.gradients())
+        dx, dweight = files(folder, case)
+        return {
+            "loss": abs(value - loss) / abs(loss),
+            "dx": relative_error(head.x.grad, dx),
+            "dW": relative_error(head.weight.grad, dweight),
+        }
+
+    return {"inputs": inputs, "warm_up": warm_up, "timed": timed, "peaks": peaks, "once": once, "error": error}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], handlers))

@@ -1,0 +1,49 @@
+"""Which kernel and which schedule of the backward (docs/design.md) a head gets, by device, dtype and size.
+
+Imports nothing heavy until it is asked: the backend asks before Inductor is needed.
+"""
+
+import os
+
+import torch
+
+from ..ops.choice import Choice, Problem
+
+# A chunk of rows whose logits are kept costs one more pass over W and dW: with fewer rows that takes longer than the
+# GEMM it saves, on two cores with 20 GB/s and 230 (fp32) or 460 (bfloat16) GFLOP/s.
+LEAST_CHUNK = {torch.float32: 128, torch.bfloat16: 256}
+# Where dW can not be added up over chunks, the share of the rows whose logits must fit: with less than half, the pass
+# over dW that multiplies it by the loss's tangent, and smaller blocks, take what is saved (at 0.2 nothing was gained).
+LEAST_SHARE = 0.5
+# The part of the workspace that holds kept logits. (At 0.8 the rows of two chunks no longer stay packed: 6 % slower.)
+KEPT_SHARE = 0.75
+# Logits that take a larger part of the machine's memory are not written if that can be helped.
+LARGE_LOGITS = 1 / 8
+
+
+def choose(problem: Problem) -> Choice:
+    """The answer of the lowerings to `Problem`."""
+    if problem.device != "cpu":
+        return Choice("eager implementation")
+    from .cpu import element_dtype, unsupported
+
+    reason = unsupported(problem.dtypes, problem.compute_dtype)
+    if reason:
+        # 8 NVD without a kernel of ours against Inductor's 6: slower, unless memory is what is short.
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if problem.logits_bytes < memory * LARGE_LOGITS:
+            return Choice("", refusal=f"there is no CPU kernel for it ({reason}), and its logits fit in memory")
+        return Choice(f"eager implementation: {reason}")
+    element = element_dtype(problem.compute_dtype)
+    return Choice("C++ kernel", gradients_in_forward=_keeps_logits(problem, element))
+
+
+def _keeps_logits(problem: Problem, element: torch.dtype) -> bool:
+    """Whether enough logits fit in the workspace between the two passes of a kernel that forms gradients at once."""
+    if torch.float16 in (problem.compute_dtype, *problem.dtypes):
+        # Gradients of float16 are kept from becoming 0 by the factor that the loss is scaled by, which comes later.
+        return False
+    fit = int(problem.workspace * KEPT_SHARE) // max(1, problem.vocab * element.itemsize)
+    if problem.weight_dtype == torch.float32:
+        return fit >= min(problem.rows, LEAST_CHUNK[element])
+    return fit >= problem.rows * LEAST_SHARE

@@ -1,0 +1,43 @@
+"""What the rewrite asks of the kernels behind the operators, which it knows nothing of, and what they answer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One head: (rows, width) @ (width, vocab), sizes as they were when the graph was captured.
+
+    dtypes: of input, weight and bias. compute_dtype: what the operands are rounded to. workspace: bytes of scratch.
+    logits_bytes: size of the logits that fusing saves.
+    """
+
+    rows: int
+    width: int
+    vocab: int
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    compute_dtype: torch.dtype
+    workspace: int
+    logits_bytes: int
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return self.dtypes[1]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """kernel: what will run, for people. gradients_in_forward: whether to form the gradients of a linear loss there.
+
+    refusal: why the site had better be left alone, or "".
+    """
+
+    kernel: str
+    gradients_in_forward: bool = False
+    refusal: str = ""
+
+
+Chooser = Callable[[Problem], Choice]

@@ -1,0 +1,92 @@
+"""Registers the operators for a loss whose gradients are formed in the forward pass.
+
+`linear_statistics_with_gradients` is `linear_statistics` followed by `linear_statistics_backward`, for tangents that
+are known beforehand up to one common factor, as those of a mean or a sum are. A kernel that does both need not compute
+the logits twice. `attach_gradients` ties such gradients to the loss: its backward multiplies them by its tangent.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import reference
+from .call import Call, check
+from .library import ATTRIBUTES, autocast_off, gemm_flops, library
+
+# The gradients, of the operands named in `needs`, come behind the statistics in the result.
+library.define(
+    "linear_statistics_with_gradients(Tensor[] tangents, str tangent_names, Tensor[] operands, str names, "
+    f"Tensor? active, str statistics, str needs, {ATTRIBUTES}) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+)
+library.define(
+    "attach_gradients(Tensor value, Tensor[] operands, Tensor[] gradients) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+WITH_GRADIENTS = torch.ops.cce_inductor.linear_statistics_with_gradients.default
+ATTACH = torch.ops.cce_inductor.attach_gradients.default
+
+
+def _eager(tangents, tangent_names, operands, names, active, statistics, needs, *attributes) -> list[Tensor]:
+    call = Call.read(operands, names, active, statistics, attributes)
+    check(call)
+    saved = reference.forward(call)
+    named = dict(zip(tangent_names.split(), tangents, strict=True))
+    return saved + reference.backward(call, named, dict(zip(statistics.split(), saved, strict=True)), needs.split())
+
+
+def _autograd(tangents, tangent_names, operands, *rest) -> list[Tensor]:
+    """Its results are constants to autograd; `attach_gradients` is what is differentiated."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return WITH_GRADIENTS(tangents, tangent_names, operands, *rest)
+
+
+library.impl("linear_statistics_with_gradients", _eager, "CompositeExplicitAutograd")
+library.impl("linear_statistics_with_gradients", _autograd, "Autograd")
+autocast_off("linear_statistics_with_gradients", WITH_GRADIENTS)
+
+
+@torch.library.register_fake("cce_inductor::linear_statistics_with_gradients", lib=library)
+def _fake(tangents, tangent_names, operands, names, active, statistics, needs, *attributes) -> list[Tensor]:
+    call = Call.read(operands, names, active, statistics, attributes)
+    check(call)
+    n = call.input.shape[0]
+    return [
+        *(call.input.new_empty(n, dtype=torch.int64 if r.integer else call.accumulate_dtype) for r in call.rows),
+        *(call.operands[name].new_empty(call.operands[name].shape) for name in needs.split()),
+    ]
+
+
+@register_flop_formula(torch.ops.cce_inductor.linear_statistics_with_gradients)
+def _flops(tangents, tangent_names, operands, names, active, statistics, needs, *args, **kwargs) -> int:
+    """2 N V D for the logits, and as much again for each of dx and dW that is wanted."""
+    shapes = dict(zip(names.split(), operands, strict=True))
+    return gemm_flops(shapes) * (1 + sum(name in ("input", "weight") for name in needs.split()))
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *operands: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, tangent: Tensor):
+        # 0-dimensional tensors do not promote: each gradient keeps its dtype, and a tangent of 1 every bit of it.
+        return (None, None, *(gradient * tangent for gradient in ctx.saved_tensors))
+
+
+def _attach(value: Tensor, operands: list[Tensor], gradients: list[Tensor]) -> Tensor:
+    return _Attach.apply(value, gradients, *operands)
+
+
+library.impl("attach_gradients", _attach, "Autograd")
+library.impl("attach_gradients", lambda value, operands, gradients: value.clone(), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("cce_inductor::attach_gradients", lib=library)
+def _fake_attach(value, operands, gradients) -> Tensor:
+    return torch.empty_like(value)
