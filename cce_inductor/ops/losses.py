@@ -73,17 +73,19 @@ def cross_entropy(
     return value + (extra / active.sum() if loss.reduction == "mean" else extra)
 
 
-def tangents(target: Any, active: Any, class_weight: Any, vocab: int, loss: CrossEntropy) -> dict[str, Any]:
-    """d loss / d statistic, by name, of what `cross_entropy` reads: (N,) fp32, and 0 in inactive rows.
+def tangents(
+    target: Any, active: Any, class_weight: Any, vocab: int, loss: CrossEntropy, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """d loss / d statistic, by name, of what `cross_entropy` reads: (N,) of `dtype`, and 0 in inactive rows.
 
     For losses that are linear in the statistics, a mean or a sum without z-loss (`CrossEntropy.linear`): what
     multiplies a statistic is then known before the statistic is. Arguments as there.
     """
-    counts = active.to(torch.float32)
+    counts = active.to(dtype)
     if class_weight is None:
         weight = counts
     else:
-        class_weight = class_weight.detach().to(torch.float32)
+        class_weight = class_weight.detach().to(dtype)
         weight = torch.where(active, class_weight[torch.where(active, target, 0)], 0)
     total = weight.sum() if loss.reduction == "mean" else None
     own = weight * (1.0 - loss.label_smoothing)

@@ -1,0 +1,125 @@
+"""The error rule, as a property of the CPU kernels: shapes, strides, dtypes, ignored rows and extreme logits at random.
+
+Each configuration is one dynamic kernel per pass, compiled once; sizes of 1, which Dynamo compiles apart, are in
+test_cpu.py.
+"""
+
+import functools
+
+import pytest
+import torch
+from head_oracle import Head, check_error_rule, logits, statistics
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cce_inductor.lowering.register import register
+from cce_inductor.ops.call import Attributes
+from cce_inductor.ops.library import FORWARD
+from cce_inductor.ops.with_gradients import WITH_GRADIENTS
+from cce_inductor.version import source_hash
+
+NAMES = "lse target_logit"
+# name: dtype, compute dtype, whether gradients are formed in the forward, whether operands are strided
+CONFIGURATIONS = {
+    "float32, strided": (torch.float32, None, False, True),
+    "float32, gradients in the forward": (torch.float32, None, True, False),
+    "bfloat16, strided": (torch.bfloat16, None, False, True),
+    "bfloat16, gradients in the forward": (torch.bfloat16, None, True, False),
+    "float32 in bfloat16, gradients in the forward": (torch.float32, torch.bfloat16, True, False),
+    "float16": (torch.float16, None, False, False),
+}
+# 1 MiB: blocks, slabs and chunks are several at the larger sizes.
+WORKSPACE = 1 << 20
+
+
+@functools.cache
+def compiled(configuration: str):
+    """(tangents, x, w, bias, target, active) -> lse, target_logit, dx, dw, db."""
+    register()
+    torch._dynamo.reset()
+    _, compute, early, _ = CONFIGURATIONS[configuration]
+    rest = Attributes(compute_dtype=compute, workspace=WORKSPACE, version=source_hash()).args()
+    names = "input weight bias target"
+
+    def at_once(tangents, x, w, bias, target, active):
+        return WITH_GRADIENTS(tangents, NAMES, [x, w, bias, target], names, active, NAMES, "input weight bias", *rest)
+
+    def forward(x, w, bias, target, active):
+        return FORWARD([x, w, bias, target], names, active, NAMES, True, *rest)
+
+    function = torch.compile(at_once if early else forward, dynamic=True)
+
+    def in_two(tangents, x, w, bias, target, active):
+        leaves = [t.detach().requires_grad_() for t in (x, w, bias)]
+        out = function(*leaves, target, active)
+        total = sum((t * g).sum() for t, g in zip(out, tangents, strict=True))
+        return [*(t.detach() for t in out), *torch.autograd.grad(total, leaves)]
+
+    return function if early else in_two
+
+
+def plain(tangents, x, w, bias, target, active):
+    leaves = [t.detach().clone().requires_grad_() for t in (x, w, bias)]
+    out = [torch.where(active, t, 0) for t in statistics(NAMES, logits(*leaves), target)]
+    total = sum((t * g.to(t.dtype)).sum() for t, g in zip(out, tangents, strict=True))
+    return [*(t.detach() for t in out), *torch.autograd.grad(total, leaves)]
+
+
+def _large(head: Head) -> None:
+    head.bias[::7], head.bias[3::7] = 1e4, -1e4
+
+
+def _ties(head: Head) -> None:
+    half = head.w.shape[0] // 2
+    head.w[half : 2 * half], head.bias[half : 2 * half] = head.w[:half], head.bias[:half]
+
+
+def _masked(head: Head) -> None:
+    head.bias[::3] = -torch.inf
+    head.target = (head.target // 3 * 3 + 1).clamp(max=head.w.shape[0] - 1)
+    head.bias[-1] = 0
+
+
+def _nan_row(head: Head) -> None:
+    head.x[head.x.shape[0] // 2] = torch.nan
+
+
+def _confident(head: Head) -> None:
+    head.bias[head.target[::2]] += 20
+
+
+KINDS = {"normal": lambda head: None, "1e4": _large, "ties": _ties, "-inf columns": _masked, "NaN row": _nan_row,
+         "confident": _confident}  # fmt: skip
+
+
+def size(most: int):
+    """A size: small, prime, one beside the kernels' own units, or anything."""
+    edges = [2, 3, 5, 7, 15, 16, 17, 31, 63, 64, 65, 127, 128, 129, 131, 257, 509]
+    return st.sampled_from([e for e in edges if e <= most]) | st.integers(2, most)
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(n=size(700), d=size(150), v=size(3000), kind=st.sampled_from(sorted(KINDS)), some=st.integers(0, 3))
+def test_error_rule(configuration, n, d, v, kind, some):
+    dtype, compute, _, strided = CONFIGURATIONS[configuration]
+    head = Head.make(n, d, v, dtype, bias=True, seed=n + d + v)
+    KINDS[kind](head)
+    if strided:
+        head.x = head.x.repeat(1, 2)[:, ::2]
+        head.w = head.w.t().contiguous().t()
+    active = torch.arange(n) % 4 >= some
+    generator = torch.Generator().manual_seed(7)
+    tangents = [(torch.rand(n, generator=generator) - 0.4) / n for _ in range(2)]
+
+    def of(fn, head):
+        out = fn(tangents, head.x, head.w, head.bias, head.target, active)
+        return dict(zip(["lse", "target_logit", "dx", "dw", "db"], out, strict=True))
+
+    ours = of(compiled(configuration), head)
+    eager, exact = of(plain, head if compute is None else head.to(compute)), of(plain, head.to(torch.float64))
+    if kind == "NaN row" and not active[n // 2]:
+        # Eager multiplies the row's NaN by 0; a row that does not count leaves no trace here.
+        assert all(t.isfinite().all() for t in ours.values())
+        return
+    check_error_rule(f"{configuration}: ({n}, {d}, {v}), {kind}", ours, eager, exact, compute or dtype)
