@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="tiny shapes: does everything run?")
     add("--output", type=Path, default=Path("bench-out"), metavar="DIR", help="[%(default)s]")
     add("--docs", type=Path, metavar="DIR", help="write the results into DIR/benchmarks.md too")
+    add("--section", metavar="NAME", help="what to call the table, so that another one keeps its place in --docs")
     add("--sweep", action="store_true", help="how cost grows with N and with V")
     headline = ",".join(map(str, HEADLINE))
     add("--headline", action="store_true", help=f"{headline} under a memory limit: who fits")

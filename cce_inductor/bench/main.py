@@ -86,6 +86,12 @@ def _sections(args: argparse.Namespace, options: Options) -> Iterator[Section]:
         yield from _table(args, options)
 
 
+def _name(section: str, args: argparse.Namespace) -> str:
+    if not args.section:
+        return section
+    return args.section if section == args.device else f"{args.section}-{section}"
+
+
 def main(argv: list[str]) -> int:
     from ..demo.data import DemoError
 
@@ -98,12 +104,13 @@ def main(argv: list[str]) -> int:
             for section in _sections(args, _options(args, Path(cache))):
                 finished = replace(
                     section,
+                    name=_name(section.name, args),
                     text=f"{machine.sentence(about)}\n\n{section.text}",
                     data={"command": command, "machine": about, section.name: section.data},
                 )
-                print(f"## {section.name}\n\n{finished.text}\n", flush=True)
-                (args.output / f"{section.name}.md").write_text(finished.text + "\n")
-                save(finished, args.output / file_name(args.device, section.name))
+                print(f"## {finished.name}\n\n{finished.text}\n", flush=True)
+                (args.output / f"{finished.name}.md").write_text(finished.text + "\n")
+                save(finished, args.output / file_name(args.device, finished.name))
                 if args.docs:
                     write(finished, args.docs, args.device, command)
         except (DemoError, ValueError) as error:
