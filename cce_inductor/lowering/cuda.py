@@ -1,8 +1,8 @@
 """Lowerings for CUDA GPUs: the Triton templates of the forward and of the exact backward.
 
-Forward: every program owns a block of rows and a split of the vocabulary; the splits are merged by ordinary pointwise
-reductions that Inductor generates. Backward: slab of columns x all rows; the slab's dacc is written to the workspace, in
-the compute dtype, and two GEMMs read it. No locks, no atomics, no size that depends on data: rows that do not count are
+Forward: every program owns a block of rows and a split of the vocabulary; the splits are merged by ordinary reductions
+that Inductor generates. Backward: slab of columns x all rows; the slab's dacc is written to the workspace, in the
+compute dtype, and two GEMMs read it. No locks, no atomics, no size that depends on data: rows that do not count are
 left out by a list of the others, made on the device.
 """
 
@@ -27,6 +27,14 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_SPLIT = 2048
 # A slab is a multiple of the largest tile of columns.
 SLAB_STEP = 256
+# What the kernel leaves behind for each statistic, by split.
+PARTS = {
+    "lse": ["LSE"],
+    "target_logit": ["TARGET_LOGIT"],
+    "logit_sum": ["LOGIT_SUM"],
+    "entropy": ["LSE", "EXPECTED"],
+    "argmax": ["BEST", "ARGMAX"],
+}
 
 
 def _op(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -82,9 +90,8 @@ class Call:
     def dtypes(self) -> list[torch.dtype]:
         return [self.input.get_dtype(), self.weight.get_dtype(), self.compute]
 
-    def emit(self, kernel: str, inputs, mutated, size, sizes, dtype=torch.float32, width: int = 0, **constants) -> Any:
+    def emit(self, kernel: str, inputs: dict, mutated: dict, sizes: Sequence[Any], **constants: Any) -> None:
         precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-        layout = ir.FixedLayout(self.device, dtype, list(size), ir.FlexibleLayout.contiguous_strides(size))
         zeros = {
             name: lambda t: torch.zeros(t.get_size(), dtype=t.get_dtype(), device=t.get_device())
             for name in ("TARGET", "INDEX", "FIRST")
@@ -93,7 +100,7 @@ class Call:
             kernel,
             inputs,
             mutated,
-            layout,
+            self.device,
             sizes,
             configurations(kernel, self.dtypes, self.device),
             lambda step: self.d % step == 0,
@@ -132,22 +139,12 @@ def forward(operands: dict[str, Any], active: Any, statistics: list[str], attrib
     split = math.ceil(call.v / splits / SLAB_STEP) * SLAB_STEP
     splits = math.ceil(call.v / split)
 
-    outputs = {"target_logit": ["TARGET_LOGIT"], "logit_sum": ["LOGIT_SUM"], "entropy": ["EXPECTED"]}
-    outputs["argmax"] = ["BEST", "ARGMAX"]
-    names = [name for statistic in statistics for name in outputs.get(statistic, [])]
+    names = dict.fromkeys(name for statistic in statistics for name in PARTS[statistic])
     size = [splits * call.n]
     parts = {name: call.empty(size, torch.int64 if name == "ARGMAX" else torch.float32) for name in names}
     inputs = call.named("input", "weight", "bias", "target", "column_weight") | call.rows
-    lse = call.emit(
-        "linear_statistics",
-        inputs,
-        parts,
-        size,
-        [call.n, splits],
-        SPLIT=split,
-        STATISTICS=repr(" ".join(statistics)),
-    )
-    parts["LSE"] = ir.TensorBox.create(lse) if not isinstance(lse, ir.TensorBox) else lse
+    wanted = repr(" ".join(statistics))
+    call.emit("linear_statistics", inputs, parts, [call.n, splits], SPLIT=split, STATISTICS=wanted)
     merged = _merge({name: _op("view", t, [splits, call.n]) for name, t in parts.items()}, splits)
     results = []
     for name in statistics:
@@ -160,37 +157,27 @@ def forward(operands: dict[str, Any], active: Any, statistics: list[str], attrib
 
 def _merge(parts: dict[str, Any], splits: int) -> dict[str, Any]:
     """Statistics of whole rows from those of the splits, (splits, N)."""
-    if splits == 1:
-        whole = {name: _op("select.int", t, 0, 0) for name, t in parts.items()}
-        lse, share = whole["LSE"], None
-    else:
+
+    def total(t: Any) -> Any:
+        return _op("select.int", t, 0, 0) if splits == 1 else _op("sum.dim_IntList", t, [0])
+
+    merged = {name.lower(): total(parts[name]) for name in ("TARGET_LOGIT", "LOGIT_SUM") if name in parts}
+    share = None
+    if "LSE" in parts and splits == 1:
+        merged["lse"] = total(parts["LSE"])
+    elif "LSE" in parts:
         top = _op("amax", parts["LSE"], [0])
         shift = _op("where.self", _op("isinf", top), 0.0, top)
         power = _op("exp", _op("sub.Tensor", parts["LSE"], _op("unsqueeze", shift, 0)))
-        total = _op("sum.dim_IntList", power, [0])
-        lse = _op("add.Tensor", _op("log", total), shift)
-        share = _op("div.Tensor", power, _op("unsqueeze", total, 0))
-        whole = {}
-        for name in ("TARGET_LOGIT", "LOGIT_SUM"):
-            if name in parts:
-                whole[name] = _op("sum.dim_IntList", parts[name], [0])
-    merged = {"lse": lse}
-    for name in ("TARGET_LOGIT", "LOGIT_SUM"):
-        if name in whole:
-            merged[name.lower()] = whole[name]
+        whole = total(power)
+        merged["lse"] = _op("add.Tensor", _op("log", whole), shift)
+        share = _op("div.Tensor", power, _op("unsqueeze", whole, 0))
     if "EXPECTED" in parts:
-        expected = (
-            whole["EXPECTED"]
-            if share is None
-            else _op("sum.dim_IntList", _op("mul.Tensor", share, parts["EXPECTED"]), [0])
-        )
-        merged["entropy"] = _op("sub.Tensor", lse, expected)
+        expected = parts["EXPECTED"] if share is None else _op("mul.Tensor", share, parts["EXPECTED"])
+        merged["entropy"] = _op("sub.Tensor", merged["lse"], total(expected))
     if "BEST" in parts:
-        if share is None:
-            merged["argmax"] = whole["ARGMAX"]
-        else:
-            split = _op("argmax", parts["BEST"], 0, True)
-            merged["argmax"] = _op("squeeze.dim", _op("gather", parts["ARGMAX"], 0, split), 0)
+        split = _op("argmax", parts["BEST"], 0, True)
+        merged["argmax"] = _op("squeeze.dim", _op("gather", parts["ARGMAX"], 0, split), 0)
     return merged
 
 
@@ -220,48 +207,36 @@ def backward(
     mutated = {}
     if "weight" in needs:
         mutated["DW"] = call.empty([call.v, call.d], call.weight.get_dtype())
+    if "bias" in needs:
+        mutated["DB"] = call.empty([call.v], call.operands["bias"].get_dtype())
     if "input" in needs:
         if active is None:
             mutated["DX"] = call.empty([call.n, call.d], torch.float32)
         else:  # the kernel does not touch the other rows
             mutated["DX"] = _op("full", [call.n, call.d], 0.0, dtype=torch.float32, device=call.device)
             mutated["DX"].realize()
-    biases = []
     # Where a slab begins, in a buffer and not in the kernel's text: one kernel serves all slabs.
+    dacc = call.empty([call.n, slab], call.compute)
     begin = _op("full", [1], 0, dtype=torch.int64, device=call.device)
     for first in range(0, call.v, slab):
         if first:
             begin = _op("add.Tensor", begin, slab)
         begin.realize()
         at = {"FIRST": _in_memory(begin)}
-        dacc = call.emit(
-            "linear_statistics_dacc",
-            given | at,
-            {},
-            [call.n, slab],
-            [call.n, slab],
-            dtype=call.compute,
-            SLAB=slab,
-            GROUP=8,
-        )
-        if mutated:
-            inputs = {"DACC": _in_memory(dacc)} | call.named("input", "weight") | call.rows | at
-            if factor is not None:
-                inputs["FACTOR"] = given["FACTOR"]
-            sizes = [call.n, call.d, slab, int("DX" in mutated), int("DW" in mutated)]
-            call.emit("linear_statistics_gradients", inputs, mutated, [1], sizes, SLAB=slab)
-        if "bias" in needs:
-            total = _op("sum.dim_IntList", to_dtype(dacc, torch.float32), [0])
-            biases.append(_op("slice.Tensor", total, 0, 0, min(slab, call.v - first)))
+        call.emit("linear_statistics_dacc", given | at, {"DACC": dacc}, [call.n, slab], SLAB=slab, GROUP=8)
+        inputs = {"DACC": dacc} | call.named("input", "weight") | call.rows | at
+        if factor is not None:
+            inputs["FACTOR"] = given["FACTOR"]
+        sizes = [call.n, call.d, slab, int("DX" in mutated), int("DW" in mutated or "DB" in mutated)]
+        call.emit("linear_statistics_gradients", inputs, mutated, sizes, SLAB=slab)
     results = {}
     if "input" in needs:
-        results["input"] = to_dtype(mutated["DX"], call.input.get_dtype())
+        dx = mutated["DX"] if factor is None else _op("div.Tensor", mutated["DX"], factor)
+        results["input"] = to_dtype(dx, call.input.get_dtype())
     if "weight" in needs:
         results["weight"] = mutated["DW"]
     if "bias" in needs:
-        db = _op("cat", biases, 0)
-        db = db if factor is None else _op("div.Tensor", db, factor)
-        results["bias"] = to_dtype(db, call.operands["bias"].get_dtype())
+        results["bias"] = mutated["DB"]
     return [results[name] for name in needs]
 
 

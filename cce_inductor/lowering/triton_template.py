@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch._inductor import ir
 from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, autotune_select_algorithm
@@ -15,7 +16,7 @@ from torch._inductor.virtualized import V
 from .. import version
 
 # What stands for a piece in a template, and the file it is.
-PIECES = {"PRODUCT": "product", "LOGIT": "logit"}
+PIECES = {"PRODUCT": "product", "LOGIT": "logit", "NOTHING": "nothing"}
 DTYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
 
 
@@ -81,20 +82,21 @@ def emit(
     name: str,
     inputs: Mapping[str, Any],
     mutated: Mapping[str, Any],
-    layout: ir.Layout,
+    device: torch.device,
     sizes: Sequence[Any],
     tiles: Sequence[Tiles],
     even_k: Callable[[int], bool],
     fake_inputs: Mapping[str, Callable[[Any], torch.Tensor]],
     **constants: Any,
-) -> Any:
-    """Adds the kernel to the graph that is being lowered, in the configuration that is the fastest; gives its output.
+) -> None:
+    """Adds the kernel to the graph that is being lowered, in the configuration that is the fastest.
 
-    inputs, mutated: buffers by the names the template knows them by; it writes to the mutated ones. layout: of the
-    output. sizes: the grid function's arguments. even_k: whether a step of the sum leaves nothing over. fake_inputs:
+    inputs, mutated: buffers by the names the template knows them by; it writes to the mutated ones. sizes: the grid
+    function's arguments. even_k: whether a step of the sum leaves nothing over. fake_inputs:
     how the autotuner is to fill inputs that cannot hold anything. constants: more template variables.
     """
     arguments = {**inputs, **mutated}
+    layout = ir.FixedLayout(device, torch.float32, [sympy.S.One], [sympy.S.One])
     nodes = list(arguments.values())
     choices: list[Any] = []
     for option in tiles:
@@ -112,8 +114,7 @@ def emit(
         if error is not None and len(tiles) == 1:
             raise error
     generators = {i: fake_inputs[n] for i, n in enumerate(arguments) if n in fake_inputs}
-    result = autotune_select_algorithm(f"cce_{name}", choices, nodes, layout, input_gen_fns=generators)
     # torch 2.11 gives the node, later ones the node and the choice.
+    result = autotune_select_algorithm(f"cce_{name}", choices, nodes, layout, input_gen_fns=generators)
     node = result[0] if isinstance(result, tuple) else result
     V.graph.no_fuse_buffer_names.add(node.get_name())
-    return node

@@ -45,7 +45,17 @@ def _register_guard() -> None:
         with tempfile.TemporaryDirectory() as folder:
             source, built = Path(folder) / "guard.cpp", Path(folder) / "guard.so"
             source.write_text(_GUARD)
-            command = ["g++", "-std=c++20", "-shared", "-fPIC", source, "-o", built, f"-I{root}/include", f"-L{root}/lib"]
+            command = [
+                "g++",
+                "-std=c++20",
+                "-shared",
+                "-fPIC",
+                source,
+                "-o",
+                built,
+                f"-I{root}/include",
+                f"-L{root}/lib",
+            ]
             subprocess.run([*command, "-lc10", f"-Wl,-rpath,{root}/lib"], check=True)
             built.rename(target) if built.stat().st_dev == target.parent.stat().st_dev else target.write_bytes(
                 built.read_bytes()
@@ -98,7 +108,9 @@ def _clear_caches() -> None:
     functions = [*vars(_triton).values(), DeviceProperties.create]
     functions += [getattr(inductor_utils, n, None) for n in ("is_big_gpu", "get_gpu_type", "get_max_num_sms")]
     for function in functions:
-        clear = getattr(function, "cache_clear", None) or getattr(getattr(function, "__func__", None), "cache_clear", None)
+        clear = getattr(function, "cache_clear", None) or getattr(
+            getattr(function, "__func__", None), "cache_clear", None
+        )
         if clear:
             clear()
 
@@ -137,9 +149,16 @@ def device(capability: int = 90, **inductor: object) -> Iterator[None]:
         put(torch._subclasses.fake_tensor, {"init_gpu_context": lambda *a, **k: None})
         fake_driver = _Driver(capability)
         put(getattr(driver, "driver", driver), {"_active": fake_driver, "_default": fake_driver})
-        off = {"fx_graph_cache": False, "fx_graph_remote_cache": False, "compile_threads": 1, "triton.cudagraphs": False}
+        off = {
+            "fx_graph_cache": False,
+            "fx_graph_remote_cache": False,
+            "compile_threads": 1,
+            "triton.cudagraphs": False,
+        }
         stack.enter_context(torch._inductor.config.patch({**off, **inductor}))
-        stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True))
+        stack.enter_context(
+            torch._functorch.config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True)
+        )
         yield
     _clear_caches()
 

@@ -17,11 +17,32 @@ class libdevice:
     @triton.jit
     def tanh(x):
         return 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
+
+    @triton.jit
+    def exp(x):
+        return tl.exp(x)
+
+    @triton.jit
+    def log(x):
+        return tl.log(x)
+
+    @triton.jit
+    def isinf(x):
+        return (x == float("inf")) | (x == float("-inf"))
+
 class tl_math:
-    exp, log, abs, sqrt = tl.exp, tl.log, tl.abs, tl.sqrt
+    @triton.jit
+    def exp(x):
+        return tl.exp(x)
+
+    @triton.jit
+    def log(x):
+        return tl.log(x)
+
+    @triton.jit
+    def abs(x):
+        return tl.abs(x)
 """
-
-
 _IMPORT = "import triton.language as tl\n"
 _HELPERS = "from torch._inductor.runtime import triton_helpers\n"
 
@@ -58,7 +79,9 @@ def kernels(wrapper: str) -> list[Kernel]:
             Kernel(
                 name=match.group(2),
                 kind=decorator.group(1),
-                source=re.sub(r"^from torch\._inductor.*$", "", text, flags=re.M).replace(_IMPORT, _IMPORT + _HELPERS, 1),
+                source=re.sub(r"^from torch\._inductor.*$", "", text, flags=re.M).replace(
+                    _IMPORT, _IMPORT + _HELPERS, 1
+                ),
                 signature=ast.literal_eval(re.search(r"'signature': (\{.*?\})", meta).group(1)),
                 aligned=[int(i) for i in re.findall(r"\((\d+),\): \[\['tt\.divisibility', 16\]\]", meta)],
                 options={k: int(v) for k, v in re.findall(r"^(num_stages|num_warps)=(\d+)", meta, re.M)},
@@ -81,23 +104,32 @@ def load(kernel: Kernel):
 
 
 def fix_interpreter() -> None:
-    """Triton's interpreter (3.6 and 3.7) multiplies the bits of bfloat16 operands in `tl.dot`: give it floats."""
+    """bfloat16 in Triton's interpreter (3.6 and 3.7): `tl.dot` multiplies the operands' bits, and casts to it cut off."""
     import numpy as np
+    import torch
     import triton.language as tl
     from triton.runtime import interpreter
 
     builder = interpreter.InterpreterBuilder
     if getattr(builder, "fixed", False):
         return
-    original = builder.create_dot
+    dot, cast = builder.create_dot, builder.cast_impl
 
     def floats(handle):
         if handle.dtype.scalar != tl.bfloat16:
             return handle
-        data = interpreter._convert_float(handle.data, handle.dtype, tl.float32, None).view(np.float32)
+        data = (handle.data.astype(np.uint32) << 16).view(np.float32)
         return interpreter.TensorHandle(data, tl.float32)
 
-    builder.create_dot = lambda self, a, b, *rest: original(self, floats(a), floats(b), *rest)
+    def to_nearest(self, source, dtype):
+        if source.dtype.scalar == tl.float32 and dtype.scalar == tl.bfloat16:
+            data = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.uint16).numpy()
+            return interpreter.TensorHandle(data, tl.bfloat16)
+        return cast(self, source, dtype)
+
+    builder.create_dot = lambda self, a, b, *rest: dot(self, floats(a), floats(b), *rest)
+    builder.cast_impl = to_nearest
+    builder.create_fp_trunc = to_nearest
     builder.fixed = True
 
 
@@ -124,6 +156,12 @@ class _Launcher:
         self.function[(-(-values["xnumel"] // wanted.get("XBLOCK", 1)), 1, 1)](*values.values(), **wanted)
 
 
+def arguments(wrapper: str) -> list[str]:
+    """The names of a wrapper's inputs, in order."""
+    names = re.search(r"def call\(self, args\):\n\s+(.*?) = args", wrapper).group(1)
+    return [name for name in names.strip("()").split(", ") if name]
+
+
 def execute(wrapper: str, arguments: list) -> tuple[tuple, dict[str, int]]:
     """Runs a wrapper on CPU tensors, its kernels in Triton's interpreter; gives its outputs and launches by kernel."""
     import contextlib
@@ -140,8 +178,13 @@ def execute(wrapper: str, arguments: list) -> tuple[tuple, dict[str, int]]:
     text = re.sub(r"^from torch\._C import _cuda_getCurrentRawStream as get_raw_stream$", "", text, flags=re.M)
     text = text.replace("torch._C._dynamo.guards._empty_strided_cuda", "torch._C._dynamo.guards._empty_strided_cpu")
     text = text.replace("torch.cuda._DeviceGuard(0)", "_nothing()").replace("torch.cuda.set_device(0)", "pass")
-    scope = {"_compiler": compiler, "_nothing": contextlib.nullcontext, "get_raw_stream": lambda i: 0, "__name__": "mock"}
-    exec(compile(text, "wrapper", "exec"), scope)  # noqa: S102 - a wrapper that Inductor has just made
+    scope = {
+        "_compiler": compiler,
+        "_nothing": contextlib.nullcontext,
+        "get_raw_stream": lambda i: 0,
+        "__name__": "mock",
+    }
+    exec(compile(text, "wrapper", "exec"), scope)
     assert torch.device("cpu") == torch.empty(0).device
     call = scope["call"] if "call" in scope else scope["runner"].call
     return tuple(call(list(arguments))), {name: k.launches for name, k in launchers.items()}
