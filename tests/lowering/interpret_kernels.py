@@ -1,16 +1,13 @@
 """Runs whole training graphs' GPU code in Triton's interpreter, and prints for each case what differs from eager.
 
-A process of its own, with TRITON_INTERPRET=1: Triton reads that when it is imported. Arguments: names of cases, or none
-for all. Prints one line of JSON per case.
+A process of its own, with TRITON_INTERPRET=1, which Triton reads when it is imported, and PYTHONPATH as in the
+Makefile's target `kernels`. Arguments: names of cases, or none for all. Prints one line of JSON per case.
 """
 
 import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "ops"), str(Path(__file__).parent)]
 
 import rendered
 import torch

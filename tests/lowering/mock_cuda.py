@@ -1,7 +1,7 @@
 """Inductor's GPU code for a training graph, on a machine without a GPU.
 
-AOTAutograd traces on fake CPU tensors, since autograd asks a CUDA device that is not there; each partitioned graph is then
-moved to "cuda:0", whose properties are made up, and goes through Inductor as ever. The wrapper's text is what we keep.
+AOTAutograd traces on fake CPU tensors, since autograd asks a CUDA device that is not there; each partitioned graph is
+then moved to "cuda:0", whose properties are made up, and goes through Inductor as ever. We keep the wrapper's text.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The Triton kernels in a wrapper that Inductor made: taken out, run by Triton's interpreter, compiled ahead of time."""
+"""The Triton kernels in a wrapper that Inductor made: taken out, interpreted, compiled ahead of time."""
 
 import ast
 import importlib.util
@@ -104,7 +104,7 @@ def load(kernel: Kernel):
 
 
 def fix_interpreter() -> None:
-    """bfloat16 in Triton's interpreter (3.6 and 3.7): `tl.dot` multiplies the operands' bits, and casts to it cut off."""
+    """bfloat16 in Triton's interpreter (3.6, 3.7): `tl.dot` multiplies the operands' bits, and casts cut off."""
     import numpy as np
     import torch
     import triton.language as tl
