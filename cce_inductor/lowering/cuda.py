@@ -91,7 +91,7 @@ class Call:
         return [self.input.get_dtype(), self.weight.get_dtype(), self.compute]
 
     def emit(self, kernel: str, inputs: dict, mutated: dict, sizes: Sequence[Any], **constants: Any) -> None:
-        precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+        precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
         zeros = {
             name: lambda t: torch.zeros(t.get_size(), dtype=t.get_dtype(), device=t.get_device())
             for name in ("TARGET", "INDEX", "FIRST")
