@@ -86,6 +86,13 @@ def _sections(args: argparse.Namespace, options: Options) -> Iterator[Section]:
         yield from _table(args, options)
 
 
+def _command(argv: list[str]) -> str:
+    """How the results were made, without where they were put."""
+    places = {i for i, a in enumerate(argv) if a in ("--output", "--docs")}
+    kept = [a for i, a in enumerate(argv) if not {i, i - 1} & places and not a.startswith(("--output=", "--docs="))]
+    return shlex.join(["python", "-m", "cce_inductor", "bench", *kept])
+
+
 def _name(section: str, args: argparse.Namespace) -> str:
     if not args.section:
         return section
@@ -98,7 +105,7 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     about = machine.describe(args.threads)
-    command = shlex.join(["python", "-m", "cce_inductor", "bench", *argv])
+    command = _command(argv)
     with tempfile.TemporaryDirectory(prefix="cce-bench-") as cache:
         try:
             for section in _sections(args, _options(args, Path(cache))):

@@ -77,14 +77,14 @@ def sweeps(series: Sequence[tuple[str, Callable[[Result], int], Sequence[Result]
                 sizes, [s.least for s in stats], [s.most for s in stats], alpha=0.2, color=line.get_color()
             )
             held = [(at, row.memory["gradients"] / MIB) for at, row in points if "gradients" in row.memory]
-            peaks.plot([at for at, _ in held], [m for _, m in held], marker="o", label=name)
+            peaks.plot([at for at, _ in held], [max(m, 1.0) for _, m in held], marker="o", label=name)
         case = results[0].case
         fixed = f"D={case.d}, " + (f"V={case.v}" if size == "N" else f"N={case.n}") + f", {case.dtype}"
         times.set(title=f"Loss + gradients over {size} ({fixed})", xlabel=size, ylabel="ms")
         peaks.set(title="Peak above inputs and gradients", xlabel=size, ylabel="MiB")
         for axis in (times, peaks):
             axis.set_xscale("log", base=2)
-            axis.set_yscale("symlog" if axis is peaks else "log", base=2)
+            axis.set_yscale("log", base=2)
             axis.grid(alpha=0.3)
             axis.legend()
     figure.savefig(path, dpi=110)

@@ -9,6 +9,7 @@ import torch
 
 from ..ops.choice import Choice, Problem
 
+FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 # A chunk of rows whose logits are kept costs one more pass over W and dW: with fewer rows that takes longer than the
 # GEMM it saves, on two cores with 20 GB/s and 230 (fp32) or 460 (bfloat16) GFLOP/s.
 LEAST_CHUNK = {torch.float32: 128, torch.bfloat16: 256}
@@ -23,6 +24,8 @@ LARGE_LOGITS = 1 / 8
 
 def choose(problem: Problem) -> Choice:
     """The answer of the lowerings to `Problem`."""
+    if problem.device == "cuda" and {*problem.dtypes, problem.compute_dtype} <= FLOATS:
+        return Choice("Triton kernels")
     if problem.device != "cpu":
         return Choice("eager implementation")
     from .cpu import element_dtype, unsupported

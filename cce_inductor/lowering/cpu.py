@@ -1,79 +1,23 @@
-"""Lowerings for the CPU: which calls the C++ templates can take, and what the templates are given.
+"""Lowerings for the CPU: which calls the C++ templates can take, and what the templates are given."""
 
-A call that they cannot take runs the operator's eager implementation inside the compiled graph; `Unsupported` says why.
-"""
-
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch._inductor import cpu_vec_isa, ir
-from torch._inductor.lowering import fallback_handler
 from torch._inductor.virtualized import V
 
 from ..ops import statistics as table
 from ..ops.call import Attributes
-from ..ops.library import BACKWARD, FORWARD
-from ..ops.with_gradients import WITH_GRADIENTS
 from .choose import KEPT_SHARE, LEAST_CHUNK
 from .cpu_template import Spec, emit
-
-log = logging.getLogger(__name__)
+from .unsupported import Unsupported
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Unsupported(Exception):
-    """The templates cannot take a call; the message says why."""
-
-
-def forward(operands, names, active, statistics, training, *attributes) -> Sequence[Any]:
-    """Lowering of ``cce_inductor::linear_statistics``."""
-    call = operands, names, active, statistics, training, *attributes
-    try:
-        return _forward(_named(names, operands), active, statistics.split(), Attributes(*attributes))
-    except Unsupported as reason:
-        log.info("linear_statistics runs its eager implementation: %s", reason)
-        return fallback_handler(FORWARD, add_to_fallback_set=False)(*call)
-
-
-def backward(tangents, tangent_names, saved, operands, names, active, statistics, needs, *attributes) -> Sequence[Any]:
-    """Lowering of ``cce_inductor::linear_statistics_backward``."""
-    call = tangents, tangent_names, saved, operands, names, active, statistics, needs, *attributes
-    try:
-        return _backward(
-            _named(tangent_names, tangents),
-            _named(statistics, saved),
-            _named(names, operands),
-            active,
-            needs.split(),
-            Attributes(*attributes),
-        )
-    except Unsupported as reason:
-        log.info("linear_statistics_backward runs its eager implementation: %s", reason)
-        return fallback_handler(BACKWARD, add_to_fallback_set=False)(*call)
-
-
-def with_gradients(tangents, tangent_names, operands, names, active, statistics, needs, *attributes) -> Sequence[Any]:
-    """Lowering of ``cce_inductor::linear_statistics_with_gradients``."""
-    call = tangents, tangent_names, operands, names, active, statistics, needs, *attributes
-    try:
-        return _with_gradients(
-            _named(tangent_names, tangents),
-            _named(names, operands),
-            active,
-            statistics.split(),
-            needs.split(),
-            Attributes(*attributes),
-        )
-    except Unsupported as reason:
-        log.info("linear_statistics_with_gradients runs its eager implementation: %s", reason)
-        return fallback_handler(WITH_GRADIENTS, add_to_fallback_set=False)(*call)
-
-
-def _forward(operands: dict[str, Any], active: Any, statistics: list[str], attributes: Attributes) -> Sequence[Any]:
+def forward(operands: dict[str, Any], active: Any, statistics: list[str], attributes: Attributes) -> Sequence[Any]:
     element, compute = _dtypes(operands, attributes)
     given = _realize(operands | _mask(active))
     constants = _constants(attributes) | {"statistics": statistics}
@@ -82,7 +26,7 @@ def _forward(operands: dict[str, Any], active: Any, statistics: list[str], attri
     return list(emit(spec, operands["input"].get_device()).values())
 
 
-def _backward(
+def backward(
     tangents: dict[str, Any],
     saved: dict[str, Any],
     operands: dict[str, Any],
@@ -103,7 +47,7 @@ def _backward(
     return list(emit(spec, operands["input"].get_device()).values())
 
 
-def _with_gradients(
+def with_gradients(
     tangents: dict[str, Any],
     operands: dict[str, Any],
     active: Any,
@@ -170,15 +114,9 @@ _ABSENT = {
 }
 
 
-def _named(names: str, values: Sequence[Any]) -> dict[str, Any]:
-    return dict(zip(names.split(), values, strict=True))
-
-
 def _dtypes(operands: dict[str, Any], attributes: Attributes) -> tuple[torch.dtype, torch.dtype]:
     """(element, compute): the dtype of the GEMMs' operands, and the one that operands are rounded to before."""
     x, weight = operands["input"], operands["weight"]
-    if x.get_device().type != "cpu":
-        raise Unsupported(f"there is no template for {x.get_device().type}")
     compute = attributes.compute_dtype or x.get_dtype()
     reason = unsupported([t.get_dtype() for name, t in operands.items() if name != "target"], compute)
     if reason:

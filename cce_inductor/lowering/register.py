@@ -1,6 +1,21 @@
-"""Registers the lowerings of the fused operators with Inductor."""
+"""Registers the lowerings of the fused operators with Inductor.
+
+A call that the templates of its device cannot take runs the operator's eager implementation inside the compiled graph.
+"""
 
 import functools
+import importlib
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..ops.call import Attributes
+from .unsupported import Unsupported
+
+log = logging.getLogger(__name__)
+
+# device type -> module of this package with `forward`, `backward` and `with_gradients`
+DEVICES = {"cpu": "cpu", "cuda": "cuda"}
 
 
 @functools.cache
@@ -10,8 +25,62 @@ def register() -> None:
 
     from ..ops.library import BACKWARD, FORWARD
     from ..ops.with_gradients import WITH_GRADIENTS
-    from .cpu import backward, forward, with_gradients
 
-    register_lowering(FORWARD, type_promotion_kind=None)(forward)
-    register_lowering(BACKWARD, type_promotion_kind=None)(backward)
-    register_lowering(WITH_GRADIENTS, type_promotion_kind=None)(with_gradients)
+    for operator, read in ((FORWARD, _forward), (BACKWARD, _backward), (WITH_GRADIENTS, _with_gradients)):
+        register_lowering(operator, type_promotion_kind=None)(functools.partial(_lower, operator, read))
+
+
+def _lower(operator: Any, read: Callable, *call: Any) -> Sequence[Any]:
+    from torch._inductor.lowering import fallback_handler
+
+    name, operands, arguments = read(*call)
+    device = operands["input"].get_device().type
+    try:
+        if device not in DEVICES:
+            raise Unsupported(f"there is no template for {device}")
+        module = importlib.import_module(f".{DEVICES[device]}", __package__)
+        return getattr(module, name)(**arguments)
+    except Unsupported as reason:
+        log.info("%s runs its eager implementation: %s", operator, reason)
+        return fallback_handler(operator, add_to_fallback_set=False)(*call)
+
+
+def _forward(operands, names, active, statistics, training, *attributes) -> tuple[str, dict, dict]:
+    named = _named(names, operands)
+    arguments = {
+        "operands": named,
+        "active": active,
+        "statistics": statistics.split(),
+        "attributes": Attributes(*attributes),
+    }
+    return "forward", named, arguments
+
+
+def _backward(tangents, tangent_names, saved, operands, names, active, statistics, needs, *attributes):
+    named = _named(names, operands)
+    arguments = {
+        "tangents": _named(tangent_names, tangents),
+        "saved": _named(statistics, saved),
+        "operands": named,
+        "active": active,
+        "needs": needs.split(),
+        "attributes": Attributes(*attributes),
+    }
+    return "backward", named, arguments
+
+
+def _with_gradients(tangents, tangent_names, operands, names, active, statistics, needs, *attributes):
+    named = _named(names, operands)
+    arguments = {
+        "tangents": _named(tangent_names, tangents),
+        "operands": named,
+        "active": active,
+        "statistics": statistics.split(),
+        "needs": needs.split(),
+        "attributes": Attributes(*attributes),
+    }
+    return "with_gradients", named, arguments
+
+
+def _named(names: str, values: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip(names.split(), values, strict=True))

@@ -1,0 +1,254 @@
+"""Lowerings for CUDA GPUs: the Triton templates of the forward and of the exact backward.
+
+Forward: every program owns a block of rows and a split of the vocabulary; the splits are merged by ordinary reductions
+that Inductor generates. Backward: slab of columns x all rows; the slab's dacc is written to the workspace, in the
+compute dtype, and two GEMMs read it. No locks, no atomics, no size that depends on data: rows that do not count are
+left out by a list of the others, made on the device.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._inductor import ir
+from torch._inductor.lowering import empty_strided, lowerings, to_dtype
+from torch._inductor.virtualized import V
+
+from ..ops import statistics as table
+from ..ops.call import Attributes
+from .triton_configs import configurations
+from .triton_template import DTYPES, emit
+from .unsupported import Unsupported
+
+aten = torch.ops.aten
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# A split of the vocabulary should be worth a program of its own.
+LEAST_SPLIT = 2048
+# A slab is a multiple of the largest tile of columns.
+SLAB_STEP = 256
+# What the kernel leaves behind for each statistic, by split.
+PARTS = {
+    "lse": ["LSE"],
+    "target_logit": ["TARGET_LOGIT"],
+    "logit_sum": ["LOGIT_SUM"],
+    "entropy": ["LSE", "EXPECTED"],
+    "argmax": ["BEST", "ARGMAX"],
+}
+
+
+def _op(name: str, *args: Any, **kwargs: Any) -> Any:
+    """The lowering of an ATen operator, applied to buffers."""
+    packet, _, overload = name.partition(".")
+    return lowerings[getattr(getattr(aten, packet), overload or "default")](*args, **kwargs)
+
+
+class Call:
+    """What every kernel of a call needs: operands in memory, the rows that count, options."""
+
+    def __init__(self, operands: dict[str, Any], active: Any, attributes: Attributes):
+        self.attributes = attributes
+        for name, operand in operands.items():
+            if name != "target" and operand.get_dtype() not in FLOATS:
+                raise Unsupported(f"{name} is {operand.get_dtype()}")
+        self.compute = attributes.compute_dtype or operands["input"].get_dtype()
+        if self.compute not in FLOATS:
+            raise Unsupported(f"the compute dtype is {self.compute}")
+        self.operands = {name: _in_memory(t) for name, t in operands.items()}
+        self.input, self.weight = self.operands["input"], self.operands["weight"]
+        self.device = self.input.get_device()
+        self.n = self.input.get_size()[0]
+        # Kernels with symbolic D and V spill registers; N alone stays symbolic.
+        self.d = V.graph.sizevars.guard_int(self.input.get_size()[1])
+        self.v = V.graph.sizevars.guard_int(self.weight.get_size()[0])
+        if not self.d or not self.v:
+            raise Unsupported("the hidden states or the vocabulary are empty")
+        self.active = active
+        self.rows = {} if active is None else self._compacted(active)
+
+    def _compacted(self, active: Any) -> dict[str, Any]:
+        """INDEX, the active rows in order and then the others, and COUNT, how many are active."""
+        rank = _op("cumsum", active, 0, dtype=torch.int64)
+        rank.realize()
+        count = _op("slice.Tensor", rank, 0, self.n - 1, self.n)
+        rows = lowerings[torch.ops.prims.iota.default](
+            self.n, start=0, step=1, dtype=torch.int64, device=self.device, requires_grad=False
+        )
+        behind = _op("sub.Tensor", _op("add.Tensor", rows, count), rank)
+        place = _op("where.self", active, _op("sub.Tensor", rank, 1), behind)
+        index = _op("full", [self.n], 0, dtype=torch.int64, device=self.device)
+        return {"INDEX": _in_memory(_op("index_put", index, [place], rows)), "COUNT": _own(count)}
+
+    def named(self, *names: str) -> dict[str, Any]:
+        return {name.upper(): self.operands[name] for name in names if name in self.operands}
+
+    @property
+    def hint(self) -> int:
+        return int(V.graph.sizevars.optimization_hint(self.n, fallback=8192))
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        return [self.input.get_dtype(), self.weight.get_dtype(), self.compute]
+
+    def emit(self, kernel: str, inputs: dict, mutated: dict, sizes: Sequence[Any], **constants: Any) -> None:
+        precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+        zeros = {
+            name: lambda t: torch.zeros(t.get_size(), dtype=t.get_dtype(), device=t.get_device())
+            for name in ("TARGET", "INDEX", "FIRST")
+        }
+        return emit(
+            kernel,
+            inputs,
+            mutated,
+            self.device,
+            sizes,
+            configurations(kernel, self.dtypes, self.device),
+            lambda step: self.d % step == 0,
+            {**zeros, "COUNT": lambda t: torch.full((1,), self.hint, dtype=torch.int64, device=self.device)},
+            COMPUTE=DTYPES[self.compute],
+            PRECISION=repr(precision),
+            SCALE=float(self.attributes.scale),
+            SOFTCAP=float(self.attributes.softcap),
+            **constants,
+        )
+
+    def empty(self, size: Sequence[Any], dtype: torch.dtype) -> Any:
+        buffer = empty_strided(list(size), None, dtype=dtype, device=self.device)
+        buffer.realize()
+        return buffer
+
+
+def _in_memory(operand: Any) -> Any:
+    node = ir.ExternKernel.realize_input(operand)
+    node.freeze_layout()
+    return node
+
+
+def _own(operand: Any) -> Any:
+    """A buffer of its own: the offset of a view would be part of the kernel's text."""
+    copy = _op("clone", operand)
+    copy.realize()
+    return _in_memory(copy)
+
+
+def forward(operands: dict[str, Any], active: Any, statistics: list[str], attributes: Attributes) -> list[Any]:
+    call = Call(operands, active, attributes)
+    sms = torch.cuda.get_device_properties(call.device).multi_processor_count
+    blocks = max(1, math.ceil(call.hint / 128))
+    splits = max(1, min(math.ceil(2 * sms / blocks), call.v // LEAST_SPLIT))
+    split = math.ceil(call.v / splits / SLAB_STEP) * SLAB_STEP
+    splits = math.ceil(call.v / split)
+
+    names = dict.fromkeys(name for statistic in statistics for name in PARTS[statistic])
+    size = [splits * call.n]
+    parts = {name: call.empty(size, torch.int64 if name == "ARGMAX" else torch.float32) for name in names}
+    inputs = call.named("input", "weight", "bias", "target", "column_weight") | call.rows
+    wanted = repr(" ".join(statistics))
+    call.emit("linear_statistics", inputs, parts, [call.n, splits], SPLIT=split, STATISTICS=wanted)
+    merged = _merge({name: _op("view", t, [splits, call.n]) for name, t in parts.items()}, splits)
+    results = []
+    for name in statistics:
+        value = merged[name]
+        if active is not None:
+            value = _op("where.self", active, value, 0 if table.TABLE[name].integer else 0.0)
+        results.append(value)
+    return results
+
+
+def _merge(parts: dict[str, Any], splits: int) -> dict[str, Any]:
+    """Statistics of whole rows from those of the splits, (splits, N)."""
+
+    def total(t: Any) -> Any:
+        return _op("select.int", t, 0, 0) if splits == 1 else _op("sum.dim_IntList", t, [0])
+
+    merged = {name.lower(): total(parts[name]) for name in ("TARGET_LOGIT", "LOGIT_SUM") if name in parts}
+    share = None
+    if "LSE" in parts and splits == 1:
+        merged["lse"] = total(parts["LSE"])
+    elif "LSE" in parts:
+        top = _op("amax", parts["LSE"], [0])
+        shift = _op("where.self", _op("isinf", top), 0.0, top)
+        power = _op("exp", _op("sub.Tensor", parts["LSE"], _op("unsqueeze", shift, 0)))
+        whole = total(power)
+        merged["lse"] = _op("add.Tensor", _op("log", whole), shift)
+        share = _op("div.Tensor", power, _op("unsqueeze", whole, 0))
+    if "EXPECTED" in parts:
+        expected = parts["EXPECTED"] if share is None else _op("mul.Tensor", share, parts["EXPECTED"])
+        merged["entropy"] = _op("sub.Tensor", merged["lse"], total(expected))
+    if "BEST" in parts:
+        split = _op("argmax", parts["BEST"], 0, True)
+        merged["argmax"] = _op("squeeze.dim", _op("gather", parts["ARGMAX"], 0, split), 0)
+    return merged
+
+
+def backward(
+    tangents: dict[str, Any],
+    saved: dict[str, Any],
+    operands: dict[str, Any],
+    active: Any,
+    needs: list[str],
+    attributes: Attributes,
+) -> list[Any]:
+    if attributes.grad_filter != "exact":
+        raise Unsupported(f"there is no template for grad_filter={attributes.grad_filter!r}")
+    call = Call(operands, active, attributes)
+    tangents = {name: t for name, t in tangents.items() if table.TABLE[name].differentiable}
+    slab = min(attributes.workspace // (call.hint * call.compute.itemsize), call.v)
+    slab = max(slab // SLAB_STEP, 1) * SLAB_STEP
+
+    given = call.named("input", "weight", "bias", "target", "column_weight") | call.rows
+    if "lse" in tangents or "entropy" in tangents:
+        given |= {name.upper(): _in_memory(saved[name]) for name in ("lse", "entropy") if name in saved}
+    given |= {f"G_{name.upper()}": _in_memory(t) for name, t in tangents.items()}
+    factor = _factor(tangents) if call.compute == torch.float16 else None
+    if factor is not None:
+        given["FACTOR"] = _in_memory(factor)
+
+    mutated = {}
+    if "weight" in needs:
+        mutated["DW"] = call.empty([call.v, call.d], call.weight.get_dtype())
+    if "bias" in needs:
+        mutated["DB"] = call.empty([call.v], call.operands["bias"].get_dtype())
+    if "input" in needs:
+        if active is None:
+            mutated["DX"] = call.empty([call.n, call.d], torch.float32)
+        else:  # the kernel does not touch the other rows
+            mutated["DX"] = _op("full", [call.n, call.d], 0.0, dtype=torch.float32, device=call.device)
+            mutated["DX"].realize()
+    # Where a slab begins, in a buffer and not in the kernel's text: one kernel serves all slabs.
+    dacc = call.empty([call.n, slab], call.compute)
+    begin = _op("full", [1], 0, dtype=torch.int64, device=call.device)
+    for first in range(0, call.v, slab):
+        if first:
+            begin = _op("add.Tensor", begin, slab)
+        begin.realize()
+        at = {"FIRST": _in_memory(begin)}
+        call.emit("linear_statistics_dacc", given | at, {"DACC": dacc}, [call.n, slab], SLAB=slab, GROUP=8)
+        inputs = {"DACC": dacc} | call.named("input", "weight") | call.rows | at
+        if factor is not None:
+            inputs["FACTOR"] = given["FACTOR"]
+        sizes = [call.n, call.d, slab, int("DX" in mutated), int("DW" in mutated or "DB" in mutated)]
+        call.emit("linear_statistics_gradients", inputs, mutated, sizes, SLAB=slab)
+    results = {}
+    if "input" in needs:
+        dx = mutated["DX"] if factor is None else _op("div.Tensor", mutated["DX"], factor)
+        results["input"] = to_dtype(dx, call.input.get_dtype())
+    if "weight" in needs:
+        results["weight"] = mutated["DW"]
+    if "bias" in needs:
+        results["bias"] = mutated["DB"]
+    return [results[name] for name in needs]
+
+
+def _factor(tangents: dict[str, Any]) -> Any:
+    """1 / max |tangent|, (1,): dacc in float16 would lose gradients that are small because the loss is a mean."""
+    largest = None
+    for tangent in tangents.values():
+        top = _op("amax", _op("abs", tangent), [0], True)
+        largest = top if largest is None else _op("maximum", largest, top)
+    positive = _op("gt.Scalar", largest, 0.0)
+    return _op("where.self", positive, _op("reciprocal", largest), 1.0)
+
+
+def with_gradients(**call: Any) -> list[Any]:
+    raise Unsupported("gradients are not formed in the forward on a GPU")

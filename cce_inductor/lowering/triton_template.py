@@ -1,0 +1,120 @@
+"""Triton templates as Inductor choices: sources put together from `templates/*.py.jinja`, and how one is called."""
+
+import functools
+import re
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch._inductor import ir
+from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, autotune_select_algorithm
+from torch._inductor.virtualized import V
+
+from .. import version
+
+# What stands for a piece in a template, and the file it is.
+PIECES = {"PRODUCT": "product", "LOGIT": "logit", "NOTHING": "nothing"}
+DTYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
+
+
+def _source(name: str) -> str:
+    """A template with its pieces in place, each indented as its mark is."""
+    text = (version.templates_dir() / f"{name}.py.jinja").read_text()
+    for mark, piece in PIECES.items():
+        pattern = rf"^( *)\{{\{{ {mark} \}}\}}$"
+        text = re.sub(pattern, lambda m, piece=piece: textwrap.indent(_source(piece), m[1]), text, flags=re.M)
+    return text
+
+
+@SymbolicGridFn
+def _statistics_grid(rows, splits, meta, *, cdiv):
+    return (cdiv(rows, meta["BLOCK_M"]) * splits, 1, 1)
+
+
+@SymbolicGridFn
+def _dacc_grid(rows, slab, meta, *, cdiv):
+    return (cdiv(rows, meta["BLOCK_M"]) * cdiv(slab, meta["BLOCK_N"]), 1, 1)
+
+
+@SymbolicGridFn
+def _gradients_grid(rows, width, slab, with_dx, with_dw, meta, *, cdiv):
+    tiles = cdiv(rows, meta["BLOCK_M"]) * with_dx + cdiv(slab, meta["BLOCK_M"]) * with_dw
+    return (tiles * cdiv(width, meta["BLOCK_N"]), 1, 1)
+
+
+_GRIDS = {
+    "linear_statistics": _statistics_grid,
+    "linear_statistics_dacc": _dacc_grid,
+    "linear_statistics_gradients": _gradients_grid,
+}
+
+
+@functools.cache
+def _template(name: str) -> TritonTemplate:
+    """One per process: Inductor refuses a second template of the same name."""
+    return TritonTemplate(name=f"cce_{name}", grid=_GRIDS[name], source=_source(name))
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One configuration of a kernel: block of rows, tile of columns, step of the sum, pipeline stages, warps."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_stages: int
+    num_warps: int
+
+    def options(self) -> dict[str, int]:
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "num_stages": self.num_stages,
+            "num_warps": self.num_warps,
+        }
+
+
+def emit(
+    name: str,
+    inputs: Mapping[str, Any],
+    mutated: Mapping[str, Any],
+    device: torch.device,
+    sizes: Sequence[Any],
+    tiles: Sequence[Tiles],
+    even_k: Callable[[int], bool],
+    fake_inputs: Mapping[str, Callable[[Any], torch.Tensor]],
+    **constants: Any,
+) -> None:
+    """Adds the kernel to the graph that is being lowered, in the configuration that is the fastest.
+
+    inputs, mutated: buffers by the names the template knows them by; it writes to the mutated ones. sizes: the grid
+    function's arguments. even_k: whether a step of the sum leaves nothing over. fake_inputs:
+    how the autotuner is to fill inputs that cannot hold anything. constants: more template variables.
+    """
+    arguments = {**inputs, **mutated}
+    layout = ir.FixedLayout(device, torch.float32, [sympy.S.One], [sympy.S.One])
+    nodes = list(arguments.values())
+    choices: list[Any] = []
+    for option in tiles:
+        error = _template(name).maybe_append_choice(
+            choices,
+            input_nodes=tuple(nodes),
+            layout=layout,
+            mutated_inputs=list(mutated.values()),
+            call_sizes=list(sizes),
+            ARGUMENTS=repr(" ".join(arguments)),
+            EVEN_K=even_k(option.block_k),
+            **constants,
+            **option.options(),
+        )
+        if error is not None and len(tiles) == 1:
+            raise error
+    generators = {i: fake_inputs[n] for i, n in enumerate(arguments) if n in fake_inputs}
+    # torch 2.11 gives the node, later ones the node and the choice.
+    result = autotune_select_algorithm(f"cce_{name}", choices, nodes, layout, input_gen_fns=generators)
+    node = result[0] if isinstance(result, tuple) else result
+    V.graph.no_fuse_buffer_names.add(node.get_name())
