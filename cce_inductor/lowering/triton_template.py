@@ -25,7 +25,9 @@ def _source(name: str) -> str:
     text = (version.templates_dir() / f"{name}.py.jinja").read_text()
     for mark, piece in PIECES.items():
         pattern = rf"^( *)\{{\{{ {mark} \}}\}}$"
-        text = re.sub(pattern, lambda m, piece=piece: textwrap.indent(_source(piece), m[1]), text, flags=re.M)
+        found = re.search(pattern, text, re.M)
+        if found:
+            text = text.replace(found[0], textwrap.indent(_source(piece), found[1]))
     return text
 
 

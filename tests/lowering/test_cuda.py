@@ -36,7 +36,7 @@ def test_interpreted_kernels_obey_the_error_rule(group):
     assert list(results) == group, out.stderr[-3000:]
     assert {name: r["error"] for name, r in results.items() if "error" in r} == {}
     for name, result in results.items():
-        ours = {re.sub(r"\d+$", "", k): n for k, n in result["launches"].items() if k.startswith("triton_tem")}
+        ours = [name for name in result["launches"] if name.startswith("triton_tem")]
         assert len(ours) == 3 or "one" in name, result  # forward, dacc, gradients: one kernel each, for all slabs
 
 
