@@ -32,18 +32,21 @@ library = torch.library.Library("cce_inductor", "DEF")
 for _schema in (_FORWARD, _BACKWARD):
     # Strides are left to Inductor: every implementation takes any.
     library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+# The tensor itself; only traced graphs have it, and Inductor takes it out again (lowering/register.py).
+library.define("keep(Tensor value) -> Tensor", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
 
 FORWARD = torch.ops.cce_inductor.linear_statistics.default
 BACKWARD = torch.ops.cce_inductor.linear_statistics_backward.default
+KEEP = torch.ops.cce_inductor.keep.default
 
 
-def _eager_forward(operands, names, active, statistics, training, *attributes) -> list[Tensor]:
+def eager_forward(operands, names, active, statistics, training, *attributes) -> list[Tensor]:
     call = Call.read(operands, names, active, statistics, attributes)
     check(call)
     return reference.forward(call)
 
 
-def _eager_backward(
+def eager_backward(
     tangents, tangent_names, saved, operands, names, active, statistics, needs, *attributes
 ) -> list[Tensor]:
     call = Call.read(operands, names, active, statistics, attributes)
@@ -56,12 +59,13 @@ def _eager_backward(
     )
 
 
-library.impl("linear_statistics", _eager_forward, "CompositeExplicitAutograd")
-library.impl("linear_statistics_backward", _eager_backward, "CompositeExplicitAutograd")
+library.impl("linear_statistics", eager_forward, "CompositeExplicitAutograd")
+library.impl("linear_statistics_backward", eager_backward, "CompositeExplicitAutograd")
+library.impl("keep", torch.clone, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("cce_inductor::linear_statistics", lib=library)
-def _fake_forward(operands, names, active, statistics, training, *attributes) -> list[Tensor]:
+def fake_forward(operands, names, active, statistics, training, *attributes) -> list[Tensor]:
     call = Call.read(operands, names, active, statistics, attributes)
     check(call)
     n = call.input.shape[0]
@@ -69,11 +73,16 @@ def _fake_forward(operands, names, active, statistics, training, *attributes) ->
 
 
 @torch.library.register_fake("cce_inductor::linear_statistics_backward", lib=library)
-def _fake_backward(
+def fake_backward(
     tangents, tangent_names, saved, operands, names, active, statistics, needs, *attributes
 ) -> list[Tensor]:
     call = Call.read(operands, names, active, statistics, attributes)
     return [call.operands[name].new_empty(call.operands[name].shape) for name in needs.split()]
+
+
+@torch.library.register_fake("cce_inductor::keep", lib=library)
+def _fake_keep(value: Tensor) -> Tensor:
+    return torch.empty_like(value)
 
 
 class _LinearStatistics(torch.autograd.Function):
@@ -81,8 +90,7 @@ class _LinearStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, names: str, active: Tensor | None, statistics: str, attributes: tuple, *operands: Tensor):
-        with torch._C._AutoDispatchBelowAutograd():
-            out = _copied(FORWARD(list(operands), names, active, statistics, True, *attributes))
+        out = kept(FORWARD, list(operands), names, active, statistics, True, *attributes)
         call = Call.read(list(operands), names, active, statistics, attributes)
         ctx.names, ctx.statistics, ctx.attributes = names, statistics, attributes
         ctx.operands = len(operands)
@@ -128,28 +136,24 @@ def _autograd_forward(operands, names, active, statistics, training, *attributes
         return FORWARD(operands, names, active, statistics, training, *attributes)
 
 
-def _joint_graph() -> Any:
-    """The graph that is being traced, or None."""
-    mode = get_proxy_mode()
-    return None if mode is None else getattr(mode.tracer, "graph", None)
+def kept(operator: Any, *args: Any) -> list[Tensor]:
+    """Calls an operator below autograd. While a joint graph is traced, its results are marked "must be saved".
 
-
-def _copied(outputs: list[Tensor]) -> list[Tensor]:
-    """While a joint graph is traced: copies of the statistics, marked "must be saved". Otherwise `outputs`.
-
-    The statistics are (N,) vectors that cost a full pass over the vocabulary: no activation checkpoint, memory budget
-    or aggressive recomputation should run the forward operator a second time. The mark has to stand on a tensor, since
-    torch saves what is marked (torch._functorch.partitioners.choose_saved_values_set) and the operator gives a list.
-    maximum(t, t) is t in every bit, and no pass of Inductor takes it away as it does a clone before it partitions.
+    They cost passes over the whole vocabulary: no activation checkpoint, memory budget or aggressive recomputation
+    should run the operator a second time. The mark has to stand on an operator that gives a tensor, since torch saves
+    what is marked (torch._functorch.partitioners.choose_saved_values_set) and these give a list: hence `keep`.
     """
-    graph = _joint_graph()
-    if graph is None:
-        return outputs
-    before = len(graph.nodes)
-    outputs = [torch.maximum(t, t) for t in outputs]
+    with torch._C._AutoDispatchBelowAutograd():
+        results = operator(*args)
+        mode = get_proxy_mode()
+        graph = None if mode is None else getattr(mode.tracer, "graph", None)
+        if graph is None:
+            return results
+        before = len(graph.nodes)
+        results = [KEEP(t) for t in results]
     for node in itertools.islice(reversed(graph.nodes), len(graph.nodes) - before):
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-    return outputs
+    return results
 
 
 def _autograd_backward(tangents, tangent_names, saved, operands, *rest) -> list[Tensor]:
@@ -205,16 +209,16 @@ autocast_off("linear_statistics_backward", BACKWARD)
 def _forward_flops(operands, names, *args, out_val=None, **kwargs) -> int:
     """2 N V D: one GEMM over the logits. `operands` are shapes."""
     shapes = dict(zip(names.split(), operands, strict=True))
-    return gemm_flops(shapes)
+    return _gemm_flops(shapes)
 
 
 @register_flop_formula(torch.ops.cce_inductor.linear_statistics_backward)
-def _backward_flops(tangents, tangent_names, saved, operands, names, active, statistics, needs, *args, **kwargs) -> int:
+def backward_flops(tangents, tangent_names, saved, operands, names, active, statistics, needs, *args, **kwargs) -> int:
     """2 N V D for recomputing the logits and as much again for each of dx and dW that is wanted."""
     shapes = dict(zip(names.split(), operands, strict=True))
-    return gemm_flops(shapes) * (1 + sum(name in ("input", "weight") for name in needs.split()))
+    return _gemm_flops(shapes) * (1 + sum(name in ("input", "weight") for name in needs.split()))
 
 
-def gemm_flops(shapes: dict[str, Any]) -> int:
+def _gemm_flops(shapes: dict[str, Any]) -> int:
     (n, d), v = shapes["input"], shapes["weight"][0]
     return 2 * n * v * d

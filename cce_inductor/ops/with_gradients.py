@@ -11,9 +11,17 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import reference
-from .call import Call, check
-from .library import ATTRIBUTES, autocast_off, gemm_flops, library
+from .library import (
+    ATTRIBUTES,
+    autocast_off,
+    backward_flops,
+    eager_backward,
+    eager_forward,
+    fake_backward,
+    fake_forward,
+    kept,
+    library,
+)
 
 # The gradients, of the operands named in `needs`, come behind the statistics in the result.
 library.define(
@@ -31,17 +39,14 @@ ATTACH = torch.ops.cce_inductor.attach_gradients.default
 
 
 def _eager(tangents, tangent_names, operands, names, active, statistics, needs, *attributes) -> list[Tensor]:
-    call = Call.read(operands, names, active, statistics, attributes)
-    check(call)
-    saved = reference.forward(call)
-    named = dict(zip(tangent_names.split(), tangents, strict=True))
-    return saved + reference.backward(call, named, dict(zip(statistics.split(), saved, strict=True)), needs.split())
+    saved = eager_forward(operands, names, active, statistics, True, *attributes)
+    call = (operands, names, active, statistics, needs, *attributes)
+    return saved + eager_backward(tangents, tangent_names, saved, *call)
 
 
 def _autograd(tangents, tangent_names, operands, *rest) -> list[Tensor]:
     """Its results are constants to autograd; `attach_gradients` is what is differentiated."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return WITH_GRADIENTS(tangents, tangent_names, operands, *rest)
+    return kept(WITH_GRADIENTS, tangents, tangent_names, operands, *rest)
 
 
 library.impl("linear_statistics_with_gradients", _eager, "CompositeExplicitAutograd")
@@ -51,27 +56,26 @@ autocast_off("linear_statistics_with_gradients", WITH_GRADIENTS)
 
 @torch.library.register_fake("cce_inductor::linear_statistics_with_gradients", lib=library)
 def _fake(tangents, tangent_names, operands, names, active, statistics, needs, *attributes) -> list[Tensor]:
-    call = Call.read(operands, names, active, statistics, attributes)
-    check(call)
-    n = call.input.shape[0]
-    return [
-        *(call.input.new_empty(n, dtype=torch.int64 if r.integer else call.accumulate_dtype) for r in call.rows),
-        *(call.operands[name].new_empty(call.operands[name].shape) for name in needs.split()),
-    ]
+    saved = fake_forward(operands, names, active, statistics, True, *attributes)
+    return saved + fake_backward(
+        tangents, tangent_names, saved, operands, names, active, statistics, needs, *attributes
+    )
 
 
 @register_flop_formula(torch.ops.cce_inductor.linear_statistics_with_gradients)
 def _flops(tangents, tangent_names, operands, names, active, statistics, needs, *args, **kwargs) -> int:
     """2 N V D for the logits, and as much again for each of dx and dW that is wanted."""
-    shapes = dict(zip(names.split(), operands, strict=True))
-    return gemm_flops(shapes) * (1 + sum(name in ("input", "weight") for name in needs.split()))
+    return backward_flops(tangents, tangent_names, (), operands, names, active, statistics, needs)
 
 
 class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *operands: Tensor) -> Tensor:
         ctx.save_for_backward(*gradients)
-        return value.clone()
+        # The operator itself: in a traced graph the loss then depends on the gradients, which is what makes them
+        # results of the forward that can be saved.
+        with torch._C._AutoDispatchBelowAutograd():
+            return ATTACH(value, list(operands), gradients)
 
     @staticmethod
     def backward(ctx: Any, tangent: Tensor):

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from cce_inductor.ops.call import Attributes
 from cce_inductor.ops.library import FORWARD
+from cce_inductor.ops.losses import CrossEntropy, tangents
+from cce_inductor.ops.losses import cross_entropy as from_statistics
+from cce_inductor.ops.with_gradients import ATTACH, WITH_GRADIENTS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -120,3 +123,19 @@ def call_forward(head: Head, names: str, *, bias=None, column_weight=None, activ
     operands = {name: t for name, t in operands.items() if t is not None}
     arguments = Attributes(**attributes).args()
     return FORWARD(list(operands.values()), " ".join(operands), active, names, training, *arguments)
+
+
+def loss_with_gradients(x: Tensor, w: Tensor, target: Tensor, bias: Tensor | None, loss: CrossEntropy) -> Tensor:
+    """A mean or sum whose gradients are formed in the forward, put together as the rewrite puts it."""
+    operands = {"input": x, "weight": w, "target": target} | ({} if bias is None else {"bias": bias})
+    active = target != loss.ignore_index
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    known = tangents(target, active, None, w.shape[0], loss, wide)
+    leaves = {name: t for name, t in operands.items() if name != "target"}
+    out = WITH_GRADIENTS(
+        list(known.values()), " ".join(known), list(operands.values()), " ".join(operands), active, loss.statistics,
+        " ".join(leaves), *Attributes().args(),
+    )  # fmt: skip
+    names = loss.statistics.split()
+    value = from_statistics(dict(zip(names, out, strict=False)), target, active, None, w.shape[0], loss)
+    return ATTACH(value, list(leaves.values()), list(out[len(names) :])).to(x.dtype)

@@ -9,12 +9,13 @@ from functools import partial
 import pytest
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from head_oracle import Head, error
+from head_oracle import Head, error, loss_with_gradients
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
 import cce_inductor
 from cce_inductor.ops import reference
+from cce_inductor.ops.losses import CrossEntropy
 
 
 @pytest.fixture
@@ -25,19 +26,25 @@ def forward_calls(monkeypatch):
     return calls
 
 
-class Model(torch.nn.Module):
-    """A trunk, a head and a loss that uses the statistics several times; the trunk or the loss may be checkpointed."""
+# A loss of several statistics, and one whose gradients are formed in the forward.
+LOSSES = {"statistics": "lse target_logit", "gradients in the forward": "lse target_logit logit_sum"}
 
-    def __init__(self, checkpointed: str = ""):
+
+class Model(torch.nn.Module):
+    """A trunk, a head and a loss out of LOSSES; the trunk or the loss may be checkpointed."""
+
+    def __init__(self, checkpointed: str = "", kind: str = "statistics"):
         super().__init__()
         torch.manual_seed(0)
         self.trunk = torch.nn.Sequential(
             torch.nn.Linear(16, 32), torch.nn.GELU(), torch.nn.Linear(32, 16), torch.nn.Tanh()
         )
         self.head = torch.nn.Linear(16, 131, bias=False)
-        self.checkpointed = checkpointed
+        self.checkpointed, self.kind = checkpointed, kind
 
     def loss(self, x, target):
+        if self.kind == "gradients in the forward":
+            return loss_with_gradients(x, self.head.weight, target, None, CrossEntropy(label_smoothing=0.1))
         lse, target_logit = cce_inductor.linear_logsumexp(x, self.head.weight, target)
         return (torch.exp(target_logit - lse) * (lse - target_logit)).mean() + 1e-2 * (lse * lse).mean()
 
@@ -86,29 +93,31 @@ SETTINGS = {
 
 @pytest.mark.parametrize("checkpointed", ["", "trunk", "loss", "all"])
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_compiled_step_runs_the_forward_operator_once(settings, checkpointed, forward_calls):
+@pytest.mark.parametrize("kind", LOSSES)
+def test_compiled_step_runs_the_forward_operator_once(kind, settings, checkpointed, forward_calls):
     torch._dynamo.reset()
     head = Head.make()
-    model = Model(checkpointed)
+    model = Model(checkpointed, kind)
     want = step(model, model, head)
     forward_calls.clear()
     with torch._functorch.config.patch(SETTINGS[settings]):
         compiled = torch.compile(model, backend=min_cut, fullgraph=True)
         result = step(model, compiled, head)
-        assert forward_calls == ["lse target_logit"]
+        assert forward_calls == [LOSSES[kind]]
         forward_calls.clear()
         step(model, compiled, head)
-        assert forward_calls == ["lse target_logit"]
+        assert forward_calls == [LOSSES[kind]]
     assert all(error(result[name], want[name]) < 1e-5 for name in want)
 
 
-def test_inductor_step_runs_the_forward_operator_once(forward_calls):
+@pytest.mark.parametrize("kind", LOSSES)
+def test_inductor_step_runs_the_forward_operator_once(kind, forward_calls):
     torch._dynamo.reset()
     # float64 has no template: the eager implementation, which is counted here, runs whatever lowerings are registered.
-    head, model = Head.make(dtype=torch.float64), Model("all").double()
+    head, model = Head.make(dtype=torch.float64), Model("all", kind).double()
     with torch._functorch.config.patch(activation_memory_budget=0.01, aggressive_recomputation=True):
         step(model, torch.compile(model, backend="inductor"), head)
-    assert forward_calls == ["lse target_logit"]
+    assert forward_calls == [LOSSES[kind]]
 
 
 def test_a_budget_of_zero_runs_it_once_more(forward_calls):
