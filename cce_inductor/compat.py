@@ -115,3 +115,12 @@ def size_hint(size: int | torch.SymInt, unknown: int = 1 << 40) -> int:
         return size
     hint = size.node.hint
     return unknown if hint is None else int(hint)
+
+
+def autotuned(name: str, choices: list, inputs: list, layout: Any, generators: Mapping[int, Callable]) -> Any:
+    """The fastest of Inductor's choices for a kernel, as a node. `generators` fill inputs by their position."""
+    from torch._inductor.select_algorithm import autotune_select_algorithm
+
+    result = autotune_select_algorithm(name, choices, inputs, layout, input_gen_fns=generators)
+    # torch 2.11 gives the node, later ones the node and the choice.
+    return result[0] if isinstance(result, tuple) else result

@@ -8,8 +8,8 @@ import os
 import torch
 
 from ..ops.choice import Choice, Problem
+from .unsupported import unsupported_dtype
 
-FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 # A chunk of rows whose logits are kept costs one more pass over W and dW: with fewer rows that takes longer than the
 # GEMM it saves, on two cores with 20 GB/s and 230 (fp32) or 460 (bfloat16) GFLOP/s.
 LEAST_CHUNK = {torch.float32: 128, torch.bfloat16: 256}
@@ -24,18 +24,24 @@ LARGE_LOGITS = 1 / 8
 
 def choose(problem: Problem) -> Choice:
     """The answer of the lowerings to `Problem`."""
-    if problem.device == "cuda" and {*problem.dtypes, problem.compute_dtype} <= FLOATS:
+    if problem.device == "cuda" and not unsupported_dtype([*problem.dtypes, problem.compute_dtype]):
         return Choice("Triton kernels")
     if problem.device != "cpu":
         return Choice("eager implementation")
     from .cpu import element_dtype, unsupported
 
+    dtype = unsupported_dtype([*problem.dtypes, problem.compute_dtype])
     reason = unsupported(problem.dtypes, problem.compute_dtype)
     if reason:
         # 8 NVD without a kernel of ours against Inductor's 6: slower, unless memory is what is short.
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if problem.logits_bytes < memory * LARGE_LOGITS:
-            return Choice("", refusal=f"there is no CPU kernel for it ({reason}), and its logits fit in memory")
+            cure = (
+                "compute the head and the loss in float32 or bfloat16" if dtype else "let Inductor use AVX2 or AVX-512"
+            )
+            return Choice(
+                "", refusal=f"there is no CPU kernel for it ({reason}), and its logits fit in memory", cure=cure
+            )
         return Choice(f"eager implementation: {reason}")
     element = element_dtype(problem.compute_dtype)
     return Choice("C++ kernel", gradients_in_forward=_keeps_logits(problem, element))

@@ -12,9 +12,7 @@ from ..ops import statistics as table
 from ..ops.call import Attributes
 from .choose import KEPT_SHARE, LEAST_CHUNK
 from .cpu_template import Spec, emit
-from .unsupported import Unsupported
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+from .unsupported import Unsupported, unsupported_dtype
 
 
 def forward(operands: dict[str, Any], active: Any, statistics: list[str], attributes: Attributes) -> Sequence[Any]:
@@ -35,7 +33,6 @@ def backward(
     attributes: Attributes,
 ) -> Sequence[Any]:
     element, compute = _dtypes(operands, attributes)
-    tangents = _tangents(tangents, attributes)
     needed = {"target_logit"} & set(tangents)
     if "lse" in tangents or "entropy" in tangents:
         needed |= {"lse", "entropy"}
@@ -56,7 +53,6 @@ def with_gradients(
     attributes: Attributes,
 ) -> Sequence[Any]:
     element, compute = _dtypes(operands, attributes)
-    tangents = _tangents(tangents, attributes)
     constants = _constants(attributes) | {
         "statistics": statistics,
         "tangents": list(tangents),
@@ -68,17 +64,6 @@ def with_gradients(
     layouts = _statistics_layouts(operands, statistics) | _gradient_layouts(operands, needs)
     spec = Spec("linear_statistics_with_gradients", element, compute, given, absent, layouts, constants)
     return list(emit(spec, operands["input"].get_device()).values())
-
-
-def _tangents(tangents: dict[str, Any], attributes: Attributes) -> dict[str, Any]:
-    """Those that a gradient flows through, checked."""
-    if attributes.grad_filter != "exact":
-        raise Unsupported(f"there is no template for grad_filter={attributes.grad_filter!r}")
-    tangents = {name: t for name, t in tangents.items() if table.TABLE[name].differentiable}
-    for name, tangent in tangents.items():
-        if tangent.get_dtype() != torch.float32:
-            raise Unsupported(f"the tangent of {name} is {tangent.get_dtype()}")
-    return tangents
 
 
 def _prefixed(tangents: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,12 +115,10 @@ def _dtypes(operands: dict[str, Any], attributes: Attributes) -> tuple[torch.dty
 
 def unsupported(dtypes: Iterable[torch.dtype], compute: torch.dtype) -> str:
     """Why the templates cannot take operands of these dtypes, multiplied in `compute`, on this CPU; or ""."""
-    other = [dtype for dtype in (*dtypes, compute) if dtype not in FLOATS]
-    if other:
-        return f"{str(other[0]).removeprefix('torch.')} is none of float32, bfloat16 and float16"
-    if not cpu_vec_isa.pick_vec_isa():
-        return "Inductor has no vector instructions for this CPU, or is told not to use them"
-    return ""
+    reason = unsupported_dtype([*dtypes, compute])
+    if not reason and not cpu_vec_isa.pick_vec_isa():
+        reason = "Inductor has no vector instructions for this CPU, or is told not to use them"
+    return reason
 
 
 def element_dtype(compute: torch.dtype) -> torch.dtype:

@@ -111,18 +111,14 @@ class _Template(CppTemplate):
             "operands": spec.operands,
             "has_bias": "bias" in spec.operands,
             "type": lambda name: DTYPE_TO_CPP[spec.operands[name].get_dtype()],
+            "header": self.header().getvalue(),
+            "signature": signature,
+            "profile": kernel.maybe_codegen_profile(),
+            "declarations": self._declarations(kernel, argument_of),
+            "output": lambda name: f"out_{name}" if name in outputs else "nullptr",
             **spec.constants,
         }
-        text = self._render(
-            spec.template,
-            header=self.header().getvalue(),
-            piece=lambda name: self._render(name, **variables),
-            signature=signature,
-            profile=kernel.maybe_codegen_profile(),
-            declarations=self._declarations(kernel, argument_of, outputs),
-            output=lambda name: f"out_{name}" if name in outputs else "nullptr",
-            **variables,
-        )
+        text = self._render(spec.template, piece=lambda name: self._render(name, **variables), **variables)
         record.kernel(f"{spec.template}.cpp", text)
         return text
 
@@ -135,7 +131,7 @@ class _Template(CppTemplate):
         nodes = self.spec.operands.values()
         return [e for node in nodes for e in (*node.get_size(), *node.get_stride(), node.get_layout().offset)]
 
-    def _declarations(self, kernel: CppTemplateKernel, argument_of: dict[str, str], outputs: dict[str, Any]) -> str:
+    def _declarations(self, kernel: CppTemplateKernel, argument_of: dict[str, str]) -> str:
         """C++ that gives operands, their strides and the sizes N, D, V the names the templates use."""
         spec, lines = self.spec, []
         weight, rows = spec.operands["weight"], spec.operands["input"]

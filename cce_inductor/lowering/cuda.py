@@ -19,10 +19,9 @@ from ..ops import statistics as table
 from ..ops.call import Attributes
 from .triton_configs import configurations
 from .triton_template import DTYPES, emit
-from .unsupported import Unsupported
+from .unsupported import Unsupported, unsupported_dtype
 
 aten = torch.ops.aten
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # A split of the vocabulary should be worth a program of its own.
 LEAST_SPLIT = 2048
 # A slab is a multiple of the largest tile of columns.
@@ -48,12 +47,10 @@ class Call:
 
     def __init__(self, operands: dict[str, Any], active: Any, attributes: Attributes):
         self.attributes = attributes
-        for name, operand in operands.items():
-            if name != "target" and operand.get_dtype() not in FLOATS:
-                raise Unsupported(f"{name} is {operand.get_dtype()}")
         self.compute = attributes.compute_dtype or operands["input"].get_dtype()
-        if self.compute not in FLOATS:
-            raise Unsupported(f"the compute dtype is {self.compute}")
+        reason = unsupported_dtype([self.compute, *(t.get_dtype() for n, t in operands.items() if n != "target")])
+        if reason:
+            raise Unsupported(reason)
         self.operands = {name: _in_memory(t) for name, t in operands.items()}
         self.input, self.weight = self.operands["input"], self.operands["weight"]
         self.device = self.input.get_device()
@@ -189,10 +186,7 @@ def backward(
     needs: list[str],
     attributes: Attributes,
 ) -> list[Any]:
-    if attributes.grad_filter != "exact":
-        raise Unsupported(f"there is no template for grad_filter={attributes.grad_filter!r}")
     call = Call(operands, active, attributes)
-    tangents = {name: t for name, t in tangents.items() if table.TABLE[name].differentiable}
     slab = min(attributes.workspace // (call.hint * call.compute.itemsize), call.v)
     slab = max(slab // SLAB_STEP, 1) * SLAB_STEP
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..ops.call import Attributes
-from .unsupported import Unsupported
+from .unsupported import Unsupported, differentiable
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +36,9 @@ def register() -> None:
 def _lower(operator: Any, read: Callable, *call: Any) -> Sequence[Any]:
     from torch._inductor.lowering import fallback_handler
 
-    name, operands, arguments = read(*call)
-    device = operands["input"].get_device().type
     try:
+        name, operands, arguments = read(*call)
+        device = operands["input"].get_device().type
         if device not in DEVICES:
             raise Unsupported(f"there is no template for {device}")
         module = importlib.import_module(f".{DEVICES[device]}", __package__)
@@ -60,27 +60,27 @@ def _forward(operands, names, active, statistics, training, *attributes) -> tupl
 
 
 def _backward(tangents, tangent_names, saved, operands, names, active, statistics, needs, *attributes):
-    named = _named(names, operands)
+    named, options = _named(names, operands), Attributes(*attributes)
     arguments = {
-        "tangents": _named(tangent_names, tangents),
+        "tangents": differentiable(_named(tangent_names, tangents), options.grad_filter),
         "saved": _named(statistics, saved),
         "operands": named,
         "active": active,
         "needs": needs.split(),
-        "attributes": Attributes(*attributes),
+        "attributes": options,
     }
     return "backward", named, arguments
 
 
 def _with_gradients(tangents, tangent_names, operands, names, active, statistics, needs, *attributes):
-    named = _named(names, operands)
+    named, options = _named(names, operands), Attributes(*attributes)
     arguments = {
-        "tangents": _named(tangent_names, tangents),
+        "tangents": differentiable(_named(tangent_names, tangents), options.grad_filter),
         "operands": named,
         "active": active,
         "statistics": statistics.split(),
         "needs": needs.split(),
-        "attributes": Attributes(*attributes),
+        "attributes": options,
     }
     return "with_gradients", named, arguments
 

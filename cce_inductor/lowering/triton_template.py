@@ -10,13 +10,13 @@ from typing import Any
 import sympy
 import torch
 from torch._inductor import ir
-from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, autotune_select_algorithm
+from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate
 from torch._inductor.virtualized import V
 
-from .. import version
+from .. import compat, version
 
 # What stands for a piece in a template, and the file it is.
-PIECES = {"PRODUCT": "product", "LOGIT": "logit", "NOTHING": "nothing"}
+PIECES = {"SIZES": "sizes", "PRODUCT": "product", "LOGIT": "logit", "NOTHING": "nothing"}
 DTYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
 
 
@@ -116,7 +116,5 @@ def emit(
         if error is not None and len(tiles) == 1:
             raise error
     generators = {i: fake_inputs[n] for i, n in enumerate(arguments) if n in fake_inputs}
-    # torch 2.11 gives the node, later ones the node and the choice.
-    result = autotune_select_algorithm(f"cce_{name}", choices, nodes, layout, input_gen_fns=generators)
-    node = result[0] if isinstance(result, tuple) else result
+    node = compat.autotuned(f"cce_{name}", choices, nodes, layout, generators)
     V.graph.no_fuse_buffer_names.add(node.get_name())

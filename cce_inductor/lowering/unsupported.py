@@ -1,5 +1,31 @@
-"""What a device's lowering raises for a call it cannot take."""
+"""Which calls no template can take, on any device."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ..ops import statistics as table
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Unsupported(Exception):
     """The templates cannot take a call; the message says why."""
+
+
+def unsupported_dtype(dtypes: Iterable[torch.dtype]) -> str:
+    """Why operands of these dtypes, among them the compute dtype, fit no template; or ""."""
+    other = [dtype for dtype in dtypes if dtype not in FLOATS]
+    return f"{str(other[0]).removeprefix('torch.')} is none of float32, bfloat16 and float16" if other else ""
+
+
+def differentiable(tangents: dict[str, Any], grad_filter: str) -> dict[str, Any]:
+    """The tangents that a gradient flows through. Raises Unsupported."""
+    if grad_filter != "exact":
+        raise Unsupported(f"there is no template for grad_filter={grad_filter!r}")
+    tangents = {name: t for name, t in tangents.items() if table.TABLE[name].differentiable}
+    for name, tangent in tangents.items():
+        if tangent.get_dtype() != torch.float32:
+            raise Unsupported(f"the tangent of {name} is {tangent.get_dtype()}")
+    return tangents

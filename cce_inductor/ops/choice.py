@@ -32,12 +32,13 @@ class Problem:
 class Choice:
     """kernel: what will run, for people. gradients_in_forward: whether to form the gradients of a linear loss there.
 
-    refusal: why the site had better be left alone, or "".
+    refusal: why the site had better be left alone, or "". cure: what would change that.
     """
 
     kernel: str
     gradients_in_forward: bool = False
     refusal: str = ""
+    cure: str = ""
 
 
 Chooser = Callable[[Problem], Choice]

@@ -123,8 +123,7 @@ def _plan(graph: Graph, trace: Trace, order: dict[Node, int], settings: Settings
         groups = emit.groups(trace, order)
         choice = choose(_problem(trace.head, settings)) if choose else EAGER
         if choice.refusal:
-            cure = "compute the head and the loss in float32 or bfloat16"
-            return Plan(trace, refusal=Refusal(trace.head.node, choice.refusal, cure))
+            return Plan(trace, refusal=Refusal(trace.head.node, choice.refusal, choice.cure))
         return Plan(trace, groups, _late_write(graph, trace, groups, settings), choice)
     except Refused as refused:
         return Plan(trace, refusal=Refusal(trace.head.node, refused.reason, refused.cure))
