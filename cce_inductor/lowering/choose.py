@@ -36,12 +36,9 @@ def choose(problem: Problem) -> Choice:
         # 8 NVD without a kernel of ours against Inductor's 6: slower, unless memory is what is short.
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if problem.logits_bytes < memory * LARGE_LOGITS:
-            cure = (
-                "compute the head and the loss in float32 or bfloat16" if dtype else "let Inductor use AVX2 or AVX-512"
-            )
-            return Choice(
-                "", refusal=f"there is no CPU kernel for it ({reason}), and its logits fit in memory", cure=cure
-            )
+            refusal = f"there is no CPU kernel for it ({reason}), and its logits fit in memory"
+            cure = "compute the head and the loss in float32 or bfloat16" if dtype else "let Inductor use vector code"
+            return Choice("", refusal=refusal, cure=cure)
         return Choice(f"eager implementation: {reason}")
     element = element_dtype(problem.compute_dtype)
     return Choice("C++ kernel", gradients_in_forward=_keeps_logits(problem, element))
