@@ -121,6 +121,16 @@ def autotuned(name: str, choices: list, inputs: list, layout: Any, generators: M
     """The fastest of Inductor's choices for a kernel, as a node. `generators` fill inputs by their position."""
     from torch._inductor.select_algorithm import autotune_select_algorithm
 
-    result = autotune_select_algorithm(name, choices, inputs, layout, input_gen_fns=generators)
+    # One kernel now, not a buffer that chooses later: what it writes is not its output.
+    result = autotune_select_algorithm(
+        name, choices, inputs, layout, input_gen_fns=generators, return_multi_template=False
+    )
     # torch 2.11 gives the node, later ones the node and the choice.
     return result[0] if isinstance(result, tuple) else result
+
+
+def can_use_tma(*matrices: Any) -> bool:
+    """Whether the device and the matrices' strides allow tensor memory accelerator loads."""
+    from torch._inductor.utils import can_use_tma as possible
+
+    return bool(possible(*matrices))

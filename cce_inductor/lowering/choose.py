@@ -25,7 +25,7 @@ LARGE_LOGITS = 1 / 8
 def choose(problem: Problem) -> Choice:
     """The answer of the lowerings to `Problem`."""
     if problem.device == "cuda" and not unsupported_dtype([*problem.dtypes, problem.compute_dtype]):
-        return Choice("Triton kernels")
+        return Choice("Triton kernels", gradients_in_forward=_keeps_all_logits(problem))
     if problem.device != "cpu":
         return Choice("eager implementation")
     from .cpu import element_dtype, unsupported
@@ -42,6 +42,15 @@ def choose(problem: Problem) -> Choice:
         return Choice(f"eager implementation: {reason}")
     element = element_dtype(problem.compute_dtype)
     return Choice("C++ kernel", gradients_in_forward=_keeps_logits(problem, element))
+
+
+def _keeps_all_logits(problem: Problem) -> bool:
+    """Whether the workspace has room for every logit on a GPU, which saves the backward one GEMM of four."""
+    if torch.float16 in (problem.compute_dtype, *problem.dtypes):
+        return False
+    # fp32, or 16 bits below the largest of 128 columns, in rows of whole tiles (cuda.py)
+    tops = 0 if problem.compute_dtype == torch.float32 else 4 * problem.vocab / 128
+    return problem.rows * ((problem.vocab + 256) * problem.compute_dtype.itemsize + tops) <= problem.workspace
 
 
 def _keeps_logits(problem: Problem, element: torch.dtype) -> bool:

@@ -1,8 +1,8 @@
 """Lowerings for CUDA GPUs: the Triton templates of the forward and of the exact backward.
 
 Forward: every program owns a block of rows and a split of the vocabulary; the splits are merged by ordinary reductions
-that Inductor generates. Backward: slab of columns x all rows; the slab's dacc is written to the workspace, in the
-compute dtype, and two GEMMs read it. No locks, no atomics, no size that depends on data: rows that do not count are
+that Inductor generates. Backward: region by region of the logits (schedules.py), dacc is written to the workspace, in
+the compute dtype, and two GEMMs read it. No locks, no atomics, no size that depends on data: rows that do not count are
 left out by a list of the others, made on the device.
 """
 
@@ -10,22 +10,25 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch._inductor import ir
 from torch._inductor.lowering import empty_strided, lowerings, to_dtype
 from torch._inductor.virtualized import V
 
+from .. import compat
 from ..ops import statistics as table
 from ..ops.call import Attributes
-from .triton_configs import configurations
+from ..ops.library import BACKWARD
+from .schedule_choice import fastest
+from .schedules import STEP, Schedule, Sweep, schedules
+from .triton_configs import KEPT_TILE, configurations
 from .triton_template import DTYPES, emit
 from .unsupported import Unsupported, unsupported_dtype
 
 aten = torch.ops.aten
 # A split of the vocabulary should be worth a program of its own.
 LEAST_SPLIT = 2048
-# A slab is a multiple of the largest tile of columns.
-SLAB_STEP = 256
 # What the kernel leaves behind for each statistic, by split.
 PARTS = {
     "lse": ["LSE"],
@@ -84,6 +87,10 @@ class Call:
         return int(V.graph.sizevars.optimization_hint(self.n, fallback=8192))
 
     @property
+    def static(self) -> bool:
+        return isinstance(self.n, (int, sympy.Integer))
+
+    @property
     def dtypes(self) -> list[torch.dtype]:
         return [self.input.get_dtype(), self.weight.get_dtype(), self.compute]
 
@@ -91,21 +98,26 @@ class Call:
         precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
         zeros = {
             name: lambda t: torch.zeros(t.get_size(), dtype=t.get_dtype(), device=t.get_device())
-            for name in ("TARGET", "INDEX", "FIRST")
+            for name in ("TARGET", "INDEX", "BEGIN")
         }
+        matrices = [self.weight] if "INDEX" in inputs else [self.input, self.weight]
+        tma = compat.can_use_tma(*matrices)
+        keeps = "KEPT" in mutated
+        variant = ", kept" * (keeps or bool(constants.get("KEPT"))) + ", added" * ("DW_SUM" in mutated)
         return emit(
             kernel,
             inputs,
             mutated,
             self.device,
             sizes,
-            configurations(kernel, self.dtypes, self.device),
+            configurations(kernel + variant, self.dtypes, self.device, tma, KEPT_TILE if keeps else None),
             lambda step: self.d % step == 0,
             {**zeros, "COUNT": lambda t: torch.full((1,), self.hint, dtype=torch.int64, device=self.device)},
             COMPUTE=DTYPES[self.compute],
             PRECISION=repr(precision),
             SCALE=float(self.attributes.scale),
             SOFTCAP=float(self.attributes.softcap),
+            GROUP=8,
             **constants,
         )
 
@@ -129,11 +141,15 @@ def _own(operand: Any) -> Any:
 
 
 def forward(operands: dict[str, Any], active: Any, statistics: list[str], attributes: Attributes) -> list[Any]:
-    call = Call(operands, active, attributes)
+    return _statistics(Call(operands, active, attributes), statistics)
+
+
+def _statistics(call: Call, statistics: list[str], kept: dict[str, Any] | None = None, pitch: int = 0) -> list[Any]:
+    """The forward. `kept`: where it is to leave the logits, (N, pitch)."""
     sms = torch.cuda.get_device_properties(call.device).multi_processor_count
     blocks = max(1, math.ceil(call.hint / 128))
     splits = max(1, min(math.ceil(2 * sms / blocks), call.v // LEAST_SPLIT))
-    split = math.ceil(call.v / splits / SLAB_STEP) * SLAB_STEP
+    split = math.ceil(call.v / splits / STEP) * STEP
     splits = math.ceil(call.v / split)
 
     names = dict.fromkeys(name for statistic in statistics for name in PARTS[statistic])
@@ -141,13 +157,14 @@ def forward(operands: dict[str, Any], active: Any, statistics: list[str], attrib
     parts = {name: call.empty(size, torch.int64 if name == "ARGMAX" else torch.float32) for name in names}
     inputs = call.named("input", "weight", "bias", "target", "column_weight") | call.rows
     wanted = repr(" ".join(statistics))
-    call.emit("linear_statistics", inputs, parts, [call.n, splits], SPLIT=split, STATISTICS=wanted)
+    outputs = parts | (kept or {})
+    call.emit("linear_statistics", inputs, outputs, [call.n, splits], SPLIT=split, STATISTICS=wanted, PITCH=pitch)
     merged = _merge({name: _op("view", t, [splits, call.n]) for name, t in parts.items()}, splits)
     results = []
     for name in statistics:
         value = merged[name]
-        if active is not None:
-            value = _op("where.self", active, value, 0 if table.TABLE[name].integer else 0.0)
+        if call.active is not None:
+            value = _op("where.self", call.active, value, 0 if table.TABLE[name].integer else 0.0)
         results.append(value)
     return results
 
@@ -178,6 +195,92 @@ def _merge(parts: dict[str, Any], splits: int) -> dict[str, Any]:
     return merged
 
 
+class Backward:
+    """The gradients of a call, made region by region."""
+
+    def __init__(self, call: Call, tangents: dict[str, Any], saved: dict[str, Any], needs: list[str]):
+        self.call, self.needs = call, needs
+        given = call.named("input", "weight", "bias", "target", "column_weight") | call.rows
+        if "lse" in tangents or "entropy" in tangents:
+            given |= {name.upper(): _in_memory(saved[name]) for name in ("lse", "entropy") if name in saved}
+        given |= {f"G_{name.upper()}": _in_memory(t) for name, t in tangents.items()}
+        self.factor = _factor(tangents) if call.compute == torch.float16 else None
+        if self.factor is not None:
+            given["FACTOR"] = _in_memory(self.factor)
+        self.given = given
+        self.results: dict[str, Any] = {}
+
+    def sweep(self, sweep: Sweep, kept: dict[str, Any] | None = None) -> None:
+        """One pass over the logits, or over those that the forward `kept`."""
+        call = self.call
+        rows = sweep.rows if 0 < sweep.rows < call.hint else 0
+        add_dx, add_dw = sweep.columns < call.v, bool(rows)
+        outputs = self._outputs(sweep.makes, add_dx)
+        sums = self._sums(sweep) if add_dw else {}
+        dx = {name: t for name, t in outputs.items() if name == "DX"}
+        dw = {name: t for name, t in outputs.items() if name != "DX"}
+        size = [rows or call.n, sweep.columns]
+        dacc = kept["KEPT"] if kept else call.empty(size, call.compute)
+        # Where a region begins, in a buffer and not in the kernel's text: one kernel serves all regions.
+        for column in range(0, call.v, sweep.columns):
+            for position in range(0, call.hint if rows else 1, rows or 1):
+                begin = {"BEGIN": _in_memory(_pair(column, position, call.device))}
+                region = {"ROWS": rows, "SLAB": sweep.columns}
+                inputs = self.given | ({"TOPS": kept["TOPS"]} if kept and "TOPS" in kept else {}) | begin
+                keeping = {"KEPT": KEPT_TILE if kept else 0}
+                call.emit("linear_statistics_dacc", inputs, {"DACC": dacc}, size, **keeping, **region)
+                inputs = {"DACC": dacc} | call.named("input", "weight") | call.rows | begin
+                if dw:
+                    given = inputs | ({"FACTOR": self.given["FACTOR"]} if self.factor is not None else {})
+                    call.emit("linear_statistics_dw", given, dw | sums, [sweep.columns, call.d], ADD=add_dw, **region)
+                if dx:
+                    call.emit("linear_statistics_dx", inputs, dx, [rows or call.n, call.d], ADD=add_dx, **region)
+        self._finish(outputs)
+
+    def _outputs(self, makes: Sequence[str], add_dx: bool) -> dict[str, Any]:
+        call, outputs = self.call, {}
+        if "weight" in makes:
+            outputs["DW"] = call.empty([call.v, call.d], call.weight.get_dtype())
+        if "bias" in makes:
+            outputs["DB"] = call.empty([call.v], call.operands["bias"].get_dtype())
+        if "input" in makes:
+            # Multiplied by the factor until the end: no dtype but fp32 will do.
+            dtype = torch.float32 if add_dx or self.factor is not None else call.input.get_dtype()
+            if call.active is None:
+                outputs["DX"] = call.empty([call.n, call.d], dtype)
+            else:  # the kernel does not touch the other rows
+                outputs["DX"] = _op("full", [call.n, call.d], 0.0, dtype=dtype, device=call.device)
+                outputs["DX"].realize()
+        return outputs
+
+    def _sums(self, sweep: Sweep) -> dict[str, Any]:
+        """What dW and db are added up in over regions of the same columns."""
+        call, sums = self.call, {}
+        if "weight" in sweep.makes and call.weight.get_dtype() != torch.float32:
+            sums["DW_SUM"] = call.empty([sweep.columns, call.d], torch.float32)
+        if "bias" in sweep.makes:
+            sums["DB_SUM"] = call.empty([sweep.columns], torch.float32)
+        return sums
+
+    def _finish(self, outputs: dict[str, Any]) -> None:
+        if "DX" in outputs:
+            dx = outputs["DX"] if self.factor is None else _op("div.Tensor", outputs["DX"], self.factor)
+            self.results["input"] = to_dtype(dx, self.call.input.get_dtype())
+        self.results |= {name: outputs[key] for name, key in (("weight", "DW"), ("bias", "DB")) if key in outputs}
+
+    def gradients(self) -> list[Any]:
+        return [self.results[name] for name in self.needs]
+
+
+def _pair(column: int, position: int, device: torch.device) -> Any:
+    """(2,) int64 on the device."""
+    rows = lowerings[torch.ops.prims.iota.default](
+        2, start=column, step=position - column, dtype=torch.int64, device=device, requires_grad=False
+    )
+    rows.realize()
+    return rows
+
+
 def backward(
     tangents: dict[str, Any],
     saved: dict[str, Any],
@@ -187,51 +290,18 @@ def backward(
     attributes: Attributes,
 ) -> list[Any]:
     call = Call(operands, active, attributes)
-    slab = min(attributes.workspace // (call.hint * call.compute.itemsize), call.v)
-    slab = max(slab // SLAB_STEP, 1) * SLAB_STEP
+    l2 = torch.cuda.get_device_properties(call.device).L2_cache_size
+    found = schedules(
+        call.hint, call.d, call.v, call.compute, call.weight.get_dtype(), needs, attributes.workspace, l2, call.static
+    )
 
-    given = call.named("input", "weight", "bias", "target", "column_weight") | call.rows
-    if "lse" in tangents or "entropy" in tangents:
-        given |= {name.upper(): _in_memory(saved[name]) for name in ("lse", "entropy") if name in saved}
-    given |= {f"G_{name.upper()}": _in_memory(t) for name, t in tangents.items()}
-    factor = _factor(tangents) if call.compute == torch.float16 else None
-    if factor is not None:
-        given["FACTOR"] = _in_memory(factor)
+    def run(schedule: Schedule) -> list[Any]:
+        made = Backward(call, tangents, saved, needs)
+        for sweep in schedule.sweeps:
+            made.sweep(sweep)
+        return made.gradients()
 
-    mutated = {}
-    if "weight" in needs:
-        mutated["DW"] = call.empty([call.v, call.d], call.weight.get_dtype())
-    if "bias" in needs:
-        mutated["DB"] = call.empty([call.v], call.operands["bias"].get_dtype())
-    if "input" in needs:
-        if active is None:
-            mutated["DX"] = call.empty([call.n, call.d], torch.float32)
-        else:  # the kernel does not touch the other rows
-            mutated["DX"] = _op("full", [call.n, call.d], 0.0, dtype=torch.float32, device=call.device)
-            mutated["DX"].realize()
-    # Where a slab begins, in a buffer and not in the kernel's text: one kernel serves all slabs.
-    dacc = call.empty([call.n, slab], call.compute)
-    begin = _op("full", [1], 0, dtype=torch.int64, device=call.device)
-    for first in range(0, call.v, slab):
-        if first:
-            begin = _op("add.Tensor", begin, slab)
-        begin.realize()
-        at = {"FIRST": _in_memory(begin)}
-        call.emit("linear_statistics_dacc", given | at, {"DACC": dacc}, [call.n, slab], SLAB=slab, GROUP=8)
-        inputs = {"DACC": dacc} | call.named("input", "weight") | call.rows | at
-        if factor is not None:
-            inputs["FACTOR"] = given["FACTOR"]
-        sizes = [call.n, call.d, slab, int("DX" in mutated), int("DW" in mutated or "DB" in mutated)]
-        call.emit("linear_statistics_gradients", inputs, mutated, sizes, SLAB=slab)
-    results = {}
-    if "input" in needs:
-        dx = mutated["DX"] if factor is None else _op("div.Tensor", mutated["DX"], factor)
-        results["input"] = to_dtype(dx, call.input.get_dtype())
-    if "weight" in needs:
-        results["weight"] = mutated["DW"]
-    if "bias" in needs:
-        results["bias"] = mutated["DB"]
-    return [results[name] for name in needs]
+    return fastest(found, run, BACKWARD, tangents, saved, operands, active, needs, attributes)
 
 
 def _factor(tangents: dict[str, Any]) -> Any:
@@ -244,5 +314,23 @@ def _factor(tangents: dict[str, Any]) -> Any:
     return _op("where.self", positive, _op("reciprocal", largest), 1.0)
 
 
-def with_gradients(**call: Any) -> list[Any]:
-    raise Unsupported("gradients are not formed in the forward on a GPU")
+def with_gradients(
+    tangents: dict[str, Any],
+    operands: dict[str, Any],
+    active: Any,
+    statistics: list[str],
+    needs: list[str],
+    attributes: Attributes,
+) -> list[Any]:
+    call = Call(operands, active, attributes)
+    pitch = math.ceil(call.v / STEP) * STEP
+    kept = {"KEPT": call.empty([call.n, pitch], call.compute)}
+    if call.compute != torch.float32:
+        kept["TOPS"] = call.empty([math.ceil(call.v / KEPT_TILE) * call.n], torch.float32)
+    # What the second pass reads is needed even if it is no result.
+    wanted = list(statistics)
+    wanted += [name for name in ("lse", "entropy") if name not in wanted and {name, "entropy"} & set(tangents)]
+    stats = dict(zip(wanted, _statistics(call, wanted, kept, pitch), strict=True))
+    made = Backward(call, tangents, stats, needs)
+    made.sweep(Sweep(0, pitch, tuple(needs)), kept)
+    return [*(stats[name] for name in statistics), *made.gradients()]

@@ -16,7 +16,7 @@ from torch._inductor.virtualized import V
 from .. import compat, version
 
 # What stands for a piece in a template, and the file it is.
-PIECES = {"SIZES": "sizes", "PRODUCT": "product", "LOGIT": "logit", "NOTHING": "nothing"}
+PIECES = {"SIZES": "sizes", "GROUPED": "grouped", "PRODUCT": "product", "LOGIT": "logit", "NOTHING": "nothing"}
 DTYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
 
 
@@ -37,46 +37,46 @@ def _statistics_grid(rows, splits, meta, *, cdiv):
 
 
 @SymbolicGridFn
-def _dacc_grid(rows, slab, meta, *, cdiv):
-    return (cdiv(rows, meta["BLOCK_M"]) * cdiv(slab, meta["BLOCK_N"]), 1, 1)
-
-
-@SymbolicGridFn
-def _gradients_grid(rows, width, slab, with_dx, with_dw, meta, *, cdiv):
-    tiles = cdiv(rows, meta["BLOCK_M"]) * with_dx + cdiv(slab, meta["BLOCK_M"]) * with_dw
-    return (tiles * cdiv(width, meta["BLOCK_N"]), 1, 1)
-
-
-_GRIDS = {
-    "linear_statistics": _statistics_grid,
-    "linear_statistics_dacc": _dacc_grid,
-    "linear_statistics_gradients": _gradients_grid,
-}
+def _tiles_grid(height, width, meta, *, cdiv):
+    return (cdiv(height, meta["BLOCK_M"]) * cdiv(width, meta["BLOCK_N"]), 1, 1)
 
 
 @functools.cache
 def _template(name: str) -> TritonTemplate:
     """One per process: Inductor refuses a second template of the same name."""
-    return TritonTemplate(name=f"cce_{name}", grid=_GRIDS[name], source=_source(name))
+    grid = _statistics_grid if name == "linear_statistics" else _tiles_grid
+    return TritonTemplate(name=f"cce_{name}", grid=grid, source=_source(name))
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """One configuration of a kernel: block of rows, tile of columns, step of the sum, pipeline stages, warps."""
+    """One configuration of a kernel: block of rows, tile of columns, step of the sum, pipeline stages, warps.
+
+    tma: operands that allow it are loaded by the tensor memory accelerator (sm_90 and later). warp_specialize: some
+    warps load while others multiply (sm_100, with tma).
+    """
 
     block_m: int
     block_n: int
     block_k: int
     num_stages: int
     num_warps: int
+    tma: bool = False
+    warp_specialize: bool = False
 
-    def options(self) -> dict[str, int]:
+    def __str__(self) -> str:
+        blocks = f"{self.block_m} x {self.block_n} x {self.block_k}, {self.num_stages} stages, {self.num_warps} warps"
+        return blocks + ", TMA" * self.tma + ", specialised" * self.warp_specialize
+
+    def options(self) -> dict[str, Any]:
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
             "BLOCK_K": self.block_k,
             "num_stages": self.num_stages,
             "num_warps": self.num_warps,
+            "TMA": self.tma,
+            "WARP_SPECIALIZE": self.warp_specialize,
         }
 
 

@@ -3,8 +3,9 @@
 `make kernels`, or with PYTHONPATH as there: python tests/lowering/ahead_of_time.py [float32 | bfloat16 | ...]...
 """
 
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import rendered
 import torch
@@ -12,11 +13,12 @@ import torch.nn.functional as F
 from gpu_graphs import generate
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cce_inductor.lowering.triton_configs import configurations
+from cce_inductor.lowering.schedules import Sweep
+from cce_inductor.lowering.triton_configs import KEPT_TILE, TABLE
+from cce_inductor.ops.choice import Choice
 
 SHAPE = (8192, 4096, 128256)  # Llama 3 8B
 ARCHITECTURES = (80, 90, 100)
-KERNELS = ("linear_statistics", "linear_statistics_dacc", "linear_statistics_gradients")
 DTYPES = {
     "bfloat16": (torch.bfloat16, torch.bfloat16),
     "float16": (torch.float16, torch.float16),
@@ -25,8 +27,17 @@ DTYPES = {
 }
 
 
-def compiled(dtype: str, most: int = 99) -> Iterator[dict]:
-    """One row of the table for each kernel, configuration (the first `most` of each kernel) and architecture."""
+ALL = ("input", "weight")
+# name: how the graph is made. Each kernel is a variant of its own in each.
+VARIANTS = {
+    "slab": {"sweeps": (Sweep(0, 65536, ALL),)},
+    "blocks": {"sweeps": (Sweep(4096, 65536, ALL),)},
+    "kept": {"choose": lambda problem: Choice("test", gradients_in_forward=True)},
+}
+
+
+def compiled(dtype: str, variants: Sequence[str] = tuple(VARIANTS)) -> Iterator[dict]:
+    """One row of the table for each kernel, configuration and architecture."""
     stored, compute = DTYPES[dtype]
     n, d, v = SHAPE
 
@@ -38,29 +49,34 @@ def compiled(dtype: str, most: int = 99) -> Iterator[dict]:
         x = torch.empty(n, d, dtype=stored, requires_grad=True)
         w = torch.empty(v, d, dtype=stored, requires_grad=True)
         t = torch.empty(n, dtype=torch.int64)
+    item = max(stored.itemsize, compute.itemsize)
     seen = set()
-    lists = {
-        kernel: configurations(kernel, [stored, stored, compute], torch.device("cuda"))[:most] for kernel in KERNELS
-    }
-    for architecture in ARCHITECTURES:
-        for tiles in dict.fromkeys(option for options in lists.values() for option in options):
-            for wrapper in generate(loss, [x, w, t], architecture, tiles, workspace=64 << 20):
+    for architecture, variant in itertools.product(ARCHITECTURES, variants):
+        table = TABLE[architecture]
+        for tiles in dict.fromkeys(tiles for lists in table.values() for tiles in lists[item]):
+            if variant == "kept" and tiles.block_n != KEPT_TILE:
+                continue
+            for wrapper in generate(loss, [x, w, t], architecture, tiles, **VARIANTS[variant]):
                 for kernel in rendered.kernels(wrapper):
-                    if kernel.kind != "template":
-                        continue
-                    name = next(k for k in reversed(KERNELS) if _is(k, kernel))
-                    if tiles in lists[name] and (key := (architecture, tiles, name)) not in seen:
+                    name = _name(kernel)
+                    key = (architecture, tiles, name)
+                    if name and key not in seen and tiles in table[name][item]:
                         seen.add(key)
-                        yield {"kernel": name, "dtype": dtype, "sm": architecture, "tiles": tiles} | (
-                            rendered.compile_ahead(kernel, architecture)
-                        )
+                        about = {"kernel": name, "dtype": dtype, "sm": architecture, "tiles": tiles}
+                        yield about | rendered.compile_ahead(kernel, architecture)
 
 
-def _is(name: str, kernel: rendered.Kernel) -> bool:
+def _name(kernel: rendered.Kernel) -> str | None:
+    """Which of ours it is."""
     constants = kernel.constants()
-    if name == "linear_statistics":
-        return "STATISTICS" in constants
-    return ("GROUP" in constants) == (name == "linear_statistics_dacc") and "SLAB" in constants
+    if kernel.kind != "template":
+        return None
+    named = " ".join(kernel.signature)
+    if "STATISTICS" in constants:
+        return "linear_statistics" + ", kept" * ("KEPT" in named)
+    if "ADD" in constants:
+        return "linear_statistics_dx" if "DX" in named else "linear_statistics_dw" + ", added" * ("DW_SUM" in named)
+    return "linear_statistics_dacc" + ", kept" * (constants["KEPT"] != "0")
 
 
 TITLE = """\
@@ -73,13 +89,12 @@ None of it was run on a GPU.
 
 if __name__ == "__main__":
     print(TITLE.format(*SHAPE))
-    print("| kernel | dtype | sm | block m, n, k | stages | warps | registers | stack, B | shared, B | instruction |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("| kernel | dtype | sm | tiles | registers | stack, B | shared, B | instruction |")
+    print("|---|---|---|---|---|---|---|---|")
     for dtype in sys.argv[1:] or DTYPES:
         for row in compiled(dtype):
-            t = row["tiles"]
             print(
-                f"| {row['kernel']} | {dtype} | {row['sm']} | {t.block_m}, {t.block_n}, {t.block_k} | {t.num_stages} "
-                f"| {t.num_warps} | {row['registers']} | {row['stack']} | {row['shared']} | {row['instruction']} |",
+                f"| {row['kernel']} | {dtype} | {row['sm']} | {row['tiles']} | {row['registers']} "
+                f"| {row['stack']} | {row['shared']} | {row['instruction']} |",
                 flush=True,
             )

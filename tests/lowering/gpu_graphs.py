@@ -7,10 +7,13 @@ import mock_cuda
 import torch
 from capture import graphs_of
 
-from cce_inductor import config
+from cce_inductor import compat, config
 from cce_inductor.lowering import triton_configs
 from cce_inductor.lowering.register import register
+from cce_inductor.lowering.schedule_choice import ScheduleChoice
+from cce_inductor.lowering.schedules import Schedule, Sweep
 from cce_inductor.lowering.triton_template import Tiles
+from cce_inductor.ops.choice import Chooser
 from cce_inductor.rewrite.rewrite import rewrite
 from cce_inductor.version import source_hash
 
@@ -25,13 +28,20 @@ def generate(
     tiles: Tiles | None = SMALL,
     dynamic: bool = False,
     workspace: int = 1 << 20,
+    sweeps: tuple[Sweep, ...] = (),
+    fastest: str = "slab",
+    choose: Chooser | None = None,
 ) -> list[str]:
-    """The wrappers of forward and backward of ``fn(*inputs)``, rewritten; `tiles`: the only configuration, if given."""
+    """The wrappers of forward and backward of ``fn(*inputs)``, rewritten.
+
+    tiles: the only configuration, if given. sweeps: the only schedule of the backward. Without any, the one named in
+    `fastest` wins among those that fit; each of the others adds its wrapper before the backward's, as it was timed.
+    """
     import cce_inductor.lowering.cuda as lowering
 
     register()
     (gm,) = graphs_of(fn, *inputs, dynamic=dynamic)
-    result = rewrite(gm, config.Settings(min_vocab=0), source_hash())
+    result = rewrite(gm, config.Settings(min_vocab=0), source_hash(), choose)
     assert result.fused, [str(site) for site in result.sites]
     for node in result.graph_module.graph.nodes:
         # A workspace below 1 MiB, so that slabs are several at sizes that the interpreter can run.
@@ -39,5 +49,20 @@ def generate(
     result.graph_module.recompile()
     nodes = [node for node in result.graph_module.graph.nodes if node.op == "placeholder"]
     chosen = (lambda *a: [tiles]) if tiles is not None else triton_configs.configurations
-    with mock_cuda.device(capability), patch.object(lowering, "configurations", chosen):
+    schedules, autotuned = lowering.schedules, compat.autotuned
+
+    def scheduled(*arguments):
+        return [Schedule("chosen", sweeps)] if sweeps else schedules(*arguments)
+
+    def timed(name, choices, *arguments):
+        if not isinstance(choices[0], ScheduleChoice):
+            return autotuned(name, choices, *arguments)
+        return next(choice for choice in choices if choice.schedule.name == fastest).output_node()
+
+    with (
+        mock_cuda.device(capability),
+        patch.object(lowering, "configurations", chosen),
+        patch.object(lowering, "schedules", scheduled),
+        patch.object(compat, "autotuned", timed),
+    ):
         return mock_cuda.wrappers(result.graph_module, [node.meta["example_value"] for node in nodes])

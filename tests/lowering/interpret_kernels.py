@@ -7,13 +7,18 @@ Makefile's target `kernels`. Arguments: names of cases, or none for all. Prints 
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import rendered
 import torch
 import torch.nn.functional as F
-from gpu_graphs import generate
+from gpu_graphs import SMALL, generate
 from head_oracle import check_error_rule
+
+from cce_inductor.lowering.schedules import Sweep
+from cce_inductor.lowering.triton_configs import KEPT_TILE
+from cce_inductor.lowering.triton_template import Tiles
+from cce_inductor.ops.choice import Choice
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,9 @@ class Case:
     sharp: float = 1.0
     dynamic: bool = False
     autocast: bool = False
+    sweeps: tuple[Sweep, ...] = ()  # the schedule of the backward
+    tiles: Tiles = SMALL
+    early: bool = False  # gradients formed in the forward
 
 
 def plain(x, w, b, t):
@@ -53,6 +61,9 @@ def scaled(x, w, b, t):
     return plain(x, w, b, t) * 1024  # as a GradScaler does
 
 
+EVERY = ("input", "weight", "bias")
+# The forward keeps logits in tiles of this many columns.
+KEEPING = replace(SMALL, block_n=KEPT_TILE)
 CASES = {
     "float32": Case(plain),
     "bfloat16": Case(plain, dtype=torch.bfloat16),
@@ -66,6 +77,17 @@ CASES = {
     "one step of everything": Case(plain, n=32, d=16, v=256),
     "weight stored (D, V)": Case(plain, transposed=True),
     "vocabulary in splits": Case(plain, n=33, v=4500, d=20),
+    "blocks": Case(plain, dtype=torch.bfloat16, sweeps=(Sweep(32, 256, EVERY),)),
+    "chunk": Case(softcapped, sweeps=(Sweep(32, 512, EVERY),)),
+    "chunk of float32 weights in bfloat16": Case(plain, autocast=True, sweeps=(Sweep(32, 512, EVERY),)),
+    "separate": Case(plain, dtype=torch.bfloat16, sweeps=(Sweep(32, 512, EVERY[:1]), Sweep(0, 256, EVERY[1:]))),
+    "blocks in float16": Case(scaled, dtype=torch.float16, sweeps=(Sweep(32, 256, EVERY),)),
+    "TMA": Case(plain, dtype=torch.bfloat16, tiles=replace(SMALL, tma=True)),
+    "TMA, in blocks": Case(class_weights, tiles=replace(SMALL, tma=True), sweeps=(Sweep(32, 256, EVERY),)),
+    "gradients in the forward, float32": Case(softcapped, early=True, tiles=KEEPING),
+    "gradients in the forward, bfloat16": Case(plain, dtype=torch.bfloat16, early=True, tiles=KEEPING),
+    "gradients in the forward, peaked": Case(plain, dtype=torch.bfloat16, sharp=8.0, early=True, tiles=KEEPING),
+    "gradients in the forward, autocast": Case(plain, autocast=True, early=True, tiles=KEEPING),
 }
 
 
@@ -90,7 +112,9 @@ def run(case: Case) -> dict[str, int]:
         return dict(zip(["loss", "dx", "dw", "db"], [value.detach(), *torch.autograd.grad(value, inputs)], strict=True))
 
     inputs = [tensor.detach().requires_grad_() for tensor in leaves]
-    forward, backward = generate(loss, [*inputs, t], dynamic=case.dynamic, workspace=1 << 14)
+    how = {"tiles": case.tiles, "sweeps": case.sweeps, "workspace": 1 << 14}
+    choose = (lambda problem: Choice("test", gradients_in_forward=True)) if case.early else None
+    forward, backward = generate(loss, [*inputs, t], dynamic=case.dynamic, choose=choose, **how)
     order = rendered.arguments(forward)
     by_shape = [*leaves, t]
     with torch.no_grad():

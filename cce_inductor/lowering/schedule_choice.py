@@ -1,0 +1,112 @@
+"""Schedules as choices of Inductor's autotuner: each is compiled by itself and timed as a whole."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._inductor import ir
+from torch._inductor.graph import GraphLowering
+from torch._inductor.runtime.benchmarking import benchmarker
+from torch._inductor.virtualized import V
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .. import compat
+from ..ops.call import Attributes
+from .schedules import Schedule
+
+Run = Callable[[Schedule], list[Any]]
+# While a schedule is compiled to be timed: its name.
+_only: list[str] = []
+
+
+def fastest(
+    found: Sequence[Schedule],
+    run: Run,
+    operator: Any,
+    tangents: dict[str, Any],
+    saved: dict[str, Any],
+    operands: dict[str, Any],
+    active: Any,
+    needs: Sequence[str],
+    attributes: Attributes,
+) -> list[Any]:
+    """What `run` gives for the schedule that is the fastest at calling the backward operator with these arguments."""
+    if _only:
+        found = [schedule for schedule in found if schedule.name == _only[-1]]
+    if len(found) == 1 or torch._inductor.config.deterministic:
+        return run(found[0])
+    lists = [list(tangents.values()), list(saved.values()), list(operands.values())]
+    nodes = [ir.ExternKernel.realize_input(t) for t in (*lists[0], *lists[1], *lists[2])]
+    nodes += [] if active is None else [ir.ExternKernel.realize_input(active)]
+
+    def call(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        parts, at = [], 0
+        for values in lists:
+            parts.append(list(tensors[at : at + len(values)]))
+            at += len(values)
+        mask = None if active is None else tensors[-1]
+        names = [" ".join(named) for named in (tangents, operands, saved, needs)]
+        return operator(parts[0], names[0], parts[1], parts[2], names[1], mask, names[2], names[3], *attributes.args())
+
+    layout = ir.FixedLayout(nodes[0].get_device(), torch.float32, [1], [1])
+    choices = [ScheduleChoice(schedule, nodes, layout, call, run) for schedule in found]
+    kinds = [*tangents, *saved, *operands, *(() if active is None else ("active",))]
+    generators = {i: _filled for i, kind in enumerate(kinds) if kind in ("target", "active")}
+    compat.autotuned("cce_linear_statistics_backward", choices, nodes, layout, generators)
+    (chosen,) = [choice for choice in choices if choice.results]
+    return chosen.results
+
+
+def _filled(node: Any) -> torch.Tensor:
+    """Targets that exist, or rows that all count."""
+    size = V.graph.sizevars.optimization_hints(node.get_size())
+    value = node.get_dtype() == torch.bool
+    return torch.full(size, value, dtype=node.get_dtype(), device=node.get_device())
+
+
+class ScheduleChoice(ir.ChoiceCaller):
+    """One schedule. Its output node, of which nothing is used, puts the schedule's kernels into the graph."""
+
+    def __init__(self, schedule: Schedule, nodes: list[Any], layout: ir.Layout, call: Callable, run: Run):
+        super().__init__(f"cce_schedule_{schedule.name}", nodes, layout, str(schedule))
+        self.schedule, self.run = schedule, run
+        self.results: list[Any] = []
+        self.module = self._compiled(call)
+
+    def _compiled(self, call: Callable) -> Any:
+        """The operator alone, in this schedule. Now, since kernels are tuned meanwhile, and tuning cannot be nested."""
+        with V.fake_mode:
+            inputs = [ir.ir_node_to_tensor(node) for node in self.input_nodes]
+            graph = make_fx(call)(*inputs)
+        lowering = GraphLowering(
+            graph, example_inputs=inputs, shape_env=V.graph._shape_env, is_backward=True, name=f"benchmark_{self.name}"
+        )
+        _only.append(self.schedule.name)
+        try:
+            with V.set_graph_handler(lowering):
+                lowering.run(*inputs)
+                return lowering.compile_to_module()
+        finally:
+            _only.pop()
+
+    def benchmark(self, *args: Any, out: torch.Tensor) -> float:
+        return benchmarker.benchmark_gpu(lambda: self.module.call(list(args)))
+
+    def output_node(self) -> Any:
+        self.results = self.run(self.schedule)
+        return self.results[0]
+
+    def call_name(self) -> str:
+        return self.name
+
+    def to_callable(self) -> Any:
+        return self.module.call
+
+    def hash_key(self) -> str:
+        return f"{self.name}-{self.schedule}"
+
+    def info_dict(self) -> dict[str, Any]:
+        return {"backend": "cce_inductor", "schedule": self.schedule.name}
+
+    def autoheuristic_id(self) -> str:
+        return self.name

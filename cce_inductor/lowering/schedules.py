@@ -1,0 +1,91 @@
+"""The schedules of the exact backward on a GPU: in which order it goes over the logits, and what that takes.
+
+A sweep cuts the logits into regions of rows x columns. For each region one kernel computes dacc into the workspace, and
+one for each gradient its share of it. Sums that go on from region to region are kept in fp32.
+
+| schedule | regions              | GEMM work | fp32 sums besides the workspace's dacc                  |
+|----------|----------------------|-----------|---------------------------------------------------------|
+| slab     | all rows x columns   | 8 NVD     | N D of dx (none if x is fp32)                           |
+| blocks   | rows x columns       | 8 NVD     | as slab, and columns x D of dW, small enough for the L2 |
+| chunk    | rows x all columns   | 8 NVD     | V D of dW, out of the workspace (none if W is fp32)     |
+| separate | dx by chunk, dW by slab | 10 NVD | none                                                    |
+
+The logits are computed once more than in the forward; with gradients formed there (6 NVD) nothing is swept.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+# Sizes of regions are multiples of the largest tile.
+STEP = 256
+# More launches than this take longer to prepare, and to compile, than they can win.
+MOST_LAUNCHES = 256
+# Rows of a region whose dW is to stay in the L2 cache, and the part of that cache it may fill.
+BLOCK_ROWS = 2048
+L2_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One pass over the logits in regions of rows (0: all, however many) x columns, for the gradients of `makes`."""
+
+    rows: int
+    columns: int
+    makes: tuple[str, ...]
+
+    def launches(self, n: int, v: int) -> int:
+        kernels = 1 + ("input" in self.makes) + ("weight" in self.makes or "bias" in self.makes)
+        return kernels * math.ceil(n / (self.rows or n)) * math.ceil(v / self.columns)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    name: str
+    sweeps: tuple[Sweep, ...]
+
+    def launches(self, n: int, v: int) -> int:
+        return sum(s.launches(n, v) for s in self.sweeps)
+
+
+def schedules(
+    n: int,
+    d: int,
+    v: int,
+    compute: torch.dtype,
+    weight: torch.dtype,
+    needs: Sequence[str],
+    workspace: int,
+    l2: int,
+    static: bool,
+) -> list[Schedule]:
+    """Those that fit in `workspace` bytes, from the most to the least promising.
+
+    n: rows, a guess unless `static`: then only the schedule that takes any number of rows. l2: bytes of that cache.
+    """
+    item, whole, needed = compute.itemsize, _up(v), tuple(needs)
+    slab = min(max(workspace // (max(n, 1) * item) // STEP, 1) * STEP, whole)
+    found = [Schedule("slab", (Sweep(0, slab, needed),))]
+    if slab == whole or not static:
+        return found
+    with_dw = "weight" in needs or "bias" in needs
+    if with_dw:
+        rows = min(BLOCK_ROWS, n)
+        columns = int(min(workspace, l2 * L2_SHARE)) // (d * 4 + rows * item) // STEP * STEP
+        if columns and rows < n:
+            found.append(Schedule("blocks", (Sweep(rows, min(columns, whole), needed),)))
+    sums = v * d * 4 if "weight" in needs and weight != torch.float32 else 0
+    rows = (workspace - sums) // (whole * item) // 128 * 128
+    if rows > 0:
+        found.append(Schedule("chunk", (Sweep(min(rows, n), whole, needed),)))
+    rows = workspace // (whole * item) // 128 * 128
+    if rows > 0 and with_dw and "input" in needs:
+        dw = tuple(name for name in needed if name != "input")
+        found.append(Schedule("separate", (Sweep(min(rows, n), whole, ("input",)), Sweep(0, slab, dw))))
+    return found[:1] + [schedule for schedule in found[1:] if schedule.launches(n, v) <= MOST_LAUNCHES]
+
+
+def _up(v: int) -> int:
+    return math.ceil(v / STEP) * STEP
