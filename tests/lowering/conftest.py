@@ -1,6 +1,7 @@
+import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,18 @@ def edit_template(tmp_path, monkeypatch) -> Callable[[str, str, str], None]:
         (folder / file).write_text(text.replace(old, new))
 
     return edit
+
+
+@pytest.fixture
+def three_threads(edit_template, capfd) -> Iterator[Callable[[], set[tuple[int, int]]]]:
+    """Compiles and runs on three threads, whatever OMP_NUM_THREADS says; gives (tasks, threads) of every parallel loop.
+
+    The kernels count the threads that took part. Their version, a hash of the edited templates, keeps them apart in
+    Inductor's cache from those that were compiled for another number.
+    """
+    report = 'std::fprintf(stderr, "%ld tasks on %ld threads\\n", long(tasks), long(workers));'
+    edit_template("tiles.cpp.jinja", "#endif\n  });\n}", "#endif\n  });\n  " + report + "\n}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield lambda: {(int(a), int(b)) for a, b in re.findall(r"(\d+) tasks on (\d+) threads", capfd.readouterr().err)}
+    torch.set_num_threads(before)

@@ -107,3 +107,10 @@ class Operator:
         for name, leaf in head.leaves().items():
             assert name not in ours or (ours[name].dtype, ours[name].shape) == (leaf.dtype, leaf.shape)
         return ours
+
+    def check_threads(self, case: str, head: Head, loops: Callable[[], set[tuple[int, int]]], **call) -> None:
+        """`check`, that every loop of the kernels ran on three threads, and that a second run gives the same bits."""
+        ours, again = self.check(case, head, **call), self.run(head, **call)
+        found = loops()
+        assert {threads for tasks, threads in found if tasks > 2} == {3}, found
+        assert all(torch.equal(ours[name], again[name]) for name in again), case

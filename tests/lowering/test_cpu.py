@@ -152,6 +152,13 @@ def test_scratch_stays_within_the_workspace():
     assert max(forward.largest, backward.largest) < n * v  # never the logits, in any dtype
 
 
+def test_three_threads(three_threads):
+    head = Head.make(137, 71, 1003, bias=True)
+    operator = Operator(LOSS, workspace=1 << 18)
+    operator.check_threads("three threads", head, three_threads, active=some_rows(137))
+    assert kernels() == 2
+
+
 # A plain loop with the signature of at::native::cpublas::brgemm.
 NAIVE_BRGEMM = r"""
 #include <c10/util/BFloat16.h>

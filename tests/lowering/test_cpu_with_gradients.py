@@ -62,6 +62,15 @@ def test_confident_rows_keep_the_digits_of_their_gradient():
     assert (off / rows).max() < 3e-2
 
 
+def test_three_threads(three_threads):
+    """In chunks, and with nothing kept between the passes."""
+    head = Head.make(500, 71, 1003, bias=True)
+    for workspace in (1 << 20, 1 << 18):
+        operator = Operator(LOSS, at_once=True, workspace=workspace)
+        operator.check_threads(f"{workspace} bytes", head, three_threads, active=some_rows(500))
+    assert kernels() == 2
+
+
 def step(fn, x, w, t, factor):
     x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
     loss = fn(x, w, t)
