@@ -1,7 +1,7 @@
 """The error rule, as a property of the CPU kernels: shapes, strides, dtypes, ignored rows and extreme logits at random.
 
 Each configuration is one dynamic kernel per pass, compiled once; sizes of 1, which Dynamo compiles apart, are in
-test_cpu.py.
+test_cpu.py and test_cpu_with_gradients.py.
 """
 
 import functools

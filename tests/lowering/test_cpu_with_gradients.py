@@ -45,6 +45,13 @@ def test_float32_weights_in_bfloat16_and_masked_columns():
     assert (ours["dw"][::7] == 0).all() and (ours["db"][::7] == 0).all()
 
 
+def test_one_row_one_column_and_width_one():
+    """Sizes that Dynamo compiles apart; all others are in test_cpu_properties.py."""
+    for shape in ((1, 16, 131), (37, 1, 131), (37, 16, 1)):
+        Operator(LOSS, at_once=True).check(str(shape), Head.make(*shape, bias=True))
+    assert kernels() == 3
+
+
 def test_confident_rows_keep_the_digits_of_their_gradient():
     """1 - p of the target is what is left of two numbers near 1: it must not come from logits stored in 16 bits."""
     head = Head.make(200, 32, 3000, torch.bfloat16)
