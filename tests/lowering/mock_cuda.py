@@ -6,6 +6,7 @@ then moved to "cuda:0", whose properties are made up, and goes through Inductor 
 
 import contextlib
 import ctypes
+import os
 import subprocess
 import sysconfig
 import tempfile
@@ -42,24 +43,13 @@ def _register_guard() -> None:
     root = Path(torch.__file__).parent
     target = Path(tempfile.gettempdir()) / f"cce_mock_guard_{torch.__version__}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not target.exists():
-        with tempfile.TemporaryDirectory() as folder:
+        # Built beside the target and moved there in one step: two processes may build at once.
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             source, built = Path(folder) / "guard.cpp", Path(folder) / "guard.so"
             source.write_text(_GUARD)
-            command = [
-                "g++",
-                "-std=c++20",
-                "-shared",
-                "-fPIC",
-                source,
-                "-o",
-                built,
-                f"-I{root}/include",
-                f"-L{root}/lib",
-            ]
-            subprocess.run([*command, "-lc10", f"-Wl,-rpath,{root}/lib"], check=True)
-            built.rename(target) if built.stat().st_dev == target.parent.stat().st_dev else target.write_bytes(
-                built.read_bytes()
-            )
+            command = ["g++", "-std=c++20", "-shared", "-fPIC", source, "-o", built, f"-I{root}/include"]
+            subprocess.run([*command, f"-L{root}/lib", "-lc10", f"-Wl,-rpath,{root}/lib"], check=True)
+            os.replace(built, target)
     ctypes.CDLL(str(target)).register_guard()
 
 

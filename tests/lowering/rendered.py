@@ -1,15 +1,25 @@
 """The Triton kernels in a wrapper that Inductor made: taken out, interpreted, compiled ahead of time."""
 
 import ast
+import contextlib
 import importlib.util
 import re
 import subprocess
 import sys
 import tempfile
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
-_KERNEL = re.compile(r"^(\w+) = async_compile\.triton\('(\w+)', '''(.*?)''', device_str='cuda'\)", re.S | re.M)
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import interpreter
+
+_KERNEL = re.compile(r"^\w+ = async_compile\.triton\('(\w+)', '''(.*?)''', device_str='cuda'\)", re.S | re.M)
 _DECORATOR = re.compile(r"@triton_heuristics\.(\w+)\((.*?)\n\)\n(?=@triton\.jit)", re.S)
 # The interpreter has no numpy for functions of the device's library.
 _MATH = """
@@ -30,18 +40,11 @@ class libdevice:
     def isinf(x):
         return (x == float("inf")) | (x == float("-inf"))
 
-class tl_math:
-    @triton.jit
-    def exp(x):
-        return tl.exp(x)
-
-    @triton.jit
-    def log(x):
-        return tl.log(x)
-
     @triton.jit
     def abs(x):
         return tl.abs(x)
+
+tl_math = libdevice
 """
 _IMPORT = "import triton.language as tl\n"
 _HELPERS = "from torch._inductor.runtime import triton_helpers\n"
@@ -51,8 +54,7 @@ _HELPERS = "from torch._inductor.runtime import triton_helpers\n"
 class Kernel:
     """One kernel. kind: "template" for ours. signature: parameters with Triton's names of their types.
 
-    aligned: indices of parameters known to be divisible by 16. options: num_warps, num_stages. calls: the arguments of
-    each launch, as the wrapper writes them.
+    aligned: indices of parameters known to be divisible by 16. options: num_warps, num_stages.
     """
 
     name: str
@@ -61,7 +63,6 @@ class Kernel:
     signature: dict[str, str]
     aligned: list[int]
     options: dict[str, int]
-    calls: list[str]
 
     def constants(self) -> dict[str, str]:
         """What the template was rendered with, as text."""
@@ -71,13 +72,13 @@ class Kernel:
 def kernels(wrapper: str) -> list[Kernel]:
     found = []
     for match in _KERNEL.finditer(wrapper):
-        source = match.group(3).replace("\\\\", "\\")
+        source = match.group(2).replace("\\\\", "\\")
         decorator = _DECORATOR.search(source)
         meta = decorator.group(2)
         text = source.replace(decorator.group(0), "").replace("triton_helpers.set_driver_to_gpu()\n", "")
         found.append(
             Kernel(
-                name=match.group(2),
+                name=match.group(1),
                 kind=decorator.group(1),
                 source=re.sub(r"^from torch\._inductor.*$", "", text, flags=re.M).replace(
                     _IMPORT, _IMPORT + _HELPERS, 1
@@ -85,7 +86,6 @@ def kernels(wrapper: str) -> list[Kernel]:
                 signature=ast.literal_eval(re.search(r"'signature': (\{.*?\})", meta).group(1)),
                 aligned=[int(i) for i in re.findall(r"\((\d+),\): \[\['tt\.divisibility', 16\]\]", meta)],
                 options={k: int(v) for k, v in re.findall(r"^(num_stages|num_warps)=(\d+)", meta, re.M)},
-                calls=re.findall(re.escape(match.group(1)) + r"\.run\((.*?), stream=", wrapper),
             )
         )
     return found
@@ -105,11 +105,6 @@ def load(kernel: Kernel):
 
 def fix_interpreter() -> None:
     """bfloat16 in Triton's interpreter (3.6, 3.7): `tl.dot` multiplies the operands' bits, and casts cut off."""
-    import numpy as np
-    import torch
-    import triton.language as tl
-    from triton.runtime import interpreter
-
     builder = interpreter.InterpreterBuilder
     if getattr(builder, "fixed", False):
         return
@@ -164,16 +159,9 @@ def arguments(wrapper: str) -> list[str]:
 
 def execute(wrapper: str, arguments: list) -> tuple[tuple, dict[str, int]]:
     """Runs a wrapper on CPU tensors, its kernels in Triton's interpreter; gives its outputs and launches by kernel."""
-    import contextlib
-    import types
-
-    import torch
-
     fix_interpreter()
     launchers = {kernel.name: _Launcher(kernel) for kernel in kernels(wrapper)}
-    compiler = types.SimpleNamespace(
-        triton=lambda name, *a, **k: launchers[name], wait=lambda scope: None, cpp_pybinding=None
-    )
+    compiler = types.SimpleNamespace(triton=lambda name, *a, **k: launchers[name], wait=lambda scope: None)
     text = wrapper.replace("async_compile = AsyncCompile()", "async_compile = _compiler")
     text = re.sub(r"^from torch\._C import _cuda_getCurrentRawStream as get_raw_stream$", "", text, flags=re.M)
     text = text.replace("torch._C._dynamo.guards._empty_strided_cuda", "torch._C._dynamo.guards._empty_strided_cpu")
@@ -185,17 +173,12 @@ def execute(wrapper: str, arguments: list) -> tuple[tuple, dict[str, int]]:
         "__name__": "mock",
     }
     exec(compile(text, "wrapper", "exec"), scope)
-    assert torch.device("cpu") == torch.empty(0).device
     call = scope["call"] if "call" in scope else scope["runner"].call
     return tuple(call(list(arguments))), {name: k.launches for name, k in launchers.items()}
 
 
 def compile_ahead(kernel: Kernel, capability: int) -> dict:
     """Registers, bytes of stack (spills) and of shared memory, and the matrix instruction, on one architecture."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     attributes = {(i,): [["tt.divisibility", 16]] for i in kernel.aligned}
     source = ASTSource(fn=load(kernel), signature=dict(kernel.signature), constexprs={}, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=kernel.options)

@@ -8,132 +8,51 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from head_oracle import Head, check_error_rule, error, logits, some_rows, statistics
+from head_oracle import Head, error, some_rows
+from operators import EVERY, LOSS, Operator, differentiate, forward, kernels
 from test_memory import Allocations
-from torch._dynamo.utils import counters
 
 import cce_inductor
-from cce_inductor.lowering.register import register
-from cce_inductor.ops.call import Attributes
-from cce_inductor.ops.library import FORWARD
-from cce_inductor.version import source_hash, templates_dir
+from cce_inductor.lowering import cpu, cpu_template
+from cce_inductor.version import templates_dir
 
-EVERY = "lse target_logit logit_sum entropy argmax"
-LOSS = "lse target_logit"
-
-
-@pytest.fixture(autouse=True)
-def lowerings():
-    register()
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-def operator(names: str, **attributes) -> Callable:
-    """The forward operator as a function of tensors only, to be compiled."""
-    arguments = Attributes(**{"version": source_hash(), **attributes}).args()
-
-    def call(x, w, target, bias=None, column_weight=None, active=None):
-        operands = {"input": x, "weight": w, "target": target, "bias": bias, "column_weight": column_weight}
-        given = {name: t for name, t in operands.items() if t is not None}
-        return FORWARD(list(given.values()), " ".join(given), active, names, True, *arguments)
-
-    return call
-
-
-def from_logits(names: str, scale: float = 1.0, softcap: float = 0.0, compute_dtype=None, **_) -> Callable:
-    """The same statistics from all logits."""
-
-    def call(x, w, target, bias=None, column_weight=None, active=None):
-        if compute_dtype is not None and x.dtype != torch.float64:
-            x, w = x.to(compute_dtype), w.to(compute_dtype)
-            bias = None if bias is None else bias.to(compute_dtype)
-        out = statistics(names, logits(x, w, bias, scale, softcap or None), target, column_weight)
-        return out if active is None else [torch.where(active, t, 0) for t in out]
-
-    return call
-
-
-def run(fn: Callable, head: Head, names: str, needs: str = "dx dw db", **tensors) -> dict[str, torch.Tensor]:
-    """Statistics by name, and gradients of x, w and bias under tangents of both signs."""
-    leaves = {"dx": head.x, "dw": head.w} | ({} if head.bias is None else {"db": head.bias})
-    leaves = {name: t.detach().clone().requires_grad_(name in needs.split()) for name, t in leaves.items()}
-    out = fn(leaves["dx"], leaves["dw"], head.target, leaves.get("db"), **tensors)
-    generator = torch.Generator().manual_seed(5)
-    tangents = [(torch.rand(head.x.shape[0], generator=generator) - 0.4) / 8 for _ in out]
-    total = sum((t * g).sum() for t, g in zip(out, tangents, strict=True) if t.is_floating_point())
-    wanted = {name: t for name, t in leaves.items() if t.requires_grad}
-    gradients = torch.autograd.grad(total, list(wanted.values())) if wanted else ()
-    return {
-        **{n: t.detach() for n, t in zip(names.split(), out, strict=True)},
-        **dict(zip(wanted, gradients, strict=True)),
-    }
-
-
-def check(case: str, compiled: Callable, head: Head, names: str, needs: str = "dx dw db", tensors=None, **attributes):
-    """One compiled call against float64, under the error rule; eager's error is that of all logits at hand."""
-    tensors = tensors or {}
-    ours = run(compiled, head, names, needs, **tensors)
-    plain = from_logits(names, **attributes)
-    wide = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
-    exact = run(plain, head.to(torch.float64), names, needs, **wide)
-    eager = run(plain, head, names, needs, **tensors)
-    if "argmax" in names:
-        assert torch.equal(ours.pop("argmax"), exact.pop("argmax")), case
-    dtype = attributes.get("compute_dtype") or head.x.dtype
-    check_error_rule(case, ours, eager, exact, dtype)
-    for name, want in (("dx", head.x), ("dw", head.w), ("db", head.bias)):
-        assert name not in ours or (ours[name].dtype, ours[name].shape) == (want.dtype, want.shape)
-
-
-def kernels() -> int:
-    return counters["inductor"]["cpp_templated_kernel_counter"]
+pytestmark = pytest.mark.usefixtures("lowerings")
 
 
 def test_every_option_float32_and_any_number_of_rows():
-    attributes = {"scale": 0.7, "softcap": 5.0, "workspace": 1 << 18}
-    compiled = torch.compile(operator(EVERY, **attributes), dynamic=True)
+    operator = Operator(EVERY, dynamic=True, scale=0.7, softcap=5.0, workspace=1 << 18)
     for n in (137, 53, 300):
         head = Head.make(n, 100, 1003, bias=True, seed=n)
         tensors = {"column_weight": torch.rand(1003), "active": some_rows(n)}
-        check(f"{n} rows", compiled, head, EVERY, tensors=tensors, **attributes)
+        operator.check(f"{n} rows", head, **tensors)
     assert kernels() == 2
-    again = [run(compiled, head, EVERY, **tensors) for _ in range(2)]
+    again = [operator.run(head, **tensors) for _ in range(2)]
     assert all(torch.equal(again[0][name], again[1][name]) for name in again[0])
 
 
 def test_bfloat16_transposed_weight():
     head = Head.make(130, 70, 2500, torch.bfloat16)
     head.w = head.w.t().contiguous().t()
-    check("bfloat16", torch.compile(operator(LOSS)), head, LOSS)
+    Operator(LOSS).check("bfloat16", head)
     assert kernels() == 2
 
 
 def test_float16_frozen_trunk_and_strided_rows():
     head = Head.make(96, 33, 300, torch.float16, bias=True)
     head.x = head.x.repeat(1, 2)[:, ::2]
-    check("float16", torch.compile(operator(LOSS)), head, LOSS, needs="dw db")
+    Operator(LOSS).check("float16", head, needs="dw db")
     assert kernels() == 2
 
 
 def test_float32_weights_in_bfloat16():
     """What autocast asks for: rounded operands, and a gradient of the weight in fp32."""
     head = Head.make(64, 48, 500, bias=True)
-    check(
-        "autocast",
-        torch.compile(operator(LOSS, compute_dtype=torch.bfloat16)),
-        head,
-        LOSS,
-        compute_dtype=torch.bfloat16,
-    )
+    Operator(LOSS, compute_dtype=torch.bfloat16).check("autocast", head)
     assert kernels() == 2
 
 
@@ -141,10 +60,10 @@ SHAPES = [(1, 16, 131), (37, 1, 131), (37, 16, 1), (1, 1, 1), (131, 7, 3), (7, 1
 
 
 def test_every_shape_with_one_kernel():
-    compiled = torch.compile(operator(LOSS), dynamic=True)
+    operator = Operator(LOSS, dynamic=True)
     with torch._dynamo.config.patch(specialize_int=False, assume_static_by_default=False):
         for shape in SHAPES:
-            check(str(shape), compiled, Head.make(*shape, bias=True), LOSS)
+            operator.check(str(shape), Head.make(*shape, bias=True))
 
 
 def extreme_heads() -> dict[str, Head]:
@@ -159,10 +78,10 @@ def extreme_heads() -> dict[str, Head]:
 
 
 def test_extreme_logits_as_the_reference():
-    names = "lse target_logit entropy argmax"
-    compiled, reference = torch.compile(operator(names)), operator(names)
+    operator = Operator("lse target_logit entropy argmax")
+    reference = forward(operator.names, operator.attributes)
     for case, head in extreme_heads().items():
-        ours, want = run(compiled, head, names), run(reference, head, names)
+        ours, want = operator.run(head), differentiate(reference, head, operator.names)
         for name, value in want.items():
             difference = (ours[name] != value).sum() if name == "argmax" else error(ours[name], value)
             # Entropy is a difference of logits: of numbers around 1e4, seven digits leave three.
@@ -209,13 +128,13 @@ def test_views_of_one_buffer():
 
 def test_float64_runs_the_eager_implementation():
     head = Head.make(20, 8, 60, torch.float64)
-    check("float64", torch.compile(operator(LOSS)), head, LOSS)
+    Operator(LOSS).check("float64", head)
     assert kernels() == 0
 
 
 def test_scratch_stays_within_the_workspace():
     n, d, v, workspace = 3000, 320, 9000, 4 << 20
-    compiled = torch.compile(operator(LOSS, workspace=workspace))
+    compiled = Operator(LOSS, workspace=workspace).compiled
     head = Head.make(n, d, v, torch.bfloat16)
     head.w = head.w.t().contiguous().t()
     x, w = head.x.requires_grad_(), head.w.requires_grad_()
@@ -231,6 +150,13 @@ def test_scratch_stays_within_the_workspace():
     assert forward.peak <= workspace + vectors
     assert backward.peak <= workspace + vectors + gradients + n * d * 4
     assert max(forward.largest, backward.largest) < n * v  # never the logits, in any dtype
+
+
+def test_three_threads(three_threads):
+    head = Head.make(137, 71, 1003, bias=True)
+    operator = Operator(LOSS, workspace=1 << 18)
+    operator.check_threads("three threads", head, three_threads, active=some_rows(137))
+    assert kernels() == 2
 
 
 # A plain loop with the signature of at::native::cpublas::brgemm.
@@ -260,15 +186,9 @@ inline void brgemm_release(bool) {}
 
 
 @pytest.fixture
-def as_on_avx512(tmp_path, monkeypatch):
+def as_on_avx512(edit_template, monkeypatch):
     """The templates' path for CPUs with AVX-512: its panels and tiles, and a plain loop in the place of its GEMM."""
-    from cce_inductor.lowering import cpu, cpu_template
-
-    shutil.copytree(templates_dir(), tmp_path / "templates")
-    tiles = tmp_path / "templates" / "tiles.cpp.jinja"
-    text = tiles.read_text()
-    assert text.count("#if defined(CPU_CAPABILITY_AVX512)") == 1
-    tiles.write_text(text.replace("#if defined(CPU_CAPABILITY_AVX512)", "#if 1"))
+    edit_template("tiles.cpp.jinja", "#if defined(CPU_CAPABILITY_AVX512)", "#if 1")
     header = cpu_template._Template.header
 
     def with_naive(self):
@@ -276,7 +196,6 @@ def as_on_avx512(tmp_path, monkeypatch):
         lines.splice(NAIVE_BRGEMM)
         return lines
 
-    monkeypatch.setattr(cpu_template.version, "templates_dir", lambda: tmp_path / "templates")
     monkeypatch.setattr(cpu_template._Template, "header", with_naive)
     monkeypatch.setattr(cpu_template, "BRGEMM", "naive::brgemm")
     monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: True)
@@ -284,15 +203,14 @@ def as_on_avx512(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_kernels_of_avx512_on_any_cpu(dtype, as_on_avx512):
-    attributes = {"scale": 1.5, "softcap": 20.0, "workspace": 1 << 18, "version": "as on AVX-512"}
-    compiled = torch.compile(operator(LOSS, **attributes))
+    operator = Operator(LOSS, scale=1.5, softcap=20.0, workspace=1 << 18)
     head = Head.make(133, 71, 1001, dtype, bias=True)
     if dtype == torch.bfloat16:
         head.w = head.w.t().contiguous().t()
-    check("AVX-512", compiled, head, LOSS, tensors={"active": some_rows(133)}, **attributes)
+    operator.check("AVX-512", head, active=some_rows(133))
     # A confident row: p of the target is 1 to the last bit of bfloat16, and its gradient must survive.
     head.bias[head.target] += 12
-    check("confident rows", compiled, head, LOSS, tensors={"active": some_rows(133)}, **attributes)
+    operator.check("confident rows", head, active=some_rows(133))
     assert kernels() == 2
 
 
@@ -300,11 +218,11 @@ def test_the_kernels_of_avx512_on_any_cpu(dtype, as_on_avx512):
 def test_cpp_wrapper_and_max_autotune():
     head = Head.make(64, 33, 301, bias=True)
     with torch._inductor.config.patch(cpp_wrapper=True, max_autotune=True):
-        check("cpp_wrapper", torch.compile(operator(LOSS)), head, LOSS)
+        Operator(LOSS).check("cpp_wrapper", head)
         assert kernels() == 2
         head.target[5] = 301
         with pytest.raises((IndexError, RuntimeError), match="Target 301 is out of bounds"):
-            run(torch.compile(operator(LOSS)), head, LOSS)
+            Operator(LOSS).run(head)
 
 
 EDITED = """

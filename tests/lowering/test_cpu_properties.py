@@ -1,24 +1,22 @@
 """The error rule, as a property of the CPU kernels: shapes, strides, dtypes, ignored rows and extreme logits at random.
 
 Each configuration is one dynamic kernel per pass, compiled once; sizes of 1, which Dynamo compiles apart, are in
-test_cpu.py.
+test_cpu.py and test_cpu_with_gradients.py.
 """
 
 import functools
 
 import pytest
 import torch
-from head_oracle import Head, check_error_rule, logits, statistics
+from head_oracle import Head, check_error_rule
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from operators import LOSS, Operator, differentiate, from_logits
 
-from cce_inductor.lowering.register import register
 from cce_inductor.ops.call import Attributes
-from cce_inductor.ops.library import FORWARD
-from cce_inductor.ops.with_gradients import WITH_GRADIENTS
-from cce_inductor.version import source_hash
 
-NAMES = "lse target_logit"
+pytestmark = pytest.mark.usefixtures("lowerings")
+
 # name: dtype, compute dtype, whether gradients are formed in the forward, whether operands are strided
 CONFIGURATIONS = {
     "float32, strided": (torch.float32, None, False, True),
@@ -32,37 +30,22 @@ CONFIGURATIONS = {
 WORKSPACE = 1 << 20
 
 
+def results(run):
+    """(tangents, x, w, bias, target, active) -> lse, target_logit, dx, dw, db."""
+
+    def call(tangents, x, w, bias, target, active):
+        return run(Head(x, w, target, bias), tangents=tangents, active=active).values()
+
+    return call
+
+
 @functools.cache
 def compiled(configuration: str):
-    """(tangents, x, w, bias, target, active) -> lse, target_logit, dx, dw, db."""
-    register()
-    torch._dynamo.reset()
     _, compute, early, _ = CONFIGURATIONS[configuration]
-    rest = Attributes(compute_dtype=compute, workspace=WORKSPACE, version=source_hash()).args()
-    names = "input weight bias target"
-
-    def at_once(tangents, x, w, bias, target, active):
-        return WITH_GRADIENTS(tangents, NAMES, [x, w, bias, target], names, active, NAMES, "input weight bias", *rest)
-
-    def forward(x, w, bias, target, active):
-        return FORWARD([x, w, bias, target], names, active, NAMES, True, *rest)
-
-    function = torch.compile(at_once if early else forward, dynamic=True)
-
-    def in_two(tangents, x, w, bias, target, active):
-        leaves = [t.detach().requires_grad_() for t in (x, w, bias)]
-        out = function(*leaves, target, active)
-        total = sum((t * g).sum() for t, g in zip(out, tangents, strict=True))
-        return [*(t.detach() for t in out), *torch.autograd.grad(total, leaves)]
-
-    return function if early else in_two
+    return results(Operator(LOSS, at_once=early, dynamic=True, compute_dtype=compute, workspace=WORKSPACE).run)
 
 
-def plain(tangents, x, w, bias, target, active):
-    leaves = [t.detach().clone().requires_grad_() for t in (x, w, bias)]
-    out = [torch.where(active, t, 0) for t in statistics(NAMES, logits(*leaves), target)]
-    total = sum((t * g.to(t.dtype)).sum() for t, g in zip(out, tangents, strict=True))
-    return [*(t.detach() for t in out), *torch.autograd.grad(total, leaves)]
+plain = results(functools.partial(differentiate, from_logits(LOSS, Attributes()), names=LOSS))
 
 
 def _large(head: Head) -> None:
@@ -98,6 +81,7 @@ def size(most: int):
     return st.sampled_from([e for e in edges if e <= most]) | st.integers(2, most)
 
 
+# `derandomize` draws the examples from the text of this function: an edit draws others.
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(n=size(700), d=size(150), v=size(3000), kind=st.sampled_from(sorted(KINDS)), some=st.integers(0, 3))

@@ -3,101 +3,37 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from head_oracle import Head, check_error_rule, logits, some_rows, statistics
+from head_oracle import Head, some_rows
+from operators import EVERY, LOSS, Operator, kernels
 from test_memory import Allocations
-from torch._dynamo.utils import counters
 
 import cce_inductor
 from cce_inductor.lowering.choose import choose
 from cce_inductor.lowering.cpu import element_dtype, multiplies_bfloat16
-from cce_inductor.lowering.register import register
-from cce_inductor.ops.call import Attributes
 from cce_inductor.ops.choice import Problem
-from cce_inductor.ops.with_gradients import WITH_GRADIENTS
-from cce_inductor.version import source_hash
 
-
-@pytest.fixture(autouse=True)
-def lowerings():
-    register()
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-def tangents_of(n: int, count: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    return [(torch.rand(n, generator=generator) - 0.4) / 8 for _ in range(count)]
-
-
-def operator(names: str, **attributes):
-    """The operator as a function of tensors: statistics, then the gradients of all that may have one."""
-    arguments = Attributes(**{"version": source_hash(), **attributes}).args()
-
-    def call(tangents, x, w, target, bias=None, column_weight=None, active=None):
-        operands = {"input": x, "weight": w, "target": target, "bias": bias, "column_weight": column_weight}
-        given = {name: t for name, t in operands.items() if t is not None}
-        needs = "input weight bias" if bias is not None else "input weight"
-        floats = " ".join(n for n in names.split() if n != "argmax")
-        return WITH_GRADIENTS(tangents, floats, list(given.values()), " ".join(given), active, names, needs, *arguments)
-
-    return call
-
-
-def from_logits(head: Head, names: str, tangents, scale=1.0, softcap=0.0, column_weight=None, active=None, **_):
-    leaves = [t.detach().clone().requires_grad_() for t in (head.x, head.w, head.bias) if t is not None]
-    z = logits(leaves[0], leaves[1], leaves[2] if head.bias is not None else None, scale, softcap or None)
-    out = statistics(names, z, head.target, column_weight)
-    out = out if active is None else [torch.where(active, t, 0) for t in out]
-    floats = [t for t in out if t.is_floating_point()]
-    total = sum((t * g.to(t.dtype)).sum() for t, g in zip(floats, tangents, strict=True))
-    found = dict(zip(names.split(), [t.detach() for t in out], strict=True))
-    return found | dict(zip(["dx", "dw", "db"], torch.autograd.grad(total, leaves), strict=False))
-
-
-def check(case: str, compiled, head: Head, names: str, compute_dtype=None, column_weight=None, active=None, **options):
-    tangents = tangents_of(head.x.shape[0], len([n for n in names.split() if n != "argmax"]))
-    out = compiled(tangents, head.x, head.w, head.target, head.bias, column_weight, active)
-    gradients = ["dx", "dw"] + ["db"] * (head.bias is not None)
-    ours = dict(zip([*names.split(), *gradients], out, strict=True))
-    for name, want in (("dx", head.x), ("dw", head.w), ("db", head.bias)):
-        assert name not in ours or (ours[name].dtype, ours[name].shape) == (want.dtype, want.shape)
-    rounded = head if compute_dtype is None else head.to(compute_dtype)
-    wide = None if column_weight is None else column_weight.double()
-    exact = from_logits(head.to(torch.float64), names, tangents, column_weight=wide, active=active, **options)
-    eager = from_logits(rounded, names, tangents, column_weight=column_weight, active=active, **options)
-    if "argmax" in names:
-        assert torch.equal(ours.pop("argmax"), exact.pop("argmax")), case
-        eager.pop("argmax")
-    check_error_rule(case, ours, eager, exact, compute_dtype or head.x.dtype)
-    return ours
-
-
-EVERY = "lse target_logit logit_sum entropy argmax"
+pytestmark = pytest.mark.usefixtures("lowerings")
 
 
 def test_float32_kept_in_full_in_chunks_and_not_at_all():
     """One chunk, several, and a workspace too small for any: the same numbers, within the rule."""
-    options = {"scale": 0.7, "softcap": 5.0}
     weight = torch.rand(1003)
     for workspace, case in ((64 << 20, "one chunk"), (1 << 20, "chunks"), (1 << 18, "nothing kept")):
-        compiled = torch.compile(operator(EVERY, workspace=workspace, **options), dynamic=True)
+        operator = Operator(EVERY, at_once=True, dynamic=True, scale=0.7, softcap=5.0, workspace=workspace)
         for n in (137, 500):
             head = Head.make(n, 90, 1003, bias=True, seed=n)
-            check(f"{case}, {n} rows", compiled, head, EVERY, column_weight=weight, active=some_rows(n), **options)
-            check(f"{case}, {n} rows, all active", compiled, head, EVERY, column_weight=weight, **options)
-    assert counters["inductor"]["cpp_templated_kernel_counter"] == 6
+            operator.check(f"{case}, {n} rows", head, column_weight=weight, active=some_rows(n))
+            operator.check(f"{case}, {n} rows, all active", head, column_weight=weight)
+    assert kernels() == 6
 
 
 def test_bfloat16_kept_in_part():
     """16-bit dW: one chunk, of which the last rows are kept, in 16 bits where the CPU multiplies bfloat16."""
     head = Head.make(300, 70, 2500, torch.bfloat16, bias=True)
     for workspace in (64 << 20, 1 << 20, 1 << 17):
-        compiled = torch.compile(operator("lse target_logit", workspace=workspace))
-        ours = check(f"bfloat16, {workspace} bytes", compiled, head, "lse target_logit")
-        again = compiled(tangents_of(300, 2), head.x, head.w, head.target, head.bias)
-        assert all(torch.equal(a, b) for a, b in zip(ours.values(), again, strict=True))  # deterministic
+        operator = Operator(LOSS, at_once=True, workspace=workspace)
+        ours, again = operator.check(f"bfloat16, {workspace} bytes", head), operator.run(head)
+        assert all(torch.equal(ours[name], again[name]) for name in again)  # deterministic
 
 
 def test_float32_weights_in_bfloat16_and_masked_columns():
@@ -105,11 +41,15 @@ def test_float32_weights_in_bfloat16_and_masked_columns():
     head = Head.make(700, 48, 1200, bias=True)
     head.bias[::7] = -torch.inf
     head.target = head.target // 7 * 7 + 1
-    options = {"workspace": 1 << 20, "compute_dtype": torch.bfloat16}
-    ours = check(
-        "autocast", torch.compile(operator("lse target_logit", **options)), head, "lse target_logit", **options
-    )
+    ours = Operator(LOSS, at_once=True, workspace=1 << 20, compute_dtype=torch.bfloat16).check("autocast", head)
     assert (ours["dw"][::7] == 0).all() and (ours["db"][::7] == 0).all()
+
+
+def test_one_row_one_column_and_width_one():
+    """Sizes that Dynamo compiles apart; all others are in test_cpu_properties.py."""
+    for shape in ((1, 16, 131), (37, 1, 131), (37, 16, 1)):
+        Operator(LOSS, at_once=True).check(str(shape), Head.make(*shape, bias=True))
+    assert kernels() == 3
 
 
 def test_confident_rows_keep_the_digits_of_their_gradient():
@@ -119,7 +59,7 @@ def test_confident_rows_keep_the_digits_of_their_gradient():
     head.bias[head.target[:100]] = 24
     n = head.x.shape[0]
     tangents = [torch.ones(n) / n, -torch.ones(n) / n]
-    out = torch.compile(operator("lse target_logit"))(tangents, head.x, head.w, head.target, head.bias)
+    out = Operator(LOSS, at_once=True).compiled(tangents, head.x, head.w, head.target, head.bias)
     wide = head.to(torch.float64)
     z = (wide.x @ wide.w.T + wide.bias).softmax(1)
     z[torch.arange(n), head.target] -= 1
@@ -127,6 +67,15 @@ def test_confident_rows_keep_the_digits_of_their_gradient():
     rows = want[head.target[:100]].norm(dim=1)
     off = (out[3].double() - want)[head.target[:100]].norm(dim=1)
     assert (off / rows).max() < 3e-2
+
+
+def test_three_threads(three_threads):
+    """In chunks, and with nothing kept between the passes."""
+    head = Head.make(500, 71, 1003, bias=True)
+    for workspace in (1 << 20, 1 << 18):
+        operator = Operator(LOSS, at_once=True, workspace=workspace)
+        operator.check_threads(f"{workspace} bytes", head, three_threads, active=some_rows(500))
+    assert kernels() == 2
 
 
 def step(fn, x, w, t, factor):
@@ -150,7 +99,7 @@ def test_a_compiled_loss_uses_it_and_holds_one_gradient_of_the_weight():
         want, ours = step(loss_of, x, w, t, factor), step(compiled, x, w, t, factor)
         for a, b in zip(ours, want, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-8)
-    assert counters["inductor"]["cpp_templated_kernel_counter"] == 1  # the backward only multiplies
+    assert kernels() == 1  # the backward only multiplies
     leaves = x.requires_grad_(), w.requires_grad_()
     with Allocations() as a:
         compiled(*leaves, t).backward()

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
+import ahead_of_time
 from gpu_graphs import generate
 from interpret_kernels import CASES
 
@@ -47,8 +48,6 @@ def test_interpreted_kernels_obey_the_error_rule(group):
     "dtype", ["bfloat16", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float16", "autocast", "float32"))]
 )
 def test_no_configuration_spills_or_does_without_matrix_instructions(dtype):
-    import ahead_of_time
-
     rows = list(ahead_of_time.compiled(dtype))
     wanted = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
     assert {row["kernel"] for row in rows} == set(TABLE[90]) and {row["sm"] for row in rows} == set(wanted)

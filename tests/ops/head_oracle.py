@@ -80,10 +80,13 @@ class Head:
             self, x=self.x.to(dtype), w=self.w.to(dtype), bias=None if self.bias is None else self.bias.to(dtype)
         )
 
+    def leaves(self) -> dict[str, Tensor]:
+        """What may have a gradient, by the gradient's name."""
+        return {"dx": self.x, "dw": self.w} | ({} if self.bias is None else {"db": self.bias})
+
     def gradients(self, loss: Callable[..., Tensor], tangent: Tensor | None = None, **kwargs) -> dict[str, Tensor]:
         """The loss and the gradients of x, w and bias, by name. `tangent` weighs a loss per row."""
-        leaves = {"dx": self.x, "dw": self.w} | ({} if self.bias is None else {"db": self.bias})
-        leaves = {name: t.detach().clone().requires_grad_() for name, t in leaves.items()}
+        leaves = {name: t.detach().clone().requires_grad_() for name, t in self.leaves().items()}
         bias = leaves.get("db")
         value = loss(leaves["dx"], leaves["dw"], self.target, **({} if bias is None else {"bias": bias}), **kwargs)
         scalar = value if tangent is None else (value * tangent.to(value.dtype)).sum()
@@ -117,23 +120,28 @@ def check_error_rule(case: str, result: dict, eager: dict, exact: dict, dtype: t
         assert ours <= bound, f"{case}: {name} is off by {ours:.2e}, allowed {bound:.2e} (eager: {theirs:.2e})"
 
 
+def operands(x: Tensor, w: Tensor, target: Tensor, bias=None, column_weight=None) -> dict[str, Tensor]:
+    """The operands that are given, by the names the operators know them by."""
+    every = {"input": x, "weight": w, "target": target, "bias": bias, "column_weight": column_weight}
+    return {name: t for name, t in every.items() if t is not None}
+
+
 def call_forward(head: Head, names: str, *, bias=None, column_weight=None, active=None, training=False, **attributes):
     """The forward operator on a head; `attributes` are those of `cce_inductor.ops.call.Attributes`."""
-    operands = {"input": head.x, "weight": head.w, "target": head.target, "bias": bias, "column_weight": column_weight}
-    operands = {name: t for name, t in operands.items() if t is not None}
+    given = operands(head.x, head.w, head.target, bias, column_weight)
     arguments = Attributes(**attributes).args()
-    return FORWARD(list(operands.values()), " ".join(operands), active, names, training, *arguments)
+    return FORWARD(list(given.values()), " ".join(given), active, names, training, *arguments)
 
 
 def loss_with_gradients(x: Tensor, w: Tensor, target: Tensor, bias: Tensor | None, loss: CrossEntropy) -> Tensor:
     """A mean or sum whose gradients are formed in the forward, put together as the rewrite puts it."""
-    operands = {"input": x, "weight": w, "target": target} | ({} if bias is None else {"bias": bias})
+    given = operands(x, w, target, bias)
     active = target != loss.ignore_index
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     known = tangents(target, active, None, w.shape[0], loss, wide)
-    leaves = {name: t for name, t in operands.items() if name != "target"}
+    leaves = {name: t for name, t in given.items() if name != "target"}
     out = WITH_GRADIENTS(
-        list(known.values()), " ".join(known), list(operands.values()), " ".join(operands), active, loss.statistics,
+        list(known.values()), " ".join(known), list(given.values()), " ".join(given), active, loss.statistics,
         " ".join(leaves), *Attributes().args(),
     )  # fmt: skip
     names = loss.statistics.split()

@@ -1,0 +1,116 @@
+"""The operators, compiled for the CPU, and the comparison of what they compute with all logits at hand."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from head_oracle import Head, check_error_rule, logits, operands, statistics
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from cce_inductor import version
+from cce_inductor.ops.call import Attributes
+from cce_inductor.ops.library import FORWARD
+from cce_inductor.ops.with_gradients import WITH_GRADIENTS
+
+LOSS = "lse target_logit"
+EVERY = "lse target_logit logit_sum entropy argmax"
+GRADIENTS = "dx dw db"
+
+
+def kernels() -> int:
+    """How many kernels were made of our templates since the test began."""
+    return counters["inductor"]["cpp_templated_kernel_counter"]
+
+
+def tangents_of(names: str, head: Head) -> list[Tensor]:
+    """Tangents of both signs, one for each statistic that has one."""
+    generator, n = torch.Generator().manual_seed(5), head.x.shape[0]
+    return [(torch.rand(n, generator=generator) - 0.4) / 8 for name in names.split() if name != "argmax"]
+
+
+def forward(names: str, attributes: Attributes) -> Callable[..., Sequence[Tensor]]:
+    """The forward operator as a function of tensors only, to be compiled."""
+    arguments = attributes.args()
+
+    def call(x, w, target, bias=None, column_weight=None, active=None):
+        given = operands(x, w, target, bias, column_weight)
+        return FORWARD(list(given.values()), " ".join(given), active, names, True, *arguments)
+
+    return call
+
+
+def with_gradients(names: str, attributes: Attributes) -> Callable[..., Sequence[Tensor]]:
+    """The same of the operator that forms gradients in the forward: statistics, then a gradient of all that has one."""
+    arguments = attributes.args()
+    floats = " ".join(name for name in names.split() if name != "argmax")
+
+    def call(tangents, x, w, target, bias=None, column_weight=None, active=None):
+        given = operands(x, w, target, bias, column_weight)
+        needs = "input weight bias" if bias is not None else "input weight"
+        return WITH_GRADIENTS(tangents, floats, list(given.values()), " ".join(given), active, names, needs, *arguments)
+
+    return call
+
+
+def from_logits(names: str, attributes: Attributes) -> Callable[..., Sequence[Tensor]]:
+    """The same statistics as `forward`'s, from all logits, and in the dtype of the operands."""
+
+    def call(x, w, target, bias=None, column_weight=None, active=None):
+        z = logits(x, w, bias, attributes.scale, attributes.softcap or None)
+        out = statistics(names, z, target, column_weight)
+        return out if active is None else [torch.where(active, t, 0) for t in out]
+
+    return call
+
+
+def differentiate(
+    fn: Callable[..., Sequence[Tensor]], head: Head, names: str, needs: str = GRADIENTS, tangents=None, **tensors
+) -> dict[str, Tensor]:
+    """Statistics by name, and the gradients in `needs`, of what `forward` or `from_logits` made."""
+    leaves = {name: t.detach().requires_grad_(name in needs.split()) for name, t in head.leaves().items()}
+    out = fn(leaves["dx"], leaves["dw"], head.target, leaves.get("db"), **tensors)
+    floats = [t for t in out if t.is_floating_point()]
+    total = sum((t * g).sum() for t, g in zip(floats, tangents or tangents_of(names, head), strict=True))
+    wanted = {name: t for name, t in leaves.items() if t.requires_grad}
+    gradients = torch.autograd.grad(total, list(wanted.values()))
+    return dict(zip([*names.split(), *wanted], [*(t.detach() for t in out), *gradients], strict=True))
+
+
+class Operator:
+    """`forward`, or `with_gradients` if `at_once`, compiled with these attributes."""
+
+    def __init__(self, names: str, at_once: bool = False, dynamic: bool | None = None, **attributes):
+        # Of the templates as they are now: a test may have edited them.
+        source = version.hash_files(version.PACKAGE, version.templates_dir())
+        self.names, self.at_once = names, at_once
+        self.attributes = Attributes(**attributes, version=source)
+        function = (with_gradients if at_once else forward)(names, self.attributes)
+        self.compiled = torch.compile(function, dynamic=dynamic)
+
+    def run(self, head: Head, needs: str = GRADIENTS, tangents=None, **tensors) -> dict[str, Tensor]:
+        """Statistics and gradients by name. `tensors`: column_weight, active. `needs` is for autograd alone to heed."""
+        if not self.at_once:
+            return differentiate(self.compiled, head, self.names, needs, tangents, **tensors)
+        tangents = tangents or tangents_of(self.names, head)
+        out = self.compiled(tangents, head.x, head.w, head.target, head.bias, **tensors)
+        return dict(zip([*self.names.split(), *head.leaves()], out, strict=True))
+
+    def check(self, case: str, head: Head, **call) -> dict[str, Tensor]:
+        """What `run` gives, against float64 under the error rule; eager's error is that of all logits at hand."""
+        ours, plain = self.run(head, **call), from_logits(self.names, self.attributes)
+        dtype = self.attributes.compute_dtype or head.x.dtype
+        exact = differentiate(plain, head.to(torch.float64), self.names, **call)
+        eager = differentiate(plain, head.to(dtype), self.names, **call)
+        if "argmax" in exact:
+            assert torch.equal(ours["argmax"], exact.pop("argmax")), case
+        check_error_rule(case, ours, eager, exact, dtype)
+        for name, leaf in head.leaves().items():
+            assert name not in ours or (ours[name].dtype, ours[name].shape) == (leaf.dtype, leaf.shape)
+        return ours
+
+    def check_threads(self, case: str, head: Head, loops: Callable[[], set[tuple[int, int]]], **call) -> None:
+        """`check`, that every loop of the kernels ran on three threads, and that a second run gives the same bits."""
+        ours, again = self.check(case, head, **call), self.run(head, **call)
+        found = loops()
+        assert {threads for tasks, threads in found if tasks > 2} == {3}, found
+        assert all(torch.equal(ours[name], again[name]) for name in again), case
