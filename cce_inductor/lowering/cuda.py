@@ -92,7 +92,7 @@ class Call:
 
     @property
     def dtypes(self) -> list[torch.dtype]:
-        return [self.input.get_dtype(), self.weight.get_dtype(), self.compute]
+        return [self.input.get_dtype(), self.weight.get_dtype()]
 
     def emit(self, kernel: str, inputs: dict, mutated: dict, sizes: Sequence[Any], **constants: Any) -> None:
         precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
@@ -102,15 +102,16 @@ class Call:
         }
         matrices = [self.weight] if "INDEX" in inputs else [self.input, self.weight]
         tma = compat.can_use_tma(*matrices)
-        keeps = "KEPT" in mutated
-        variant = ", kept" * (keeps or bool(constants.get("KEPT"))) + ", added" * ("DW_SUM" in mutated)
+        block_n = KEPT_TILE if "KEPT" in mutated else None
+        variant = ", kept" * bool(block_n or constants.get("KEPT")) + ", added" * ("DW_SUM" in mutated)
+        found = configurations(kernel + variant, self.dtypes, self.compute, self.device, tma, block_n)
         return emit(
             kernel,
             inputs,
             mutated,
             self.device,
             sizes,
-            configurations(kernel + variant, self.dtypes, self.device, tma, KEPT_TILE if keeps else None),
+            found,
             lambda step: self.d % step == 0,
             {**zeros, "COUNT": lambda t: torch.full((1,), self.hint, dtype=torch.int64, device=self.device)},
             COMPUTE=DTYPES[self.compute],

@@ -4,6 +4,8 @@ Those that spill registers, or need more shared memory than there is, are left o
 `python tests/lowering/ahead_of_time.py` compiles them all without a GPU and says so (docs/kernels.md).
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from .triton_template import Tiles
@@ -11,26 +13,35 @@ from .triton_template import Tiles
 # Columns of a tile of logits that the forward keeps: their largest is kept beside them.
 KEPT_TILE = 128
 
-# kernel, with its variant -> bytes of the largest operand's elements -> configurations, the most promising first.
+# kernel, with its variant -> kind of operands -> configurations, the most promising first.
 # "kept": the forward keeps the logits; "added": dW is added up over regions. Both need more registers.
-Table = dict[str, dict[int, list[Tiles]]]
+Table = dict[str, dict[str, list[Tiles]]]
 # dacc of kept logits is no GEMM: it has no step.
 _POINTWISE = [Tiles(16, 128, 16, 1, 4), Tiles(32, 128, 16, 1, 8)]
 
 
-def _table(by_kernel: dict[str, list[Tiles]], wide: list[Tiles]) -> Table:
-    """by_kernel: for 16-bit operands. wide: for fp32 ones, whatever the kernel."""
-    gemms = {kernel: {2: tiles, 4: wide} for kernel, tiles in by_kernel.items()}
-    return {**gemms, "linear_statistics_dacc, kept": {2: _POINTWISE, 4: _POINTWISE}}
+def _table(by_kernel: dict[str, list[Tiles]], cast: list[Tiles]) -> Table:
+    """by_kernel: for 16-bit operands. cast: for fp32 ones that are rounded to 16 bits, whatever the kernel."""
+    gemms = {kernel: {"16 bits": tiles, "cast": cast, "fp32": _FP32} for kernel, tiles in by_kernel.items()}
+    return {**gemms, "linear_statistics_dacc, kept": dict.fromkeys(("16 bits", "cast", "fp32"), _POINTWISE)}
 
 
+def kind(operands: Sequence[torch.dtype], compute: torch.dtype) -> str:
+    """Which column of the table: what the kernels load and multiply."""
+    if compute == torch.float32:
+        return "fp32"
+    return "16 bits" if all(dtype.itemsize == 2 for dtype in operands) else "cast"
+
+
+# Without matrix instructions, unless PyTorch is told to use tf32.
+_FP32 = [Tiles(64, 64, 32, 3, 4), Tiles(64, 128, 32, 3, 8)]
 _LARGE = Tiles(128, 256, 64, 3, 8)
 _LARGE_TMA = Tiles(128, 256, 64, 3, 8, tma=True)
 _MIDDLE = Tiles(128, 128, 64, 4, 8)
 _MIDDLE_TMA = Tiles(128, 128, 64, 4, 8, tma=True)
 _SPECIALISED = Tiles(128, 128, 64, 4, 4, tma=True, warp_specialize=True)
 _SMALL = Tiles(64, 128, 64, 4, 4)
-_WIDE = [Tiles(128, 64, 32, 3, 8), Tiles(64, 64, 32, 3, 4)]
+_CAST = [Tiles(128, 64, 32, 3, 8), Tiles(64, 128, 32, 3, 8), Tiles(64, 64, 32, 3, 4)]
 
 _AMPERE = _table(
     {
@@ -41,7 +52,7 @@ _AMPERE = _table(
         "linear_statistics_dw, added": [_MIDDLE, _SMALL],
         "linear_statistics_dx": [_MIDDLE, _SMALL],
     },
-    _WIDE,
+    _CAST,
 )
 _HOPPER = _table(
     {
@@ -52,7 +63,7 @@ _HOPPER = _table(
         "linear_statistics_dw, added": [_MIDDLE_TMA, _MIDDLE, _SMALL],
         "linear_statistics_dx": [_LARGE_TMA, _LARGE, _MIDDLE_TMA, _MIDDLE, _SMALL],
     },
-    [Tiles(128, 64, 32, 3, 8, tma=True), *_WIDE],
+    [Tiles(128, 64, 32, 3, 8, tma=True), *_CAST],
 )
 _BLACKWELL = _table(
     {
@@ -63,20 +74,25 @@ _BLACKWELL = _table(
         "linear_statistics_dw, added": [_MIDDLE_TMA, _MIDDLE, _SMALL],
         "linear_statistics_dx": [_MIDDLE_TMA, _MIDDLE, _SMALL],
     },
-    [Tiles(128, 64, 32, 3, 8, tma=True), *_WIDE],
+    [Tiles(128, 64, 32, 3, 8, tma=True), *_CAST],
 )
 # compute capability -> kernel -> ...
 TABLE: dict[int, Table] = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL}
 
 
 def configurations(
-    kernel: str, dtypes: list[torch.dtype], device: torch.device, tma: bool, block_n: int | None = None
+    kernel: str,
+    operands: Sequence[torch.dtype],
+    compute: torch.dtype,
+    device: torch.device,
+    tma: bool,
+    block_n: int | None = None,
 ) -> list[Tiles]:
-    """What to try for a kernel whose operands have these dtypes, on this device.
+    """What to try for a kernel whose operands, multiplied in `compute`, have these dtypes, on this device.
 
     tma: whether the operands' strides allow it. block_n: the only tile of columns that will do.
     """
     major, minor = torch.cuda.get_device_capability(device)
     architecture = max((sm for sm in TABLE if sm <= major * 10 + minor), default=min(TABLE))
-    found = TABLE[architecture][kernel][max(dtype.itemsize for dtype in dtypes)]
+    found = TABLE[architecture][kernel][kind(operands, compute)]
     return [t for t in found if (tma or not t.tma) and block_n in (None, t.block_n)]

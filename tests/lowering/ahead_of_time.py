@@ -14,7 +14,7 @@ from gpu_graphs import generate
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cce_inductor.lowering.schedules import Sweep
-from cce_inductor.lowering.triton_configs import KEPT_TILE, TABLE
+from cce_inductor.lowering.triton_configs import KEPT_TILE, TABLE, kind
 from cce_inductor.ops.choice import Choice
 
 SHAPE = (8192, 4096, 128256)  # Llama 3 8B
@@ -49,18 +49,18 @@ def compiled(dtype: str, variants: Sequence[str] = tuple(VARIANTS)) -> Iterator[
         x = torch.empty(n, d, dtype=stored, requires_grad=True)
         w = torch.empty(v, d, dtype=stored, requires_grad=True)
         t = torch.empty(n, dtype=torch.int64)
-    item = max(stored.itemsize, compute.itemsize)
+    column = kind([stored], compute)
     seen = set()
     for architecture, variant in itertools.product(ARCHITECTURES, variants):
         table = TABLE[architecture]
-        for tiles in dict.fromkeys(tiles for lists in table.values() for tiles in lists[item]):
+        for tiles in dict.fromkeys(tiles for lists in table.values() for tiles in lists[column]):
             if variant == "kept" and tiles.block_n != KEPT_TILE:
                 continue
             for wrapper in generate(loss, [x, w, t], architecture, tiles, **VARIANTS[variant]):
                 for kernel in rendered.kernels(wrapper):
                     name = _name(kernel)
                     key = (architecture, tiles, name)
-                    if name and key not in seen and tiles in table[name][item]:
+                    if name and key not in seen and tiles in table[name][column]:
                         seen.add(key)
                         about = {"kernel": name, "dtype": dtype, "sm": architecture, "tiles": tiles}
                         yield about | rendered.compile_ahead(kernel, architecture)

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 import ahead_of_time
+from gpu_cases import CASES
 from gpu_graphs import generate
-from interpret_kernels import CASES
 
 from cce_inductor.lowering.schedules import schedules
-from cce_inductor.lowering.triton_configs import TABLE
+from cce_inductor.lowering.triton_configs import KEPT_TILE, TABLE
 
 HERE = Path(__file__).parent
 # A third of the cases to a process: interpreting costs some seconds each.
@@ -138,3 +138,15 @@ def test_every_schedule_is_compiled_to_be_timed_and_the_fastest_is_used():
     assert launches == [1, 6, 6, 2 * 2 + 2 * 2, 6]
     assert "(9216, 64), (64, 1), torch.float32" in wrappers[-1]  # dW is added up in fp32
     assert "(9216, 64), (64, 1), torch.float32" not in wrappers[1]
+
+
+def test_every_kernel_has_configurations_for_every_kind_of_operands():
+    for table in TABLE.values():
+        assert table.keys() == TABLE[90].keys()
+        for kernel, by_kind in table.items():
+            assert by_kind.keys() == {"16 bits", "cast", "fp32"}
+            for tiles in by_kind.values():
+                plain = [t for t in tiles if not t.tma]
+                assert plain, "operands of any strides"
+                # What the forward keeps lies in tiles of one width.
+                assert not kernel.endswith("kept") or any(t.block_n == KEPT_TILE for t in plain)

@@ -1,0 +1,147 @@
+"""The losses and shapes that the GPU kernels are tested with, in Triton's interpreter and on a GPU."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from cce_inductor.lowering.schedules import Sweep
+from cce_inductor.lowering.triton_configs import KEPT_TILE
+from cce_inductor.lowering.triton_template import Tiles
+from cce_inductor.ops.call import Attributes
+from cce_inductor.ops.library import FORWARD
+from cce_inductor.version import source_hash
+
+# Small enough for the interpreter, and several blocks, tiles and steps of everything.
+SMALL = Tiles(32, 32, 16, 2, 4)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One graph: sizes, dtype of the operands, and the loss as a function of (x, w, b, t)."""
+
+    loss: Callable
+    reference: Callable | None = None  # the same from all logits, where the loss calls an operator itself
+    n: int = 70
+    d: int = 40
+    v: int = 333
+    dtype: torch.dtype = torch.float32
+    transposed: bool = False
+    sharp: float = 1.0
+    dynamic: bool = False
+    autocast: bool = False
+    sweeps: tuple[Sweep, ...] = ()  # the schedule of the backward
+    tiles: Tiles = SMALL
+    early: bool = False  # gradients formed in the forward
+
+    @property
+    def compute(self) -> torch.dtype:
+        return torch.bfloat16 if self.autocast else self.dtype
+
+    def data(self, device: str = "cpu") -> list[torch.Tensor]:
+        """x, w, b in the case's dtype, and t."""
+        torch.manual_seed(0)
+        x, w, b = torch.randn(self.n, self.d), torch.randn(self.v, self.d) / 4 * self.sharp, torch.randn(self.v)
+        t = torch.randint(0, self.v, (self.n,))
+        if self.reference is None:
+            t[2::5] = -100
+        x, w, b = (tensor.to(device, self.dtype) for tensor in (x, w, b))
+        return [x, w.t().contiguous().t() if self.transposed else w, b, t.to(device)]
+
+    def function(self) -> Callable:
+        """The loss under the case's autocast."""
+
+        def loss(x, w, b, t):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
+                return self.loss(x, w, b, t)
+
+        return loss
+
+    def eager(self, data: list[torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Loss and gradients from all logits, in float64 or as the case has it."""
+        *leaves, t = data
+        leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in leaves]
+        with torch.autocast(t.device.type, torch.bfloat16, enabled=self.autocast and dtype != torch.float64):
+            value = (self.reference or self.loss)(*leaves, t)
+        return named(value.detach(), torch.autograd.grad(value, leaves))
+
+
+def named(value: torch.Tensor, gradients: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    return dict(zip(["loss", "dx", "dw", "db"], [value, *gradients], strict=False))
+
+
+def plain(x, w, b, t):
+    return F.cross_entropy(F.linear(x, w, b).float(), t)
+
+
+def softcapped(x, w, b, t):
+    z = 5.0 * torch.tanh(F.linear(x, w, b) * 0.7 / 5.0)
+    return F.cross_entropy(z.float(), t, label_smoothing=0.1)
+
+
+def weighted_rows(x, w, b, t):
+    loss = F.cross_entropy(F.linear(x, w, b).float(), t, reduction="none")
+    return (loss * torch.linspace(-1, 2, loss.shape[0], device=x.device)).sum()
+
+
+def class_weights(x, w, b, t):
+    weight = torch.linspace(0.5, 2, w.shape[0], device=x.device)
+    return F.cross_entropy(F.linear(x, w, b).float(), t, weight=weight, label_smoothing=0.2)
+
+
+def scaled(x, w, b, t):
+    return plain(x, w, b, t) * 1024  # as a GradScaler does
+
+
+def _combined(lse, target_logit, logit_sum, entropy, argmax, t):
+    return (0.3 * lse - target_logit + 0.01 * logit_sum + 0.2 * entropy).mean() + (argmax == t).float().mean()
+
+
+NAMES = "lse target_logit logit_sum entropy argmax"
+ATTRIBUTES = Attributes(version=source_hash()).args()
+
+
+def every_statistic(x, w, b, t):
+    return _combined(*FORWARD([x, w, b, t], "input weight bias target", None, NAMES, True, *ATTRIBUTES), t)
+
+
+def every_statistic_from_logits(x, w, b, t):
+    z = F.linear(x, w, b)
+    log_p = z.log_softmax(1)
+    entropy = -(log_p.exp() * log_p).sum(1)
+    return _combined(z.logsumexp(1), z.gather(1, t[:, None])[:, 0], z.sum(1), entropy, z.argmax(1), t)
+
+
+EVERY = ("input", "weight", "bias")
+# The forward keeps logits in tiles of this many columns.
+KEEPING = replace(SMALL, block_n=KEPT_TILE)
+CASES = {
+    "float32": Case(plain),
+    "bfloat16": Case(plain, dtype=torch.bfloat16),
+    "float16": Case(scaled, dtype=torch.float16),
+    "float32 in bfloat16": Case(plain, autocast=True),
+    "softcap, scale and smoothing": Case(softcapped),
+    "tangents of both signs": Case(weighted_rows),
+    "class weights": Case(class_weights),
+    "peaked": Case(plain, sharp=8.0, dtype=torch.bfloat16),
+    "one row": Case(plain, n=1),
+    "one step of everything": Case(plain, n=32, d=16, v=256),
+    "weight stored (D, V)": Case(plain, transposed=True),
+    "vocabulary in splits": Case(plain, n=33, v=4500, d=20),
+    "any number of rows": Case(plain, dynamic=True),
+    "every statistic": Case(every_statistic, every_statistic_from_logits),
+    "every statistic, splits": Case(every_statistic, every_statistic_from_logits, n=33, v=4500, d=20),
+    "every statistic, TMA": Case(every_statistic, every_statistic_from_logits, tiles=replace(SMALL, tma=True)),
+    "blocks": Case(plain, dtype=torch.bfloat16, sweeps=(Sweep(32, 256, EVERY),)),
+    "chunk": Case(softcapped, sweeps=(Sweep(32, 512, EVERY),)),
+    "chunk of float32 weights in bfloat16": Case(plain, autocast=True, sweeps=(Sweep(32, 512, EVERY),)),
+    "separate": Case(plain, dtype=torch.bfloat16, sweeps=(Sweep(32, 512, EVERY[:1]), Sweep(0, 256, EVERY[1:]))),
+    "blocks in float16": Case(scaled, dtype=torch.float16, sweeps=(Sweep(32, 256, EVERY),)),
+    "TMA": Case(plain, dtype=torch.bfloat16, tiles=replace(SMALL, tma=True)),
+    "TMA, in blocks": Case(class_weights, tiles=replace(SMALL, tma=True), sweeps=(Sweep(32, 256, EVERY),)),
+    "gradients in the forward, float32": Case(softcapped, early=True, tiles=KEEPING),
+    "gradients in the forward, bfloat16": Case(plain, dtype=torch.bfloat16, early=True, tiles=KEEPING),
+    "gradients in the forward, peaked": Case(plain, dtype=torch.bfloat16, sharp=8.0, early=True, tiles=KEEPING),
+    "gradients in the forward, autocast": Case(plain, autocast=True, early=True, tiles=KEEPING),
+}
