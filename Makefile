@@ -7,6 +7,7 @@
 #   make test                     the test suite
 #   make test TORCH=2.11.0        the same in an environment of its own with another torch
 #   make test-all                 the slow tests too
+#   make gpu-check                on a machine with a GPU: its tests and benchmark, with the packages PYTHON has
 #   make kernels                  docs/kernels.md: registers, spills and shared memory of the GPU kernels
 #   make check                    lint, formatting, types
 #   make clean                    remove environments, caches and outputs
@@ -43,7 +44,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 
 	TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
-.PHONY: setup demo bench test test-all kernels check clean
+.PHONY: setup demo bench test test-all gpu-check kernels check clean
 
 setup: $(STAMP)
 
@@ -74,6 +75,11 @@ test: $(STAMP)
 test-all: $(STAMP)
 	rm -rf $(INDUCTOR_CACHE)
 	$(PYTEST) -m "not gpu" $(PYTEST_ARGS)
+
+# Nothing is installed: a machine with a GPU has its own PyTorch, and perhaps no network.
+gpu-check:
+	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -m gpu -p no:cacheprovider tests/gpu $(PYTEST_ARGS)
+	PYTHONPATH=$(CURDIR) $(PYTHON) -m cce_inductor bench --device cuda $(BENCH_ARGS)
 
 kernels: $(STAMP)
 	PYTHONPATH=tests:tests/ops:tests/lowering $(BIN)/python -W ignore tests/lowering/ahead_of_time.py > docs/kernels.md
