@@ -30,14 +30,17 @@ class TestMasses:
         torch.testing.assert_close(found.mass, torch.stack([block.sum(0) for block in blocks]))
         torch.testing.assert_close(found.gradient, torch.stack([block.sum() for block in blocks]))
 
+    @pytest.mark.parametrize("known", ["row", "block", "batch"])
     @pytest.mark.parametrize("strided", [False, True])
-    def test_one_pass_never_underestimates(self, monkeypatch, inputs, strided):
+    def test_one_pass_never_underestimates(self, monkeypatch, inputs, strided, known):
         monkeypatch.setattr(masses, "TILE", 4)
-        exact = masses.measure(*inputs).mass
+        x, weight, target = inputs[0], inputs[1], inputs[2] // 4  # a quarter of the columns are targets
+        exact = masses.measure(x, weight, target).mass
         for splits in (1, 3):
-            bound = masses.measure(*inputs, splits, strided).mass
+            bound = masses.measure(x, weight, target, splits, strided, known).mass
             assert (bound >= exact * (1 - 1e-5)).all()
             assert (bound > 1.01 * exact).any()
+            assert (bound <= masses.measure(x, weight, target, splits, strided).mass * (1 + 1e-5)).all()
 
     def test_running_lse_starts_anew_in_each_part(self, monkeypatch):
         monkeypatch.setattr(masses, "TILE", 1)

@@ -31,7 +31,7 @@ MMA = 128  # columns that a list is padded to
 ROWS = (2048, 4096, 8192)  # of the model
 MADE: tuple[Shape, ...] = ((8192, 4096, 128256), (8192, 2304, 256000))
 QUICK: tuple[Shape, ...] = ((512, 64, 4096),)
-SPLITS = (1, 2, 4, 8, 16)
+SPLITS = (2, 4, 8, 16)
 
 CAPTION = f"""\
 Blocks of {BLOCK} rows. dW: multiply-adds with all padding, in % of the dense dW's. In all: forward, logits again, dx
@@ -55,7 +55,9 @@ BOUNDS = """\
 ### The forward's bound
 
 Columns kept, in % of V, in the first case, by what they are chosen by: mass in the final softmax, or the bound left by
-one pass whose running lse starts anew in each part of the vocabulary. A part is a range of tiles, or every n-th."""
+one pass whose running lse starts anew in each part of the vocabulary: a range of tiles, or every n-th (interleaved). It
+starts from the logit of the row's target, or from those of all targets of the block or of the batch, which are
+{distinct:.1f} % of V."""
 
 
 # ---- the keep rule, and what the lists cost
@@ -249,13 +251,16 @@ def result_section(result: Result) -> str:
 
 
 def bounds(inputs: Inputs) -> dict[str, dict[str, float]]:
-    """Columns kept with the bound of a forward in one pass, by how the vocabulary is split."""
-    ways: dict[str, tuple[int, bool]] = {"mass": (0, False)}
-    ways |= {f"{s} part{'s' if s > 1 else ''}": (s, False) for s in SPLITS}
-    ways |= {f"{s} parts, interleaved": (s, True) for s in SPLITS if s > 1}
+    """Columns kept with the bound of a forward in one pass, by how the vocabulary is split and what is known before."""
+    ways: dict[str, tuple] = {"mass": (0,), "1 part": (1,)}
+    for splits in SPLITS:
+        ways[f"{splits} parts"] = (splits,)
+        ways[f"{splits} parts, interleaved"] = (splits, True)
+        ways[f"{splits} parts, targets of the block"] = (splits, False, "block")
+        ways[f"{splits} parts, targets of the batch"] = (splits, False, "batch")
     found = {}
-    for name, (splits, strided) in ways.items():
-        masses = measure(*inputs, splits, strided)
+    for name, way in ways.items():
+        masses = measure(*inputs, *way)
         found[name] = {budget: float(keep(masses, value).float().mean()) for budget, value in BUDGETS.items()}
     return found
 
@@ -263,11 +268,11 @@ def bounds(inputs: Inputs) -> dict[str, dict[str, float]]:
 def run(model: Path | None, seq: int, seed: int) -> Section:
     """On the model's text and on made softmaxes of larger vocabularies; without a model a tiny made one alone."""
     results = []
-    bounded = None
+    first: Inputs | None = None
     if model is not None:
         say(f"columns: {model.name}")
         x, weight, target = of_model(model, max(ROWS), seq, seed)
-        bounded = bounds((x[: ROWS[0]], weight, target[: ROWS[0]]))
+        first = x[: ROWS[0]], weight, target[: ROWS[0]]
         whole = measure(x, weight, target)
         for n in ROWS:
             blocks = n // BLOCK
@@ -278,13 +283,15 @@ def run(model: Path | None, seq: int, seed: int) -> Section:
     for n, d, v in MADE if model is not None else QUICK:
         say(f"columns: made, {n} rows, V={v}")
         inputs = made(n, v, seed)
-        bounded = bounded or bounds(inputs)
+        first = first or inputs
         results.append(examine(f"Made: N={n}, V={v}, counted for D={d}", measure(*inputs), d))
-    return conclude(results, bounded or {})
+    assert first is not None
+    say("columns: the forward's bound")
+    return conclude(results, bounds(first), len(first[2].unique()) / len(first[1]))
 
 
-def conclude(results: list[Result], bounded: dict[str, dict[str, float]]) -> Section:
-    text = [CAPTION, ABOUT, *(result_section(result) for result in results)]
+def conclude(results: list[Result], bounded: dict[str, dict[str, float]], distinct: float) -> Section:
     rows = [[name, *(_percent(share) for share in shares.values())] for name, shares in bounded.items()]
-    text.append(f"{BOUNDS}\n\n{report.markdown(['chosen by', *BUDGETS], rows)}")
+    text = [CAPTION, ABOUT, *(result_section(result) for result in results)]
+    text += [BOUNDS.format(distinct=100 * distinct), report.markdown(["chosen by", *BUDGETS], rows)]
     return Section("columns", "\n\n".join(text), {"cases": [asdict(result) for result in results], "bounds": bounded})

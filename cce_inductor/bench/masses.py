@@ -32,23 +32,35 @@ class Masses:
 
 
 def measure(
-    x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, splits: int = 0, strided: bool = False
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    splits: int = 0,
+    strided: bool = False,
+    known: str = "row",
 ) -> Masses:
     """Exact, or with `splits` the bound a forward leaves that goes over the vocabulary once, in that many parts.
 
-    The parts are ranges of tiles, or every `splits`-th tile.
+    The parts are ranges of tiles, or every `splits`-th tile. What a part knows of a row's lse before it begins are the
+    logits at the targets of the "row", of its "block" or of the whole "batch".
     """
     import torch
 
     found, gradient = [], []
+    everything = target.unique()
     for rows, block_target in zip(x.split(BLOCK), target.split(BLOCK), strict=True):
         logits = rows @ weight.T
         lse = logits.logsumexp(1, keepdim=True)
         at = block_target[:, None]
         target_logit = logits.gather(1, at)
         gradient.append((1 - (target_logit - lse).exp()).sum())
-        reference = torch.maximum(_running(logits, splits, strided), target_logit) if splits else lse
-        found.append((logits - reference).exp_().scatter_(1, at, 0).sum(0))
+        if splits:
+            start = target_logit
+            if known != "row":
+                seen = everything if known == "batch" else block_target.unique()
+                start = logits[:, seen].logsumexp(1, keepdim=True)
+            lse = torch.maximum(_running(logits, splits, strided), start)
+        found.append((logits - lse).exp_().scatter_(1, at, 0).sum(0))
     return Masses(torch.stack(found), torch.stack(gradient))
 
 
