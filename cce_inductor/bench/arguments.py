@@ -14,9 +14,9 @@ from .contenders import CONTENDERS
 
 SUMMARY = "The head and its loss, by every way there is to compute them: time, memory, error."
 DETAILS = """\
-Without --headline, --step or --sweep: a table of every contender at every shape. Each contender has a process of
-its own; they take turns, so that a machine that slows down slows all of them. Markdown, JSON and pictures go to
---output, and with --docs into the documentation too."""
+Without --columns, --headline, --step or --sweep: a table of every contender at every shape. Each contender has a
+process of its own; they take turns, so that a machine that slows down slows all of them. Markdown, JSON and pictures
+go to --output, and with --docs into the documentation too."""
 
 
 def _number(kind: Callable, least: float, below: float = math.inf) -> Callable:
@@ -60,13 +60,14 @@ def parser() -> argparse.ArgumentParser:
     add("--docs", type=Path, metavar="DIR", help="write the results into DIR/benchmarks.md too")
     add("--section", metavar="NAME", help="what to call the table, so that another one keeps its place in --docs")
     add("--sweep", action="store_true", help="how cost grows with N and with V")
+    add("--columns", action="store_true", help="schedules of dW for column lists, counted on a model's softmax")
     headline = ",".join(map(str, HEADLINE))
     add("--headline", action="store_true", help=f"{headline} under a memory limit: who fits")
     add("--memory-limit-gib", type=_number(float, 0.1), metavar="G", help="for --headline [70 %% of RAM, at most 16]")
     add("--step", action="store_true", help="a whole training step of the demo's model")
-    add("--model", metavar="PATH", help="for --step: checkpoint directory or GGUF file [SmolLM2-135M]")
+    add("--model", metavar="PATH", help="for --step, --columns: checkpoint directory or GGUF file [SmolLM2-135M]")
     add("--batch", type=_number(int, 1), default=step.BATCH, help="for --step: rows of text [%(default)s]")
-    add("--seq", type=_number(int, 2), default=step.SEQ, help="for --step: tokens per row [%(default)s]")
+    add("--seq", type=_number(int, 2), default=step.SEQ, help="for --step, --columns: tokens per row [%(default)s]")
     return made
 
 
@@ -74,7 +75,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Ends with a message where the arguments, or what is installed, will not do."""
     made = parser()
     args = made.parse_args(argv)
-    special = args.headline or args.step or args.sweep
+    special = args.columns or args.headline or args.step or args.sweep
     if args.device != "cpu":
         made.error("--device cuda: this benchmark measures CPUs only so far")
     if not Path("/proc/self/statm").exists():
@@ -83,7 +84,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         made.error("not installed: matplotlib; `pip install 'cce-inductor[bench]'` brings it")
     if special and args.ignored is not None and not args.headline:
         made.error("--ignored goes with the table and with --headline")
-    if args.shape and (args.step or args.sweep):
+    if args.shape and (args.columns or args.step or args.sweep):
         made.error("--shape goes with the table and with --headline")
     if args.headline and args.shape and len(args.shape) > 1:
         made.error("--headline takes one --shape")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from . import headline, machine, plots, report, step, sweep
+from . import columns, headline, machine, plots, report, step, sweep
 from .arguments import parse
 from .cases import HEADLINE, QUICK_SHAPES, Case, Shape, cases
 from .contenders import CONTENDERS
@@ -51,6 +51,12 @@ def _step(args: argparse.Namespace, options: Options) -> Section:
     return step.run(spec, options)
 
 
+def _columns(args: argparse.Namespace) -> Section:
+    from ..demo.data import find_model
+
+    return columns.run(None if args.quick else find_model(args.model).resolve(), args.seq, args.seed)
+
+
 def _table(args: argparse.Namespace, options: Options) -> Iterator[Section]:
     """The main table, the cases with ignored rows, and the GEMMs' rates."""
     results: list[Result] = []
@@ -82,7 +88,9 @@ def _sections(args: argparse.Namespace, options: Options) -> Iterator[Section]:
         yield _headline(args, options)
     if args.step:
         yield _step(args, options)
-    if not (args.sweep or args.headline or args.step):
+    if args.columns:
+        yield _columns(args)
+    if not (args.sweep or args.headline or args.step or args.columns):
         yield from _table(args, options)
 
 
