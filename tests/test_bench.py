@@ -305,6 +305,10 @@ class TestGpu:
         assert protocol.reason(error) == "OutOfMemoryError: CUDA out of memory. Tried to allocate 15.62 GiB"
         assert protocol.reason(KeyError("a")) == "KeyError: 'a'"
 
+    def test_kernels_compile_side_by_side(self, tmp_path):
+        assert int(environment(tmp_path, device="cuda")["TORCHINDUCTOR_COMPILE_THREADS"]) in range(1, 5)
+        assert environment(tmp_path)["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
+
     def test_table(self):
         case = Case(8192, 4096, 128256, "bf16", device="cuda", activations="calibrated")
         rows = [
@@ -533,6 +537,13 @@ class TestRun:
         monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
         assert "pip install cut-cross-entropy" in contenders.CONTENDERS["cut_cross_entropy"].missing()
         assert contenders.CONTENDERS["eager"].missing() is None
+
+    def test_groups_that_fit(self, monkeypatch, tmp_path):
+        ran = []
+        monkeypatch.setattr(rounds, "at_once", lambda case, memory, gemm: 2)
+        monkeypatch.setattr(rounds, "_run_group", lambda result, rows, *rest, gemm: ran.append((len(rows), gemm)))
+        result = rounds.run_case(CASE, rounds.Options(tmp_path, tmp_path, ("eager", "compile", "ours")))
+        assert ran == [(2, True), (1, False)] and not result.interleaved
 
     def test_from_arguments_to_report(self, tmp_path, capsys):
         argv = [

@@ -46,19 +46,10 @@ def parser() -> argparse.ArgumentParser:
     shapes = "; ".join(f"{device}: {' '.join(','.join(map(str, s)) for s in of)}" for device, of in SHAPES.items())
     add("--device", choices=["cpu", "cuda"], default="cpu", help="[%(default)s]")
     add("--shape", action="append", type=_shape, metavar="N,D,V", help=f"or a model's name; repeatable [{shapes}]")
-    add(
-        "--dtype",
-        action="append",
-        choices=DTYPES,
-        help="may be repeated; autocast: fp32 weights in bf16 [cpu: all; cuda: bf16]",
-    )
-    add(
-        "--activations",
-        action="append",
-        choices=ACTIVATIONS,
-        help="may be repeated [cpu: normal; cuda: all that apply]",
-    )
-    add("--contender", action="append", choices=list(CONTENDERS), help="repeatable [all of the device]")
+    add("--dtype", action="append", choices=DTYPES, help="repeatable; autocast: fp32 weights [all; cuda: bf16]")
+    add("--activations", action="append", choices=ACTIVATIONS, help="repeatable [normal; cuda: all that apply]")
+    names = "; ".join(CONTENDERS)
+    add("--contender", action="append", choices=list(CONTENDERS), metavar="NAME", help=f"repeatable [all of {names}]")
     add("--ignored", type=_number(float, 0, 1), metavar="F", help="fraction of the rows whose target is ignored")
     add("--repeat", type=_number(int, 1), default=5, metavar="K", help="repetitions [%(default)s]")
     add("--seed", type=_number(int, 0), default=0, help="of the inputs [%(default)s]")
@@ -68,12 +59,7 @@ def parser() -> argparse.ArgumentParser:
     add("--no-gemm", action="store_true", help="do not measure the GEMMs' rate")
     add("--quick", action="store_true", help="tiny shapes: does everything run?")
     add("--output", type=Path, default=Path("bench-out"), metavar="DIR", help="[%(default)s]")
-    add(
-        "--docs",
-        type=Path,
-        metavar="DIR",
-        help="write the results into DIR/benchmarks.md too, cuda: DIR/benchmarks-gpu.md",
-    )
+    add("--docs", type=Path, metavar="DIR", help="write into DIR/benchmarks.md too; cuda: DIR/benchmarks-gpu.md")
     add("--section", metavar="NAME", help="what to call the table, so that another one keeps its place in --docs")
     add("--sweep", action="store_true", help="how cost grows with N and with V")
     headline = ",".join(map(str, HEADLINE))

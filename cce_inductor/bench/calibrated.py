@@ -7,7 +7,8 @@ them than in practice, or wrong. Here, with a unit vector e that all rows share,
 
 * b: some words are frequent everywhere (Zipf's law, flattened for the first `shift` words): sqrt(D)·e in every row
   of x, against b_j / sqrt(D) · e in every row of W;
-* noise: what is likely depends on the row: normal, of standard deviation `spread`, from independent normal x and W;
+* noise: what is likely depends on the row: normal, of standard deviation `spread`, from independent normal x and W; of
+  its variance the rows of a document share the part `topic`;
 * peaks: each row knows one word, drawn by b, that it raises by up to `height`: the part of W's row across e.
 
 The parameters are fitted to the densities of `SOURCE`, as densities.py measures them, at the vocabularies of `FITTED`;
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .cases import Case
 
 SOURCE = "SmolLM2-135M, V = 49152, and a model of V = 262144"
+DOCUMENT = 512  # rows
 BLOCK = 4096  # rows of W, or columns of the logits, that are made at a time
 
 
@@ -34,10 +36,11 @@ class Parameters:
     slope: float
     shift: float
     spread: float
+    topic: float
     height: float
 
 
-FITTED = {49152: Parameters(2.07, 36.0, 3.16, 2.9), 262144: Parameters(3.09, 404.0, 3.6, 7.4)}
+FITTED = {49152: Parameters(1.72, 11.8, 3.55, 0.043, 2.5), 262144: Parameters(2.3, 176.0, 4.5, 0.145, 5.4)}
 
 
 def parameters(vocab: int) -> Parameters:
@@ -67,7 +70,9 @@ def make(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple[An
     known = torch.multinomial(bias.softmax(0), case.n, replacement=True, generator=generator)
     height = how.height * torch.rand(case.n, 1, generator=generator, device=device)
     peak = _across(weight[known].float(), shared)
-    x = _across(how.spread * normal(case.n, case.d), shared) + height * peak / peak.square().sum(1, keepdim=True)
+    topics = normal(-(-case.n // DOCUMENT), case.d).repeat_interleave(DOCUMENT, 0)[: case.n]
+    noise = math.sqrt(how.topic) * topics + math.sqrt(1 - how.topic) * normal(case.n, case.d)
+    x = _across(how.spread * noise, shared) + height * peak / peak.square().sum(1, keepdim=True)
     x = (x + root * shared).to(dtype)
     return x, weight, draw(x, weight, generator)
 

@@ -89,10 +89,8 @@ def _needs_gradients_in_forward(device: str) -> Missing:
         from ..lowering.choose import choose
         from ..ops.choice import Problem
 
-        dtype = torch.bfloat16
-        roomy = Problem(
-            1024, 1024, 8192, device, (dtype, dtype), dtype, workspace=1 << 40, logits_bytes=1024 * 8192 * 2
-        )
+        size, dtype = 4096, torch.bfloat16
+        roomy = Problem(size, size, size, device, (dtype, dtype), dtype, workspace=1 << 40, logits_bytes=2 * size**2)
         return None if choose(roomy).gradients_in_forward else "ours forms all gradients in the backward here"
 
     return missing
