@@ -40,6 +40,7 @@ from cce_inductor.bench.launch import GIB, Child, ChildError, Watch, environment
 from cce_inductor.bench.main import main
 from cce_inductor.demo.memory import MIB
 from cce_inductor.demo.run import Spec
+from cce_inductor.ops.choice import Choice
 
 CASE = Case(64, 32, 4096)
 
@@ -281,7 +282,10 @@ class TestGpu:
         def reason(name):
             return contenders.CONTENDERS[name].missing()
 
-        assert reason("ours, late gradients") == "ours forms all gradients in the backward here"
+        for early, expected in ((True, None), (False, "ours forms all gradients in the backward here")):
+            choice = Choice("kernel", gradients_in_forward=early)
+            monkeypatch.setattr("cce_inductor.lowering.choose.choose", lambda problem, choice=choice: choice)
+            assert reason("ours, late gradients") == expected
         monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
         assert reason("liger") == "not installed: pip install liger-kernel"
         assert reason("liger_cutedsl") == "not installed: pip install liger-kernel nvidia-cutlass-dsl"

@@ -1,12 +1,12 @@
 """Synthetic inputs whose softmax is as sparse as a trained model's, for any shape.
 
-Random normal inputs have a softmax that no trained model has: a kernel that skips what does not matter is slower on
-them than in practice, or wrong. Here, with a unit vector e that all rows share, the logits are
+Random normal inputs have a softmax that no trained model has: a kernel that skips what does not matter finds less to
+skip in them than in practice. Here, with a unit vector e that all rows share, the logits are
 
     z_ij = b_j + noise_ij + [j = k_i] height_i      b_j = -slope · ln(rank_j + shift), less its mean
 
 * b: some words are frequent everywhere (Zipf's law, flattened for the first `shift` words): sqrt(D)·e in every row
-  of x, against b_j / sqrt(D) · e in every row of W;
+  of x, against b_j / sqrt(D) · e in every row of W, where W's noise along e blurs it;
 * noise: what is likely depends on the row: normal, of standard deviation `spread`, from independent normal x and W; of
   its variance the rows of a document share the part `topic`;
 * peaks: each row knows one word, drawn by b, that it raises by up to `height`: the part of W's row across e.

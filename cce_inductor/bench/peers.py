@@ -54,11 +54,10 @@ def cut_cross_entropy(**how: Any) -> Callable[[], Head]:
 
 
 def liger(implementation: str = "") -> Callable[[], Head]:
-    """`implementation`: what LIGER_KERNEL_IMPL selects, when the package is first imported."""
+    """`implementation`: what LIGER_KERNEL_IMPL selects when the package is first imported; "" is its own choice."""
 
     def build() -> Head:
-        if implementation:
-            os.environ["LIGER_KERNEL_IMPL"] = implementation
+        os.environ["LIGER_KERNEL_IMPL"] = implementation
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
         return liger_fused_linear_cross_entropy
