@@ -3,6 +3,7 @@
 #   make demo                     fine-tune a real model with and without cce_inductor, compare
 #   make demo DEMO_ARGS="..."     the same with other options, see `python -m cce_inductor demo --help`
 #   make bench                    time, memory and error of every way to compute the loss
+#   make bench DEVICE=cuda        the same on a GPU
 #   make bench BENCH_ARGS="..."   the same with other options, see `python -m cce_inductor bench --help`
 #   make test                     the test suite
 #   make test TORCH=2.11.0        the same in an environment of its own with another torch
@@ -22,6 +23,7 @@ JOBS ?= $(shell nproc)
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+DEVICE ?= cpu
 
 VENV := .venv-$(TORCH)
 BIN := $(VENV)/bin
@@ -63,10 +65,10 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python -m cce_inductor demo $(DEMO_ARGS)
 
-# One contender's package is optional, and so is its dependency on Triton: without it, its row says so.
+# The contenders' packages are optional, and so is Triton where one needs it: without them, their rows say so.
 bench: $(STAMP)
 	$(BIN)/python -c "import cut_cross_entropy" 2>/dev/null || $(PIP) install --no-deps cut-cross-entropy || true
-	$(BIN)/python -m cce_inductor bench --device cpu $(BENCH_ARGS)
+	$(BIN)/python -m cce_inductor bench --device $(DEVICE) $(BENCH_ARGS)
 
 test: $(STAMP)
 	rm -rf $(INDUCTOR_CACHE)

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import step
-from .cases import DTYPES, HEADLINE, SHAPES, Shape, parse_shape
-from .contenders import CONTENDERS
+from .cases import ACTIVATIONS, DTYPES, HEADLINE, SHAPES, Case, Shape, cases, parse_shape
+from .contenders import CONTENDERS, names_on
 
 SUMMARY = "The head and its loss, by every way there is to compute them: time, memory, error."
 DETAILS = """\
@@ -43,11 +43,13 @@ def _shape(text: str) -> Shape:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser("python -m cce_inductor bench", description=SUMMARY, epilog=DETAILS)
     add = made.add_argument
-    shapes = " ".join(",".join(map(str, shape)) for shape in SHAPES)
+    shapes = "; ".join(f"{device}: {' '.join(','.join(map(str, s)) for s in of)}" for device, of in SHAPES.items())
     add("--device", choices=["cpu", "cuda"], default="cpu", help="[%(default)s]")
-    add("--shape", action="append", type=_shape, metavar="N,D,V", help=f"may be repeated [{shapes}]")
-    add("--dtype", action="append", choices=DTYPES, help="may be repeated; autocast: fp32 weights in bf16 [all]")
-    add("--contender", action="append", choices=list(CONTENDERS), help="may be repeated [all]")
+    add("--shape", action="append", type=_shape, metavar="N,D,V", help=f"or a model's name; repeatable [{shapes}]")
+    add("--dtype", action="append", choices=DTYPES, help="repeatable; autocast: fp32 weights [all; cuda: bf16]")
+    add("--activations", action="append", choices=ACTIVATIONS, help="repeatable [normal; cuda: all that apply]")
+    names = "; ".join(CONTENDERS)
+    add("--contender", action="append", choices=list(CONTENDERS), metavar="NAME", help=f"repeatable [all of {names}]")
     add("--ignored", type=_number(float, 0, 1), metavar="F", help="fraction of the rows whose target is ignored")
     add("--repeat", type=_number(int, 1), default=5, metavar="K", help="repetitions [%(default)s]")
     add("--seed", type=_number(int, 0), default=0, help="of the inputs [%(default)s]")
@@ -57,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     add("--no-gemm", action="store_true", help="do not measure the GEMMs' rate")
     add("--quick", action="store_true", help="tiny shapes: does everything run?")
     add("--output", type=Path, default=Path("bench-out"), metavar="DIR", help="[%(default)s]")
-    add("--docs", type=Path, metavar="DIR", help="write the results into DIR/benchmarks.md too")
+    add("--docs", type=Path, metavar="DIR", help="write into DIR/benchmarks.md too; cuda: DIR/benchmarks-gpu.md")
     add("--section", metavar="NAME", help="what to call the table, so that another one keeps its place in --docs")
     add("--sweep", action="store_true", help="how cost grows with N and with V")
     add("--columns", action="store_true", help="schedules of dW for column lists, counted on a model's softmax")
@@ -71,15 +73,38 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def _cuda_missing() -> str:
+    import torch
+
+    return "" if torch.cuda.is_available() else f"torch {torch.__version__} finds no CUDA GPU here"
+
+
+def _cpu_missing() -> str:
+    return "" if Path("/proc/self/statm").exists() else "memory is measured through /proc, which only Linux has"
+
+
+def table_cases(args: argparse.Namespace) -> list[Case]:
+    """The cases of the main table."""
+    return cases(args.shape, args.dtype, args.ignored, args.seed, args.quick, args.device, args.activations)
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """Ends with a message where the arguments, or what is installed, will not do."""
     made = parser()
     args = made.parse_args(argv)
     special = args.columns or args.headline or args.step or args.sweep
-    if args.device != "cpu":
-        made.error("--device cuda: this benchmark measures CPUs only so far")
-    if not Path("/proc/self/statm").exists():
-        made.error("memory is measured through /proc, which only Linux has")
+    reason = _cuda_missing() if args.device == "cuda" else _cpu_missing()
+    if reason:
+        made.error(f"--device {args.device}: {reason}")
+    if args.device == "cuda" and special:
+        made.error("--columns, --headline, --step and --sweep go with --device cpu")
+    elsewhere = set(args.contender or ()) - set(names_on(args.device))
+    if elsewhere:
+        made.error(f"--device {args.device} has no contender {', '.join(sorted(elsewhere))}")
+    if special and args.activations:
+        made.error("--activations goes with the table")
+    if not special and not table_cases(args):
+        made.error("--activations smollm2 goes with --shape N,576,49152")
     if importlib.util.find_spec("matplotlib") is None:
         made.error("not installed: matplotlib; `pip install 'cce-inductor[bench]'` brings it")
     if special and args.ignored is not None and not args.headline:

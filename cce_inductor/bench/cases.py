@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import torch
+from itertools import product
 
 ITEMSIZE = {"fp32": 4, "bf16": 2, "autocast": 4}  # bytes per element of the inputs, by dtype mode
 LOGITS_ITEMSIZE = {"fp32": 4, "bf16": 2, "autocast": 2}
 IGNORE_INDEX = -100
-LOGITS_STD = 2.5  # of the logits: what a half-trained model has
+IGNORED = 0.75  # of the rows, in the case that has any
 
 Shape = tuple[int, int, int]
-SHAPES: tuple[Shape, ...] = ((1024, 1024, 32768), (2048, 576, 49152), (512, 640, 262144))
+# Of a head (D, V), and the models that have it.
+HEADS: dict[str, tuple[int, int]] = {
+    "Gemma 2 2B": (2304, 256000),
+    "Gemma 2 9B": (3584, 256000),
+    "Gemma 2 27B": (4608, 256000),
+    "Mistral NeMo": (5120, 131072),
+    "Phi 3.5 Mini": (3072, 32064),
+    "Llama 3 8B": (4096, 128256),
+    "SmolLM2-135M": (576, 49152),
+}
+NAMES = {head: name for name, head in HEADS.items()}
+ROWS = 8192  # of a head that is asked for by its name
+HEADLINE: Shape = (ROWS, *HEADS["Gemma 2 2B"])
+SMOLLM2: Shape = (ROWS, *HEADS["SmolLM2-135M"])
+
+SHAPES: dict[str, tuple[Shape, ...]] = {
+    "cpu": ((1024, 1024, 32768), (2048, 576, 49152), (512, 640, 262144)),
+    "cuda": (
+        *((ROWS, *head) for name, head in HEADS.items() if name != "SmolLM2-135M"),
+        *((n, *HEADS["Llama 3 8B"]) for n in (1024, 2048, 4096, 16384)),
+        SMOLLM2,
+    ),
+}
 QUICK_SHAPES: tuple[Shape, ...] = ((64, 64, 4096),)
-HEADLINE: Shape = (8192, 2304, 256000)  # Gemma 2 2B
 DTYPES = ("fp32", "autocast", "bf16")  # the first two have the same inputs, hence the same reference
-IGNORED = 0.75  # of the rows, in the case that has any
+DEFAULT_DTYPES = {"cpu": DTYPES, "cuda": ("bf16",)}
+NORMAL, CALIBRATED, REAL = ACTIVATIONS = ("normal", "calibrated", "smollm2")
+DEFAULT_ACTIVATIONS = {"cpu": (NORMAL,), "cuda": ACTIVATIONS}
 
 
 @dataclass(frozen=True)
 class Case:
-    """N rows of width D against a vocabulary of V, in a dtype mode of `DTYPES`."""
+    """N rows of width D against a vocabulary of V, in a dtype mode of `DTYPES`, with one kind of `ACTIVATIONS`."""
 
     n: int
     d: int
@@ -33,12 +53,20 @@ class Case:
     ignored: float = 0.0  # fraction of the targets that are IGNORE_INDEX
     seed: int = 0
     device: str = "cpu"
-    activations: str = "normal"
+    activations: str = NORMAL
+
+    @property
+    def name(self) -> str:
+        """Of a model that has such a head, or ""."""
+        return NAMES.get((self.d, self.v), "")
 
     @property
     def label(self) -> str:
+        name = f"{self.name}: " if self.name else ""
+        # Where several kinds are compared, the title says which this is.
+        kind = f", {self.activations} activations" if self.activations != NORMAL or self.device != "cpu" else ""
         ignored = f", {self.ignored:.0%} of the rows ignored" if self.ignored else ""
-        return f"N={self.n}, D={self.d}, V={self.v}, {self.dtype}{ignored}"
+        return f"{name}N={self.n}, D={self.d}, V={self.v}, {self.dtype}{kind}{ignored}"
 
     @property
     def counted(self) -> int:
@@ -65,45 +93,44 @@ class Case:
 
 
 def parse_shape(text: str) -> Shape:
-    """``"N,D,V"``; raises ValueError."""
+    """``"N,D,V"``, or the name of one of `HEADS` for `ROWS` of it; raises ValueError."""
+    for name, head in HEADS.items():
+        if text.strip().lower() == name.lower():
+            return (ROWS, *head)
     try:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
         numbers = ()
     if len(numbers) != 3 or min(numbers) < 1:
-        raise ValueError(f"{text!r} is not N,D,V: three positive integers with commas")
+        raise ValueError(f"{text!r} is not N,D,V (three positive integers with commas), nor {', '.join(HEADS)}")
     return numbers[0], numbers[1], numbers[2]
 
 
+def applies(activations: str, shape: Shape) -> bool:
+    """Real hidden states have a head of their own."""
+    return activations != REAL or shape[1:] == SMOLLM2[1:]
+
+
 def cases(
-    shapes: list[Shape] | None, dtypes: list[str] | None, ignored: float | None, seed: int, quick: bool
+    shapes: Sequence[Shape] | None = None,
+    dtypes: Sequence[str] | None = None,
+    ignored: float | None = None,
+    seed: int = 0,
+    quick: bool = False,
+    device: str = "cpu",
+    activations: Sequence[str] | None = None,
 ) -> list[Case]:
-    """The cases of the main table; with anything chosen by hand, that and nothing more."""
-    chosen = list(dict.fromkeys(shapes or (QUICK_SHAPES if quick else SHAPES)))
-    modes = [mode for mode in DTYPES if mode in (dtypes or DTYPES)]
-    found = [Case(*shape, dtype=mode, ignored=ignored or 0.0, seed=seed) for shape in chosen for mode in modes]
-    if ignored is None and not shapes:
-        found.append(Case(*chosen[0], dtype=modes[0], ignored=IGNORED, seed=seed))
+    """The cases of the main table; with anything chosen by hand, that and nothing more. Empty if nothing is left."""
+    chosen = list(dict.fromkeys(shapes or (QUICK_SHAPES if quick else SHAPES[device])))
+    if not shapes and activations and set(activations) == {REAL}:
+        chosen = [SMOLLM2]
+    modes = [mode for mode in DTYPES if mode in (dtypes or DEFAULT_DTYPES[device])]
+    kinds = [kind for kind in ACTIVATIONS if kind in (activations or DEFAULT_ACTIVATIONS[device])]
+    found = [
+        Case(*shape, mode, ignored or 0.0, seed, device, kind)
+        for shape, mode, kind in product(chosen, modes, kinds)
+        if applies(kind, shape)
+    ]
+    if ignored is None and not shapes and found:
+        found.append(replace(found[0], ignored=IGNORED))
     return found
-
-
-def make_inputs(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x (N, D) and W (V, D), which require gradients, and the targets (N,).
-
-    Filled block by block, so that nothing larger than the inputs themselves is ever alive.
-    """
-    import torch
-
-    generator = torch.Generator().manual_seed(case.seed)
-    dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
-
-    def normal(rows: int, scale: float) -> Any:
-        made = torch.empty(rows, case.d, dtype=dtype)
-        for block in made.split(4096):
-            block.copy_(torch.randn(block.shape, generator=generator).mul_(scale))
-        return made.requires_grad_()
-
-    x, weight = normal(case.n, LOGITS_STD), normal(case.v, 1 / math.sqrt(case.d))
-    target = torch.randint(case.v, (case.n,), generator=generator)
-    target[torch.randperm(case.n, generator=generator)[case.counted :]] = IGNORE_INDEX
-    return x, weight, target

@@ -6,16 +6,17 @@ contender's own process. A further contender is a row in `CONTENDERS`.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from . import peers
+from .cases import Case
+from .peers import Head, Missing
+
 EAGER = "eager"
 COMPILE = "compile"
 OURS = "ours"
-
-Head = Callable[[Any, Any, Any], Any]
 
 
 def _plain(x: Any, weight: Any, target: Any) -> Any:
@@ -38,10 +39,10 @@ def _compiled(function: Head, **how: Any) -> Head:
     return torch.compile(function, dynamic=False, **how)
 
 
-def _ours(function: Head) -> Head:
+def _ours(function: Head, **options: Any) -> Head:
     import cce_inductor
 
-    return _compiled(function, backend=cce_inductor.cce_backend)
+    return _compiled(function, backend=cce_inductor.cce_backend, options=options or None)
 
 
 # Its gates compare the logits with weight and hidden states together and hold at few real shapes: lowered, so
@@ -59,12 +60,6 @@ def _functional() -> Head:
 
     options = torch.nn.LinearCrossEntropyOptions()
     return lambda x, weight, target: F.linear_cross_entropy(x, weight, target, options=options)
-
-
-def _cut_cross_entropy() -> Head:
-    from cut_cross_entropy import linear_cross_entropy
-
-    return lambda x, weight, target: linear_cross_entropy(x, weight, target, impl="torch_compile")
 
 
 def _needs_config(name: str) -> Callable[[], str | None]:
@@ -85,16 +80,20 @@ def _needs_functional() -> str | None:
     return f"torch {torch.__version__} has no F.linear_cross_entropy(options=...)"
 
 
-def _needs_package(name: str) -> Callable[[], str | None]:
+def _needs_gradients_in_forward(device: str) -> Missing:
+    """A row for the option off says something only where it is on, at least for a head whose logits all fit."""
+
     def missing() -> str | None:
-        return None if importlib.util.find_spec(name) else f"not installed: pip install {name.replace('_', '-')}"
+        import torch
+
+        from ..lowering.choose import choose
+        from ..ops.choice import Problem
+
+        size, dtype = 4096, torch.bfloat16
+        roomy = Problem(size, size, size, device, (dtype, dtype), dtype, workspace=1 << 40, logits_bytes=2 * size**2)
+        return None if choose(roomy).gradients_in_forward else "ours forms all gradients in the backward here"
 
     return missing
-
-
-def _needs_cut_cross_entropy() -> str | None:
-    # Its first import takes Triton, also for the implementation that does not use it.
-    return _needs_package("cut_cross_entropy")() or _needs_package("triton")()
 
 
 # ---- what each says about itself after it has run, for the notes under the table
@@ -128,9 +127,9 @@ class Contender:
     name: str
     about: str
     build: Callable[[], Head]
-    missing: Callable[[], str | None] = _nothing  # why it can not run here; None if it can
+    missing: Missing = _nothing  # why it can not run here; None if it can
     note: Callable[[], str] = _silent
-    devices: tuple[str, ...] = ("cpu",)
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 _ALL = (
@@ -145,23 +144,86 @@ _ALL = (
         _chunked,
     ),
     Contender("F.linear_cross_entropy", "with LinearCrossEntropyOptions()", _functional, _needs_functional),
-    Contender("cut_cross_entropy", 'impl="torch_compile"', _cut_cross_entropy, _needs_cut_cross_entropy),
+    Contender(
+        "cut_cross_entropy",
+        'impl="torch_compile"',
+        peers.cut_cross_entropy(impl="torch_compile"),
+        peers.needs_cut_cross_entropy("torch_compile"),
+    ),
+    *(
+        Contender(
+            name,
+            f'cut_cross_entropy, impl="{name}"',
+            peers.cut_cross_entropy(impl=name),
+            peers.needs_cut_cross_entropy(name),
+            devices=("cuda",),
+        )
+        for name in peers.PRESETS
+    ),
+    Contender(
+        "cce_no_filter",
+        'cut_cross_entropy, impl="cce", filter_eps=None',
+        peers.cut_cross_entropy(impl="cce", filter_eps=None),
+        peers.needs_cut_cross_entropy("cce"),
+        devices=("cuda",),
+    ),
+    Contender(
+        "liger",
+        "liger_kernel, its fused linear cross-entropy",
+        peers.liger(),
+        peers.needs_packages("liger_kernel"),
+        devices=("cuda",),
+    ),
+    Contender(
+        "liger_cutedsl",
+        "... with LIGER_KERNEL_IMPL=cutedsl",
+        peers.liger("cutedsl"),
+        peers.needs_packages("liger_kernel", "cutlass"),
+        devices=("cuda",),
+    ),
+    Contender(
+        "quack",
+        "quack.linear_cross_entropy.chunked_linear_cross_entropy",
+        peers.quack,
+        peers.needs_packages("quack", "cutlass"),
+        devices=("cuda",),
+    ),
     Contender(OURS, 'torch.compile(backend="cce"), returning the loss', lambda: _ours(_plain), note=_fused),
     Contender("ours+logits", "... returning the logits too, deferred", lambda: _ours(_with_logits), note=_fused),
+    Contender(
+        "ours, late gradients",
+        "... returning the loss, options={'gradients_in_forward': False}",
+        lambda: _ours(_plain, gradients_in_forward=False),
+        _needs_gradients_in_forward("cuda"),
+        _fused,
+        devices=("cuda",),
+    ),
+    Contender(
+        "ours, 2.5 GB",
+        "... returning the loss, options={'workspace_mb': 2560}",
+        lambda: _ours(_plain, workspace_mb=2560),
+        note=_fused,
+        devices=("cuda",),
+    ),
 )
 CONTENDERS = {contender.name: contender for contender in _ALL}
 
 
-def build(name: str, dtype: str) -> Head:
-    """The contender `name` for a dtype mode. Autocast surrounds the forward, as in a training loop."""
+def names_on(device: str) -> tuple[str, ...]:
+    """The contenders of a device, in the order of the table."""
+    return tuple(name for name, contender in CONTENDERS.items() if device in contender.devices)
+
+
+def build(name: str, case: Case) -> Head:
+    """The contender `name` for a case. Autocast surrounds the forward, as in a training loop."""
     head = CONTENDERS[name].build()
-    if dtype != "autocast":
+    if case.dtype != "autocast":
         return head
 
     def autocast(x: Any, weight: Any, target: Any) -> Any:
         import torch
 
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(case.device, torch.bfloat16):
             return head(x, weight, target)
 
     return autocast

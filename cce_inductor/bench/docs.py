@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+PAGES = {"cpu": "benchmarks", "cuda": "benchmarks-gpu"}
 INTRODUCTION = """\
 # Benchmarks
 
@@ -52,15 +53,16 @@ def file_name(device: str, name: str) -> str:
 
 
 def write(section: Section, folder: Path, device: str, command: str) -> None:
-    """Put a section into folder/benchmarks.md, its JSON and its picture into folder/benchmarks/."""
-    inside = folder / "benchmarks"
+    """Put a section into folder/PAGE.md, its JSON and its picture into folder/PAGE/, where PAGE is the device's."""
+    page = PAGES[device]
+    inside = folder / page
     inside.mkdir(parents=True, exist_ok=True)
     text = f"`{command}`\n\n{section.text}"
     if section.plot is not None:
         shutil.copyfile(section.plot, inside / f"{section.name}.png")
-        text += f"\n\n![{section.name}](benchmarks/{section.name}.png)"
+        text += f"\n\n![{section.name}]({page}/{section.name}.png)"
     save(section, inside / file_name(device, section.name))
-    document = folder / "benchmarks.md"
+    document = folder / f"{page}.md"
     before = document.read_text() if document.exists() else INTRODUCTION
     document.write_text(replaced(before, section.name, text))
 

@@ -7,10 +7,11 @@ who computes a loss can be asked for more.
 from __future__ import annotations
 
 import sys
-import time
 from typing import Any
 
-from .cases import Case, make_inputs
+from .cases import Case
+from .inputs import make_inputs
+from .meters import METERS
 from .protocol import Handlers, main
 
 
@@ -18,24 +19,26 @@ def handlers(job: dict[str, Any]) -> Handlers:
     import torch
 
     case = Case(**job["case"])
+    meter = METERS[case.device]()
     made: dict[str, Any] = {}
 
     def inputs() -> dict[str, Any]:
         dtype = torch.float32 if case.dtype == "fp32" else torch.bfloat16
-        x, weight, _ = (t.detach() for t in make_inputs(case))
+        x, weight, _ = (t.detach() for t in make_inputs(case, job["cache"]))
         made.update(x=x.to(dtype), weight=weight.to(dtype))
-        made["z"] = torch.empty(case.n, case.v, dtype=dtype)
+        made["z"] = made["x"].new_empty(case.n, case.v)
         made["dx"], made["dweight"] = torch.empty_like(made["x"]), torch.empty_like(made["weight"])
         return {}
 
-    def timed(mode: str) -> dict[str, Any]:
+    def multiply(mode: str) -> None:
         x, weight, z = made["x"], made["weight"], made["z"]
-        start = time.perf_counter()
         torch.mm(x, weight.t(), out=z)
         if mode == "gradients":
             torch.mm(z, weight, out=made["dx"])
             torch.mm(z.t(), x, out=made["dweight"])
-        return {"seconds": time.perf_counter() - start}
+
+    def timed(mode: str) -> dict[str, Any]:
+        return {"seconds": meter.seconds(lambda: multiply(mode))}
 
     def warm_up() -> dict[str, Any]:
         timed("gradients")

@@ -15,6 +15,7 @@ from ..demo.launch import environment as demo_environment
 from ..demo.memory import RssSampler
 
 GIB = 1 << 30
+COMPILERS = 4  # of Triton kernels at once
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -22,9 +23,13 @@ class ChildError(Exception):
     """A child did not do what it was asked; the message is the reason for the report."""
 
 
-def environment(cache_dir: str | Path, threads: int | None = None) -> dict[str, str]:
-    """The same for every child. Compiling in the process itself: a pool of compilers per child would be in the way."""
-    env = demo_environment(str(cache_dir)) | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+def environment(cache_dir: str | Path, threads: int | None = None, device: str = "cpu") -> dict[str, str]:
+    """The same for every child.
+
+    On a CPU each compiles in its own process: a pool of compilers per child would be in the way.
+    """
+    compilers = 1 if device == "cpu" else min(COMPILERS, os.cpu_count() or 1)
+    env = demo_environment(str(cache_dir)) | {"TORCHINDUCTOR_COMPILE_THREADS": str(compilers)}
     return env | {name: str(threads) for name in THREAD_VARIABLES} if threads else env
 
 

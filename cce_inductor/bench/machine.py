@@ -21,6 +21,15 @@ def total_ram() -> int:
         return ram
 
 
+def memory_of(device: str) -> int:
+    """Bytes of memory that the processes of a case share on a device."""
+    if device == "cpu":
+        return total_ram()
+    import torch
+
+    return torch.cuda.get_device_properties(device).total_memory
+
+
 def _cpu() -> dict[str, Any]:
     fields: dict[str, str] = {}
     try:
@@ -46,11 +55,26 @@ def _commit() -> str | None:
     return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
 
 
-def describe(threads: int | None) -> dict[str, Any]:
+def _gpu() -> dict[str, Any]:
+    import torch
+    import triton
+
+    properties = torch.cuda.get_device_properties("cuda")
+    return {
+        "gpu": properties.name,
+        "gpu_memory": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__,
+    }
+
+
+def describe(threads: int | None, device: str = "cpu") -> dict[str, Any]:
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
+        **(_gpu() if device == "cuda" else {}),
         **_cpu(),
         "cores": cores,
         "threads": threads or torch.get_num_threads(),
@@ -65,8 +89,14 @@ def describe(threads: int | None) -> dict[str, Any]:
 
 def sentence(machine: dict[str, Any]) -> str:
     isa = ", ".join(machine["isa"]) or "no extension we know"
+    gpu = ""
+    if "gpu" in machine:
+        gpu = (
+            f"{machine['gpu']}, {machine['multiprocessors']} multiprocessors, "
+            f"{machine['gpu_memory'] / (1 << 30):.0f} GiB, CUDA {machine['cuda']}, Triton {machine['triton']}; "
+        )
     commit = f", commit {machine['commit']}" if machine["commit"] else ""
     return (
-        f"{machine['cpu']} ({isa}), {machine['cores']} cores, {machine['threads']} threads, "
+        f"{gpu}{machine['cpu']} ({isa}), {machine['cores']} cores, {machine['threads']} threads, "
         f"{machine['ram'] / (1 << 30):.0f} GiB; torch {machine['torch']}; {machine['date']}{commit}"
     )

@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import columns, headline, machine, plots, report, step, sweep
-from .arguments import parse
-from .cases import HEADLINE, QUICK_SHAPES, Case, Shape, cases
-from .contenders import CONTENDERS
+from .arguments import parse, table_cases
+from .cases import HEADLINE, QUICK_SHAPES, Case, Shape
+from .contenders import names_on
 from .docs import Section, file_name, save, write
 from .launch import GIB
 from .rounds import Options, Result, references, run_case, say
@@ -23,7 +23,8 @@ def _options(args: argparse.Namespace, cache: Path) -> Options:
     return Options(
         output=args.output,
         cache=cache,
-        contenders=tuple(name for name in CONTENDERS if name in (args.contender or CONTENDERS)),
+        contenders=tuple(name for name in names_on(args.device) if not args.contender or name in args.contender),
+        device=args.device,
         repeat=args.repeat,
         threads=args.threads,
         timeout=args.timeout or 300.0,
@@ -61,7 +62,7 @@ def _table(args: argparse.Namespace, options: Options) -> Iterator[Section]:
     """The main table, the cases with ignored rows, and the GEMMs' rates."""
     results: list[Result] = []
     with references() as reference:
-        for case in cases(args.shape, args.dtype, args.ignored, args.seed, args.quick):
+        for case in table_cases(args):
             results.append(run_case(case, options, reference if options.error else None))
             say("\n" + report.case_section(results[-1]) + "\n")  # hours may follow: show what there is
     for name, part in ((args.device, [r for r in results if not r.case.ignored]), ("ignored", _ignored(results))):
@@ -112,7 +113,7 @@ def main(argv: list[str]) -> int:
 
     args = parse(argv)
     args.output.mkdir(parents=True, exist_ok=True)
-    about = machine.describe(args.threads)
+    about = machine.describe(args.threads, args.device)
     command = _command(argv)
     with tempfile.TemporaryDirectory(prefix="cce-bench-") as cache:
         try:

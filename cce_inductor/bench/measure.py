@@ -1,4 +1,4 @@
-"""Timing, memory and error of one call; statistics over several. Bytes and seconds throughout."""
+"""Time, memory and error of one contender; statistics over several calls. Bytes and seconds throughout."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from ..demo import memory
+from .meters import Cpu, Meter
 
 MODES = ("loss", "gradients")  # the loss alone, and the loss with both gradients
 
@@ -40,8 +39,9 @@ def speedup(base: Sequence[float], samples: Sequence[float]) -> float | None:
 class Head:
     """A contender with its inputs: runs the loss alone, or the loss and fresh gradients."""
 
-    def __init__(self, call: Callable, x: Any, weight: Any, target: Any) -> None:
+    def __init__(self, call: Callable, x: Any, weight: Any, target: Any, meter: Meter | None = None) -> None:
         self.call, self.x, self.weight, self.target = call, x, weight, target
+        self.meter = meter or Cpu()
 
     def clear(self) -> None:
         self.x.grad = self.weight.grad = None
@@ -64,20 +64,19 @@ class Head:
         return result[0] if isinstance(result, tuple) else result
 
     def run(self, mode: str) -> Any:
+        """The loss, from inputs without gradients."""
+        self.clear()
         return self.loss() if mode == "loss" else self.gradients()
 
     def timed(self, mode: str) -> float:
-        self.clear()
-        start = time.perf_counter()
-        self.run(mode)
-        seconds = time.perf_counter() - start
+        seconds = self.meter.seconds(lambda: self.run(mode))
         self.rest()
         return seconds
 
     def rest(self) -> None:
         """Hold nothing but the inputs while others run."""
         self.clear()
-        memory.trim()
+        self.meter.trim()
 
     def gradient_bytes(self) -> int:
         return sum(t.grad.untyped_storage().nbytes() for t in (self.x, self.weight) if t.grad is not None)
@@ -85,8 +84,8 @@ class Head:
     def peak(self, mode: str) -> dict[str, Any]:
         """One call: its peak above the inputs and gradients, the peak itself, its time, the loss."""
         self.rest()
-        before = memory.rss()
-        with Peak() as peak:
+        before = self.meter.level()
+        with self.meter.peak() as peak:
             start = time.perf_counter()
             loss = self.run(mode)
             seconds = time.perf_counter() - start
@@ -94,28 +93,13 @@ class Head:
         return {"above": above, "peak": peak.value, "seconds": seconds, "loss": float(loss)}
 
 
-class Peak(AbstractContextManager):
-    """This process's highest resident set inside a ``with`` block: the kernel's own, or sampled where it won't."""
-
-    value = 0
-
-    def __enter__(self) -> Peak:
-        self._sampler = None if memory.reset_peak() else memory.RssSampler(interval=0.001).__enter__()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._sampler is None:
-            self.value = memory.peak_rss()
-        else:
-            self._sampler.__exit__()
-            self.value = self._sampler.peak()
-
-
 def relative_error(value: Any, reference: Any, rows: int = 4096) -> float:
     """Frobenius norm of the difference, relative to the reference's; block by block in float64."""
+    import torch
+
     difference = norm = 0.0
     for a, b in zip(value.detach().split(rows), reference.split(rows), strict=True):
-        b = b.double()
+        b = b.to(a.device, dtype=torch.float64)
         difference += float((a.double() - b).square_().sum())
         norm += float(b.square().sum())
     return math.sqrt(difference / norm) if norm else math.sqrt(difference)

@@ -26,6 +26,15 @@ def _limit_data(limit: int) -> None:
         traceback.print_exc()
 
 
+def reason(error: Exception) -> str:
+    """An exception in one line. A GPU's want of memory comes with a paragraph, of which the first two sentences do."""
+    lines = [text for text in str(error).splitlines() if text.strip()]
+    first = lines[0] if lines else ""
+    if "out of memory" in first:
+        first = ". ".join(first.split(". ")[:2])
+    return f"{type(error).__name__}: {first}".strip(": ")
+
+
 def main(argv: list[str], make: Callable[[dict[str, Any]], Handlers]) -> int:
     """Serve the handlers that ``make(job)`` gives, until the requests end."""
     job = json.loads(argv[0])
@@ -39,8 +48,7 @@ def main(argv: list[str], make: Callable[[dict[str, Any]], Handlers]) -> int:
                 answer = handlers[request.pop("do")](**request)
             except Exception as error:  # any failure is a result of the benchmark
                 traceback.print_exc()
-                lines = [text for text in str(error).splitlines() if text.strip()]
-                answer = {"error": f"{type(error).__name__}: {lines[0] if lines else ''}".strip(": ")}
+                answer = {"error": reason(error)}
             answers.write(json.dumps(answer) + "\n")
             answers.flush()
     return 0

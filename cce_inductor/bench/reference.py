@@ -1,7 +1,7 @@
 """The float64 loss and gradients that every contender is compared with, in a process of its own.
 
 Written independently of the library and in bounded memory: blocks of rows by slabs of columns, once for the
-log-sum-exps and once for the gradients, which go straight to files.
+log-sum-exps and once for the gradients, which go straight to files. It runs on the case's device.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .cases import IGNORE_INDEX, Case, make_inputs
+from .cases import IGNORE_INDEX, Case
+from .densities import densities
+from .inputs import make_inputs
 from .protocol import main
 
 ROWS, COLUMNS = 1024, 8192
@@ -39,7 +41,7 @@ def write(x: Any, weight: Any, target: Any, dx: Any, dweight: Any) -> float:
     slabs = [(first, min(first + COLUMNS, v)) for first in range(0, v, COLUMNS)]
     blocks = [slice(first, first + ROWS) for first in range(0, n, ROWS)]
 
-    lse = torch.full((n,), -torch.inf, dtype=torch.float64)
+    lse = torch.full((n,), -torch.inf, dtype=torch.float64, device=x.device)
     for first, end in slabs:
         w = weight.detach()[first:end].double()
         for rows in blocks:
@@ -61,14 +63,16 @@ def write(x: Any, weight: Any, target: Any, dx: Any, dweight: Any) -> float:
             dw += dz.T @ hidden[rows]
         dweight[first:end] = dw
     dx.zero_()
-    dx[counted] = dhidden
+    dx[counted.to(dx.device)] = dhidden.to(dx.device)
     return loss / n
 
 
 def handlers(job: dict[str, Any]) -> dict[str, Any]:
     def compute() -> dict[str, Any]:
         case = Case(**job["case"])
-        return {"loss": write(*make_inputs(case), *files(job["folder"], case))}
+        x, weight, target = make_inputs(case, job["cache"])
+        found = densities(x[target != IGNORE_INDEX], weight)
+        return {"loss": write(x, weight, target, *files(job["folder"], case)), "densities": found}
 
     return {"compute": compute}
 

@@ -1,7 +1,7 @@
 """Runs the contenders of one case in turns, so that a machine that slows down slows all of them.
 
 Every contender has a process; all of them wait, asleep, while one of them runs. In a round each does one
-repetition of everything. Where their memory would not fit, they run one after the other instead.
+repetition of everything. Where not all of them fit into memory at once, they run in groups that do.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .cases import Case
+from . import smollm2
+from .cases import REAL, Case
 from .contenders import CONTENDERS
 from .launch import Child, ChildError, environment
-from .machine import total_ram
+from .machine import memory_of
 from .measure import MODES
 
-PROCESS_BYTES = 600 << 20  # interpreter, libraries, compiled code
+PROCESS_BYTES = 600 << 20  # interpreter, libraries, compiled code; on a GPU its context
 RAM_SHARE = 0.6  # of the machine's memory that a round may take
+SHARES = {"cpu": RAM_SHARE, "cuda": 0.85}
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,9 @@ class Options:
     """What applies to every case of a run."""
 
     output: Path
-    cache: Path
+    cache: Path  # of compiled kernels, and of inputs
     contenders: tuple[str, ...]
+    device: str = "cpu"
     repeat: int = 5
     threads: int | None = None
     timeout: float = 300.0
@@ -41,7 +44,8 @@ class Options:
         logs = self.output / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         log = logs / f"{name.replace('/', '_')}.log"
-        return Child(module, job, log, environment(self.cache, self.threads), memory_limit)
+        env = environment(self.cache, self.threads, self.device)
+        return Child(module, job | {"cache": str(self.cache)}, log, env, memory_limit)
 
 
 @dataclass
@@ -63,23 +67,25 @@ class Result:
     rows: list[Row]
     interleaved: bool = True
     gemm: dict[str, list[float]] = field(default_factory=dict)  # seconds, by mode
+    densities: dict[str, float] = field(default_factory=dict)
 
     def row(self, contender: str) -> Row | None:
         return next((row for row in self.rows if row.contender == contender), None)
 
     def summary(self) -> dict[str, Any]:
-        return asdict(self) | {"label": self.case.label}
+        return asdict(self) | {"label": self.case.label, "flops": {mode: self.case.flops(mode) for mode in MODES}}
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def fits_together(case: Case, processes: int, ram: int) -> bool:
-    """Whether that many processes can wait with their inputs while the largest runs."""
-    idle = processes * (case.input_bytes + PROCESS_BYTES)
-    running = case.input_bytes + 4 * case.n * case.v * 4
-    return idle + running <= RAM_SHARE * ram
+def at_once(case: Case, memory: int, gemm: bool = False) -> int:
+    """How many contenders can wait with their inputs while the largest of them runs, beside `gemm`: one in any case."""
+    taken = case.input_bytes + 4 * case.n * case.v * 4
+    if gemm:
+        taken += 2 * case.input_bytes + case.logits_bytes + PROCESS_BYTES
+    return max(1, int((SHARES[case.device] * memory - taken) // (case.input_bytes + PROCESS_BYTES)))
 
 
 class Reference:
@@ -88,22 +94,22 @@ class Reference:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._key: Case | None = None
-        self._loss: float | None = None
+        self._answer: dict[str, Any] = {}
 
-    def of(self, case: Case, options: Options) -> float | None:
-        """The loss, with the gradients in `folder`; None if it could not be computed."""
+    def of(self, case: Case, options: Options) -> dict[str, Any]:
+        """Its loss and its softmax's densities, with the gradients in `folder`; empty if it could not be computed."""
         if self._key != case.inputs_key:
-            self._key, self._loss = case.inputs_key, None
+            self._key, self._answer = case.inputs_key, {}
             for file in self.folder.iterdir():
                 file.unlink()
             say("  float64 reference")
             job = {"case": asdict(case), "folder": str(self.folder)}
             try:
                 with options.child("reference", job, "reference") as child:
-                    self._loss = child.ask("compute", max(options.timeout, 1800.0))["loss"]
+                    self._answer = child.ask("compute", max(options.timeout, 1800.0))
             except ChildError as error:
                 say(f"  no reference: {error}")
-        return self._loss
+        return self._answer
 
 
 @contextmanager
@@ -115,21 +121,44 @@ def references() -> Iterator[Reference]:
 def run_case(case: Case, options: Options, reference: Reference | None = None) -> Result:
     """All contenders of `options` at one case."""
     say(case.label)
-    loss = reference.of(case, options) if reference else None
     result = Result(case, [Row(name) for name in options.contenders])
-    able = []
+    reason = _prepare_inputs(case, options)
     for row in result.rows:
-        row.failure = CONTENDERS[row.contender].missing() or ""
-        if not row.failure:
-            able.append(row)
-    result.interleaved = fits_together(case, len(able) + options.gemm, total_ram())
+        row.failure = reason or CONTENDERS[row.contender].missing() or ""
+    able = [row for row in result.rows if not row.failure]
+    if reason or not able:
+        say(f"  nobody can run: {reason or 'nothing is installed'}")
+        return result
+    answer = reference.of(case, options) if reference else {}
+    loss, result.densities = answer.get("loss"), answer.get("densities", {})
+    groups = _parts(able, at_once(case, memory_of(case.device), options.gemm))
+    result.interleaved = len(groups) == 1
     if not result.interleaved:
-        say("  too large to keep all processes at once: one after the other")
+        say(f"  too large to keep all processes at once: {len(groups)} groups, one after the other")
     folder = str(reference.folder) if reference else ""
-    groups = [able] if result.interleaved else [[row] for row in able]
     for i, group in enumerate(groups):
         _run_group(result, group, options, folder, loss, gemm=options.gemm and i == 0)
     return result
+
+
+def _parts(rows: list[Row], size: int) -> list[list[Row]]:
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
+def _prepare_inputs(case: Case, options: Options) -> str:
+    """Why the inputs of a case can not be had, or ""."""
+    if case.activations != REAL:
+        return ""
+    reason = smollm2.missing()
+    if reason:
+        return reason
+    say("  hidden states of the model")
+    with options.child("smollm2", {"rows": case.n, "device": case.device}, "smollm2") as child:
+        try:
+            child.ask("make", max(options.timeout, 600.0))
+        except ChildError as error:
+            return str(error)
+    return ""
 
 
 def _run_group(result: Result, rows: list[Row], options: Options, folder: str, loss: float | None, gemm: bool) -> None:
@@ -138,11 +167,12 @@ def _run_group(result: Result, rows: list[Row], options: Options, folder: str, l
     children: dict[str, Child] = {}
     ceiling: Child | None = None
     try:
+        for row in rows:  # all of them, so that the others import while one compiles
+            job = {"case": asdict(case), "contender": row.contender}
+            children[row.contender] = options.child("worker", job, row.contender)
         for row in rows:
             say(f"  {row.contender}: compiling")
-            job = {"case": asdict(case), "contender": row.contender}
-            child = children[row.contender] = options.child("worker", job, row.contender)
-            _attempt(row, lambda row=row, child=child: _prepare(row, child, options.timeout))
+            _attempt(row, lambda row=row: _prepare(row, children[row.contender], options.timeout))
         if gemm:
             ceiling = _start_gemm(case, options)
         for turn in range(options.repeat):

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 from typing import Any
 
-from ..demo import memory
-from .cases import Case, make_inputs
+from .cases import Case
 from .contenders import CONTENDERS, build
+from .inputs import make_inputs
 from .measure import MODES, Head, relative_error
+from .meters import METERS
 from .protocol import Handlers, main
 from .reference import files
 
 
 def handlers(job: dict[str, Any]) -> Handlers:
     """`inputs` first, then `warm_up` or `once`, then anything."""
+    importlib.import_module("torch")  # takes seconds, in which an earlier contender compiles
     case, name = Case(**job["case"]), job["contender"]
     made: list[Head] = []
 
     def inputs() -> dict[str, Any]:
-        made.append(Head(build(name, case.dtype), *make_inputs(case)))
-        memory.trim()
-        return {"rss": memory.rss()}
+        made.append(Head(build(name, case), *make_inputs(case, job["cache"]), METERS[case.device]()))
+        made[0].rest()
+        return {}
 
     def warm_up() -> dict[str, Any]:
         """Compile and run everything once."""

@@ -1,0 +1,106 @@
+"""How time and memory of a call are measured on each kind of device. Bytes and seconds.
+
+On a CPU time is the wall's and memory the process's resident set. On a GPU both are the device's: CUDA events, and
+PyTorch's allocator, where every tensor and every workspace of a contender comes from.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from ..demo import memory
+
+ITERATIONS = 5  # of a repetition on a GPU
+
+
+class Cpu:
+    def seconds(self, call: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    def trim(self) -> None:
+        """Give back what nothing refers to."""
+        memory.trim()
+
+    def level(self) -> int:
+        return memory.rss()
+
+    def peak(self) -> RssPeak:
+        return RssPeak()
+
+
+class RssPeak(AbstractContextManager):
+    """This process's highest resident set inside a ``with`` block: the kernel's own, or sampled where it won't."""
+
+    value = 0
+
+    def __enter__(self) -> RssPeak:
+        self._sampler = None if memory.reset_peak() else memory.RssSampler(interval=0.001).__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._sampler is None:
+            self.value = memory.peak_rss()
+        else:
+            self._sampler.__exit__()
+            self.value = self._sampler.peak()
+
+
+class Cuda:
+    def seconds(self, call: Callable[[], Any]) -> float:
+        """Median over `ITERATIONS` calls behind each other, after one that allocates again what `trim` gave back."""
+        import torch
+
+        call()
+        marks = []
+        for _ in range(ITERATIONS):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            end.record()
+            marks.append((start, end))
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in marks) / 1000
+
+    def trim(self) -> None:
+        """Give back what nothing refers to, to the device: other processes share it."""
+        import torch
+
+        memory.trim()
+        torch.cuda.empty_cache()
+
+    def level(self) -> int:
+        import torch
+
+        return torch.cuda.memory_allocated()
+
+    def peak(self) -> AllocatorPeak:
+        return AllocatorPeak()
+
+
+class AllocatorPeak(AbstractContextManager):
+    """The most that PyTorch's allocator had given out inside a ``with`` block."""
+
+    value = 0
+
+    def __enter__(self) -> AllocatorPeak:
+        import torch
+
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        import torch
+
+        torch.cuda.synchronize()
+        self.value = torch.cuda.max_memory_allocated()
+
+
+Meter = Cpu | Cuda
+METERS: dict[str, type[Cpu] | type[Cuda]] = {"cpu": Cpu, "cuda": Cuda}
