@@ -76,8 +76,13 @@ _BLACKWELL = _table(
     },
     [Tiles(128, 64, 32, 3, 8, tma=True), *_CAST],
 )
-# compute capability -> kernel -> ...
-TABLE: dict[int, Table] = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL}
+# 64 KiB of shared memory, no TMA.
+_CDNA3 = _table(
+    {name: [Tiles(128, 128, 64, 2, 8), Tiles(128, 128, 32, 2, 8), Tiles(64, 128, 64, 2, 4)] for name in _HOPPER},
+    [Tiles(128, 64, 32, 2, 8), Tiles(64, 128, 32, 2, 8), Tiles(64, 64, 32, 2, 4)],
+)
+# compute capability, or AMD's name of the architecture -> kernel -> ...
+TABLE: dict[int | str, Table] = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL, "gfx942": _CDNA3}
 
 
 def configurations(
@@ -92,7 +97,11 @@ def configurations(
 
     tma: whether the operands' strides allow it. block_n: the only tile of columns that will do.
     """
-    major, minor = torch.cuda.get_device_capability(device)
-    architecture = max((sm for sm in TABLE if sm <= major * 10 + minor), default=min(TABLE))
+    if torch.version.hip:
+        architecture: int | str = "gfx942"
+    else:
+        major, minor = torch.cuda.get_device_capability(device)
+        known = [sm for sm in TABLE if isinstance(sm, int)]
+        architecture = max((sm for sm in known if sm <= major * 10 + minor), default=min(known))
     found = TABLE[architecture][kernel][kind(operands, compute)]
     return [t for t in found if (tma or not t.tma) and block_n in (None, t.block_n)]

@@ -34,6 +34,7 @@ class Case:
     sweeps: tuple[Sweep, ...] = ()  # the schedule of the backward
     tiles: Tiles = SMALL
     early: bool = False  # gradients formed in the forward
+    infinite: bool = False  # one column's logits are
 
     @property
     def compute(self) -> torch.dtype:
@@ -44,6 +45,8 @@ class Case:
         torch.manual_seed(0)
         x, w, b = torch.randn(self.n, self.d), torch.randn(self.v, self.d) / 4 * self.sharp, torch.randn(self.v)
         t = torch.randint(0, self.v, (self.n,))
+        if self.infinite:
+            b[7], t = torch.inf, t % 7
         if self.reference is None:
             t[2::5] = -100
         x, w, b = (tensor.to(device, self.dtype) for tensor in (x, w, b))
@@ -73,6 +76,12 @@ def named(value: torch.Tensor, gradients: Sequence[torch.Tensor]) -> dict[str, t
 
 def plain(x, w, b, t):
     return F.cross_entropy(F.linear(x, w, b).float(), t)
+
+
+def from_logsumexp(x, w, b, t):
+    """`plain`, but for infinite logits: F.cross_entropy gives NaN in the whole row, torch.logsumexp and we do not."""
+    z = F.linear(x, w, b).float() if x.dtype != torch.float64 else F.linear(x, w, b)
+    return (z.logsumexp(1) - z.gather(1, t[:, None])[:, 0]).mean()
 
 
 def softcapped(x, w, b, t):
@@ -144,4 +153,8 @@ CASES = {
     "gradients in the forward, bfloat16": Case(plain, dtype=torch.bfloat16, early=True, tiles=KEEPING),
     "gradients in the forward, peaked": Case(plain, dtype=torch.bfloat16, sharp=8.0, early=True, tiles=KEEPING),
     "gradients in the forward, autocast": Case(plain, autocast=True, early=True, tiles=KEEPING),
+    "gradients in the forward, infinite logits": Case(
+        plain, from_logsumexp, dtype=torch.bfloat16, infinite=True, early=True, tiles=KEEPING
+    ),
+    "infinite logits": Case(plain, from_logsumexp, infinite=True),
 }

@@ -177,22 +177,30 @@ def execute(wrapper: str, arguments: list) -> tuple[tuple, dict[str, int]]:
     return tuple(call(list(arguments))), {name: k.launches for name, k in launchers.items()}
 
 
-def compile_ahead(kernel: Kernel, capability: int) -> dict:
+def compile_ahead(kernel: Kernel, architecture: int | str) -> dict:
     """Registers, bytes of stack (spills) and of shared memory, and the matrix instruction, on one architecture."""
     attributes = {(i,): [["tt.divisibility", 16]] for i in kernel.aligned}
     source = ASTSource(fn=load(kernel), signature=dict(kernel.signature), constexprs={}, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=kernel.options)
+    is_amd = isinstance(architecture, str)
+    target = GPUTarget("hip", architecture, 64) if is_amd else GPUTarget("cuda", architecture, 32)
+    compiled = triton.compile(source, target=target, options=kernel.options)
+    if is_amd:
+        text = compiled.asm["amdgcn"]
+        number = {key: int(re.search(rf"{key}: *(\d+)", text).group(1)) for key in (".vgpr_count", "ScratchSize")}
+        registers, stack = number.values()
+        instruction = "mfma" if "v_mfma" in text else "none"
+    else:
+        registers, stack = _usage(compiled.asm["cubin"])
+        ptx = compiled.asm["ptx"]
+        instruction = next((i for i in ("wgmma", "tcgen05", "mma.sync") if i in ptx), "none")
+    return {"registers": registers, "stack": stack, "shared": compiled.metadata.shared, "instruction": instruction}
+
+
+def _usage(binary: bytes) -> list[int]:
+    """Registers and bytes of stack of an NVIDIA kernel."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(binary)
         file.flush()
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    ptx = compiled.asm["ptx"]
-    instruction = next((i for i in ("wgmma", "tcgen05", "mma.sync") if i in ptx), "none")
-    number = {key: int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK")}
-    return {
-        "registers": number["REG"],
-        "stack": number["STACK"],
-        "shared": compiled.metadata.shared,
-        "instruction": instruction,
-    }
+    return [int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK")]

@@ -4,12 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from head_oracle import Head, some_rows
-from operators import EVERY, LOSS, Operator, kernels
+from operators import EVERY, LOSS, Operator, differentiate, from_logits, kernels
 from test_memory import Allocations
 
 import cce_inductor
 from cce_inductor.lowering.choose import choose
 from cce_inductor.lowering.cpu import element_dtype, multiplies_bfloat16
+from cce_inductor.ops.call import Attributes
 from cce_inductor.ops.choice import Problem
 
 pytestmark = pytest.mark.usefixtures("lowerings")
@@ -43,6 +44,19 @@ def test_float32_weights_in_bfloat16_and_masked_columns():
     head.target = head.target // 7 * 7 + 1
     ours = Operator(LOSS, at_once=True, workspace=1 << 20, compute_dtype=torch.bfloat16).check("autocast", head)
     assert (ours["dw"][::7] == 0).all() and (ours["db"][::7] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_an_infinite_logit_is_not_lost_between_the_passes(dtype):
+    """Its softmax is inf / inf: NaN, as eager has it, and 0 in all other columns."""
+    head = Head.make(130, 16, 300, dtype, bias=True)
+    head.bias[7] = torch.inf
+    head.target = head.target % 7
+    ours = Operator(LOSS, at_once=True).run(head)
+    eager = differentiate(from_logits(LOSS, Attributes()), head, LOSS)
+    for name in ("dx", "dw", "db"):
+        assert torch.equal(ours[name].isnan(), eager[name].isnan())
+    assert ours["dw"][7].isnan().all() and ours["dw"][:7].isfinite().all() and (ours["dw"][8:] == 0).all()
 
 
 def test_one_row_one_column_and_width_one():
