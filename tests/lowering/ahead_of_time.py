@@ -60,25 +60,12 @@ def compiled(dtype: str, variants: Sequence[str] = tuple(VARIANTS)) -> Iterator[
             capability = architecture if isinstance(architecture, int) else 80
             for wrapper in generate(loss, [x, w, t], capability, tiles, **VARIANTS[variant]):
                 for kernel in rendered.kernels(wrapper):
-                    name = _name(kernel)
+                    name = kernel.ours
                     key = (architecture, tiles, name)
                     if name and key not in seen and tiles in table[name][column]:
                         seen.add(key)
                         about = {"kernel": name, "dtype": dtype, "sm": architecture, "tiles": tiles}
                         yield about | rendered.compile_ahead(kernel, architecture)
-
-
-def _name(kernel: rendered.Kernel) -> str | None:
-    """Which of ours it is."""
-    constants = kernel.constants()
-    if kernel.kind != "template":
-        return None
-    named = " ".join(kernel.signature)
-    if "STATISTICS" in constants:
-        return "linear_statistics" + ", kept" * ("KEPT" in named)
-    if "ADD" in constants:
-        return "linear_statistics_dx" if "DX" in named else "linear_statistics_dw" + ", added" * ("DW_SUM" in named)
-    return "linear_statistics_dacc" + ", kept" * (constants["KEPT"] != "0")
 
 
 TITLE = """\

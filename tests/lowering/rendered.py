@@ -68,6 +68,18 @@ class Kernel:
         """What the template was rendered with, as text."""
         return dict(re.findall(r"^    (\w+) : tl\.constexpr = (.*)$", self.source, re.M))
 
+    @property
+    def ours(self) -> str | None:
+        """Its template, with the variant as lowering/triton_configs.py has it; None for a kernel of Inductor's own."""
+        constants, named = self.constants(), " ".join(self.signature)
+        if self.kind != "template":
+            return None
+        if "STATISTICS" in constants:
+            return "linear_statistics" + ", kept" * ("KEPT" in named)
+        if "ADD" in constants:
+            return "linear_statistics_dx" if "DX" in named else "linear_statistics_dw" + ", added" * ("DW_SUM" in named)
+        return "linear_statistics_dacc" + ", kept" * (constants["KEPT"] != "0")
+
 
 def kernels(wrapper: str) -> list[Kernel]:
     found = []
@@ -149,6 +161,21 @@ class _Launcher:
         sizes = {"XBLOCK": 1 if reduction else 1024, "R0_BLOCK": 1024}
         wanted = {n: v for n, v in sizes.items() if f"{n} : tl.constexpr" in declared}
         self.function[(-(-values["xnumel"] // wanted.get("XBLOCK", 1)), 1, 1)](*values.values(), **wanted)
+
+
+def summary(wrapper: str) -> str:
+    """What a wrapper allocates and launches, in order; repeats in a row are counted."""
+    names = {kernel.name: kernel.ours or kernel.kind.replace("_", " ") for kernel in kernels(wrapper)}
+    lines: list[list] = []
+    step = r"= empty_strided_cuda\(\((?P<size>.*?)\), \(.*?\), torch\.(?P<dtype>\w+)\)|(?P<kernel>\w+)\.run\("
+    for found in re.finditer(step, wrapper):
+        name = names.get(found["kernel"], found["kernel"])
+        text = f"launch {name}" if name else f"allocate ({found['size'].strip(', ')}) {found['dtype']}"
+        if lines and lines[-1][0] == text:
+            lines[-1][1] += 1
+        else:
+            lines.append([text, 1])
+    return "\n".join(text + (f" x {count}" if count > 1 else "") for text, count in lines)
 
 
 def arguments(wrapper: str) -> list[str]:
