@@ -13,13 +13,13 @@ from typing import Any
 import sympy
 import torch
 from torch._inductor import ir
-from torch._inductor.lowering import empty_strided, lowerings, to_dtype
+from torch._inductor.lowering import empty_strided, fallback_handler, lowerings, to_dtype
 from torch._inductor.virtualized import V
 
 from .. import compat
 from ..ops import statistics as table
 from ..ops.call import Attributes
-from ..ops.library import BACKWARD
+from ..ops.library import BACKWARD, MM
 from .schedule_choice import fastest
 from .schedules import STEP, Schedule, Sweep, schedules
 from .triton_configs import KEPT_TILE, configurations
@@ -54,6 +54,7 @@ class Call:
         reason = unsupported_dtype([self.compute, *(t.get_dtype() for n, t in operands.items() if n != "target")])
         if reason:
             raise Unsupported(reason)
+        self.given = operands
         self.operands = {name: _in_memory(t) for name, t in operands.items()}
         self.input, self.weight = self.operands["input"], self.operands["weight"]
         self.device = self.input.get_device()
@@ -218,8 +219,9 @@ class Backward:
         add_dx, add_dw = sweep.columns < call.v, bool(rows)
         outputs = self._outputs(sweep.makes, add_dx)
         sums = self._sums(sweep) if add_dw else {}
-        dx = {name: t for name, t in outputs.items() if name == "DX"}
-        dw = {name: t for name, t in outputs.items() if name != "DX"}
+        # Which gradients our own kernels make.
+        dx = {name: t for name, t in outputs.items() if name == "DX" and (add_dx or not sweep.library)}
+        dw = {name: t for name, t in outputs.items() if name == "DB" or (name == "DW" and not sweep.library)}
         size = [rows or call.n, sweep.columns]
         dacc = kept["KEPT"] if kept else call.empty(size, call.compute)
         # Where a region begins, in a buffer and not in the kernel's text: one kernel serves all regions.
@@ -230,6 +232,9 @@ class Backward:
                 inputs = self.given | ({"TOPS": kept["TOPS"]} if kept and "TOPS" in kept else {}) | begin
                 keeping = {"KEPT": KEPT_TILE if kept else 0}
                 call.emit("linear_statistics_dacc", inputs, {"DACC": dacc}, size, **keeping, **region)
+                if sweep.library:
+                    others = {name: t for name, t in outputs.items() if name not in dx | dw}
+                    self._by_library(dacc, others, column, position, rows)
                 inputs = {"DACC": dacc} | call.named("input", "weight") | call.rows | begin
                 if dw:
                     given = inputs | ({"FACTOR": self.given["FACTOR"]} if self.factor is not None else {})
@@ -237,6 +242,17 @@ class Backward:
                 if dx:
                     call.emit("linear_statistics_dx", inputs, dx, [rows or call.n, call.d], ADD=add_dx, **region)
         self._finish(outputs)
+
+    def _by_library(self, dacc: Any, outputs: dict[str, Any], column: int, position: int, rows: int) -> None:
+        """These gradients of a region, by PyTorch's GEMM."""
+        call = self.call
+        last, end = min(column + dacc.get_size()[1], call.v), min(position + (rows or call.hint), call.hint)
+        dacc = _part(_part(dacc, 0, 0, end - position), 1, 0, last - column)
+        if "DW" in outputs:
+            x = _part(call.given["input"], 0, position, end)
+            _mm(_part(outputs["DW"], 0, column, last), _op("permute", dacc, [1, 0]), x)
+        if "DX" in outputs:
+            _mm(_part(outputs["DX"], 0, position, end), dacc, _part(call.given["weight"], 0, column, last))
 
     def _outputs(self, makes: Sequence[str], add_dx: bool) -> dict[str, Any]:
         call, outputs = self.call, {}
@@ -273,6 +289,14 @@ class Backward:
         return [self.results[name] for name in self.needs]
 
 
+def _part(t: Any, dim: int, begin: int, end: int) -> Any:
+    return _op("slice.Tensor", t, dim, begin, end)
+
+
+def _mm(out: Any, a: Any, b: Any) -> None:
+    fallback_handler(MM, add_to_fallback_set=False)(out, a, b)
+
+
 def _pair(column: int, position: int, device: torch.device) -> Any:
     """(2,) int64 on the device."""
     rows = lowerings[torch.ops.prims.iota.default](
@@ -293,7 +317,16 @@ def backward(
     call = Call(operands, active, attributes)
     l2 = torch.cuda.get_device_properties(call.device).L2_cache_size
     found = schedules(
-        call.hint, call.d, call.v, call.compute, call.weight.get_dtype(), needs, attributes.workspace, l2, call.static
+        call.hint,
+        call.d,
+        call.v,
+        call.compute,
+        call.weight.get_dtype(),
+        needs,
+        attributes.workspace,
+        l2,
+        call.static,
+        library=active is None and set(call.dtypes) == {call.compute} and call.compute != torch.float16,
     )
 
     def run(schedule: Schedule) -> list[Any]:

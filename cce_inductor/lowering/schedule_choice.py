@@ -1,5 +1,6 @@
 """Schedules as choices of Inductor's autotuner: each is compiled by itself and timed as a whole."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .. import compat
 from ..ops.call import Attributes
+from ..version import source_hash
 from .schedules import Schedule
+
+log = logging.getLogger(__name__)
 
 Run = Callable[[Schedule], list[Any]]
 # While a schedule is compiled to be timed: its name.
@@ -33,11 +37,14 @@ def fastest(
     """What `run` gives for the schedule that is the fastest at calling the backward operator with these arguments."""
     if _only:
         found = [schedule for schedule in found if schedule.name == _only[-1]]
-    if len(found) == 1 or torch._inductor.config.deterministic:
+    config = torch._inductor.config
+    if len(found) == 1 or config.deterministic or config.autotune_in_subproc:
         return run(found[0])
     lists = [list(tangents.values()), list(saved.values()), list(operands.values())]
     nodes = [ir.ExternKernel.realize_input(t) for t in (*lists[0], *lists[1], *lists[2])]
     nodes += [] if active is None else [ir.ExternKernel.realize_input(active)]
+    if len({node.get_name() for node in nodes}) < len(nodes):
+        return run(found[0])  # the autotuner gives a buffer once, however many of its views are operands
 
     def call(*tensors: torch.Tensor) -> list[torch.Tensor]:
         parts, at = [], 0
@@ -49,7 +56,14 @@ def fastest(
         return operator(parts[0], names[0], parts[1], parts[2], names[1], mask, names[2], names[3], *attributes.args())
 
     layout = ir.FixedLayout(nodes[0].get_device(), torch.float32, [1], [1])
-    choices = [ScheduleChoice(schedule, nodes, layout, call, run) for schedule in found]
+    choices = []
+    for schedule in found:
+        try:
+            choices.append(ScheduleChoice(schedule, nodes, layout, call, run))
+        except Exception:
+            log.warning("the schedule %s of the backward cannot be compiled", schedule.name, exc_info=True)
+    if not choices:
+        return run(found[0])
     kinds = [*tangents, *saved, *operands, *(() if active is None else ("active",))]
     generators = {i: _filled for i, kind in enumerate(kinds) if kind in ("target", "active")}
     compat.autotuned("cce_linear_statistics_backward", choices, nodes, layout, generators)
@@ -59,7 +73,7 @@ def fastest(
 
 def _filled(node: Any) -> torch.Tensor:
     """Targets that exist, or rows that all count."""
-    size = V.graph.sizevars.optimization_hints(node.get_size())
+    size = [int(s) for s in node.get_size()]  # static, or there would be one schedule
     value = node.get_dtype() == torch.bool
     return torch.full(size, value, dtype=node.get_dtype(), device=node.get_device())
 
@@ -68,7 +82,7 @@ class ScheduleChoice(ir.ChoiceCaller):
     """One schedule. Its output node, of which nothing is used, puts the schedule's kernels into the graph."""
 
     def __init__(self, schedule: Schedule, nodes: list[Any], layout: ir.Layout, call: Callable, run: Run):
-        super().__init__(f"cce_schedule_{schedule.name}", nodes, layout, str(schedule))
+        super().__init__(f"cce_schedule_{schedule.name}", nodes, layout, f"{schedule}, {source_hash()}")
         self.schedule, self.run = schedule, run
         self.results: list[Any] = []
         self.module = self._compiled(call)
@@ -103,7 +117,7 @@ class ScheduleChoice(ir.ChoiceCaller):
         return self.module.call
 
     def hash_key(self) -> str:
-        return f"{self.name}-{self.schedule}"
+        return f"{self.name}-{self.description}"
 
     def info_dict(self) -> dict[str, Any]:
         return {"backend": "cce_inductor", "schedule": self.schedule.name}

@@ -10,12 +10,15 @@ one for each gradient its share of it. Sums that go on from region to region are
 | chunk    | rows x all columns   | 8 NVD     | V D of dW, out of the workspace (none if W is fp32)     |
 | separate | dx by chunk, dW by slab | 10 NVD | none                                                    |
 
+Where no row can be left out, operands are multiplied as they are, and a sweep finishes what it makes, PyTorch's library
+of GEMMs may read dacc in the place of our kernels: slab and separate come in that form too.
+
 The logits are computed once more than in the forward; with gradients formed there (6 NVD) nothing is swept.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -35,6 +38,7 @@ class Sweep:
     rows: int
     columns: int
     makes: tuple[str, ...]
+    library: bool = False  # GEMMs that are not added to are PyTorch's
 
     def launches(self, n: int, v: int) -> int:
         kernels = 1 + ("input" in self.makes) + ("weight" in self.makes or "bias" in self.makes)
@@ -45,6 +49,9 @@ class Sweep:
 class Schedule:
     name: str
     sweeps: tuple[Sweep, ...]
+
+    def by_library(self) -> "Schedule":
+        return Schedule(f"{self.name}, library", tuple(replace(sweep, library=True) for sweep in self.sweeps))
 
     def launches(self, n: int, v: int) -> int:
         return sum(s.launches(n, v) for s in self.sweeps)
@@ -60,30 +67,33 @@ def schedules(
     workspace: int,
     l2: int,
     static: bool,
+    library: bool,
 ) -> list[Schedule]:
     """Those that fit in `workspace` bytes, from the most to the least promising.
 
     n: rows, a guess unless `static`: then only the schedule that takes any number of rows. l2: bytes of that cache.
+    library: whether PyTorch's GEMMs can multiply these operands.
     """
     item, whole, needed = compute.itemsize, _up(v), tuple(needs)
     slab = min(max(workspace // (max(n, 1) * item) // STEP, 1) * STEP, whole)
     found = [Schedule("slab", (Sweep(0, slab, needed),))]
-    if slab == whole or not static:
-        return found
     with_dw = "weight" in needs or "bias" in needs
-    if with_dw:
-        rows = min(BLOCK_ROWS, n)
-        columns = int(min(workspace, l2 * L2_SHARE)) // (d * 4 + rows * item) // STEP * STEP
-        if columns and rows < n:
-            found.append(Schedule("blocks", (Sweep(rows, min(columns, whole), needed),)))
-    sums = v * d * 4 if "weight" in needs and weight != torch.float32 else 0
-    rows = (workspace - sums) // (whole * item) // 128 * 128
-    if rows > 0:
-        found.append(Schedule("chunk", (Sweep(min(rows, n), whole, needed),)))
-    rows = workspace // (whole * item) // 128 * 128
-    if rows > 0 and with_dw and "input" in needs:
-        dw = tuple(name for name in needed if name != "input")
-        found.append(Schedule("separate", (Sweep(min(rows, n), whole, ("input",)), Sweep(0, slab, dw))))
+    if static and slab < whole:
+        if with_dw:
+            rows = min(BLOCK_ROWS, n)
+            columns = int(min(workspace, l2 * L2_SHARE)) // (d * 4 + rows * item) // STEP * STEP
+            if columns and rows < n:
+                found.append(Schedule("blocks", (Sweep(rows, min(columns, whole), needed),)))
+        sums = v * d * 4 if "weight" in needs and weight != torch.float32 else 0
+        rows = (workspace - sums) // (whole * item) // 128 * 128
+        if rows > 0:
+            found.append(Schedule("chunk", (Sweep(min(rows, n), whole, needed),)))
+        rows = workspace // (whole * item) // 128 * 128
+        if rows > 0 and with_dw and "input" in needs:
+            dw = tuple(name for name in needed if name != "input")
+            found.append(Schedule("separate", (Sweep(min(rows, n), whole, ("input",)), Sweep(0, slab, dw))))
+    if static and library:
+        found += [s.by_library() for s in found if s.name in ("slab", "separate")]
     return found[:1] + [schedule for schedule in found[1:] if schedule.launches(n, v) <= MOST_LAUNCHES]
 
 

@@ -34,10 +34,13 @@ for _schema in (_FORWARD, _BACKWARD):
     library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
 # The tensor itself; only traced graphs have it, and Inductor takes it out again (lowering/register.py).
 library.define("keep(Tensor value) -> Tensor", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+# out = a @ b, by PyTorch's library of GEMMs: a step of a schedule (lowering/schedules.py).
+library.define("mm_(Tensor(a!) out, Tensor a, Tensor b) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 
 FORWARD = torch.ops.cce_inductor.linear_statistics.default
 BACKWARD = torch.ops.cce_inductor.linear_statistics_backward.default
 KEEP = torch.ops.cce_inductor.keep.default
+MM = torch.ops.cce_inductor.mm_.default
 
 
 def eager_forward(operands, names, active, statistics, training, *attributes) -> list[Tensor]:
@@ -59,9 +62,14 @@ def eager_backward(
     )
 
 
+def _eager_mm(out: Tensor, a: Tensor, b: Tensor) -> None:
+    torch.mm(a, b, out=out)
+
+
 library.impl("linear_statistics", eager_forward, "CompositeExplicitAutograd")
 library.impl("linear_statistics_backward", eager_backward, "CompositeExplicitAutograd")
 library.impl("keep", torch.clone, "CompositeExplicitAutograd")
+library.impl("mm_", _eager_mm, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("cce_inductor::linear_statistics", lib=library)
@@ -83,6 +91,11 @@ def fake_backward(
 @torch.library.register_fake("cce_inductor::keep", lib=library)
 def _fake_keep(value: Tensor) -> Tensor:
     return torch.empty_like(value)
+
+
+@torch.library.register_fake("cce_inductor::mm_", lib=library)
+def _fake_mm(out: Tensor, a: Tensor, b: Tensor) -> None:
+    return None
 
 
 class _LinearStatistics(torch.autograd.Function):

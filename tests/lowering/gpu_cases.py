@@ -142,6 +142,12 @@ CASES = {
     "every statistic": Case(every_statistic, every_statistic_from_logits),
     "every statistic, splits": Case(every_statistic, every_statistic_from_logits, n=33, v=4500, d=20),
     "every statistic, TMA": Case(every_statistic, every_statistic_from_logits, tiles=replace(SMALL, tma=True)),
+    "slab, library": Case(every_statistic, every_statistic_from_logits, sweeps=(Sweep(0, 256, EVERY, True),)),
+    "separate, library": Case(
+        every_statistic,
+        every_statistic_from_logits,
+        sweeps=(Sweep(32, 512, EVERY[:1], True), Sweep(0, 256, EVERY[1:], True)),
+    ),
     "blocks": Case(plain, dtype=torch.bfloat16, sweeps=(Sweep(32, 256, EVERY),)),
     "chunk": Case(softcapped, sweeps=(Sweep(32, 512, EVERY),)),
     "chunk of float32 weights in bfloat16": Case(plain, autocast=True, sweeps=(Sweep(32, 512, EVERY),)),

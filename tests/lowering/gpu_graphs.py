@@ -7,11 +7,11 @@ import mock_cuda
 import torch
 from capture import graphs_of
 from gpu_cases import SMALL
+from torch._inductor.select_algorithm import AlgorithmSelectorCache
 
-from cce_inductor import compat, config
+from cce_inductor import config
 from cce_inductor.lowering import triton_configs
 from cce_inductor.lowering.register import register
-from cce_inductor.lowering.schedule_choice import ScheduleChoice
 from cce_inductor.lowering.schedules import Schedule, Sweep
 from cce_inductor.lowering.triton_template import Tiles
 from cce_inductor.ops.choice import Chooser
@@ -46,20 +46,19 @@ def generate(
     result.graph_module.recompile()
     nodes = [node for node in result.graph_module.graph.nodes if node.op == "placeholder"]
     chosen = (lambda *a: [tiles]) if tiles is not None else triton_configs.configurations
-    schedules, autotuned = lowering.schedules, compat.autotuned
+    schedules = lowering.schedules
 
-    def scheduled(*arguments):
-        return [Schedule("chosen", sweeps)] if sweeps else schedules(*arguments)
+    def scheduled(*arguments, **options):
+        return [Schedule("chosen", sweeps)] if sweeps else schedules(*arguments, **options)
 
-    def timed(name, choices, *arguments):
-        if not isinstance(choices[0], ScheduleChoice):
-            return autotuned(name, choices, *arguments)
-        return next(choice for choice in choices if choice.schedule.name == fastest).output_node()
+    def timings(*arguments, **options):
+        return lambda choices: {choice: float(choice.schedule.name != fastest) for choice in choices}
 
     with (
         mock_cuda.device(capability),
         patch.object(lowering, "configurations", chosen),
         patch.object(lowering, "schedules", scheduled),
-        patch.object(compat, "autotuned", timed),
+        patch.object(AlgorithmSelectorCache, "make_benchmark_fn", timings),
+        torch._inductor.config.patch(autotune_local_cache=False),
     ):
         return mock_cuda.wrappers(result.graph_module, [node.meta["example_value"] for node in nodes])

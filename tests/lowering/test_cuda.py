@@ -208,9 +208,9 @@ def test_any_number_of_rows_is_one_graph():
 LLAMA = {"n": 8192, "d": 4096, "v": 128256, "compute": torch.bfloat16, "weight": torch.bfloat16}
 
 
-def offered(workspace: int, static: bool = True, needs=("input", "weight"), **head):
+def offered(workspace: int, static: bool = True, library: bool = False, needs=("input", "weight"), **head):
     head = {**LLAMA, **head}
-    return schedules(**head, needs=needs, workspace=workspace, l2=50 << 20, static=static)
+    return schedules(**head, needs=needs, workspace=workspace, l2=50 << 20, static=static, library=library)
 
 
 def test_schedules_that_fit():
@@ -222,6 +222,9 @@ def test_schedules_that_fit():
     assert [s.name for s in offered(64 << 20, n=4096, d=512, v=32768)] == ["slab", "blocks", "separate"]
     assert [s.name for s in offered(1 << 30, static=False)] == ["slab"]
     assert [s.name for s in offered(512 << 20, needs=["input"])] == ["slab", "chunk"]
+    by_library = ["slab", "separate", "slab, library", "separate, library"]
+    assert [s.name for s in offered(512 << 20, library=True)] == by_library
+    assert [s.name for s in offered(3 << 30, library=True)] == ["slab", "slab, library"]
 
 
 def test_schedules_stay_within_the_workspace():

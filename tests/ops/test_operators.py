@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from cce_inductor.ops.call import Attributes
-from cce_inductor.ops.library import BACKWARD, FORWARD
+from cce_inductor.ops.library import BACKWARD, FORWARD, MM
 from cce_inductor.ops.statistics import TABLE
 
 EVERY = "lse target_logit logit_sum entropy argmax"
@@ -155,3 +155,7 @@ def test_flops():
         with FlopCounterMode(display=False) as counter:
             sum(t.sum() for t in call_forward(head, "lse target_logit")).backward()
         assert counter.get_total_flops() == total * gemm, needs
+
+
+def test_opcheck_of_the_product_in_place():
+    torch.library.opcheck(MM, (torch.empty(3, 4), torch.randn(3, 5), torch.randn(5, 4)))
