@@ -34,9 +34,10 @@ def kind(operands: Sequence[torch.dtype], compute: torch.dtype) -> str:
 
 
 # Without matrix instructions, unless PyTorch is told to use tf32.
-_FP32 = [Tiles(64, 64, 32, 3, 4), Tiles(64, 128, 32, 3, 8)]
+_FP32 = [Tiles(64, 64, 32, 3, 4), Tiles(64, 128, 32, 2, 8)]
 _LARGE = Tiles(128, 256, 64, 3, 8)
 _LARGE_TMA = Tiles(128, 256, 64, 3, 8, tma=True)
+_TALL_TMA = Tiles(256, 128, 64, 3, 8, tma=True)
 _MIDDLE = Tiles(128, 128, 64, 4, 8)
 _MIDDLE_TMA = Tiles(128, 128, 64, 4, 8, tma=True)
 _SPECIALISED = Tiles(128, 128, 64, 4, 4, tma=True, warp_specialize=True)
@@ -58,7 +59,7 @@ _HOPPER = _table(
     {
         "linear_statistics": [_LARGE_TMA, _LARGE, _MIDDLE_TMA, _MIDDLE, _SMALL],
         "linear_statistics, kept": [_MIDDLE_TMA, _MIDDLE, _SMALL],
-        "linear_statistics_dacc": [_LARGE, _MIDDLE_TMA, _MIDDLE, _SMALL],
+        "linear_statistics_dacc": [_TALL_TMA, _MIDDLE_TMA, _MIDDLE, _SMALL],
         "linear_statistics_dw": [_LARGE_TMA, _LARGE, _MIDDLE_TMA, _MIDDLE, _SMALL],
         "linear_statistics_dw, added": [_MIDDLE_TMA, _MIDDLE, _SMALL],
         "linear_statistics_dx": [_LARGE_TMA, _LARGE, _MIDDLE_TMA, _MIDDLE, _SMALL],
@@ -69,7 +70,7 @@ _BLACKWELL = _table(
     {
         "linear_statistics": [_LARGE_TMA, _MIDDLE_TMA, _MIDDLE, _SMALL],
         "linear_statistics, kept": [_MIDDLE_TMA, Tiles(64, 128, 64, 4, 8, tma=True), Tiles(64, 128, 64, 4, 8)],
-        "linear_statistics_dacc": [_LARGE_TMA, _SPECIALISED, _MIDDLE, _SMALL],
+        "linear_statistics_dacc": [_LARGE_TMA, _MIDDLE_TMA, _MIDDLE, _SMALL],
         "linear_statistics_dw": [_LARGE_TMA, _SPECIALISED, _MIDDLE, _SMALL],
         "linear_statistics_dw, added": [_MIDDLE_TMA, _MIDDLE, _SMALL],
         "linear_statistics_dx": [_MIDDLE_TMA, _MIDDLE, _SMALL],

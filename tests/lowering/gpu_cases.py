@@ -27,7 +27,8 @@ class Case:
     d: int = 40
     v: int = 333
     dtype: torch.dtype = torch.float32
-    transposed: bool = False
+    transposed: bool = False  # W
+    strided: bool = False  # x
     sharp: float = 1.0
     dynamic: bool = False
     autocast: bool = False
@@ -50,6 +51,7 @@ class Case:
         if self.reference is None:
             t[2::5] = -100
         x, w, b = (tensor.to(device, self.dtype) for tensor in (x, w, b))
+        x = x.repeat(1, 2)[:, ::2] if self.strided else x
         return [x, w.t().contiguous().t() if self.transposed else w, b, t.to(device)]
 
     def function(self) -> Callable:
@@ -99,6 +101,11 @@ def class_weights(x, w, b, t):
     return F.cross_entropy(F.linear(x, w, b).float(), t, weight=weight, label_smoothing=0.2)
 
 
+def one_buffer(x, w, b, t):
+    both = torch.cat([w, x])
+    return plain(both[w.shape[0] :], both[: w.shape[0]], b, t)
+
+
 def scaled(x, w, b, t):
     return plain(x, w, b, t) * 1024  # as a GradScaler does
 
@@ -134,9 +141,11 @@ CASES = {
     "tangents of both signs": Case(weighted_rows),
     "class weights": Case(class_weights),
     "peaked": Case(plain, sharp=8.0, dtype=torch.bfloat16),
+    "flat": Case(plain, sharp=0.01, dtype=torch.bfloat16),
     "one row": Case(plain, n=1),
     "one step of everything": Case(plain, n=32, d=16, v=256),
-    "weight stored (D, V)": Case(plain, transposed=True),
+    "weight stored (D, V), x strided": Case(plain, transposed=True, strided=True),
+    "operands in one buffer": Case(one_buffer),
     "vocabulary in splits": Case(plain, n=33, v=4500, d=20),
     "any number of rows": Case(plain, dynamic=True),
     "every statistic": Case(every_statistic, every_statistic_from_logits),

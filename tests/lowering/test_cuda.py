@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 
 import ahead_of_time
 import rendered
-from gpu_cases import CASES, KEEPING
+from gpu_cases import CASES, KEEPING, Case
 from gpu_graphs import generate
 
 from cce_inductor.lowering.schedules import schedules
@@ -61,6 +61,11 @@ def test_no_configuration_spills_or_does_without_matrix_instructions(dtype):
         # fp32 as PyTorch's default has it ("ieee") has no matrix instruction, and dacc of kept logits no product.
         is_gemm = dtype != "float32" and row["kernel"] != "linear_statistics_dacc, kept"
         assert row["instruction"] == (wanted[row["sm"]] if is_gemm else "none"), row
+
+
+def make_leaves(case: Case) -> list[torch.Tensor]:
+    *leaves, t = case.data()
+    return [*(tensor.requires_grad_() for tensor in leaves), t]
 
 
 def bfloat16_loss(**how) -> list[str]:
@@ -187,6 +192,18 @@ def test_offsets_beyond_two_to_the_31_are_64_bits():
             ours = [kernel for kernel in rendered.kernels(wrapper) if kernel.ours]
             dtypes = {kernel.constants()["INDEX_DTYPE"] for kernel in ours}
             assert dtypes == {"tl.int64" if wide else "tl.int32"}
+
+
+def test_float32_is_multiplied_as_pytorch_is_told():
+    for precision, expected in (("ieee", "'ieee'"), ("tf32", "'tf32'")):
+        before = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = precision
+        try:
+            wrappers = generate(CASES["float32"].loss, make_leaves(CASES["float32"]))
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
+        ours = [kernel for wrapper in wrappers for kernel in rendered.kernels(wrapper) if kernel.ours]
+        assert {kernel.constants()["PRECISION"] for kernel in ours} == {expected}
 
 
 def test_any_number_of_rows_is_one_graph():
