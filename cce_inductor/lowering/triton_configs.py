@@ -68,8 +68,8 @@ _HOPPER = _table(
 )
 _BLACKWELL = _table(
     {
-        "linear_statistics": [_LARGE_TMA, _MIDDLE_TMA, _MIDDLE, _SMALL],
-        "linear_statistics, kept": [_MIDDLE_TMA, Tiles(64, 128, 64, 4, 8, tma=True), Tiles(64, 128, 64, 4, 8)],
+        "linear_statistics": [_LARGE_TMA, _MIDDLE, _SMALL],
+        "linear_statistics, kept": [_MIDDLE_TMA, Tiles(64, 128, 64, 4, 8)],
         "linear_statistics_dacc": [_LARGE_TMA, _MIDDLE_TMA, _MIDDLE, _SMALL],
         "linear_statistics_dw": [_LARGE_TMA, _SPECIALISED, _MIDDLE, _SMALL],
         "linear_statistics_dw, added": [_MIDDLE_TMA, _MIDDLE, _SMALL],
