@@ -42,7 +42,7 @@ _MIDDLE = Tiles(128, 128, 64, 4, 8)
 _MIDDLE_TMA = Tiles(128, 128, 64, 4, 8, tma=True)
 _SPECIALISED = Tiles(128, 128, 64, 4, 4, tma=True, warp_specialize=True)
 _SMALL = Tiles(64, 128, 64, 4, 4)
-_CAST = [Tiles(128, 64, 32, 3, 8), Tiles(64, 128, 32, 3, 8), Tiles(64, 64, 32, 3, 4)]
+_CAST = [Tiles(128, 64, 32, 3, 8), Tiles(64, 128, 32, 2, 8), Tiles(64, 64, 32, 3, 4)]
 
 _AMPERE = _table(
     {
