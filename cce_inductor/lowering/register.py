@@ -49,13 +49,10 @@ def _lower(operator: Any, read: Callable, *call: Any) -> Sequence[Any]:
 
 
 def _forward(operands, names, active, statistics, training, *attributes) -> tuple[str, dict, dict]:
-    named = _named(names, operands)
-    arguments = {
-        "operands": named,
-        "active": active,
-        "statistics": statistics.split(),
-        "attributes": Attributes(*attributes),
-    }
+    named, options = _named(names, operands), Attributes(*attributes)
+    if training and options.grad_filter != "exact":
+        raise Unsupported(f"no template leaves what grad_filter={options.grad_filter!r} needs")
+    arguments = {"operands": named, "active": active, "statistics": statistics.split(), "attributes": options}
     return "forward", named, arguments
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .filters import Filter
 from .statistics import Statistic, parse
 
 OPERANDS = ("input", "weight", "bias", "target", "column_weight")
@@ -22,7 +23,8 @@ class Attributes:
     scale: factor of the logits before the softcap. softcap: `cap` of cap * tanh(u / cap), 0.0 for none.
     compute_dtype: dtype the operands are rounded to before they are multiplied (accumulation is fp32, or fp64 for
     fp64); None means what `F.linear` would do: the autocast dtype if autocast is on, the operands' own otherwise.
-    grad_filter: which columns the backward computes. workspace: bytes of scratch. version: see `cce_inductor.version`.
+    grad_filter: which columns the backward computes (filters.py). workspace: bytes of scratch. version: see
+    `cce_inductor.version`.
     """
 
     scale: float = 1.0
@@ -61,6 +63,16 @@ class Call:
     def rows(self) -> list[Statistic]:
         """The statistics asked for, as rows of the table."""
         return parse(self.statistics)
+
+    @property
+    def filter(self) -> Filter:
+        return Filter.read(self.attributes.grad_filter)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the forward leaves a bound to the backward: under a budget, for what the budget is proved for."""
+        names = self.statistics.split()
+        return self.filter.kind == "budget" and "lse" in names and all(row.budget for row in self.rows)
 
     @property
     def compute_dtype(self) -> torch.dtype:

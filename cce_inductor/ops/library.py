@@ -14,6 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
+from .bound import blocks
 from .call import DIFFERENTIABLE_OPERANDS, Attributes, Call, check
 
 ATTRIBUTES = "float scale, float softcap, ScalarType? compute_dtype, str grad_filter, int workspace, str version"
@@ -46,7 +47,7 @@ MM = torch.ops.cce_inductor.mm_.default
 def eager_forward(operands, names, active, statistics, training, *attributes) -> list[Tensor]:
     call = Call.read(operands, names, active, statistics, attributes)
     check(call)
-    return reference.forward(call)
+    return reference.forward(call, training and call.bounded)
 
 
 def eager_backward(
@@ -57,7 +58,7 @@ def eager_backward(
     return reference.backward(
         call,
         dict(zip(tangent_names.split(), tangents, strict=True)),
-        dict(zip(statistics.split(), saved, strict=False)),
+        dict(zip(saved_names(call, saved), saved, strict=True)),
         needs.split(),
     )
 
@@ -72,12 +73,20 @@ library.impl("keep", torch.clone, "CompositeExplicitAutograd")
 library.impl("mm_", _eager_mm, "CompositeExplicitAutograd")
 
 
+def saved_names(call: Call, saved: list[Tensor]) -> list[str]:
+    """What a backward is given of the forward's results: the statistics and, where there is one, the bound."""
+    return [*call.statistics.split(), "bound"][: len(saved)]
+
+
 @torch.library.register_fake("cce_inductor::linear_statistics", lib=library)
 def fake_forward(operands, names, active, statistics, training, *attributes) -> list[Tensor]:
     call = Call.read(operands, names, active, statistics, attributes)
     check(call)
-    n = call.input.shape[0]
-    return [call.input.new_empty(n, dtype=torch.int64 if row.integer else call.accumulate_dtype) for row in call.rows]
+    x = call.input
+    out = [x.new_empty(x.shape[0], dtype=torch.int64 if row.integer else call.accumulate_dtype) for row in call.rows]
+    if training and call.bounded:
+        out.append(x.new_empty((blocks(x.shape[0]), call.weight.shape[0]), dtype=torch.uint8))
+    return out
 
 
 @torch.library.register_fake("cce_inductor::linear_statistics_backward", lib=library)
@@ -109,7 +118,8 @@ class _LinearStatistics(torch.autograd.Function):
         ctx.operands = len(operands)
         ctx.save_for_backward(*operands, *out, *(() if active is None else (active,)))
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(o for o, row in zip(out, call.rows, strict=False) if not row.differentiable))
+        plain = [o for o, row in zip(out, call.rows, strict=False) if not row.differentiable]
+        ctx.mark_non_differentiable(*plain, *out[len(call.rows) :])
         return tuple(out)
 
     @staticmethod
@@ -144,7 +154,8 @@ class _LinearStatistics(torch.autograd.Function):
 
 def _autograd_forward(operands, names, active, statistics, training, *attributes) -> list[Tensor]:
     if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
-        return list(_LinearStatistics.apply(names, active, statistics, attributes, *operands))
+        results = list(_LinearStatistics.apply(names, active, statistics, attributes, *operands))
+        return results if training else results[: len(statistics.split())]
     with torch._C._AutoDispatchBelowAutograd():
         return FORWARD(operands, names, active, statistics, training, *attributes)
 

@@ -102,13 +102,13 @@ def _update_exp(state: RunningExp | None, tile: Tile, weighted: bool) -> Running
     return RunningExp(maximum, total, product)
 
 
-def _finish_lse(state: RunningExp) -> Tensor:
+def finish_lse(state: RunningExp) -> Tensor:
     return state.total.log() + _shift(state.maximum)
 
 
 def _finish_entropy(state: RunningExp) -> Tensor:
     assert state.weighted is not None
-    return _finish_lse(state) - state.weighted / state.total
+    return finish_lse(state) - state.weighted / state.total
 
 
 def _update_target(state: Tensor | None, tile: Tile) -> Tensor:
@@ -172,7 +172,7 @@ TABLE: dict[str, Statistic] = {
         Statistic(
             "entropy", "signed", False, lambda s, t: _update_exp(s, t, True), _finish_entropy, _grad_entropy, ("lse",)
         ),
-        Statistic("lse", "dense", True, lambda s, t: _update_exp(s, t, False), _finish_lse, _grad_lse),
+        Statistic("lse", "dense", True, lambda s, t: _update_exp(s, t, False), finish_lse, _grad_lse),
         Statistic("logit_sum", "linear", False, _update_sum, _identity, _grad_sum),
         Statistic("target_logit", "sparse", True, _update_target, _identity, _grad_target, ("target",)),
         Statistic("argmax", "none", True, _update_argmax, lambda s: s[1], None, integer=True),

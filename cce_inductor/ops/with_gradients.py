@@ -41,7 +41,7 @@ ATTACH = torch.ops.cce_inductor.attach_gradients.default
 def _eager(tangents, tangent_names, operands, names, active, statistics, needs, *attributes) -> list[Tensor]:
     saved = eager_forward(operands, names, active, statistics, True, *attributes)
     call = (operands, names, active, statistics, needs, *attributes)
-    return saved + eager_backward(tangents, tangent_names, saved, *call)
+    return saved[: len(statistics.split())] + eager_backward(tangents, tangent_names, saved, *call)
 
 
 def _autograd(tangents, tangent_names, operands, *rest) -> list[Tensor]:
@@ -57,7 +57,7 @@ autocast_off("linear_statistics_with_gradients", WITH_GRADIENTS)
 @torch.library.register_fake("cce_inductor::linear_statistics_with_gradients", lib=library)
 def _fake(tangents, tangent_names, operands, names, active, statistics, needs, *attributes) -> list[Tensor]:
     saved = fake_forward(operands, names, active, statistics, True, *attributes)
-    return saved + fake_backward(
+    return saved[: len(statistics.split())] + fake_backward(
         tangents, tangent_names, saved, operands, names, active, statistics, needs, *attributes
     )
 
