@@ -130,7 +130,17 @@ def autotuned(name: str, choices: list, inputs: list, layout: Any, generators: M
 
 
 def can_use_tma(*matrices: Any) -> bool:
-    """Whether the device and the matrices' strides allow tensor memory accelerator loads."""
-    from torch._inductor.utils import can_use_tma as possible
+    """Whether the device and the matrices allow tensor memory accelerator loads of rows.
 
-    return bool(possible(*matrices))
+    Inductor's own test lets any dimension be the contiguous one, and does not look where in its buffer a view begins.
+    """
+    from torch._inductor.utils import can_use_tma as possible
+    from torch._inductor.virtualized import V
+
+    sizes = V.graph.sizevars
+    rows = all(
+        sizes.statically_known_equals(m.get_stride()[1], 1)
+        and sizes.statically_known_multiple_of(m.get_layout().offset * m.get_dtype().itemsize, 16)
+        for m in matrices
+    )
+    return rows and bool(possible(*matrices))

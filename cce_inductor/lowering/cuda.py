@@ -97,10 +97,6 @@ class Call:
 
     def emit(self, kernel: str, inputs: dict, mutated: dict, sizes: Sequence[Any], **constants: Any) -> None:
         precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-        zeros = {
-            name: lambda t: torch.zeros(t.get_size(), dtype=t.get_dtype(), device=t.get_device())
-            for name in ("TARGET", "INDEX", "BEGIN")
-        }
         matrices = [self.weight] if "INDEX" in inputs else [self.input, self.weight]
         tma = compat.can_use_tma(*matrices)
         block_n = KEPT_TILE if "KEPT" in mutated else None
@@ -114,7 +110,10 @@ class Call:
             sizes,
             found,
             lambda step: self.d % step == 0,
-            {**zeros, "COUNT": lambda t: torch.full((1,), self.hint, dtype=torch.int64, device=self.device)},
+            {
+                "COUNT": lambda t: torch.full((1,), self.hint, dtype=torch.int64, device=self.device),
+                "INDEX": lambda t: torch.arange(self.hint, device=self.device),
+            },
             COMPUTE=DTYPES[self.compute],
             PRECISION=repr(precision),
             SCALE=float(self.attributes.scale),
@@ -206,7 +205,7 @@ class Backward:
         if "lse" in tangents or "entropy" in tangents:
             given |= {name.upper(): _in_memory(saved[name]) for name in ("lse", "entropy") if name in saved}
         given |= {f"G_{name.upper()}": _in_memory(t) for name, t in tangents.items()}
-        self.factor = _factor(tangents) if call.compute == torch.float16 else None
+        self.factor = _factor(tangents, call.active) if call.compute == torch.float16 else None
         if self.factor is not None:
             given["FACTOR"] = _in_memory(self.factor)
         self.given = given
@@ -338,14 +337,16 @@ def backward(
     return fastest(found, run, BACKWARD, tangents, saved, operands, active, needs, attributes)
 
 
-def _factor(tangents: dict[str, Any]) -> Any:
-    """1 / max |tangent|, (1,): dacc in float16 would lose gradients that are small because the loss is a mean."""
+def _factor(tangents: dict[str, Any], active: Any) -> Any:
+    """1 / max |tangent| of the active rows, (1,): dacc in float16 would lose what a mean makes small."""
     largest = None
     for tangent in tangents.values():
-        top = _op("amax", _op("abs", tangent), [0], True)
+        size = _op("abs", tangent)
+        size = size if active is None else _op("where.self", active, size, 0.0)
+        top = _op("amax", size, [0], True)
         largest = top if largest is None else _op("maximum", largest, top)
-    positive = _op("gt.Scalar", largest, 0.0)
-    return _op("where.self", positive, _op("reciprocal", largest), 1.0)
+    usable = _op("logical_and", _op("gt.Scalar", largest, 0.0), _op("lt.Scalar", largest, math.inf))
+    return _op("where.self", usable, _op("reciprocal", largest), 1.0)
 
 
 def with_gradients(

@@ -45,7 +45,10 @@ def _lower(operator: Any, read: Callable, *call: Any) -> Sequence[Any]:
         return getattr(module, name)(**arguments)
     except Unsupported as reason:
         log.info("%s runs its eager implementation: %s", operator, reason)
-        return fallback_handler(operator, add_to_fallback_set=False)(*call)
+    except Exception:
+        # A fault of ours, or of the tuning, must not cost the user the compilation.
+        log.exception("%s could not be lowered and runs its eager implementation", operator)
+    return fallback_handler(operator, add_to_fallback_set=False)(*call)
 
 
 def _forward(operands, names, active, statistics, training, *attributes) -> tuple[str, dict, dict]:

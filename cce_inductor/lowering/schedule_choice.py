@@ -1,13 +1,17 @@
 """Schedules as choices of Inductor's autotuner: each is compiled by itself and timed as a whole."""
 
 import logging
+import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._dynamo.testing import rand_strided
 from torch._inductor import ir
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime.benchmarking import benchmarker
+from torch._inductor.select_algorithm import NoValidChoicesError
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -43,8 +47,6 @@ def fastest(
     lists = [list(tangents.values()), list(saved.values()), list(operands.values())]
     nodes = [ir.ExternKernel.realize_input(t) for t in (*lists[0], *lists[1], *lists[2])]
     nodes += [] if active is None else [ir.ExternKernel.realize_input(active)]
-    if len({node.get_name() for node in nodes}) < len(nodes):
-        return run(found[0])  # the autotuner gives a buffer once, however many of its views are operands
 
     def call(*tensors: torch.Tensor) -> list[torch.Tensor]:
         parts, at = [], 0
@@ -64,25 +66,30 @@ def fastest(
             log.warning("the schedule %s of the backward cannot be compiled", schedule.name, exc_info=True)
     if not choices:
         return run(found[0])
-    kinds = [*tangents, *saved, *operands, *(() if active is None else ("active",))]
-    generators = {i: _filled for i, kind in enumerate(kinds) if kind in ("target", "active")}
-    compat.autotuned("cce_linear_statistics_backward", choices, nodes, layout, generators)
+    try:
+        # One of the inputs will do: the choices make their own.
+        compat.autotuned("cce_linear_statistics_backward", choices, nodes[:1], layout, {})
+    except NoValidChoicesError:
+        return run(found[0])
     (chosen,) = [choice for choice in choices if choice.results]
     return chosen.results
 
 
-def _filled(node: Any) -> torch.Tensor:
-    """Targets that exist, or rows that all count."""
-    size = [int(s) for s in node.get_size()]  # static, or there would be one schedule
-    value = node.get_dtype() == torch.bool
-    return torch.full(size, value, dtype=node.get_dtype(), device=node.get_device())
+def _example(node: Any) -> torch.Tensor:
+    """A tensor as the node will be, with its strides: numbers at random, targets that exist, rows that all count."""
+    size, stride = ([int(s) for s in sizes] for sizes in (node.get_size(), node.get_stride()))  # static
+    if node.get_dtype() == torch.bool:
+        return torch.empty_strided(size, stride, dtype=torch.bool, device=node.get_device()).fill_(True)
+    return rand_strided(size, stride, node.get_dtype(), node.get_device())
 
 
 class ScheduleChoice(ir.ChoiceCaller):
     """One schedule. Its output node, of which nothing is used, puts the schedule's kernels into the graph."""
 
     def __init__(self, schedule: Schedule, nodes: list[Any], layout: ir.Layout, call: Callable, run: Run):
-        super().__init__(f"cce_schedule_{schedule.name}", nodes, layout, f"{schedule}, {source_hash()}")
+        about = [(n.get_size(), n.get_stride(), n.get_dtype()) for n in nodes]
+        name = re.sub(r"\W+", "_", f"cce_schedule_{schedule.name}")
+        super().__init__(name, nodes, layout, f"{schedule}, {about}, {source_hash()}")
         self.schedule, self.run = schedule, run
         self.results: list[Any] = []
         self.module = self._compiled(call)
@@ -104,7 +111,13 @@ class ScheduleChoice(ir.ChoiceCaller):
             _only.pop()
 
     def benchmark(self, *args: Any, out: torch.Tensor) -> float:
-        return benchmarker.benchmark_gpu(lambda: self.module.call(list(args)))
+        try:
+            # The autotuner gives the base of a view, and a buffer once however many of its views are operands.
+            tensors = [_example(node) for node in self.input_nodes]
+            return benchmarker.benchmark_gpu(lambda: self.module.call(list(tensors)))
+        except Exception:
+            log.warning("the schedule %s of the backward cannot be timed", self.schedule.name, exc_info=True)
+            return math.inf
 
     def output_node(self) -> Any:
         self.results = self.run(self.schedule)

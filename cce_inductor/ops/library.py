@@ -47,7 +47,7 @@ MM = torch.ops.cce_inductor.mm_.default
 def eager_forward(operands, names, active, statistics, training, *attributes) -> list[Tensor]:
     call = Call.read(operands, names, active, statistics, attributes)
     check(call)
-    return reference.forward(call, training and call.bounded)
+    return reference.forward_with_bound(call) if training and call.bounded else reference.forward(call)
 
 
 def eager_backward(

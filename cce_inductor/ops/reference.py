@@ -107,11 +107,17 @@ def check_targets(operands: Operands) -> None:
         raise IndexError(f"Target {wrong} is out of bounds: the vocabulary has {v} classes, 0 to {v - 1}.")
 
 
-def forward(call: Call, with_bound: bool = False) -> list[Tensor]:
-    """The statistics of every row, (N,) each, in accumulation dtype (argmax: int64); 0 in rows that are not active.
+def forward(call: Call) -> list[Tensor]:
+    """The statistics of every row, (N,) each, in accumulation dtype (argmax: int64); 0 in rows that are not active."""
+    return _forward(call, with_bound=False)
 
-    with_bound: behind them the bound (bound.py), (blocks of N rows, V) uint8.
-    """
+
+def forward_with_bound(call: Call) -> list[Tensor]:
+    """What `forward` gives, and behind it the bound (bound.py), (blocks of N rows, V) uint8."""
+    return _forward(call, with_bound=True)
+
+
+def _forward(call: Call, with_bound: bool) -> list[Tensor]:
     rows = call.rows
     operands = Operands(call)
     check_targets(operands)

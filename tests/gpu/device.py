@@ -1,4 +1,4 @@
-"""The device of these tests, and their training runs as a script: ``python device.py eager|cce [steps]``."""
+"""The device of these tests, and their training runs as a script: ``python device.py eager|cce|"cce late" steps``."""
 
 import json
 import os
@@ -47,8 +47,10 @@ def train(kind: str, steps: int) -> list[float]:
     vocab, width, batch, length = 8192, 256, 16, 128
     torch.manual_seed(0)
     model = Model(vocab, width).to(DEVICE)
-    backend = cce_inductor.cce_backend if kind == "cce" else "eager"
-    compiled = torch.compile(model, backend=backend)
+    # Late: gradients in the backward, in slabs, and the rest of its kernels.
+    options = {"gradients_in_forward": False, "workspace_mb": 1} if kind == "cce late" else {}
+    how = {"backend": "eager"} if kind == "eager" else {"backend": cce_inductor.cce_backend, "options": options}
+    compiled = torch.compile(model, **how)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(1)
     losses = []

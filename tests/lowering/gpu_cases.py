@@ -36,6 +36,7 @@ class Case:
     tiles: Tiles = SMALL
     early: bool = False  # gradients formed in the forward
     infinite: bool = False  # one column's logits are
+    ignored: bool = False  # every row is
 
     @property
     def compute(self) -> torch.dtype:
@@ -50,6 +51,8 @@ class Case:
             b[7], t = torch.inf, t % 7
         if self.reference is None:
             t[2::5] = -100
+        if self.ignored:
+            t[:] = -100
         x, w, b = (tensor.to(device, self.dtype) for tensor in (x, w, b))
         x = x.repeat(1, 2)[:, ::2] if self.strided else x
         return [x, w.t().contiguous().t() if self.transposed else w, b, t.to(device)]
@@ -143,6 +146,8 @@ CASES = {
     "peaked": Case(plain, sharp=8.0, dtype=torch.bfloat16),
     "flat": Case(plain, sharp=0.01, dtype=torch.bfloat16),
     "one row": Case(plain, n=1),
+    "every row ignored": Case(plain, dtype=torch.bfloat16, ignored=True),
+    "every row ignored, float16": Case(scaled, dtype=torch.float16, ignored=True),
     "one step of everything": Case(plain, n=32, d=16, v=256),
     "weight stored (D, V), x strided": Case(plain, transposed=True, strided=True),
     "operands in one buffer": Case(one_buffer),
@@ -163,6 +168,12 @@ CASES = {
     "separate": Case(plain, dtype=torch.bfloat16, sweeps=(Sweep(32, 512, EVERY[:1]), Sweep(0, 256, EVERY[1:]))),
     "blocks in float16": Case(scaled, dtype=torch.float16, sweeps=(Sweep(32, 256, EVERY),)),
     "TMA": Case(plain, dtype=torch.bfloat16, tiles=replace(SMALL, tma=True)),
+    "TMA, weight stored (D, V)": Case(
+        plain, v=336, dtype=torch.bfloat16, transposed=True, tiles=replace(SMALL, tma=True)
+    ),
+    "TMA, x as well": Case(
+        every_statistic, every_statistic_from_logits, dtype=torch.bfloat16, tiles=replace(SMALL, tma=True)
+    ),
     "TMA, in blocks": Case(class_weights, tiles=replace(SMALL, tma=True), sweeps=(Sweep(32, 256, EVERY),)),
     "gradients in the forward, float32": Case(softcapped, early=True, tiles=KEEPING),
     "gradients in the forward, bfloat16": Case(plain, dtype=torch.bfloat16, early=True, tiles=KEEPING),

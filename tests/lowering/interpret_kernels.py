@@ -24,7 +24,9 @@ def run(case: Case) -> dict[str, int]:
     for tensor in (inputs[0], t) if case.dynamic else ():
         torch._dynamo.mark_dynamic(tensor, 0)
     choose = (lambda problem: Choice("test", gradients_in_forward=True)) if case.early else None
-    forward, backward = generate(case.function(), [*inputs, t], choose=choose, **how)
+    forward, *_, backward = wrappers = generate(case.function(), [*inputs, t], choose=choose, **how)
+    uses_tma = {k.constants()["TMA"] for w in wrappers for k in rendered.kernels(w) if k.ours} == {"True"}
+    assert uses_tma == (case.tiles.tma and not case.transposed)
     sizes = [case.n] if case.dynamic else []
     assert ("early" if "with_gradients" in forward else "late") == ("early" if case.early else "late")
     with torch.no_grad():

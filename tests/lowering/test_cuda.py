@@ -10,6 +10,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ import rendered
 from gpu_cases import CASES, KEEPING, Case
 from gpu_graphs import generate
 
+from cce_inductor.lowering.schedule_choice import ScheduleChoice, _example
 from cce_inductor.lowering.schedules import schedules
 from cce_inductor.lowering.triton_configs import KEPT_TILE, TABLE
 from cce_inductor.ops.choice import Choice
@@ -265,6 +268,43 @@ def test_every_schedule_is_compiled_to_be_timed_and_the_fastest_is_used():
     assert launches == [1, 6, 6, 2 * 2 + 2 * 2, 6]
     assert "(9216, 64), (64, 1), torch.float32" in wrappers[-1]  # dW is added up in fp32
     assert "(9216, 64), (64, 1), torch.float32" not in wrappers[1]
+
+
+def test_a_schedule_is_timed_on_tensors_as_its_operands_will_be():
+    """The autotuner's own would be the bases of views."""
+
+    def node(dtype, size, stride):
+        made = {"get_dtype": dtype, "get_size": size, "get_stride": stride, "get_device": torch.device("cpu")}
+        return SimpleNamespace(**{name: lambda value=value: value for name, value in made.items()})
+
+    scalar = _example(node(torch.float32, [512], [0]))
+    assert scalar.shape == (512,) and scalar.stride() == (0,)
+    transposed = _example(node(torch.bfloat16, [30, 20], [1, 30]))
+    assert transposed.stride() == (1, 30) and transposed.float().std() > 0.5
+    assert _example(node(torch.bool, [9], [1])).all()
+    assert (_example(node(torch.int64, [9], [2])) == 0).all()
+
+
+def test_wrappers_of_timed_schedules_name_their_buffers_properly():
+    _, *timed, _ = generate(CASES["every statistic"].loss, make_leaves(CASES["every statistic"]), workspace=1 << 14)
+    assert len(timed) == 2  # slab, and slab with PyTorch's GEMMs
+    for wrapper in timed:
+        names = re.findall(r"^ *(.*) = empty_strided_cuda", wrapper, re.M)
+        assert names and all(name.isidentifier() for name in names)
+
+
+def test_a_schedule_that_cannot_be_timed_loses():
+    choice = object.__new__(ScheduleChoice)
+    choice.input_nodes, choice.schedule = [None], SimpleNamespace(name="broken")
+    assert choice.benchmark(out=None) == float("inf")
+
+
+def test_a_fault_in_a_lowering_falls_back_to_the_eager_implementation(caplog):
+    with patch("cce_inductor.lowering.cuda._factor", side_effect=RuntimeError("broken")):
+        wrappers = generate(CASES["float16"].loss, make_leaves(CASES["float16"]))
+    assert "cce_inductor.linear_statistics_backward" in wrappers[-1]
+    assert "launch linear_statistics" in rendered.summary(wrappers[0])
+    assert "could not be lowered" in caplog.text
 
 
 def test_every_kernel_has_configurations_for_every_kind_of_operands():

@@ -102,7 +102,7 @@ def test_contract_holds_in_every_block(kind, n, v, tau, weighting, slab, seed):
     before = reference.SLAB_COLUMNS
     reference.SLAB_COLUMNS = slab  # the running log-sum-exp, and with it the bound, depends on the slabs
     try:
-        lse, target_logit, bound = reference.forward(call, True)
+        lse, target_logit, bound = reference.forward_with_bound(call)
         saved = {"lse": lse, "target_logit": target_logit}
         keep = reference.kept_columns(reference.Operands(call), {"lse": g}, saved, bound, slab)
     finally:
