@@ -21,7 +21,7 @@ from ..ops import statistics as table
 from ..ops.call import Attributes
 from ..ops.library import BACKWARD, MM
 from .schedule_choice import fastest
-from .schedules import STEP, Schedule, Sweep, schedules
+from .schedules import Schedule, Sweep, schedules, whole_tiles
 from .triton_configs import KEPT_TILE, configurations
 from .triton_template import DTYPES, emit
 from .unsupported import Unsupported, unsupported_dtype
@@ -102,7 +102,7 @@ class Call:
         block_n = KEPT_TILE if "KEPT" in mutated else None
         variant = ", kept" * bool(block_n or constants.get("KEPT")) + ", added" * ("DW_SUM" in mutated)
         found = configurations(kernel + variant, self.dtypes, self.compute, self.device, tma, block_n)
-        return emit(
+        emit(
             kernel,
             inputs,
             mutated,
@@ -150,7 +150,7 @@ def _statistics(call: Call, statistics: list[str], kept: dict[str, Any] | None =
     sms = torch.cuda.get_device_properties(call.device).multi_processor_count
     blocks = max(1, math.ceil(call.hint / 128))
     splits = max(1, min(math.ceil(2 * sms / blocks), call.v // LEAST_SPLIT))
-    split = math.ceil(call.v / splits / STEP) * STEP
+    split = whole_tiles(call.v / splits)
     splits = math.ceil(call.v / split)
 
     names = dict.fromkeys(name for statistic in statistics for name in PARTS[statistic])
@@ -358,7 +358,7 @@ def with_gradients(
     attributes: Attributes,
 ) -> list[Any]:
     call = Call(operands, active, attributes)
-    pitch = math.ceil(call.v / STEP) * STEP
+    pitch = whole_tiles(call.v)
     kept = {"KEPT": call.empty([call.n, pitch], call.compute)}
     if call.compute != torch.float32:
         kept["TOPS"] = call.empty([math.ceil(call.v / KEPT_TILE) * call.n], torch.float32)

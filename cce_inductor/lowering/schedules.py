@@ -74,7 +74,7 @@ def schedules(
     n: rows, a guess unless `static`: then only the schedule that takes any number of rows. l2: bytes of that cache.
     library: whether PyTorch's GEMMs can multiply these operands.
     """
-    item, whole, needed = compute.itemsize, _up(v), tuple(needs)
+    item, whole, needed = compute.itemsize, whole_tiles(v), tuple(needs)
     slab = min(max(workspace // (max(n, 1) * item) // STEP, 1) * STEP, whole)
     found = [Schedule("slab", (Sweep(0, slab, needed),))]
     with_dw = "weight" in needs or "bias" in needs
@@ -97,5 +97,6 @@ def schedules(
     return found[:1] + [schedule for schedule in found[1:] if schedule.launches(n, v) <= MOST_LAUNCHES]
 
 
-def _up(v: int) -> int:
+def whole_tiles(v: float) -> int:
+    """The least number of columns that is at least `v` and a multiple of every kernel's tile."""
     return math.ceil(v / STEP) * STEP
