@@ -15,7 +15,11 @@ from .cpu_template import Spec, emit
 from .unsupported import Unsupported, unsupported_dtype
 
 
-def forward(operands: dict[str, Any], active: Any, statistics: list[str], attributes: Attributes) -> Sequence[Any]:
+def forward(
+    operands: dict[str, Any], active: Any, statistics: list[str], attributes: Attributes, bounded: bool
+) -> Sequence[Any]:
+    if bounded:
+        raise Unsupported("no template leaves a bound")
     element, compute = _dtypes(operands, attributes)
     given = _realize(operands | _mask(active))
     constants = _constants(attributes) | {"statistics": statistics}
@@ -32,6 +36,8 @@ def backward(
     needs: list[str],
     attributes: Attributes,
 ) -> Sequence[Any]:
+    if "bound" in saved:
+        raise Unsupported("no template reads a bound")
     element, compute = _dtypes(operands, attributes)
     needed = {"target_logit"} & set(tangents)
     if "lse" in tangents or "entropy" in tangents:

@@ -141,7 +141,11 @@ def _own(operand: Any) -> Any:
     return _in_memory(copy)
 
 
-def forward(operands: dict[str, Any], active: Any, statistics: list[str], attributes: Attributes) -> list[Any]:
+def forward(
+    operands: dict[str, Any], active: Any, statistics: list[str], attributes: Attributes, bounded: bool
+) -> list[Any]:
+    if bounded:
+        raise Unsupported("no template leaves a bound")
     return _statistics(Call(operands, active, attributes), statistics)
 
 
@@ -313,6 +317,8 @@ def backward(
     needs: list[str],
     attributes: Attributes,
 ) -> list[Any]:
+    if "bound" in saved:
+        raise Unsupported("no template reads a bound")
     call = Call(operands, active, attributes)
     l2 = torch.cuda.get_device_properties(call.device).L2_cache_size
     found = schedules(

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..ops.call import Attributes
+from ..ops.call import Attributes, bounded, saved_names
 from .unsupported import Unsupported, differentiable
 
 log = logging.getLogger(__name__)
@@ -53,17 +53,21 @@ def _lower(operator: Any, read: Callable, *call: Any) -> Sequence[Any]:
 
 def _forward(operands, names, active, statistics, training, *attributes) -> tuple[str, dict, dict]:
     named, options = _named(names, operands), Attributes(*attributes)
-    if training and options.grad_filter != "exact":
-        raise Unsupported(f"no template leaves what grad_filter={options.grad_filter!r} needs")
-    arguments = {"operands": named, "active": active, "statistics": statistics.split(), "attributes": options}
+    arguments = {
+        "operands": named,
+        "active": active,
+        "statistics": statistics.split(),
+        "attributes": options,
+        "bounded": training and bounded(statistics, options),
+    }
     return "forward", named, arguments
 
 
 def _backward(tangents, tangent_names, saved, operands, names, active, statistics, needs, *attributes):
     named, options = _named(names, operands), Attributes(*attributes)
     arguments = {
-        "tangents": differentiable(_named(tangent_names, tangents), options.grad_filter),
-        "saved": _named(statistics, saved),
+        "tangents": differentiable(_named(tangent_names, tangents)),
+        "saved": _named(saved_names(statistics, saved), saved),
         "operands": named,
         "active": active,
         "needs": needs.split(),
@@ -75,7 +79,7 @@ def _backward(tangents, tangent_names, saved, operands, names, active, statistic
 def _with_gradients(tangents, tangent_names, operands, names, active, statistics, needs, *attributes):
     named, options = _named(names, operands), Attributes(*attributes)
     arguments = {
-        "tangents": differentiable(_named(tangent_names, tangents), options.grad_filter),
+        "tangents": differentiable(_named(tangent_names, tangents)),
         "operands": named,
         "active": active,
         "statistics": statistics.split(),
@@ -85,5 +89,5 @@ def _with_gradients(tangents, tangent_names, operands, names, active, statistics
     return "with_gradients", named, arguments
 
 
-def _named(names: str, values: Sequence[Any]) -> dict[str, Any]:
-    return dict(zip(names.split(), values, strict=True))
+def _named(names: str | Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip(names.split() if isinstance(names, str) else names, values, strict=True))

@@ -20,10 +20,8 @@ def unsupported_dtype(dtypes: Iterable[torch.dtype]) -> str:
     return f"{str(other[0]).removeprefix('torch.')} is none of float32, bfloat16 and float16" if other else ""
 
 
-def differentiable(tangents: dict[str, Any], grad_filter: str) -> dict[str, Any]:
+def differentiable(tangents: dict[str, Any]) -> dict[str, Any]:
     """The tangents that a gradient flows through. Raises Unsupported."""
-    if grad_filter != "exact":
-        raise Unsupported(f"there is no template for grad_filter={grad_filter!r}")
     tangents = {name: t for name, t in tangents.items() if table.TABLE[name].differentiable}
     for name, tangent in tangents.items():
         if tangent.get_dtype() != torch.float32:

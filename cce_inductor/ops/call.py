@@ -4,6 +4,7 @@ The operators' schema is variadic so that a new operand, statistic or saved tens
 lists, and a string of names beside each list says what they are. `Call` is that convention read back.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -70,9 +71,8 @@ class Call:
 
     @property
     def bounded(self) -> bool:
-        """Whether the forward leaves a bound to the backward: under a budget, for what the budget is proved for."""
-        names = self.statistics.split()
-        return self.filter.kind == "budget" and "lse" in names and all(row.budget for row in self.rows)
+        """Whether a forward in training leaves a bound to the backward."""
+        return bounded(self.statistics, self.attributes)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -85,6 +85,17 @@ class Call:
 
     def with_compute_dtype(self, dtype: torch.dtype) -> "Call":
         return replace(self, attributes=replace(self.attributes, compute_dtype=dtype))
+
+
+def bounded(statistics: str, attributes: Attributes) -> bool:
+    """Whether a forward in training leaves a bound: under a budget, for statistics that the budget is proved for."""
+    kind = Filter.read(attributes.grad_filter).kind
+    return kind == "budget" and "lse" in statistics.split() and all(row.budget for row in parse(statistics))
+
+
+def saved_names(statistics: str, saved: Sequence) -> list[str]:
+    """What a backward is given of the forward's results: the statistics and, where there is one, the bound."""
+    return [*statistics.split(), "bound"][: len(saved)]
 
 
 def _check(condition: bool, message: str) -> None:

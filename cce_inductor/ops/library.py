@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .bound import blocks
-from .call import DIFFERENTIABLE_OPERANDS, Attributes, Call, check
+from .call import DIFFERENTIABLE_OPERANDS, Attributes, Call, check, saved_names
 
 ATTRIBUTES = "float scale, float softcap, ScalarType? compute_dtype, str grad_filter, int workspace, str version"
 # `training` asks for what a backward reads besides the statistics; it comes behind them in the result.
@@ -58,7 +58,7 @@ def eager_backward(
     return reference.backward(
         call,
         dict(zip(tangent_names.split(), tangents, strict=True)),
-        dict(zip(saved_names(call, saved), saved, strict=True)),
+        dict(zip(saved_names(statistics, saved), saved, strict=True)),
         needs.split(),
     )
 
@@ -71,11 +71,6 @@ library.impl("linear_statistics", eager_forward, "CompositeExplicitAutograd")
 library.impl("linear_statistics_backward", eager_backward, "CompositeExplicitAutograd")
 library.impl("keep", torch.clone, "CompositeExplicitAutograd")
 library.impl("mm_", _eager_mm, "CompositeExplicitAutograd")
-
-
-def saved_names(call: Call, saved: list[Tensor]) -> list[str]:
-    """What a backward is given of the forward's results: the statistics and, where there is one, the bound."""
-    return [*call.statistics.split(), "bound"][: len(saved)]
 
 
 @torch.library.register_fake("cce_inductor::linear_statistics", lib=library)
