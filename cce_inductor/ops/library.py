@@ -5,6 +5,7 @@
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import register_flop_formula
 
-from . import reference
+from . import filtered, reference
 from .bound import blocks
 from .call import DIFFERENTIABLE_OPERANDS, Attributes, Call, check, saved_names
 
@@ -34,7 +35,10 @@ for _schema in (_FORWARD, _BACKWARD):
     # Strides are left to Inductor: every implementation takes any.
     library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
 # The tensor itself; only traced graphs have it, and Inductor takes it out again (lowering/register.py).
-library.define("keep(Tensor value) -> Tensor", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+library.define(
+    "keep(Tensor value, Tensor[]? beside=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+)
 # out = a @ b, by PyTorch's library of GEMMs: a step of a schedule (lowering/schedules.py).
 library.define("mm_(Tensor(a!) out, Tensor a, Tensor b) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -46,21 +50,19 @@ MM = torch.ops.cce_inductor.mm_.default
 
 def eager_forward(operands, names, active, statistics, training, *attributes) -> list[Tensor]:
     call = Call.read(operands, names, active, statistics, attributes)
-    check(call)
-    return reference.forward_with_bound(call) if training and call.bounded else reference.forward(call)
+    check(call, training)
+    return filtered.forward(call) if training and call.bounded else reference.forward(call)
 
 
 def eager_backward(
     tangents, tangent_names, saved, operands, names, active, statistics, needs, *attributes
 ) -> list[Tensor]:
     call = Call.read(operands, names, active, statistics, attributes)
-    check(call)
-    return reference.backward(
-        call,
-        dict(zip(tangent_names.split(), tangents, strict=True)),
-        dict(zip(saved_names(statistics, saved), saved, strict=True)),
-        needs.split(),
-    )
+    check(call, training=True)
+    given = dict(zip(tangent_names.split(), tangents, strict=True))
+    results = dict(zip(saved_names(statistics, saved), saved, strict=True))
+    backward = filtered.backward if call.filtered and "lse" in given else reference.backward
+    return backward(call, given, results, needs.split())
 
 
 def _eager_mm(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -69,14 +71,14 @@ def _eager_mm(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 library.impl("linear_statistics", eager_forward, "CompositeExplicitAutograd")
 library.impl("linear_statistics_backward", eager_backward, "CompositeExplicitAutograd")
-library.impl("keep", torch.clone, "CompositeExplicitAutograd")
+library.impl("keep", lambda value, beside=None: value.clone(), "CompositeExplicitAutograd")
 library.impl("mm_", _eager_mm, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("cce_inductor::linear_statistics", lib=library)
 def fake_forward(operands, names, active, statistics, training, *attributes) -> list[Tensor]:
     call = Call.read(operands, names, active, statistics, attributes)
-    check(call)
+    check(call, training)
     x = call.input
     out = [x.new_empty(x.shape[0], dtype=torch.int64 if row.integer else call.accumulate_dtype) for row in call.rows]
     if training and call.bounded:
@@ -93,7 +95,7 @@ def fake_backward(
 
 
 @torch.library.register_fake("cce_inductor::keep", lib=library)
-def _fake_keep(value: Tensor) -> Tensor:
+def _fake_keep(value: Tensor, beside: Sequence[Tensor] | None = None) -> Tensor:
     return torch.empty_like(value)
 
 
@@ -107,11 +109,17 @@ class _LinearStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, names: str, active: Tensor | None, statistics: str, attributes: tuple, *operands: Tensor):
-        out = kept(FORWARD, list(operands), names, active, statistics, True, *attributes)
         call = Call.read(list(operands), names, active, statistics, attributes)
+        with torch._C._AutoDispatchBelowAutograd():
+            out = FORWARD(list(operands), names, active, statistics, True, *attributes)
+        seed = [call.operands["seed"]] if "seed" in call.operands else []  # drawn again, it would be another one
+        beside = must_save([*out[len(call.rows) :], *seed])
+        out = [*must_save(out[: len(call.rows)], beside), *beside[: len(out) - len(call.rows)]]
+        if seed:
+            call.operands["seed"] = beside[-1]
         ctx.names, ctx.statistics, ctx.attributes = names, statistics, attributes
         ctx.operands = len(operands)
-        ctx.save_for_backward(*operands, *out, *(() if active is None else (active,)))
+        ctx.save_for_backward(*call.operands.values(), *out, *(() if active is None else (active,)))
         ctx.set_materialize_grads(False)
         plain = [o for o, row in zip(out, call.rows, strict=False) if not row.differentiable]
         ctx.mark_non_differentiable(*plain, *out[len(call.rows) :])
@@ -156,23 +164,30 @@ def _autograd_forward(operands, names, active, statistics, training, *attributes
 
 
 def kept(operator: Any, *args: Any) -> list[Tensor]:
-    """Calls an operator below autograd. While a joint graph is traced, its results are marked "must be saved".
-
-    They cost passes over the whole vocabulary: no activation checkpoint, memory budget or aggressive recomputation
-    should run the operator a second time. The mark has to stand on an operator that gives a tensor, since torch saves
-    what is marked (torch._functorch.partitioners.choose_saved_values_set) and these give a list: hence `keep`.
-    """
+    """Calls an operator below autograd, and `must_save` on its results: they cost passes over the whole vocabulary."""
     with torch._C._AutoDispatchBelowAutograd():
         results = operator(*args)
-        mode = get_proxy_mode()
-        graph = None if mode is None else getattr(mode.tracer, "graph", None)
-        if graph is None:
-            return results
-        before = len(graph.nodes)
-        results = [KEEP(t) for t in results]
+    return must_save(results)
+
+
+def must_save(tensors: list[Tensor], beside: Sequence[Tensor] = ()) -> list[Tensor]:
+    """The tensors. While a joint graph is traced, they are marked "must be saved".
+
+    No activation checkpoint, memory budget or aggressive recomputation then computes them a second time. The mark has
+    to stand on an operator that gives a tensor, since torch saves what is marked
+    (torch._functorch.partitioners.choose_saved_values_set) and the fused operators give a list: hence `keep`. And it
+    only counts on what the forward's own results depend on: `beside` are marked tensors that those are made to.
+    """
+    mode = get_proxy_mode()
+    graph = None if mode is None else getattr(mode.tracer, "graph", None)
+    if graph is None:
+        return tensors
+    before = len(graph.nodes)
+    with torch._C._AutoDispatchBelowAutograd():
+        tensors = [KEEP(t, list(beside) or None) for t in tensors]
     for node in itertools.islice(reversed(graph.nodes), len(graph.nodes) - before):
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-    return results
+    return tensors
 
 
 def _autograd_backward(tangents, tangent_names, saved, operands, *rest) -> list[Tensor]:
