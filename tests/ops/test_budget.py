@@ -15,12 +15,14 @@ from cce_inductor.ops.library import BACKWARD, FORWARD
 NAMES = "lse target_logit"
 
 
-@pytest.mark.parametrize("text", ["exact", "budget 0.001953125", "budget 0.01"])
+@pytest.mark.parametrize("text", ["exact", "budget 0.001953125", "unbiased 0.01", "eps 0.0002", "eps 0.0002 sorted"])
 def test_filters_are_their_text(text):
     assert str(Filter.read(text)) == text
 
 
-@pytest.mark.parametrize("text", ["", "budget", "budget 0", "budget 1.5", "budget nan", "exact 0.1", "tau 0.1"])
+@pytest.mark.parametrize(
+    "text", ["", "budget", "budget 0", "budget 1.5", "budget nan", "exact 0.1", "tau 0.1", "sorted"]
+)
 def test_unknown_filters_are_errors(text):
     with pytest.raises(ValueError, match="grad_filter"):
         Filter.read(text)
