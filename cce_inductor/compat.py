@@ -106,6 +106,14 @@ def copy_node_attributes(old: Node, new: Node) -> None:
             setattr(new, name, getattr(old, name))
 
 
+def name_parameter(gm: GraphModule, name: str) -> None:
+    """Tells AOTAutograd where a parameter comes from that was added to a Dynamo graph: from nowhere else."""
+    from torch._dynamo.source import ConstantSource
+
+    if hasattr(gm, "_param_name_to_source"):
+        gm._param_name_to_source = {**gm._param_name_to_source, name: ConstantSource(name)}  # type: ignore[assignment]
+
+
 def readable(gm: GraphModule) -> str:
     """A graph as Python with shapes and source locations."""
     return gm.print_readable(print_output=False)

@@ -19,7 +19,6 @@ what autograd, AOTAutograd, activation checkpoints and CUDA graphs carry already
 nothing waits for the device. When autograd accumulates it into the slot, a hook adds it to the site's `Meter`.
 """
 
-import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +26,6 @@ import torch
 from torch import Tensor
 
 from .bound import BLOCK
-from .call import Attributes
 from .filters import Filter
 
 NAMES = ("kept", "full", "dropped", "worst", "blocks")
