@@ -14,6 +14,8 @@ softmax, t a row's own target, g_i the tangent of its log-sum-exp, and blocks of
   from lost_i first, as for the check of every row (bound.py), so that rows without a gradient of their own do not lead.
 * blocks: how many there were. Without any the other numbers are 0.
 
+Where the log-sum-exp has no tangent nothing is left out: 1, 1, 0, 0, blocks.
+
 How they reach the user: the operand "diagnostics", a slot of (5,) fp32 zeros, has them as its gradient. A gradient is
 what autograd, AOTAutograd, activation checkpoints and CUDA graphs carry already; nothing is mutated inside a graph and
 nothing waits for the device. When autograd accumulates it into the slot, a hook adds it to the site's `Meter`.
@@ -25,16 +27,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bound import BLOCK
-from .filters import Filter
+from .bound import BLOCK, blocks
 
 NAMES = ("kept", "full", "dropped", "worst", "blocks")
 OPERAND = "diagnostics"
 
 
-def applies(bounded: bool, grad_filter: str) -> bool:
-    """Whether a call's backward leaves anything out, so that there is something to say of it."""
-    return bounded or Filter.read(grad_filter).kind == "eps"
+def of_exact(rows: int, device: torch.device) -> Tensor:
+    """The numbers of a backward over so many active rows that leaves nothing out."""
+    number = blocks(rows)
+    return torch.tensor([bool(number), bool(number), 0, 0, number], dtype=torch.float32, device=device)
 
 
 @dataclass
