@@ -59,8 +59,9 @@ def write(section: Section, folder: Path, device: str, command: str) -> None:
     inside.mkdir(parents=True, exist_ok=True)
     text = f"`{command}`\n\n{section.text}"
     if section.plot is not None:
-        shutil.copyfile(section.plot, inside / f"{section.name}.png")
-        text += f"\n\n![{section.name}]({page}/{section.name}.png)"
+        picture = f"{section.name}{section.plot.suffix}"
+        shutil.copyfile(section.plot, inside / picture)
+        text += f"\n\n![{section.name}]({page}/{picture})"
     save(section, inside / file_name(device, section.name))
     document = folder / f"{page}.md"
     before = document.read_text() if document.exists() else INTRODUCTION

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +89,35 @@ def sweeps(series: Sequence[tuple[str, Callable[[Result], int], Sequence[Result]
             axis.legend()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def tradeoff(panels: Mapping[str, Mapping[str, Sequence[Mapping[str, float | None]]]], path: Path) -> None:
+    """For each title the points of every series: errors of dx and dW over the work in NVD and over the time."""
+    import matplotlib
+
+    pyplot = _pyplot()
+    costs = {"work": "multiply-adds / NVD, counted", "time": "time / eager's"}
+    with matplotlib.rc_context({"svg.hashsalt": "tradeoff"}):  # the same picture for the same points
+        figure, axes = pyplot.subplots(
+            len(panels), len(costs), figsize=(12, 4.6 * len(panels)), squeeze=False, layout="constrained"
+        )
+        for (title, series), pair in zip(panels.items(), axes, strict=True):
+            for axis, (cost, label) in zip(pair, costs.items(), strict=True):
+                for i, (name, points) in enumerate(series.items()):
+                    known = [p for p in points if p.get(cost) is not None]
+                    for of, fill in (("dx", "full"), ("dW", "none")):
+                        at = sorted((p[cost], p[of]) for p in known)
+                        axis.plot(
+                            [x for x, _ in at],
+                            [y for _, y in at],
+                            color=f"C{i}",
+                            marker="o",
+                            fillstyle=fill,
+                            linestyle="-" if of == "dx" else "--",
+                            label=f"{name}, {of}" if at else None,
+                        )
+                axis.set(title=title, xlabel=label, ylabel="relative error", yscale="log", xlim=(0, None))
+                axis.grid(alpha=0.3)
+            pair[0].legend(fontsize=7, ncols=2)
+        figure.savefig(path, metadata={"Date": None})
+        pyplot.close(figure)
