@@ -63,7 +63,7 @@ def _filter(tangents: dict[str, Any], attributes: Attributes) -> dict[str, Any]:
     grad_filter = Filter.read(attributes.grad_filter)
     return {
         "tangents": [name for name in tangents if name != "logit_sum"],
-        "rank_one": "logit_sum" in tangents,
+        "has_rank_one": "logit_sum" in tangents,
         "tau": repr(grad_filter.value),
         "row_cap": bound.ROW_CAP,
         "sampled": grad_filter.kind == "unbiased",
@@ -83,16 +83,20 @@ def with_gradients(
     statistics: list[str],
     needs: list[str],
     attributes: Attributes,
+    bounded: bool,
 ) -> Sequence[Any]:
     element, compute = _dtypes(operands, attributes)
+    bounded = bounded and "lse" in tangents
     constants = _constants(attributes) | {
         "statistics": statistics,
         "tangents": list(tangents),
         "needs": needs,
         "kept_share": KEPT_SHARE,
         "least_chunk": LEAST_CHUNK[element],
-        "bounded": False,
+        "bounded": bounded,
     }
+    if bounded:
+        constants |= _filter(tangents, attributes) | {"bound_columns": "V"}
     given = _realize(operands | _mask(active) | _prefixed(tangents))
     absent = _ABSENT | dict.fromkeys(_prefixed(table.TABLE), torch.float32)
     layouts = _statistics_layouts(operands, statistics) | _gradient_layouts(operands, needs)
