@@ -14,6 +14,8 @@ from .filters import Filter
 from .statistics import Statistic, parse
 
 OPERANDS = ("input", "weight", "bias", "target", "column_weight", "seed", "diagnostics")
+# The operand "seed" is a number below this.
+SEEDS = 1 << 32
 # The gradient of "diagnostics" are numbers about the backward (diagnostics.py).
 DIFFERENTIABLE_OPERANDS = ("input", "weight", "bias", "diagnostics")
 
