@@ -142,7 +142,8 @@ def test_a_compiled_loss_inside_a_checkpoint(compiler):
 
 def test_losses_of_one_line_are_apart():
     def both(h, w, t):
-        first, second = (F.cross_entropy(F.linear(part, w), u) for part, u in zip(h.split(128), t.split(128)))
+        pairs = zip(h.split(128), t.split(128), strict=True)
+        first, second = (F.cross_entropy(F.linear(part, w), u) for part, u in pairs)
         return first + 100 * second
 
     h, w, t = make(256)
