@@ -65,8 +65,6 @@ def _forward(operands, names, active, statistics, training, *attributes) -> tupl
 
 def _backward(tangents, tangent_names, saved, operands, names, active, statistics, needs, *attributes):
     named, options = _read(names, operands), Attributes(*attributes)
-    if "diagnostics" in needs.split():
-        raise Unsupported("no template leaves diagnostics")
     if filtered(statistics, options) and not bounded(statistics, options):
         raise Unsupported("no template has the filter eps")
     arguments = {
