@@ -30,6 +30,7 @@ from torch import Tensor
 from .bound import BLOCK, blocks
 
 NAMES = ("kept", "full", "dropped", "worst", "blocks")
+OPERAND = "diagnostics"
 
 
 def of_exact(rows: int, device: torch.device) -> Tensor:
