@@ -49,7 +49,8 @@ class Report:
 def _bound(site: Site) -> str:
     if site.bound_bytes == 0:
         return "no bound is kept"
-    size = f"⌈{site.rows}/{BLOCK}⌉·{site.vocab} bytes"
+    columns = site.vocab if site.bound_group == 1 else f"⌈{site.vocab}/{site.bound_group}⌉"
+    size = f"⌈{site.rows}/{BLOCK}⌉·{columns} bytes"
     mib = "" if site.bound_bytes is None else f", {site.bound_bytes / 2**20:.1f} MiB,"
     return f"a bound of {size}{mib} is kept from the forward to the backward"
 

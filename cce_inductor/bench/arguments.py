@@ -14,9 +14,9 @@ from .contenders import CONTENDERS, names_on
 
 SUMMARY = "The head and its loss, by every way there is to compute them: time, memory, error."
 DETAILS = """\
-Without --columns, --headline, --step, --sweep or --sweep-budget: a table of every contender at every shape. Each
-contender has a process of its own; they take turns, so that a machine that slows down slows all of them. Markdown, JSON
-and pictures go to --output, and with --docs into the documentation too."""
+Without --bound, --columns, --headline, --step, --sweep or --sweep-budget: a table of every contender at every shape.
+Each contender has a process of its own; they take turns, so that a machine that slows down slows all of them. Markdown,
+JSON and pictures go to --output, and with --docs into the documentation too."""
 
 
 def _number(kind: Callable, least: float, below: float = math.inf) -> Callable:
@@ -63,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     add("--section", metavar="NAME", help="what to call the table, so that another one keeps its place in --docs")
     add("--sweep", action="store_true", help="how cost grows with N and with V")
     add("--sweep-budget", action="store_true", help="cost against error of every gradient filter")
+    add("--bound", action="store_true", help="bytes that a gradient filter keeps between the passes, by N and V")
     add("--columns", action="store_true", help="schedules of dW for column lists, counted on a model's softmax")
     headline = ",".join(map(str, HEADLINE))
     add("--headline", action="store_true", help=f"{headline} under a memory limit: who fits")
@@ -94,7 +95,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     made = parser()
     args = made.parse_args(argv)
     only_cpu = args.columns or args.headline or args.step or args.sweep
-    special = only_cpu or args.sweep_budget
+    special = only_cpu or args.sweep_budget or args.bound
     reason = _cuda_missing() if args.device == "cuda" else _cpu_missing()
     if reason:
         made.error(f"--device {args.device}: {reason}")
@@ -111,7 +112,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         made.error("not installed: matplotlib; `pip install 'cce-inductor[bench]'` brings it")
     if special and args.ignored is not None and not args.headline:
         made.error("--ignored goes with the table and with --headline")
-    if args.shape and (args.columns or args.step or args.sweep or args.sweep_budget):
+    if args.shape and (args.columns or args.step or args.sweep or args.sweep_budget or args.bound):
         made.error("--shape goes with the table and with --headline")
     if args.headline and args.shape and len(args.shape) > 1:
         made.error("--headline takes one --shape")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from . import columns, headline, machine, plots, report, step, sweep, tradeoff
+from . import bounds, columns, headline, machine, plots, report, step, sweep, tradeoff
 from .arguments import parse, table_cases
 from .cases import HEADLINE, QUICK_SHAPES, Case, Shape
 from .contenders import names_on
@@ -93,7 +93,9 @@ def _sections(args: argparse.Namespace, options: Options) -> Iterator[Section]:
         yield _step(args, options)
     if args.columns:
         yield _columns(args)
-    if not (args.sweep or args.sweep_budget or args.headline or args.step or args.columns):
+    if args.bound:
+        yield bounds.run()
+    if not (args.bound or args.sweep or args.sweep_budget or args.headline or args.step or args.columns):
         yield from _table(args, options)
 
 

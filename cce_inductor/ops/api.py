@@ -1,10 +1,13 @@
 """The direct calls: the fused loss and its statistics as functions, eager or inside torch.compile."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-from .. import config, version
-from .call import SEEDS, Attributes, sampled
+from .. import compat, config, version
+from . import diagnostics
+from .call import SEEDS, Attributes, filtered, sampled
 from .library import FORWARD
 from .losses import CrossEntropy, cross_entropy
 
@@ -19,14 +22,37 @@ def _settings() -> tuple:
     return attributes.args()[2:]
 
 
+@torch.compiler.assume_constant_result
+def _slot(name: str, grad_filter: str, device: torch.device) -> torch.nn.Parameter | None:
+    """Where the backward of one call leaves its numbers (diagnostics.py); None if nobody asked for them."""
+    if not config.current().diagnostics:
+        return None
+    package = str(Path(__file__).parent.parent)
+    stack = [(file, line) for file, line in compat.user_stack() if not file.startswith(package)]
+    place = f" at {stack[-1][0]}:{stack[-1][1]}" if stack else ""
+    return diagnostics.meter(f"cce_inductor.{name}{place}", grad_filter, device).slot()
+
+
 def _statistics(
-    operands: dict[str, Tensor], active: Tensor | None, statistics: str, scale: float, softcap: float | None
+    name: str,
+    operands: dict[str, Tensor],
+    active: Tensor | None,
+    statistics: str,
+    scale: float,
+    softcap: float | None,
 ) -> dict[str, Tensor]:
-    """Calls the operator; gives the statistics by name. A filter that samples columns gets its seed here."""
+    """Calls the operator for the function `name`; gives the statistics by name.
+
+    A filter that samples columns gets its seed here, and one whose numbers are wanted a slot for them.
+    """
     attributes = float(scale), _softcap(softcap), *_settings()
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in operands.values())
     if differentiated and sampled(statistics, Attributes(*attributes)):
         operands["seed"] = torch.randint(SEEDS, (1,), device=operands["input"].device)
+    if differentiated and filtered(statistics, Attributes(*attributes)):
+        slot = _slot(name, attributes[3], operands["input"].device)
+        if slot is not None:
+            operands["diagnostics"] = slot
     out = FORWARD(list(operands.values()), " ".join(operands), active, statistics, False, *attributes)
     return dict(zip(statistics.split(), out, strict=True))
 
@@ -111,7 +137,7 @@ def linear_cross_entropy(
         _check_class_weight(class_weight, weight)
         if label_smoothing:
             operands["column_weight"] = class_weight.detach()
-    stats = _statistics(operands, active, loss.statistics, scale, softcap)
+    stats = _statistics("linear_cross_entropy", operands, active, loss.statistics, scale, softcap)
     value = cross_entropy(stats, t, active, class_weight, weight.shape[0], loss)
     return value.reshape(target.shape) if reduction == "none" else value
 
@@ -139,5 +165,5 @@ def linear_logsumexp(
     operands = {"input": x, "weight": weight, "target": t}
     if bias is not None:
         operands["bias"] = bias
-    stats = _statistics(operands, None, "lse target_logit", scale, softcap)
+    stats = _statistics("linear_logsumexp", operands, None, "lse target_logit", scale, softcap)
     return stats["lse"].reshape(target.shape), stats["target_logit"].reshape(target.shape)

@@ -3,7 +3,8 @@
 For each block of 128 rows (counted among the active ones) and each column j, M_j is at least the mass that the
 softmaxes of the block's rows give to j, their own targets left out: the forward adds up exp(z_ij - r_i) with r_i =
 max(running log-sum-exp including this tile, z_target), and r_i is never above the final log-sum-exp. One byte holds it,
-on a log scale, rounded up.
+on a log scale, rounded up. Where all of them would take more than half of the workspace, neighbouring columns share
+one, M of a group being the sum of theirs: below, "columns" are then groups of columns.
 
 The contract (docs/design.md): in each block, what is dropped of the dense gradient, in the L1 norm over rows and
 columns, is at most the budget times the block's whole dense gradient. As |g_i| p_ij <= max|g| p_ij, it is enough that
@@ -11,6 +12,7 @@ max|g| * (sum of M_j over the dropped columns) <= budget * sum_i |g_i| (1 - p_ta
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +30,29 @@ def blocks(rows: int) -> int:
     return -(-rows // BLOCK)
 
 
-def size(rows: int, vocab: int) -> int:
-    """Bytes of a bound: one for each column in each block of rows."""
-    return blocks(rows) * vocab
+GROUPS = (1, 2, 4, 8)
+
+
+def group(rows: Any, vocab: Any, workspace: int) -> int:
+    """How many columns share a bound, so that it takes at most half of `workspace` bytes, if it can.
+
+    1 where N or V is symbolic, since the shape of the bound has to be known before they are.
+    """
+    if not isinstance(rows, int) or not isinstance(vocab, int):
+        return 1
+    # A backward reads the group off the bound's shape, as ceil(V / columns), which is not any group's for V below 50.
+    sizes = [g for g in GROUPS if -(-vocab // groups(vocab, g)) == g]
+    return next((g for g in sizes if blocks(rows) * groups(vocab, g) <= workspace // 2), sizes[-1])
+
+
+def bound_bytes(rows: int, vocab: int, workspace: int) -> int:
+    """The size of the bound of a problem."""
+    return blocks(rows) * groups(vocab, group(rows, vocab, workspace))
+
+
+def groups(vocab: int, group: int) -> int:
+    """The number of columns of a bound."""
+    return -(-vocab // group)
 
 
 def encode(mass: Tensor) -> Tensor:

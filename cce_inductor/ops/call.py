@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .bound import group
 from .filters import Filter
 from .statistics import Statistic, parse
 
@@ -90,6 +91,14 @@ class Call:
     def accumulate_dtype(self) -> torch.dtype:
         """Dtype of logits tiles, accumulators and statistics."""
         return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
+
+    def grouped(self) -> "Call":
+        """This call with the columns of its bound grouped as its size asks for, unless its filter says how already."""
+        if not self.bounded or self.filter.group > 1:
+            return self
+        size = group(self.input.shape[0], self.weight.shape[0], self.attributes.workspace)
+        text = str(replace(self.filter, group=size))
+        return replace(self, attributes=replace(self.attributes, grad_filter=text))
 
     def with_compute_dtype(self, dtype: torch.dtype) -> "Call":
         return replace(self, attributes=replace(self.attributes, compute_dtype=dtype))

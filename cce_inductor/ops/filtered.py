@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .bound import (
@@ -19,6 +20,7 @@ from .bound import (
     blocks,
     edges,
     encode,
+    groups,
     sampled,
     thresholds,
 )
@@ -40,14 +42,16 @@ TILE = 128  # columns of a tile under "eps"
 
 
 def forward(call: Call) -> list[Tensor]:
-    """The statistics, as `reference.forward` gives them, and the bound (bound.py), (blocks of N, V) uint8."""
+    """The statistics, as `reference.forward` gives them, and the bound (bound.py): (blocks of N, groups of V) uint8."""
     rows = call.rows
     operands = Operands(call)
     check_targets(operands)
     out = empty_statistics(call)
     (n, v), lse = (call.input.shape[0], call.weight.shape[0]), call.statistics.split().index("lse")
-    bound = call.input.new_zeros((blocks(n), v), dtype=torch.uint8)
+    group = call.filter.group
+    bound = call.input.new_zeros((blocks(n), groups(v, group)), dtype=torch.uint8)
     piece_rows, columns = tile_shape(call, temporaries=4, slab_tensors=0)
+    columns = max(columns // group, 1) * group
     for block in cut(operands.n, max(piece_rows // BLOCK, 1) * BLOCK):
         # More than one where the rows of a block do not fit in the workspace at once.
         pieces = list(cut(block.stop, piece_rows, block.start)) if piece_rows < BLOCK else [block]
@@ -58,11 +62,11 @@ def forward(call: Call) -> list[Tensor]:
             for i, piece in enumerate(pieces):
                 tile = capped_tile(operands, operands.input(piece), w, piece, slab)
                 states[i] = [row.update(state, tile) for row, state in zip(rows, states[i], strict=True)]
-                part = _mass(tile, finish_lse(states[i][lse]), own[i])
+                part = _mass(tile, finish_lse(states[i][lse]), own[i], group)
                 mass = part if mass is None else mass + part
             assert mass is not None
-            first = block.start // BLOCK
-            bound[first : first + mass.shape[0], slab] = encode(mass)
+            b, j = block.start // BLOCK, slab.start // group
+            bound[b : b + mass.shape[0], j : j + mass.shape[1]] = encode(mass)
         for piece, state in zip(pieces, states, strict=True):
             where = piece if operands.index is None else operands.index[piece]
             for result, row, one in zip(out, rows, state, strict=True):
@@ -84,14 +88,15 @@ def _target_logits(operands: Operands, x: Tensor, block: slice) -> Tensor | None
     return (z / cap).tanh() * cap if cap else z
 
 
-def _mass(tile: Tile, running: Tensor, target_logit: Tensor | None) -> Tensor:
-    """(blocks, columns): exp(z - r) of a tile added up over each block of its rows, own targets left out."""
+def _mass(tile: Tile, running: Tensor, target_logit: Tensor | None, group: int) -> Tensor:
+    """(blocks, groups): exp(z - r) of a tile added up over each block of its rows, own targets left out."""
     r = running if target_logit is None else torch.maximum(running, target_logit)
     p = (tile.z - r[:, None]).exp_()
     if tile.target is not None:
         inside, column = tile.target_position()
         p.scatter_(1, column[:, None], torch.where(inside, 0, p.gather(1, column[:, None])[:, 0])[:, None])
-    return torch.stack([part.sum(0) for part in p.split(BLOCK)])
+    mass = torch.stack([part.sum(0) for part in p.split(BLOCK)])
+    return mass if group == 1 else F.pad(mass, (0, -mass.shape[1] % group)).unflatten(1, (-1, group)).sum(2)
 
 
 class Selection(Protocol):
@@ -174,10 +179,10 @@ class RankOne:
 
     def __init__(self, operands: Operands, tangent: Tensor, piece_rows: int):
         self.operands, self.piece_rows = operands, piece_rows
+        d = operands.call.input.shape[1]
         self.h = operands.rows(tangent, slice(0, operands.n)) * operands.call.attributes.scale
-        d, dtype = operands.call.input.shape[1], operands.call.accumulate_dtype
-        self.hx = self.h.new_zeros(d, dtype=dtype)  # sum_i h_i x_i
-        self.cw = self.h.new_zeros(d, dtype=dtype)  # sum_j c_j W_j, of the slabs so far
+        self.hx = self.h.new_zeros(d)  # sum_i h_i x_i
+        self.cw = self.h.new_zeros(d)  # sum_j c_j W_j, of the slabs so far
         for piece in cut(operands.n, piece_rows):
             self.hx += self.h[piece] @ operands.input(piece)
 
@@ -214,27 +219,33 @@ class ByBound:
     """
 
     operands: Operands
-    bound: Tensor  # (blocks, V) uint8
+    bound: Tensor  # (blocks, groups of V) uint8
     edge: Tensor  # (blocks,)
     start: Tensor  # (blocks,)
     full: Tensor  # (blocks,) bool
     seed: Tensor | None
+    group: int
+
+    def _groups(self, slab: slice) -> Tensor:
+        """The group of each column."""
+        return torch.arange(slab.start, slab.stop, device=self.bound.device) // self.group
 
     def certain(self, block: int, slab: slice) -> Tensor:
         """Which columns of the slab are computed for sure, bool; those have weight 1."""
-        column = torch.arange(slab.start, slab.stop, device=self.bound.device)
-        keep = beyond(self.bound[block, slab], column, self.edge[block], self.start[block]) | self.full[block]
+        group = self._groups(slab)
+        keep = beyond(self.bound[block, group], group, self.edge[block], self.start[block]) | self.full[block]
         if self.operands.target is not None:
-            keep |= torch.isin(column, self.operands.target[block * BLOCK : (block + 1) * BLOCK])
+            own = self.operands.target[block * BLOCK : (block + 1) * BLOCK]
+            keep |= torch.isin(group, own // self.group)
         return keep
 
     def columns(self, block: int, slab: slice) -> tuple[Tensor, Tensor | None]:
         keep = self.certain(block, slab)
         if self.seed is None or self.full[block]:
             return keep.nonzero()[:, 0] + slab.start, None
-        threshold = thresholds(self.bound[block, slab], self.edge[block])
-        column = torch.arange(slab.start, slab.stop, device=keep.device)
-        taken = (keep | sampled(self.seed, block, column, threshold)).nonzero()[:, 0]
+        group = self._groups(slab)
+        threshold = thresholds(self.bound[block, group], self.edge[block])
+        taken = (keep | sampled(self.seed, block, group, threshold)).nonzero()[:, 0]
         weight = torch.where(keep, 1.0, 2.0**SAMPLE_BITS / threshold.double())
         return taken + slab.start, weight[taken]
 
@@ -256,10 +267,10 @@ def _by_bound(operands: Operands, tangent: Tensor, saved: dict[str, Tensor], pie
     edge, start = edges(bound, allowed, max(1, call.attributes.workspace // (64 * bound.shape[0])))
     seed = call.operands["seed"] if unbiased else None
     start = torch.zeros_like(start) if unbiased else start  # of the edge's own none is dropped
-    chosen = ByBound(operands, bound, edge, start, torch.zeros_like(edge, dtype=torch.bool), seed)
+    chosen = ByBound(operands, bound, edge, start, torch.zeros_like(edge, dtype=torch.bool), seed, call.filter.group)
     for index, block in enumerate(cut(operands.n, BLOCK)):
         mass = torch.zeros_like(rest[block])
-        for slab in cut(bound.shape[1], columns):
+        for slab in cut(call.weight.shape[0], columns):
             part = chosen.certain(index, slab).nonzero()[:, 0] + slab.start
             w = operands.weight(part)
             for piece in cut(block.stop, piece_rows, block.start):

@@ -1,6 +1,6 @@
 """What `grad_filter` says: which columns of the softmax the backward computes. No torch: the settings read it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 KINDS = ("exact", "budget", "unbiased", "eps")
@@ -18,13 +18,17 @@ class Filter:
     share of the block's dense gradient that they may make up. "unbiased": a sample of them is taken instead. "eps": a
     tile is left out where every |softmax - onehot| is below `value`, with the columns in their own order or `sorted`.
 
+    group: how many columns share a bound, and are computed or not as one. It is no setting: the forward in training
+    chooses it for the problem (bound.py).
+
     Its text is how settings, graphs and operators carry it: "exact", "budget 0.002", "unbiased 0.002", "eps 0.0002",
-    "eps 0.0002 sorted".
+    "eps 0.0002 sorted"; in the operators also "budget 0.002 by 4", with groups of 4 columns.
     """
 
     kind: str = "exact"
     value: float = 0.0
     sorted: bool = False
+    group: int = 1
 
     @staticmethod
     def of(value: Any) -> "Filter":
@@ -47,15 +51,20 @@ class Filter:
     @staticmethod
     def read(text: str) -> "Filter":
         """From the text that an operator is given. Raises ValueError."""
+        plain, by, group = text.partition(" by ")
         try:
-            return Filter.of(text)
+            filter = Filter.of(plain)
+            if by and (filter.kind not in ("budget", "unbiased") or group not in ("2", "4", "8")):
+                raise ValueError("cannot be: a budget and an unbiased filter may be grouped, by 2, 4 or 8 columns")
         except ValueError as error:
             raise ValueError(f"grad_filter {text!r} {error}") from None
+        return replace(filter, group=int(group)) if by else filter
 
     def __str__(self) -> str:
         if self.kind == "exact":
             return self.kind
-        return f"{self.kind} {self.value!r}" + (" sorted" if self.sorted else "")
+        by = f" by {self.group}" if self.group > 1 else ""
+        return f"{self.kind} {self.value!r}" + (" sorted" if self.sorted else "") + by
 
 
 def _number(word: Any) -> float | None:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import register_flop_formula
 
 from . import filtered, reference
-from .bound import blocks
+from .bound import blocks, groups
 from .call import DIFFERENTIABLE_OPERANDS, Attributes, Call, check, saved_names
 
 ATTRIBUTES = "float scale, float softcap, ScalarType? compute_dtype, str grad_filter, int workspace, str version"
@@ -82,7 +82,9 @@ def fake_forward(operands, names, active, statistics, training, *attributes) -> 
     x = call.input
     out = [x.new_empty(x.shape[0], dtype=torch.int64 if row.integer else call.accumulate_dtype) for row in call.rows]
     if training and call.bounded:
-        out.append(x.new_empty((blocks(x.shape[0]), call.weight.shape[0]), dtype=torch.uint8))
+        out.append(
+            x.new_empty((blocks(x.shape[0]), groups(call.weight.shape[0], call.filter.group)), dtype=torch.uint8)
+        )
     return out
 
 
@@ -109,7 +111,8 @@ class _LinearStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, names: str, active: Tensor | None, statistics: str, attributes: tuple, *operands: Tensor):
-        call = Call.read(list(operands), names, active, statistics, attributes)
+        call = Call.read(list(operands), names, active, statistics, attributes).grouped()
+        attributes = call.attributes.args()
         with torch._C._AutoDispatchBelowAutograd():
             out = FORWARD(list(operands), names, active, statistics, True, *attributes)
         seed = [call.operands["seed"]] if "seed" in call.operands else []  # drawn again, it would be another one

@@ -3,14 +3,14 @@
 Losses that read the same rows of the same logits against the same target share one operator.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node, Proxy
 
 from ..ops.call import SEEDS, Attributes, filtered, sampled
-from ..ops.diagnostics import OPERAND, meter
+from ..ops.diagnostics import meter
 from ..ops.filters import Filter
 from ..ops.library import FORWARD
 from ..ops.losses import cross_entropy, tangents
@@ -49,8 +49,9 @@ class Group:
         return [name for name in ("lse", "target_logit", "logit_sum") if name in names]
 
     def filter(self, attributes: Attributes) -> Filter:
-        """What the gradient filter comes to for these statistics: "exact" where none applies to them."""
-        applies = filtered(" ".join(self.statistics), attributes)
+        """What the gradient filter comes to for these logits and statistics: "exact" where none applies to them."""
+        _, softcap, _ = self.members[0][1].canonical()
+        applies = filtered(" ".join(self.statistics), replace(attributes, softcap=softcap))
         return Filter.read(attributes.grad_filter) if applies else Filter()
 
     @property
@@ -120,11 +121,7 @@ def emit(
     """
     loss, value = group.members[0]
     builder = Builder(graph, loss.node)
-    call = builder.run(_Call, builder, group, attributes)
-    applied = group.filter(attributes)
-    if diagnostics and applied.kind != "exact" and value.fake.requires_grad:
-        slot = meter(group.name, str(applied), fake(value.head.weight).device).slot()
-        call.operands[OPERAND] = builder.run(builder.parameter, f"cce_inductor_{OPERAND}", slot)
+    call = builder.run(_Call, builder, group, attributes, diagnostics)
     if gradients:
         loss.node.replace_all_uses_with(builder.run(_with_gradients, builder, loss, value, call).node)
         return
@@ -140,7 +137,7 @@ def emit(
 class _Call:
     """The arguments of a group's operator, recorded: its operands, the (N,) target, the mask of active rows."""
 
-    def __init__(self, builder: Builder, group: Group, attributes: Attributes):
+    def __init__(self, builder: Builder, group: Group, attributes: Attributes, diagnostics: bool):
         loss, value = group.members[0]
         head = value.head
         scale, softcap, shifts = value.canonical()
@@ -169,6 +166,10 @@ class _Call:
         if differentiated and sampled(" ".join(self.names), self.attributes):
             device = fake(head.input).device
             self.operands["seed"] = builder.call(torch.randint, SEEDS, (1,), device=device)
+        applied = group.filter(attributes)
+        if diagnostics and differentiated and applied.kind != "exact":
+            slot = meter(group.name, str(applied), fake(head.input).device).slot()
+            self.operands["diagnostics"] = builder.parameter("cce_inductor_diagnostics", slot)
 
     def statistics(self, builder: Builder) -> dict[str, Proxy]:
         """Records the operator; gives its results by name."""

@@ -243,4 +243,13 @@ def _site(finding: Finding, plans: dict[Node, Plan], settings: Settings, early: 
     if early and plan.choice.gradients_in_forward:
         kernel += ", gradients formed in the forward"
     group = next(g for g in plan.groups if any(loss.node is finding.loss for loss, _ in g.members))
-    return site.make(finding.loss, finding.trace.head, None, deferred, kernel, group.name, group.filter(attributes))
+    return site.make(
+        finding.loss,
+        finding.trace.head,
+        None,
+        deferred,
+        kernel,
+        group.name,
+        group.filter(attributes),
+        attributes.workspace,
+    )

@@ -38,7 +38,8 @@ class Site:
     logits_bytes: size of the logits in their own dtype, None if a size is symbolic. deferred: graph outputs made lazy.
     kernel: what runs in its place. name: under which `cce_inductor.diagnostics` has its numbers. filter: which columns
     its backward computes, a `grad_filter` as text: "exact" too where the one that is set has no bound for this loss.
-    bound_bytes: what the forward leaves to the backward for that; None if a size is symbolic.
+    bound_bytes: what the forward leaves to the backward for that, a byte for 128 rows and `bound_group` columns; None
+    if a size is symbolic.
     """
 
     fused: bool
@@ -58,6 +59,7 @@ class Site:
     name: str = ""
     filter: str = "exact"
     bound_bytes: int | None = 0
+    bound_group: int = 1
 
     def __str__(self) -> str:
         place = f" at {self.location}" if self.location else ""
@@ -77,6 +79,7 @@ def make(
     kernel: str = "",
     name: str = "",
     filter: Filter = EXACT,
+    workspace: int = 0,
 ) -> Site:
     """The record of a loss node."""
     sizes: dict[str, Any] = {}
@@ -91,8 +94,9 @@ def make(
             logits_bytes=int(z.numel()) * z.element_size() if known else None,
         )
         if filter.kind in BOUNDED:
+            sizes["bound_group"] = bound.group(rows, head.vocab, workspace)
             fixed = isinstance(rows, int) and isinstance(head.vocab, int)
-            sizes["bound_bytes"] = bound.size(rows, head.vocab) if fixed else None
+            sizes["bound_bytes"] = bound.bound_bytes(rows, head.vocab, workspace) if fixed else None
     at = refusal.node if refusal is not None else None
     return Site(
         fused=refusal is None,

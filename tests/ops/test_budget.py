@@ -2,26 +2,30 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from head_oracle import Head, error, logits
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from cce_inductor.ops import filtered, reference
-from cce_inductor.ops.bound import BLOCK, LAST, ROW_CAP, beyond, blocks, edges, encode, values
-from cce_inductor.ops.call import Attributes, Call
+from cce_inductor.ops.bound import BLOCK, LAST, ROW_CAP, beyond, blocks, bound_bytes, edges, encode, group, values
+from cce_inductor.ops.call import Attributes, Call, bounded, sampled
 from cce_inductor.ops.filters import Filter
 from cce_inductor.ops.library import BACKWARD, FORWARD
 
 NAMES = "lse target_logit"
 
 
-@pytest.mark.parametrize("text", ["exact", "budget 0.001953125", "unbiased 0.01", "eps 0.0002", "eps 0.0002 sorted"])
+@pytest.mark.parametrize(
+    "text", ["exact", "budget 0.001953125", "unbiased 0.01", "eps 0.0002", "eps 0.0002 sorted", "budget 0.01 by 4"]
+)
 def test_filters_are_their_text(text):
     assert str(Filter.read(text)) == text
 
 
 @pytest.mark.parametrize(
-    "text", ["", "budget", "budget 0", "budget 1.5", "budget nan", "exact 0.1", "tau 0.1", "sorted"]
+    "text",
+    ["", "budget", "budget 0", "budget 1.5", "budget nan", "exact 0.1", "tau 0.1", "eps 0.1 by 2", "budget 0.1 by 3"],
 )
 def test_unknown_filters_are_errors(text):
     with pytest.raises(ValueError, match="grad_filter"):
@@ -86,10 +90,12 @@ def make(kind: str, n: int, v: int, seed: int) -> Head:
         head.x = head.w[head.target] * 4
     elif kind == "steep":
         head.bias = torch.linspace(0, 25, v)
+    elif kind == "NaN row":
+        head.x[n // 2, 3] = torch.nan
     return head
 
 
-KINDS = ["random", "peaked", "flat", "late giant", "ties", "masked columns", "confident", "steep"]
+KINDS = ["random", "peaked", "flat", "late giant", "ties", "masked columns", "confident", "steep", "NaN row"]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -98,11 +104,12 @@ KINDS = ["random", "peaked", "flat", "late giant", "ties", "masked columns", "co
     n=st.integers(1, 300),
     v=st.integers(2, 400),
     tau=st.sampled_from([2**-9, 1e-2, 0.1]),
-    weighting=st.sampled_from(["mean", "signed", "one heavy row", "some rows"]),
+    weighting=st.sampled_from(["mean", "signed", "one heavy row", "some rows", "zero", "one NaN"]),
+    group=st.sampled_from([1, 1, 2, 4, 8]),
     slab=st.integers(7, 120),
     seed=st.integers(0, 1000),
 )
-def test_contract_holds_in_every_block(kind, n, v, tau, weighting, slab, seed):
+def test_contract_holds_in_every_block(kind, n, v, tau, weighting, group, slab, seed):
     """Against float64: each block drops at most tau of its dense gradient, each row at most its cap of its own."""
     head = make(kind, n, v, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -111,9 +118,13 @@ def test_contract_holds_in_every_block(kind, n, v, tau, weighting, slab, seed):
         g = torch.randn(n, generator=generator)
     elif weighting == "one heavy row":
         g[n // 2] *= 100
+    elif weighting == "zero":
+        g *= 0
+    elif weighting == "one NaN":
+        g[n // 3] = torch.nan
     active = torch.rand(n, generator=generator) < 0.6 if weighting == "some rows" else None
     assume(active is None or active.any())
-    attributes = Attributes(grad_filter=f"budget {tau!r}")
+    attributes = Attributes(grad_filter=str(Filter("budget", tau, group=group)))
     call = Call(
         {"input": head.x, "weight": head.w, "bias": head.bias, "target": head.target}, active, NAMES, attributes
     )
@@ -130,29 +141,38 @@ def test_contract_holds_in_every_block(kind, n, v, tau, weighting, slab, seed):
     value = values(bound.device)[bound.long()]
     for b in range(blocks(len(rows))):
         own = rows[b * BLOCK : (b + 1) * BLOCK]
-        assert (value[b] >= p[own].sum(0)).all(), "the bound is below the mass"
+        assert torch.equal(keep[b], in_groups(keep[b], group).any(1).repeat_interleave(group)[:v]), "half a group"
+        assert not (value[b] < in_groups(p[own].sum(0), group).sum(1)).any(), "the bound is below the mass"
+        if p[own].isnan().any() or g[own].isnan().any():
+            assert keep[b].all(), "what is not a number is not dropped"
+            continue
         weight = g[own].double().abs()
         dropped = p[own] * ~keep[b]
         assert (weight @ dropped).sum() <= tau * (weight @ p[own]).sum() * (1 + 1e-5) + 1e-12
-        assert (dropped.sum(1) <= ROW_CAP * tau * p[own].sum(1) + 1e-5).all()
+        assert ((dropped.sum(1) <= ROW_CAP * tau * p[own].sum(1) + 1e-5) | (weight == 0)).all()
         assert keep[b, head.target[own]].all()
     if kind == "flat":
         assert keep[: blocks(len(rows))].float().mean() > 1 - 2 * tau or v < 20
 
 
+def in_groups(vector: torch.Tensor, group: int) -> torch.Tensor:
+    """(groups, group), with zeros behind the last column."""
+    return F.pad(vector, (0, -len(vector) % group)).view(-1, group)
+
+
+@pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
-def test_gradients_are_those_of_the_kept_columns(dtype, masked, small_tiles):
+def test_gradients_are_those_of_the_kept_columns(dtype, masked, group, small_tiles):
     """The operators, through autograd, against float64 with the same columns left out; and how far exact is away."""
     head = Head.make(300, 16, 400, dtype, bias=True)
     head.w *= 3
     active = torch.arange(300) % 3 != 1 if masked else None
-    tau = 1e-2
-    attributes = Attributes(grad_filter=f"budget {tau}").args()
+    attributes = Attributes(grad_filter=str(Filter("budget", 1e-2, group=group))).args()
     leaves = [t.detach().requires_grad_() for t in (head.x, head.w, head.bias)]
     operands, names = [*leaves, head.target], "input weight bias target"
     lse, target_logit, bound = FORWARD(operands, names, active, NAMES, True, *attributes)
-    assert bound.shape == (3, 400) and bound.dtype == torch.uint8 and not bound.requires_grad
+    assert bound.shape == (3, 400 // group) and bound.dtype == torch.uint8 and not bound.requires_grad
     assert len(FORWARD(operands, names, active, NAMES, False, *attributes)) == 2
     g = torch.rand(300)
     ours = torch.autograd.grad(((lse - target_logit) * g).sum(), leaves)
@@ -171,29 +191,141 @@ def test_gradients_are_those_of_the_kept_columns(dtype, masked, small_tiles):
         assert error(one, want) < 8 * torch.finfo(dtype).eps
 
 
-def test_dense_statistics_stay_exact():
-    """What the budget is not proved for leaves no bound, and drops nothing."""
+def test_a_row_that_would_lose_too_much_has_its_block_done_in_full():
+    """Row 0 alone has mass in columns 10 to 109, of which the block as a whole could do without a fifth or more."""
+    z = torch.full((128, 110), -50.0)
+    z[0, 10:], z[1:, :10] = torch.linspace(0, 1, 100), 0.0
+    target = torch.full((128,), 109)
+    target[0] = 0
+    x, w = torch.eye(128), z.T.contiguous()
+    for kind in ("budget", "unbiased"):
+        operands = {"input": x, "weight": w, "target": target, "seed": torch.tensor([3])}
+        call = Call(operands, None, NAMES, Attributes(grad_filter=f"{kind} {2**-9!r}"))
+        saved = filtered.forward(call)
+        g = torch.ones(128)
+        assert kept_columns(call, g, saved).all()
+        g[0] = 0.0  # it has no gradient to lose
+        assert 20 < (~kept_columns(call, g, saved)).sum() < 50
+
+
+@pytest.mark.parametrize("kind", ["budget", "unbiased", "eps"])
+@pytest.mark.parametrize("names,softcap", [("lse target_logit entropy", 0.0), ("lse target_logit logit_sum", 5.0)])
+def test_what_no_bound_is_proved_for_stays_exact(kind, names, softcap):
     head = Head.make(200, 16, 300)
-    operands, names = [head.x, head.w, head.target], "input weight target"
-    every = "lse target_logit entropy"
-    budget, exact = Attributes(grad_filter="budget 0.1").args(), Attributes().args()
-    out = FORWARD(operands, names, None, every, True, *budget)
+    operands, operand_names = [head.x, head.w, head.target], "input weight target"
+    filter, exact = Attributes(softcap=softcap, grad_filter=f"{kind} 0.1"), Attributes(softcap=softcap)
+    assert not bounded(names, filter) and not sampled(names, filter)
+    out = FORWARD(operands, operand_names, None, names, True, *filter.args())
     assert len(out) == 3
     tangents = [torch.rand(200) for _ in range(3)]
     grads = [
-        BACKWARD(tangents, every, out, operands, names, None, every, "input weight", *attributes)
-        for attributes in (budget, exact)
+        BACKWARD(tangents, names, out, operands, operand_names, None, names, "input weight", *attributes.args())
+        for attributes in (filter, exact)
     ]
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_opcheck_with_a_bound():
+@pytest.mark.parametrize(
+    "names,softcap,bound,seed",
+    [
+        ("lse", 0.0, True, True),
+        ("lse target_logit argmax", 5.0, True, True),
+        ("lse target_logit logit_sum", 0.0, True, True),
+        ("lse target_logit logit_sum", 5.0, False, False),
+        ("lse entropy", 0.0, False, False),
+        ("target_logit", 0.0, False, False),
+    ],
+)
+def test_which_calls_leave_a_bound(names, softcap, bound, seed):
+    for text, expected in {"exact": False, "budget 0.1": bound, "unbiased 0.1": bound, "eps 0.1": False}.items():
+        attributes = Attributes(softcap=softcap, grad_filter=text)
+        assert bounded(names, attributes) == expected
+        assert sampled(names, attributes) == (seed and text == "unbiased 0.1")
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_sums_of_logits_are_exact_beside_a_budget(dtype, masked, weighted, small_tiles):
+    """Label smoothing: columns are left out of the softmax's part of the gradient, and of no other."""
+    head = Head.make(300, 16, 400, dtype, bias=True)
+    head.w *= 3
+    n, v = 300, 400
+    active = torch.arange(n) % 3 != 1 if masked else None
+    column_weight = torch.rand(v) if weighted else None
+    given = {"input": head.x, "weight": head.w, "bias": head.bias, "target": head.target}
+    given |= {"column_weight": column_weight} if weighted else {}
+    names, attributes = "lse target_logit logit_sum", Attributes(scale=0.7, grad_filter="budget 0.01")
+    call = Call(given, active, names, attributes)
+    out = FORWARD(list(given.values()), " ".join(given), active, names, True, *attributes.args())
+    tangents = dict(zip(names.split(), torch.randn(3, n, dtype=out[0].dtype), strict=True))
+    ours = BACKWARD(
+        list(tangents.values()), names, out, list(given.values()), " ".join(given), active, names, "input weight bias",
+        *attributes.args(),
+    )  # fmt: skip
+    keep = kept_columns(call, tangents["lse"], out)
+    assert 0.1 < keep.float().mean() < 0.95
+    rows = torch.arange(n) if active is None else active.nonzero()[:, 0]
+    exact = head.to(torch.float64)
+    p = logits(exact.x, exact.w, exact.bias, scale=0.7).softmax(1)
+    g, h, s = (t.double() for t in tangents.values())
+    dacc = torch.zeros_like(p)
+    dacc[rows] = p[rows] * keep[torch.arange(len(rows)) // BLOCK] * g[rows, None]
+    dacc[rows, head.target[rows]] += h[rows]
+    dacc[rows] += s[rows, None] * (torch.ones(v) if column_weight is None else column_weight).double()
+    dacc *= 0.7
+    for one, want in zip(ours, [dacc @ exact.w, dacc.T @ exact.x, dacc.sum(0)], strict=True):
+        assert error(one, want) < 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(
+    "rows,vocab,workspace,expected",
+    [
+        (8192, 256_000, 64 << 20, 1),
+        (32768, 131_072, 64 << 20, 1),  # 256 blocks of 128 KiB are exactly half
+        (32769, 131_072, 64 << 20, 2),
+        (65536, 256_000, 64 << 20, 4),
+        (1 << 20, 256_000, 64 << 20, 8),  # 250 MiB still: no more than 8 share one
+        (1 << 20, 49, 1 << 10, 4),
+    ],
+)
+def test_large_bounds_are_grouped(rows, vocab, workspace, expected):
+    assert group(rows, vocab, workspace) == expected
+    columns = bound_bytes(rows, vocab, workspace) // blocks(rows)
+    assert columns == -(-vocab // expected) and -(-vocab // columns) == expected
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_step_groups_where_the_number_of_rows_is_known(dynamic, monkeypatch):
+    """The shape of a bound is that of the graph, whoever runs it: with symbolic rows nothing is grouped."""
+    torch._dynamo.reset()
+    head, workspace = Head.make(300, 16, 400), 2000
+    seen = []
+    forward = filtered.forward
+    monkeypatch.setattr(filtered, "forward", lambda call: seen.append(out := forward(call)) or out)
+
+    def step(x, w, target):
+        lse, target_logit = FORWARD(
+            [x, w, target], "input weight target", None, NAMES, False, *Attributes(
+                grad_filter="budget 0.1", workspace=workspace
+            ).args(),
+        )  # fmt: skip
+        return (lse - target_logit).mean()
+
+    x, w = head.x.requires_grad_(), head.w.requires_grad_()
+    torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)(x, w, head.target).backward()
+    step(x, w, head.target).backward()
+    assert [out[-1].shape for out in seen] == [(3, 400 if dynamic else 200), (3, 200)]
+
+
+@pytest.mark.parametrize("kind", ["budget", "unbiased", "eps"])
+def test_opcheck_under_a_filter(kind):
     head = Head.make(9, 5, 40)
     x, w = head.x.requires_grad_(), head.w.requires_grad_()
-    arguments = [x, w, head.target], "input weight target", None, NAMES
-    attributes = Attributes(grad_filter="budget 0.01").args()
-    torch.library.opcheck(FORWARD, (*arguments, True, *attributes))
-    saved = [t.detach() for t in FORWARD(*arguments, True, *attributes)]
+    operands, names = [x, w, head.target, torch.tensor([5])], "input weight target seed"
+    attributes = Attributes(grad_filter=f"{kind} 0.01").args()
+    torch.library.opcheck(FORWARD, (operands, names, None, NAMES, True, *attributes))
+    saved = [t.detach() for t in FORWARD(operands, names, None, NAMES, True, *attributes)]
     tangents = [torch.rand(9), torch.rand(9)]
-    operands = [x.detach(), w.detach(), head.target]
-    torch.library.opcheck(BACKWARD, (tangents, NAMES, saved, operands, *arguments[1:], "input weight", *attributes))
+    arguments = [t.detach() for t in operands], names, None, NAMES, "input weight"
+    torch.library.opcheck(BACKWARD, (tangents, NAMES, saved, *arguments, *attributes))
