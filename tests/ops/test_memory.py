@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from head_oracle import Head, call_forward
+from head_oracle import Head
 from torch.profiler import ProfilerActivity, profile
 
 import cce_inductor
 from cce_inductor.ops import reference
 from cce_inductor.ops.call import Attributes
-from cce_inductor.ops.library import BACKWARD
+from cce_inductor.ops.library import BACKWARD, FORWARD
 
 N, D, V = 2048, 64, 50_000
 MIB = 1 << 20
@@ -83,20 +83,41 @@ SHAPES = {"long": (4000, 16, 300), "wide": (40, 16, 60_000), "deep": (64, 3000, 
     ids=["loss", "active", "entropy"],
 )
 def test_operators_at_a_tiny_workspace(shape, dtype, compute_dtype, names, attributes, masked, monkeypatch):
+    check_tiny_workspace(shape, dtype, compute_dtype, names, attributes, masked, monkeypatch)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "names,attributes,masked",
+    [
+        ("lse target_logit logit_sum", {"grad_filter": "budget 0.01"}, True),
+        ("lse target_logit", {"grad_filter": "unbiased 0.01", "softcap": 5.0}, False),
+        ("lse target_logit", {"grad_filter": "eps 0.001"}, False),
+    ],
+    ids=["budget", "unbiased", "eps"],
+)
+def test_filters_at_a_tiny_workspace(shape, dtype, names, attributes, masked, monkeypatch):
+    check_tiny_workspace(shape, dtype, None, names, attributes, masked, monkeypatch)
+
+
+def check_tiny_workspace(shape, dtype, compute_dtype, names, attributes, masked, monkeypatch):
     monkeypatch.setattr(reference, "SLAB_COLUMNS", math.inf)  # the workspace alone decides
     n, d, v = SHAPES[shape]
     head = Head.make(n, d, v, dtype)
     active = torch.arange(n) % 2 == 0 if masked else None
     attributes = dict(attributes, compute_dtype=compute_dtype, workspace=WORKSPACE)
     vectors = 64 * n * 8
+    operands, operand_names = [head.x, head.w, head.target, torch.tensor([5])], "input weight target seed"
+    arguments = Attributes(**attributes).args()
     with Allocations() as forward:
-        out = call_forward(head, names, active=active, training=True, **attributes)
-    assert forward.peak <= WORKSPACE + vectors
+        out = FORWARD(operands, operand_names, active, names, True, *arguments)
+    bound = sum(t.nbytes for t in out[len(names.split()) :])
+    assert forward.peak <= WORKSPACE + vectors + bound
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
-    operands = [head.x, head.w, head.target]
-    tangents = [torch.ones_like(t) for t in out]
-    arguments = (tangents, names, out, operands, "input weight target", active, names, "input weight")
+    tangents = [torch.ones_like(t) for t in out[: len(names.split())]]
+    arguments = (tangents, names, out, operands, operand_names, active, names, "input weight", *arguments)
     with Allocations() as backward:
-        BACKWARD(*arguments, *Attributes(**attributes).args())
+        BACKWARD(*arguments)
     accumulator = 0 if dtype == accumulate else n * d * accumulate.itemsize
     assert backward.peak <= WORKSPACE + head.x.nbytes + head.w.nbytes + accumulator + vectors

@@ -45,6 +45,30 @@ truediv = truediv(%sum_1, %sum_2)
 return (%truediv)""",
         )
 
+    def test_unbiased(self):
+        """A sample of columns has a seed, one for each operator whose loss is differentiated."""
+
+        def fn(h, w, t):
+            rows = h.view(-1, 8)
+            sampled = F.cross_entropy(F.linear(rows, w), t.view(-1))
+            with torch.no_grad():
+                watched = F.cross_entropy(F.linear(rows * 2, w), t.view(-1))
+            return sampled, watched
+
+        _, graph = rewritten(fn, self.h, self.w, self.t, grad_filter="unbiased 0.125")
+        lines = [line for line in graph.splitlines() if re.search("randint|linear_statistics.default", line)]
+        self.assertExpectedInline(
+            "\n".join(lines),
+            """\
+randint = randint(4294967296, (1), device=device(type='cpu'))
+linear_statistics_default = linear_statistics.default([%rows, %l_w_, %view_1, %randint], 'input weight target seed', %ne, 'lse target_logit', False, 1.0, 0.0, torch.float32, 'unbiased 0.125', WORKSPACE, 'VERSION')
+getitem = getitem(%linear_statistics_default, 0)
+getitem_1 = getitem(%linear_statistics_default, 1)
+linear_statistics_default_1 = linear_statistics.default([%detach_1, %detach, %view_2], 'input weight target', %ne_1, 'lse target_logit', False, 1.0, 0.0, torch.float32, 'unbiased 0.125', WORKSPACE, 'VERSION')
+getitem_2 = getitem(%linear_statistics_default_1, 0)
+getitem_3 = getitem(%linear_statistics_default_1, 1)""",
+        )
+
     def test_softcap_shift_and_smoothing(self):
         def fn(h, w, t):
             z = 30.0 * torch.tanh(F.linear(h, w) / 30.0)
