@@ -25,7 +25,7 @@ LARGE_LOGITS = 1 / 8
 def choose(problem: Problem) -> Choice:
     """The answer of the lowerings to `Problem`."""
     if problem.device == "cuda" and not unsupported_dtype([*problem.dtypes, problem.compute_dtype]):
-        return Choice("Triton kernels", gradients_in_forward=_keeps_all_logits(problem))
+        return Choice("Triton kernels", gradients_in_forward=problem.filter == "exact" and _keeps_all_logits(problem))
     if problem.device != "cpu":
         return Choice("eager implementation")
     from .cpu import element_dtype, unsupported
@@ -55,6 +55,8 @@ def _keeps_all_logits(problem: Problem) -> bool:
 
 def _keeps_logits(problem: Problem, element: torch.dtype) -> bool:
     """Whether enough logits fit in the workspace between the two passes of a kernel that forms gradients at once."""
+    if problem.filter == "eps":
+        return False
     if torch.float16 in (problem.compute_dtype, *problem.dtypes):
         # Gradients of float16 are kept from becoming 0 by the factor that the loss is scaled by, which comes later.
         return False

@@ -24,10 +24,11 @@ def forward(
     element, compute = _dtypes(operands, attributes)
     given = _realize(operands | _mask(active))
     layouts = _statistics_layouts(operands, statistics)
-    constants = _constants(attributes) | {"statistics": statistics, "bounded": bounded, "bound_columns": "V"}
+    constants = _constants(attributes) | {"statistics": statistics, "bounded": bounded}
     if bounded:
         (n, _), (v, _) = operands["input"].get_size(), operands["weight"].get_size()
-        layouts["bound"] = _contiguous(operands["input"].get_device(), torch.uint8, [CeilDiv(n, bound.BLOCK), v])
+        size = [CeilDiv(n, bound.BLOCK), CeilDiv(v, Filter.read(attributes.grad_filter).group)]
+        layouts["bound"] = _contiguous(operands["input"].get_device(), torch.uint8, size)
     spec = Spec("linear_statistics", element, compute, given, _ABSENT, layouts, constants)
     return list(emit(spec, operands["input"].get_device()).values())
 
@@ -63,7 +64,7 @@ def _filter(tangents: dict[str, Any], attributes: Attributes) -> dict[str, Any]:
     grad_filter = Filter.read(attributes.grad_filter)
     return {
         "tangents": [name for name in tangents if name != "logit_sum"],
-        "rank_one": "logit_sum" in tangents,
+        "has_rank_one": "logit_sum" in tangents,
         "tau": repr(grad_filter.value),
         "row_cap": bound.ROW_CAP,
         "sampled": grad_filter.kind == "unbiased",
@@ -72,7 +73,6 @@ def _filter(tangents: dict[str, Any], attributes: Attributes) -> dict[str, Any]:
         "hash_block": bound.HASH_BLOCK,
         "hash_column": bound.HASH_COLUMN,
         "hash_mix": bound.HASH_MIX,
-        "bound_columns": "bound_stride_0",
     }
 
 
@@ -83,32 +83,25 @@ def with_gradients(
     statistics: list[str],
     needs: list[str],
     attributes: Attributes,
+    bounded: bool,
 ) -> Sequence[Any]:
     element, compute = _dtypes(operands, attributes)
+    bounded = bounded and "lse" in tangents
     constants = _constants(attributes) | {
         "statistics": statistics,
         "tangents": list(tangents),
         "needs": needs,
         "kept_share": KEPT_SHARE,
         "least_chunk": LEAST_CHUNK[element],
-        "bounded": False,
+        "bounded": bounded,
     }
+    if bounded:
+        constants |= _filter(tangents, attributes)
     given = _realize(operands | _mask(active) | _prefixed(tangents))
     absent = _ABSENT | dict.fromkeys(_prefixed(table.TABLE), torch.float32)
     layouts = _statistics_layouts(operands, statistics) | _gradient_layouts(operands, needs)
     spec = Spec("linear_statistics_with_gradients", element, compute, given, absent, layouts, constants)
     return list(emit(spec, operands["input"].get_device()).values())
-
-
-def _codes() -> dict[str, Any]:
-    """What the templates know of the bound's one-byte codes."""
-    return {
-        "code_rows": bound.BLOCK,
-        "code_steps": bound.STEPS,
-        "code_offset": bound.OFFSET,
-        "code_last": bound.LAST,
-        "code_inflation": bound.INFLATION,
-    }
 
 
 def _prefixed(tangents: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,7 +114,18 @@ def _mask(active: Any) -> dict[str, Any]:
 
 
 def _constants(attributes: Attributes) -> dict[str, Any]:
-    return {"scale": attributes.scale, "softcap": attributes.softcap, "workspace": attributes.workspace} | _codes()
+    return {
+        "scale": attributes.scale,
+        "softcap": attributes.softcap,
+        "workspace": attributes.workspace,
+        # Of the bound: how many rows and columns share a code, and what it stands for.
+        "code_rows": bound.BLOCK,
+        "code_columns": Filter.read(attributes.grad_filter).group,
+        "code_steps": bound.STEPS,
+        "code_offset": bound.OFFSET,
+        "code_last": bound.LAST,
+        "code_inflation": bound.INFLATION,
+    }
 
 
 def _statistics_layouts(operands: dict[str, Any], statistics: list[str]) -> dict[str, ir.FixedLayout]:

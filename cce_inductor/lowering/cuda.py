@@ -362,6 +362,7 @@ def with_gradients(
     statistics: list[str],
     needs: list[str],
     attributes: Attributes,
+    bounded: bool,  # nothing is left out all the same: the logits are there
 ) -> list[Any]:
     call = Call(operands, active, attributes)
     pitch = whole_tiles(call.v)

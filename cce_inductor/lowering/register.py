@@ -79,7 +79,9 @@ def _backward(tangents, tangent_names, saved, operands, names, active, statistic
 
 
 def _with_gradients(tangents, tangent_names, operands, names, active, statistics, needs, *attributes):
-    named, options = _named(names, operands), Attributes(*attributes)
+    named, options = _read(names, operands), Attributes(*attributes)
+    if filtered(statistics, options) and not bounded(statistics, options):
+        raise Unsupported("no template has the filter eps")
     arguments = {
         "tangents": differentiable(_named(tangent_names, tangents)),
         "operands": named,
@@ -87,6 +89,7 @@ def _with_gradients(tangents, tangent_names, operands, names, active, statistics
         "statistics": statistics.split(),
         "needs": needs.split(),
         "attributes": options,
+        "bounded": bounded(statistics, options),
     }
     return "with_gradients", named, arguments
 

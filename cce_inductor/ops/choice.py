@@ -11,7 +11,8 @@ class Problem:
     """One head: (rows, width) @ (width, vocab), sizes as they were when the graph was captured.
 
     dtypes: of input, weight and bias. compute_dtype: what the operands are rounded to. workspace: bytes of scratch.
-    logits_bytes: size of the logits that fusing saves.
+    logits_bytes: size of the logits that fusing saves. filter: the kind of the
+    gradient filter (filters.py).
     """
 
     rows: int
@@ -22,6 +23,7 @@ class Problem:
     compute_dtype: torch.dtype
     workspace: int
     logits_bytes: int
+    filter: str = "exact"
 
     @property
     def weight_dtype(self) -> torch.dtype:

@@ -13,6 +13,7 @@ from .. import compat
 from ..config import Settings
 from ..ops.call import Attributes
 from ..ops.choice import Choice, Chooser, Problem
+from ..ops.filters import Filter
 from . import emit, site
 from .defer import Deferral, Outputs
 from .site import Site
@@ -81,7 +82,9 @@ def _rewrite(gm: GraphModule, settings: Settings, version: str, choose: Chooser 
     attributes = Attributes(grad_filter=settings.grad_filter, workspace=settings.workspace_bytes, version=version)
     plans = {f.trace.head.node: _plan(graph, f.trace, order, settings, choose) for f in findings if f.trace is not None}
     fused = [plan for plan in plans.values() if plan.refusal is None]
-    early = settings.gradients_in_forward and settings.grad_filter == "exact" and _one_linear_loss(fused)
+    # The numbers that diagnostics are made of are a gradient that no loss may scale.
+    numbers = settings.diagnostics and settings.grad_filter != "exact"
+    early = settings.gradients_in_forward and not numbers and _one_linear_loss(fused)
     _name(group for plan in fused for group in plan.groups)
     sites = [_site(f, plans, settings, early, attributes) for f in findings]
     if not fused:
@@ -148,6 +151,7 @@ def _problem(head: Head, settings: Settings) -> Problem:
         compute_dtype=head.dtype,
         workspace=settings.workspace_bytes,
         logits_bytes=entries * z.element_size(),
+        filter=Filter.read(settings.grad_filter).kind,
     )
 
 
