@@ -32,7 +32,7 @@ def compiled(fn, dynamic=None, **options):
 
 def make(n=300, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    h, w = torch.randn(n, D, generator=generator), torch.randn(V, D, generator=generator)
+    h, w = torch.randn(n, D, generator=generator), 2 * torch.randn(V, D, generator=generator)
     return h.requires_grad_(), w.requires_grad_(), torch.randint(V, (n,), generator=generator)
 
 
