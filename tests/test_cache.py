@@ -58,6 +58,14 @@ def test_second_process_is_warm_and_an_edit_is_not(tmp_path, copied_package):
     assert edited["aot"].get("autograd_cache_miss") == 1 and edited["inductor"]["fxgraph_cache_miss"] >= 1
 
 
+def test_numbers_of_a_filter_are_left_by_a_warm_graph_too(tmp_path):
+    cold, warm = (train(tmp_path / "cache", grad_filter=0.1, diagnostics=True) for _ in range(2))
+    assert warm["aot"].get("autograd_cache_hit") == 1 and cold["aot"]["autograd_cache_miss"] == 1
+    (numbers,) = warm["numbers"]
+    assert numbers["filter"] == "budget 0.1" and numbers["backwards"] == numbers["blocks"] == 1
+    assert warm["numbers"] == cold["numbers"]
+
+
 def test_hash_sees_names_and_contents(tmp_path):
     (tmp_path / "a.py").write_text("x = 1\n")
     (tmp_path / "k.cpp.jinja").write_text("{}")

@@ -26,9 +26,13 @@ def fresh(monkeypatch):
         yield
 
 
+def compiled(fn, dynamic=None, **options):
+    return torch.compile(fn, backend=cce_inductor.cce_backend, options=OPTIONS | options, dynamic=dynamic)
+
+
 def make(n=300, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    h, w = torch.randn(n, D, generator=generator), torch.randn(V, D, generator=generator)
+    h, w = torch.randn(n, D, generator=generator), 2 * torch.randn(V, D, generator=generator)
     return h.requires_grad_(), w.requires_grad_(), torch.randint(V, (n,), generator=generator)
 
 
@@ -68,9 +72,8 @@ def check(numbers, backwards, *wanted):
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_a_compiled_loss(compiler):
     """Each backward counts, a second one through the same graph too; gradients are those without diagnostics."""
-    step = torch.compile(written, backend="cce", options=OPTIONS | {"compiler": compiler})
-    without = OPTIONS | {"compiler": compiler, "diagnostics": False}
-    plain = torch.compile(lambda *inputs: written(*inputs), backend="cce", options=without)
+    step = compiled(written, compiler=compiler)
+    plain = compiled(lambda *inputs: written(*inputs), compiler=compiler, diagnostics=False)
     h, w, t = make()
     loss = step(h, w, t)
     loss.backward(retain_graph=True)
@@ -92,7 +95,7 @@ def test_a_compiled_loss(compiler):
 
 
 def test_other_numbers_of_rows_are_the_same_site():
-    step = torch.compile(written, backend="cce", options=OPTIONS | {"compiler": "aot_eager"}, dynamic=True)
+    step = compiled(written, dynamic=True, compiler="aot_eager")
     every = [make(n, seed=n) for n in (300, 128, 517)]
     for inputs in every:
         step(*inputs).backward()
@@ -102,7 +105,7 @@ def test_other_numbers_of_rows_are_the_same_site():
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_inductor(dynamic):
     """Through the lowerings the bound may be another, and with it what is kept: the contract is the same."""
-    step = torch.compile(written, backend="cce", options=OPTIONS, dynamic=dynamic)
+    step = compiled(written, dynamic=dynamic)
     every = [make(n, seed=n) for n in ((300, 140) if dynamic else (300,))]
     for h, w, t in every:
         loss = step(h, w, t)
@@ -123,9 +126,9 @@ def test_direct_calls(backend, rematerialized):
 
     h, w, t = make()
     with config.patch(grad_filter=0.02, diagnostics=True):
-        compiled = step if backend is None else torch.compile(step, backend=backend, fullgraph=True)
-        compiled(h, w, t).backward()
-        compiled(h, w, t).backward()
+        run = step if backend is None else torch.compile(step, backend=backend, fullgraph=True)
+        run(h, w, t).backward()
+        run(h, w, t).backward()
     check(only(), 2, expected(h, w, t), expected(h, w, t))
     assert only()["site"].startswith("cce_inductor.linear_cross_entropy at ")
     assert f"test_diagnostics.py:{direct.__code__.co_firstlineno + 1}" in only()["site"]
@@ -133,7 +136,7 @@ def test_direct_calls(backend, rematerialized):
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_a_compiled_loss_inside_a_checkpoint(compiler):
-    step = torch.compile(written, backend="cce", options=OPTIONS | {"compiler": compiler})
+    step = compiled(written, compiler=compiler)
     h, w, t = make()
     checkpoint(step, h, w, t, use_reentrant=False).backward()
     assert (only()["backwards"], only()["blocks"]) == (1, 3)
@@ -147,7 +150,7 @@ def test_losses_of_one_line_are_apart():
         return first + 100 * second
 
     h, w, t = make(256)
-    torch.compile(both, backend="cce", options=OPTIONS | {"compiler": "aot_eager"})(h, w, t).backward()
+    compiled(both, compiler="aot_eager")(h, w, t).backward()
     one, two = cce_inductor.diagnostics()
     assert two["site"] == one["site"] + " #2"
     check(one, 1, expected(h[:128], w, t[:128]))
@@ -165,28 +168,25 @@ def test_calls_in_a_loop_are_one_site():
 @pytest.mark.parametrize("grad_filter", ["unbiased 0.02", "eps 0.01", "eps 0.01 sorted"])
 def test_every_filter_has_numbers(grad_filter):
     h, w, t = make()
-    options = OPTIONS | {"grad_filter": grad_filter, "compiler": "aot_eager"}
-    torch.compile(written, backend="cce", options=options)(h, w, t).backward()
+    compiled(written, grad_filter=grad_filter, compiler="aot_eager")(h, w, t).backward()
     assert only()["filter"] == grad_filter and only()["blocks"] == 3
     assert 0 < only()["kept"] <= 1
 
 
 def test_what_leaves_none():
     h, w, t = make(20)
-    for options in (OPTIONS | {"grad_filter": "exact"}, OPTIONS | {"diagnostics": False}):
+    for options in ({"grad_filter": "exact"}, {"diagnostics": False}):
         torch._dynamo.reset()
-        step = torch.compile(written, backend="cce", options=options | {"compiler": "aot_eager"})
-        step(h, w, t).backward()
+        compiled(written, compiler="aot_eager", **options)(h, w, t).backward()
     torch._dynamo.reset()
-    step = torch.compile(written, backend="cce", options=OPTIONS | {"compiler": "aot_eager"})
+    step = compiled(written, compiler="aot_eager")
     with torch.no_grad():
         assert not step(h, w, t).requires_grad
     assert not step(h.detach(), w.detach(), t).requires_grad
     torch.autograd.grad(step(h, w, t), [h, w])
-    smoothed = torch.compile(
+    smoothed = compiled(
         lambda h, w, t: F.cross_entropy(30 * torch.tanh(F.linear(h, w) / 30), t, label_smoothing=0.1),
-        backend="cce",
-        options=OPTIONS | {"compiler": "aot_eager"},
+        compiler="aot_eager",
     )
     smoothed(h, w, t).backward()  # nothing is dropped of it
     assert cce_inductor.diagnostics() == []
@@ -208,9 +208,7 @@ def test_explain_has_what_was_gathered():
     options = {name: value for name, value in OPTIONS.items() if name != "diagnostics"}
     with config.patch(**options):
         before = str(cce_inductor.explain(written, h, w, t))
-        torch.compile(written, backend="cce", options={"diagnostics": True, "compiler": "aot_eager"})(
-            h, w, t
-        ).backward()
+        compiled(written, compiler="aot_eager")(h, w, t).backward()
         after = cce_inductor.explain(written, h, w, t)
     (site,) = after.sites
     assert site.filter == "budget 0.02" and site.bound_bytes == 3 * V

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
+import cce_inductor
+
 torch.manual_seed(0)
 torch.set_num_threads(1)
 trunk, head = torch.nn.Linear(16, 16), torch.nn.Linear(16, 96, bias=False)
@@ -31,6 +33,7 @@ print(
             "cce": dict(counters["cce_inductor"]),
             "aot": dict(counters["aot_autograd"]),
             "inductor": dict(counters["inductor"]),
+            "numbers": cce_inductor.diagnostics(),
         }
     )
 )
