@@ -125,6 +125,7 @@ def _constants(attributes: Attributes) -> dict[str, Any]:
         "code_offset": bound.OFFSET,
         "code_last": bound.LAST,
         "code_inflation": bound.INFLATION,
+        "code_lowering": bound.LOWERING,
     }
 
 

@@ -24,6 +24,9 @@ STEPS, OFFSET, LAST = 6, 35.25, 255
 ROW_CAP = 64
 # Over what an fp32 sum of 128 exponentials, and the logarithm of it, can be too small by.
 INFLATION = 1.001
+# The logit of a target is added up apart from its tile, in another order: it is lowered by this share of itself before
+# it stands for a log-sum-exp.
+LOWERING = 2.0**-17
 
 
 def blocks(rows: int) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .bound import (
     BLOCK,
+    LOWERING,
     ROW_CAP,
     SAMPLE_BITS,
     beyond,
@@ -75,7 +76,7 @@ def forward(call: Call) -> list[Tensor]:
 
 
 def _target_logits(operands: Operands, x: Tensor, block: slice) -> Tensor | None:
-    """(rows,): the logits of the block's targets, before any other."""
+    """(rows,): the logits of the block's targets, before any other, and not above what the tiles will give."""
     if operands.target is None:
         return None
     call, target = operands.call, operands.target[block]
@@ -85,7 +86,8 @@ def _target_logits(operands: Operands, x: Tensor, block: slice) -> Tensor | None
         z += bias[target]
     z *= call.attributes.scale
     cap = call.attributes.softcap
-    return (z / cap).tanh() * cap if cap else z
+    z = (z / cap).tanh() * cap if cap else z
+    return z - LOWERING * z.abs()
 
 
 def _mass(tile: Tile, running: Tensor, target_logit: Tensor | None, group: int) -> Tensor:
