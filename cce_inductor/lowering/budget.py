@@ -7,6 +7,7 @@ needs; the last ones are usually empty. Then the rows that lost too much have th
 more, in slabs that are empty if there is no such row.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -16,18 +17,28 @@ from torch._inductor.utils import ceildiv
 
 from ..ops.bound import BLOCK, OFFSET, ROW_CAP, STEPS
 from .buffers import argsort, in_memory, iota, numbers, op, zeros
-from .schedules import budget_width
+from .schedules import budget_slabs
 from .triton_configs import chunk, kind
 
 if TYPE_CHECKING:
     from .cuda import Backward
 
+log = logging.getLogger(__name__)
+
 TILE = 128
 
 
-def run(backward: "Backward", saved: dict[str, Any], bound: Any, budget: float) -> None:
-    """Forms the gradients that `backward` needs. Its tangents are those of lse and target_logit at most."""
-    _Budget(backward, saved, bound, budget).run()
+def run(backward: "Backward", saved: dict[str, Any], bound: Any, budget: float) -> bool:
+    """Forms the gradients that `backward` needs. Its tangents are those of lse and target_logit at most.
+
+    False if the workspace is too small for it, or would take too many slabs: every column may be kept.
+    """
+    made = _Budget(backward, saved, bound, budget)
+    if made.slabs:
+        made.run()
+    else:
+        log.info("every column is kept: the workspace is too small for a backward under a budget")
+    return made.slabs > 0
 
 
 class _Budget:
@@ -37,12 +48,10 @@ class _Budget:
         self.tiles = math.ceil(call.v / TILE)
         self.blocks = ceildiv(call.n, BLOCK)
         item = call.compute.itemsize
-        width = budget_width(call.hint, call.v, item, call.attributes.workspace)
-        self.slabs = math.ceil(self.tiles * TILE / (width - 2 * TILE))
-        self.width = width
+        self.slabs, self.width = budget_slabs(call.hint, call.v, item, call.attributes.workspace)
         self.constants = {
             "WORDS": self.tiles * 4,
-            "WIDTH": width,
+            "WIDTH": self.width,
             "CHUNK": chunk(kind(call.dtypes, call.compute)),
             "TAU": budget,
             "ROW_CAP": float(ROW_CAP),

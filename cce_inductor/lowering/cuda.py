@@ -339,8 +339,8 @@ def backward(
         kind, _, value = attributes.grad_filter.partition(" ")
         if kind == "budget":
             made = Backward(call, tangents, saved, needs)
-            budget.run(made, saved, bound, float(value))
-            return made.gradients()
+            if budget.run(made, saved, bound, float(value)):
+                return made.gradients()
     l2 = torch.cuda.get_device_properties(call.device).L2_cache_size
     found = schedules(
         call.hint,

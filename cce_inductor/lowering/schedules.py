@@ -26,6 +26,8 @@ import torch
 STEP = 256
 # More launches than this take longer to prepare, and to compile, than they can win.
 MOST_LAUNCHES = 256
+# Under a budget, where a slab is eight launches, most of them of kernels that find nothing to do.
+MOST_SLABS = 128
 # Rows of a region whose dW is to stay in the L2 cache, and the part of that cache it may fill.
 BLOCK_ROWS = 2048
 L2_SHARE = 0.5
@@ -142,16 +144,18 @@ def rounds(blocks: int, v: int, processors: int) -> list[Round]:
     return found
 
 
-def budget_width(n: int, v: int, item: int, workspace: int) -> int:
-    """Slots of a slab of the backward under a budget (budget.py), for each block of rows, in `workspace` bytes.
+def budget_slabs(n: int, v: int, item: int, workspace: int) -> tuple[int, int]:
+    """How many slabs the backward under a budget (budget.py) has in `workspace` bytes, and the slots for each block.
 
-    item: bytes of a compute dtype's number. At least four tiles: one may overflow, and lists are padded.
+    item: bytes of a number in the compute dtype. 0 slabs where too little fits.
     """
-    blocks = math.ceil(n / 128)
-    tables = v * (3 * 8 + blocks * (3 / 8 + 1 / 32))  # keys, their sort, masks, blocks of tiles
+    blocks, whole = max(math.ceil(n / 128), 1), math.ceil(v / 128) * 128
+    tables = v * (3 * 8 + blocks * (3 / 8 + 1 / 32))  # keys and their sort, masks, blocks of tiles
     slot = 128 * item + 12  # dacc, its column, masses
-    width = int(workspace - tables) // (max(blocks, 1) * slot) // 128 * 128
-    return min(max(width, 512), math.ceil(v / 128) * 128 + 256)
+    width = min(int(workspace - tables) // (blocks * slot) // 128 * 128, whole + 2 * 128)
+    # One tile may come on top of the capacity, and what pads the lists.
+    slabs = math.ceil(whole / (width - 2 * 128)) if width > 2 * 128 else 0
+    return (slabs, width) if slabs <= MOST_SLABS else (0, 0)
 
 
 def whole_tiles(v: float) -> int:

@@ -93,9 +93,9 @@ _BLACKWELL = _table(
         "linear_statistics_dw": [_LARGE_TMA, _SPECIALISED, _MIDDLE, _SMALL],
         "linear_statistics_dw, added": [_MIDDLE_TMA, _MIDDLE, _SMALL],
         "linear_statistics_dx": [_MIDDLE_TMA, _MIDDLE, _SMALL],
-        "budget_dacc": [_MIDDLE, _SMALL],
+        "budget_dacc": [_SMALL],
         "budget_dw": [_LARGE, _MIDDLE, _SMALL],
-        "budget_dx": [_LARGE, _MIDDLE, _SMALL],
+        "budget_dx": [_MIDDLE, _SMALL],
     },
     [Tiles(128, 64, 32, 3, 8, tma=True), *_CAST],
 )
