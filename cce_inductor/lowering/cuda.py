@@ -7,26 +7,28 @@ left out by a list of the others, made on the device.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
 import torch
-from torch._inductor import ir
-from torch._inductor.lowering import empty_strided, fallback_handler, lowerings, to_dtype
+from torch._inductor.lowering import empty_strided, fallback_handler, to_dtype
+from torch._inductor.utils import ceildiv
 from torch._inductor.virtualized import V
 
 from .. import compat
 from ..ops import statistics as table
+from ..ops.bound import BLOCK, INFLATION, OFFSET, STEPS
 from ..ops.call import Attributes
 from ..ops.library import BACKWARD, MM
+from . import budget
+from .buffers import in_memory, iota, numbers, op, own, part, zeros
 from .schedule_choice import fastest
-from .schedules import Schedule, Sweep, schedules, whole_tiles
+from .schedules import Schedule, Sweep, rounds, schedules, whole_tiles
 from .triton_configs import KEPT_TILE, configurations
 from .triton_template import DTYPES, emit
 from .unsupported import Unsupported, unsupported_dtype
 
-aten = torch.ops.aten
 # A split of the vocabulary should be worth a program of its own.
 LEAST_SPLIT = 2048
 # What the kernel leaves behind for each statistic, by split.
@@ -39,12 +41,6 @@ PARTS = {
 }
 
 
-def _op(name: str, *args: Any, **kwargs: Any) -> Any:
-    """The lowering of an ATen operator, applied to buffers."""
-    packet, _, overload = name.partition(".")
-    return lowerings[getattr(getattr(aten, packet), overload or "default")](*args, **kwargs)
-
-
 class Call:
     """What every kernel of a call needs: operands in memory, the rows that count, options."""
 
@@ -55,7 +51,7 @@ class Call:
         if reason:
             raise Unsupported(reason)
         self.given = operands
-        self.operands = {name: _in_memory(t) for name, t in operands.items()}
+        self.operands = {name: in_memory(t) for name, t in operands.items()}
         self.input, self.weight = self.operands["input"], self.operands["weight"]
         self.device = self.input.get_device()
         self.n = self.input.get_size()[0]
@@ -65,23 +61,27 @@ class Call:
         if not self.d or not self.v:
             raise Unsupported("the hidden states or the vocabulary are empty")
         self.active = active
+        # How the autotuner is to fill inputs that cannot hold anything.
+        self.examples: dict[str, Callable[[Any], torch.Tensor]] = {}
         self.rows = {} if active is None else self._compacted(active)
 
     def _compacted(self, active: Any) -> dict[str, Any]:
         """INDEX, the active rows in order and then the others, and COUNT, how many are active."""
-        rank = _op("cumsum", active, 0, dtype=torch.int64)
+        rank = op("cumsum", active, 0, dtype=torch.int64)
         rank.realize()
-        count = _op("slice.Tensor", rank, 0, self.n - 1, self.n)
-        rows = lowerings[torch.ops.prims.iota.default](
-            self.n, start=0, step=1, dtype=torch.int64, device=self.device, requires_grad=False
-        )
-        behind = _op("sub.Tensor", _op("add.Tensor", rows, count), rank)
-        place = _op("where.self", active, _op("sub.Tensor", rank, 1), behind)
-        index = _op("full", [self.n], 0, dtype=torch.int64, device=self.device)
-        return {"INDEX": _in_memory(_op("index_put", index, [place], rows)), "COUNT": _own(count)}
+        count = op("slice.Tensor", rank, 0, self.n - 1, self.n)
+        rows = iota(self.n, self.device)
+        behind = op("sub.Tensor", op("add.Tensor", rows, count), rank)
+        place = op("where.self", active, op("sub.Tensor", rank, 1), behind)
+        index = op("full", [self.n], 0, dtype=torch.int64, device=self.device)
+        return {"INDEX": in_memory(op("index_put", index, [place], rows)), "COUNT": own(count)}
 
     def named(self, *names: str) -> dict[str, Any]:
         return {name.upper(): self.operands[name] for name in names if name in self.operands}
+
+    @property
+    def precision(self) -> str:
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
     @property
     def hint(self) -> int:
@@ -96,12 +96,15 @@ class Call:
         return [self.input.get_dtype(), self.weight.get_dtype()]
 
     def emit(self, kernel: str, inputs: dict, mutated: dict, sizes: Sequence[Any], **constants: Any) -> None:
-        precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
         matrices = [self.weight] if "INDEX" in inputs else [self.input, self.weight]
         tma = compat.can_use_tma(*matrices)
         block_n = KEPT_TILE if "KEPT" in mutated else None
-        variant = ", kept" * bool(block_n or constants.get("KEPT")) + ", added" * ("DW_SUM" in mutated)
-        found = configurations(kernel + variant, self.dtypes, self.compute, self.device, tma, block_n)
+        variant = ", kept" * bool("KEPT" in mutated or constants.get("KEPT")) + ", added" * ("DW_SUM" in mutated)
+        variant += ", bound" * ("BOUND" in mutated)
+        block_m = BLOCK if "BOUND" in mutated else None
+        if kernel == "budget_dacc":
+            block_n = constants["CHUNK"]
+        found = configurations(kernel + variant, self.dtypes, self.compute, self.device, tma, block_n, block_m)
         emit(
             kernel,
             inputs,
@@ -111,11 +114,14 @@ class Call:
             found,
             lambda step: self.d % step == 0,
             {
+                **self.examples,
                 "COUNT": lambda t: torch.full((1,), self.hint, dtype=torch.int64, device=self.device),
                 "INDEX": lambda t: torch.arange(self.hint, device=self.device),
+                "ROUND": lambda t: torch.tensor([0, min(whole_tiles(self.v), 4096), self.v, 0], device=self.device),
             },
+            KERNEL=repr(kernel + variant),
             COMPUTE=DTYPES[self.compute],
-            PRECISION=repr(precision),
+            PRECISION=repr(self.precision),
             SCALE=float(self.attributes.scale),
             SOFTCAP=float(self.attributes.softcap),
             GROUP=8,
@@ -128,25 +134,11 @@ class Call:
         return buffer
 
 
-def _in_memory(operand: Any) -> Any:
-    node = ir.ExternKernel.realize_input(operand)
-    node.freeze_layout()
-    return node
-
-
-def _own(operand: Any) -> Any:
-    """A buffer of its own: the offset of a view would be part of the kernel's text."""
-    copy = _op("clone", operand)
-    copy.realize()
-    return _in_memory(copy)
-
-
 def forward(
     operands: dict[str, Any], active: Any, statistics: list[str], attributes: Attributes, bounded: bool
 ) -> list[Any]:
-    if bounded:
-        raise Unsupported("no template leaves a bound")
-    return _statistics(Call(operands, active, attributes), statistics)
+    call = Call(operands, active, attributes)
+    return _statistics_and_bound(call, statistics) if bounded else _statistics(call, statistics)
 
 
 def _statistics(call: Call, statistics: list[str], kept: dict[str, Any] | None = None, pitch: int = 0) -> list[Any]:
@@ -164,39 +156,76 @@ def _statistics(call: Call, statistics: list[str], kept: dict[str, Any] | None =
     wanted = repr(" ".join(statistics))
     outputs = parts | (kept or {})
     call.emit("linear_statistics", inputs, outputs, [call.n, splits], SPLIT=split, STATISTICS=wanted, PITCH=pitch)
-    merged = _merge({name: _op("view", t, [splits, call.n]) for name, t in parts.items()}, splits)
+    return _results(call, statistics, parts, splits)
+
+
+def _results(call: Call, statistics: list[str], parts: dict[str, Any], splits: int) -> list[Any]:
+    """The statistics, 0 in rows that do not count."""
+    merged = _merge({name: op("view", t, [splits, call.n]) for name, t in parts.items()}, splits)
     results = []
     for name in statistics:
         value = merged[name]
         if call.active is not None:
-            value = _op("where.self", call.active, value, 0 if table.TABLE[name].integer else 0.0)
+            value = op("where.self", call.active, value, 0 if table.TABLE[name].integer else 0.0)
         results.append(value)
     return results
+
+
+def _statistics_and_bound(call: Call, statistics: list[str]) -> list[Any]:
+    """The forward in rounds, and the bound that it leaves (ops/bound.py)."""
+    sms = torch.cuda.get_device_properties(call.device).multi_processor_count
+    found = rounds(max(1, math.ceil(call.hint / BLOCK)), call.v, sms)
+    splits = sum(each.splits for each in found)
+    names = dict.fromkeys(name for statistic in statistics for name in PARTS[statistic])
+    size = [splits * call.n]
+    parts = {name: call.empty(size, torch.int64 if name == "ARGMAX" else torch.float32) for name in names}
+    bound = zeros([ceildiv(call.n, BLOCK), call.v], torch.uint8, call.device)
+    # Only where the backward knows its logit is the target left out.
+    with_target = "target" in call.operands and "target_logit" in statistics
+    inputs = call.named("input", "weight", "bias", "column_weight", *["target"] * with_target) | call.rows
+    # Products in tf32 are not those of the early logits.
+    if with_target and (call.compute != torch.float32 or call.precision == "ieee"):
+        given = call.named("input", "weight", "bias", "target")
+        inputs["EARLY"] = early = call.empty([call.n], torch.float32)
+        call.emit("linear_statistics_early", given, {"EARLY": early}, [call.n])
+    wanted = repr(" ".join(statistics))
+    before = op("full", [call.n], -math.inf, dtype=torch.float32, device=call.device)
+    for each in found:
+        position = numbers([each.begin, each.width, each.end, each.before], call.device)
+        given = inputs | {"BEFORE": in_memory(before), "ROUND": position}
+        constants = {"OFFSET": OFFSET, "STEPS": float(STEPS), "INFLATION": INFLATION}
+        outputs = parts | {"BOUND": bound}
+        call.emit("linear_statistics", given, outputs, [call.n, each.splits], STATISTICS=wanted, PITCH=0, **constants)
+        done = each.before + each.splits
+        if done < splits:
+            lse = part(op("view", parts["LSE"], [splits, call.n]), 0, 0, done)
+            before = _merge({"LSE": lse}, done)["lse"]
+    return [*_results(call, statistics, parts, splits), bound]
 
 
 def _merge(parts: dict[str, Any], splits: int) -> dict[str, Any]:
     """Statistics of whole rows from those of the splits, (splits, N)."""
 
     def total(t: Any) -> Any:
-        return _op("select.int", t, 0, 0) if splits == 1 else _op("sum.dim_IntList", t, [0])
+        return op("select.int", t, 0, 0) if splits == 1 else op("sum.dim_IntList", t, [0])
 
     merged = {name.lower(): total(parts[name]) for name in ("TARGET_LOGIT", "LOGIT_SUM") if name in parts}
     share = None
     if "LSE" in parts and splits == 1:
         merged["lse"] = total(parts["LSE"])
     elif "LSE" in parts:
-        top = _op("amax", parts["LSE"], [0])
-        shift = _op("where.self", _op("isinf", top), 0.0, top)
-        power = _op("exp", _op("sub.Tensor", parts["LSE"], _op("unsqueeze", shift, 0)))
+        top = op("amax", parts["LSE"], [0])
+        shift = op("where.self", op("isinf", top), 0.0, top)
+        power = op("exp", op("sub.Tensor", parts["LSE"], op("unsqueeze", shift, 0)))
         whole = total(power)
-        merged["lse"] = _op("add.Tensor", _op("log", whole), shift)
-        share = _op("div.Tensor", power, _op("unsqueeze", whole, 0))
+        merged["lse"] = op("add.Tensor", op("log", whole), shift)
+        share = op("div.Tensor", power, op("unsqueeze", whole, 0))
     if "EXPECTED" in parts:
-        expected = parts["EXPECTED"] if share is None else _op("mul.Tensor", share, parts["EXPECTED"])
-        merged["entropy"] = _op("sub.Tensor", merged["lse"], total(expected))
+        expected = parts["EXPECTED"] if share is None else op("mul.Tensor", share, parts["EXPECTED"])
+        merged["entropy"] = op("sub.Tensor", merged["lse"], total(expected))
     if "BEST" in parts:
-        split = _op("argmax", parts["BEST"], 0, True)
-        merged["argmax"] = _op("squeeze.dim", _op("gather", parts["ARGMAX"], 0, split), 0)
+        split = op("argmax", parts["BEST"], 0, True)
+        merged["argmax"] = op("squeeze.dim", op("gather", parts["ARGMAX"], 0, split), 0)
     return merged
 
 
@@ -207,11 +236,11 @@ class Backward:
         self.call, self.needs = call, needs
         given = call.named("input", "weight", "bias", "target", "column_weight") | call.rows
         if "lse" in tangents or "entropy" in tangents:
-            given |= {name.upper(): _in_memory(saved[name]) for name in ("lse", "entropy") if name in saved}
-        given |= {f"G_{name.upper()}": _in_memory(t) for name, t in tangents.items()}
+            given |= {name.upper(): in_memory(saved[name]) for name in ("lse", "entropy") if name in saved}
+        given |= {f"G_{name.upper()}": in_memory(t) for name, t in tangents.items()}
         self.factor = _factor(tangents, call.active) if call.compute == torch.float16 else None
         if self.factor is not None:
-            given["FACTOR"] = _in_memory(self.factor)
+            given["FACTOR"] = in_memory(self.factor)
         self.given = given
         self.results: dict[str, Any] = {}
 
@@ -230,7 +259,7 @@ class Backward:
         # Where a region begins, in a buffer and not in the kernel's text: one kernel serves all regions.
         for column in range(0, call.v, sweep.columns):
             for position in range(0, call.hint if rows else 1, rows or 1):
-                begin = {"BEGIN": _in_memory(_pair(column, position, call.device))}
+                begin = {"BEGIN": numbers([column, position], call.device)}
                 region = {"ROWS": rows, "SLAB": sweep.columns}
                 inputs = self.given | ({"TOPS": kept["TOPS"]} if kept and "TOPS" in kept else {}) | begin
                 keeping = {"KEPT": KEPT_TILE if kept else 0}
@@ -250,12 +279,12 @@ class Backward:
         """These gradients of a region, by PyTorch's GEMM."""
         call = self.call
         last, end = min(column + dacc.get_size()[1], call.v), min(position + (rows or call.hint), call.hint)
-        dacc = _part(_part(dacc, 0, 0, end - position), 1, 0, last - column)
+        dacc = part(part(dacc, 0, 0, end - position), 1, 0, last - column)
         if "DW" in outputs:
-            x = _part(call.given["input"], 0, position, end)
-            _mm(_part(outputs["DW"], 0, column, last), _op("permute", dacc, [1, 0]), x)
+            x = part(call.given["input"], 0, position, end)
+            _mm(part(outputs["DW"], 0, column, last), op("permute", dacc, [1, 0]), x)
         if "DX" in outputs:
-            _mm(_part(outputs["DX"], 0, position, end), dacc, _part(call.given["weight"], 0, column, last))
+            _mm(part(outputs["DX"], 0, position, end), dacc, part(call.given["weight"], 0, column, last))
 
     def _outputs(self, makes: Sequence[str], add_dx: bool) -> dict[str, Any]:
         call, outputs = self.call, {}
@@ -269,8 +298,7 @@ class Backward:
             if call.active is None:
                 outputs["DX"] = call.empty([call.n, call.d], dtype)
             else:  # the kernel does not touch the other rows
-                outputs["DX"] = _op("full", [call.n, call.d], 0.0, dtype=dtype, device=call.device)
-                outputs["DX"].realize()
+                outputs["DX"] = zeros([call.n, call.d], dtype, call.device)
         return outputs
 
     def _sums(self, sweep: Sweep) -> dict[str, Any]:
@@ -284,7 +312,7 @@ class Backward:
 
     def _finish(self, outputs: dict[str, Any]) -> None:
         if "DX" in outputs:
-            dx = outputs["DX"] if self.factor is None else _op("div.Tensor", outputs["DX"], self.factor)
+            dx = outputs["DX"] if self.factor is None else op("div.Tensor", outputs["DX"], self.factor)
             self.results["input"] = to_dtype(dx, self.call.input.get_dtype())
         self.results |= {name: outputs[key] for name, key in (("weight", "DW"), ("bias", "DB")) if key in outputs}
 
@@ -292,21 +320,8 @@ class Backward:
         return [self.results[name] for name in self.needs]
 
 
-def _part(t: Any, dim: int, begin: int, end: int) -> Any:
-    return _op("slice.Tensor", t, dim, begin, end)
-
-
 def _mm(out: Any, a: Any, b: Any) -> None:
     fallback_handler(MM, add_to_fallback_set=False)(out, a, b)
-
-
-def _pair(column: int, position: int, device: torch.device) -> Any:
-    """(2,) int64 on the device."""
-    rows = lowerings[torch.ops.prims.iota.default](
-        2, start=column, step=position - column, dtype=torch.int64, device=device, requires_grad=False
-    )
-    rows.realize()
-    return rows
 
 
 def backward(
@@ -317,9 +332,15 @@ def backward(
     needs: list[str],
     attributes: Attributes,
 ) -> list[Any]:
-    if "bound" in saved:
-        raise Unsupported("no template reads a bound")
+    bound = saved.get("bound")
+    saved = {name: t for name, t in saved.items() if name != "bound"}
     call = Call(operands, active, attributes)
+    if bound is not None and "lse" in tangents and all(table.TABLE[name].budget for name in tangents):
+        kind, _, value = attributes.grad_filter.partition(" ")
+        if kind == "budget":
+            made = Backward(call, tangents, saved, needs)
+            if budget.run(made, saved, bound, float(value)):
+                return made.gradients()
     l2 = torch.cuda.get_device_properties(call.device).L2_cache_size
     found = schedules(
         call.hint,
@@ -347,12 +368,12 @@ def _factor(tangents: dict[str, Any], active: Any) -> Any:
     """1 / max |tangent| of the active rows, (1,): dacc in float16 would lose what a mean makes small."""
     largest = None
     for tangent in tangents.values():
-        size = _op("abs", tangent)
-        size = size if active is None else _op("where.self", active, size, 0.0)
-        top = _op("amax", size, [0], True)
-        largest = top if largest is None else _op("maximum", largest, top)
-    usable = _op("logical_and", _op("gt.Scalar", largest, 0.0), _op("lt.Scalar", largest, math.inf))
-    return _op("where.self", usable, _op("reciprocal", largest), 1.0)
+        size = op("abs", tangent)
+        size = size if active is None else op("where.self", active, size, 0.0)
+        top = op("amax", size, [0], True)
+        largest = top if largest is None else op("maximum", largest, top)
+    usable = op("logical_and", op("gt.Scalar", largest, 0.0), op("lt.Scalar", largest, math.inf))
+    return op("where.self", usable, op("reciprocal", largest), 1.0)
 
 
 def with_gradients(

@@ -26,9 +26,15 @@ import torch
 STEP = 256
 # More launches than this take longer to prepare, and to compile, than they can win.
 MOST_LAUNCHES = 256
+# Under a budget, where a slab is eight launches, most of them of kernels that find nothing to do.
+MOST_SLABS = 128
 # Rows of a region whose dW is to stay in the L2 cache, and the part of that cache it may fill.
 BLOCK_ROWS = 2048
 L2_SHARE = 0.5
+# A split of the vocabulary in a round of the forward should be worth a program of its own.
+LEAST_SPLIT = 512
+# Where the rounds end, in parts of the vocabulary.
+ROUNDS = (1 / 16, 1 / 4, 1)
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,61 @@ def schedules(
     if static and library:
         found += [s.by_library() for s in found if s.name in ("slab", "separate")]
     return found[:1] + [schedule for schedule in found[1:] if schedule.launches(n, v) <= MOST_LAUNCHES]
+
+
+@dataclass(frozen=True)
+class Round:
+    """Columns of the forward that are computed at once, in splits: the later ones know of `before` others."""
+
+    begin: int
+    width: int  # of a split
+    end: int
+    before: int
+
+    @property
+    def splits(self) -> int:
+        return math.ceil((self.end - self.begin) / self.width)
+
+
+def rounds(blocks: int, v: int, processors: int) -> list[Round]:
+    """How a forward that leaves a bound goes over the vocabulary, for so many blocks of rows.
+
+    A split knows the log-sum-exp of the rounds before it and of its own columns. The bound keeps little more than that
+    of one split (docs/design.md).
+    """
+
+    def waves(splits: int) -> float:
+        return math.ceil(blocks * splits / processors) / splits
+
+    # The least number of splits that leaves no more than 5 % idle in the last wave than the best does.
+    candidates = range(1, max(4, 2 * math.ceil(processors / blocks)) + 1)
+    best = min(waves(s) for s in candidates)
+    splits = next(s for s in candidates if waves(s) <= 1.05 * best)
+    found: list[Round] = []
+    begin = before = 0
+    for share in ROUNDS:
+        end = min(max(whole_tiles(v * share), begin + splits * LEAST_SPLIT), v)
+        if v - end < splits * LEAST_SPLIT:
+            end = v
+        found.append(Round(begin, whole_tiles((end - begin) / splits), end, before))
+        begin, before = end, before + found[-1].splits
+        if end == v:
+            break
+    return found
+
+
+def budget_slabs(n: int, v: int, item: int, workspace: int) -> tuple[int, int]:
+    """How many slabs the backward under a budget (budget.py) has in `workspace` bytes, and the slots for each block.
+
+    item: bytes of a number in the compute dtype. 0 slabs where too little fits.
+    """
+    blocks, whole = max(math.ceil(n / 128), 1), math.ceil(v / 128) * 128
+    tables = v * (3 * 8 + blocks * (3 / 8 + 1 / 32))  # keys and their sort, masks, blocks of tiles
+    slot = 128 * item + 12  # dacc, its column, masses
+    width = min(int(workspace - tables) // (blocks * slot) // 128 * 128, whole + 2 * 128)
+    # One tile may come on top of the capacity, and what pads the lists.
+    slabs = math.ceil(whole / (width - 2 * 128)) if width > 2 * 128 else 0
+    return (slabs, width) if slabs <= MOST_SLABS else (0, 0)
 
 
 def whole_tiles(v: float) -> int:

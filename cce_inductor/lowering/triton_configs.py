@@ -14,16 +14,24 @@ from .triton_template import Tiles
 KEPT_TILE = 128
 
 # kernel, with its variant -> kind of operands -> configurations, the most promising first.
-# "kept": the forward keeps the logits; "added": dW is added up over regions. Both need more registers.
+# "kept": the forward keeps the logits; "bound": it leaves the bound, in blocks of 128 rows; "added": dW is added up
+# over regions. All need more registers.
 Table = dict[str, dict[str, list[Tiles]]]
 # dacc of kept logits is no GEMM: it has no step.
 _POINTWISE = [Tiles(16, 128, 16, 1, 4), Tiles(32, 128, 16, 1, 8)]
+_EARLY = [Tiles(16, 16, 256, 1, 4)]
+# What chooses the columns of a backward under a budget: 128 of them to a tile.
+_SMALL_STEPS = [Tiles(128, 128, 16, 1, 8)]
 
 
 def _table(by_kernel: dict[str, list[Tiles]], cast: list[Tiles]) -> Table:
     """by_kernel: for 16-bit operands. cast: for fp32 ones that are rounded to 16 bits, whatever the kernel."""
     gemms = {kernel: {"16 bits": tiles, "cast": cast, "fp32": _FP32} for kernel, tiles in by_kernel.items()}
-    return {**gemms, "linear_statistics_dacc, kept": dict.fromkeys(("16 bits", "cast", "fp32"), _POINTWISE)}
+    alike = {"linear_statistics_dacc, kept": _POINTWISE, "linear_statistics_early": _EARLY}
+    alike |= {f"budget_{name}": _SMALL_STEPS for name in ("select", "mask", "bits", "tiles", "plan", "list", "check")}
+    gemms["linear_statistics, bound"] |= {"cast": _CAST_BLOCKS, "fp32": _FP32_BLOCKS}
+    gemms["budget_dacc"] |= {"cast": _CAST_BLOCKS, "fp32": _FP32_BLOCKS}
+    return gemms | {kernel: dict.fromkeys(("16 bits", "cast", "fp32"), tiles) for kernel, tiles in alike.items()}
 
 
 def kind(operands: Sequence[torch.dtype], compute: torch.dtype) -> str:
@@ -35,6 +43,7 @@ def kind(operands: Sequence[torch.dtype], compute: torch.dtype) -> str:
 
 # Without matrix instructions, unless PyTorch is told to use tf32.
 _FP32 = [Tiles(64, 64, 32, 3, 4), Tiles(64, 128, 32, 2, 8)]
+_FP32_BLOCKS = [Tiles(128, 64, 32, 2, 8)]
 _LARGE = Tiles(128, 256, 64, 3, 8)
 _LARGE_TMA = Tiles(128, 256, 64, 3, 8, tma=True)
 _TALL_TMA = Tiles(256, 128, 64, 3, 8, tma=True)
@@ -43,15 +52,20 @@ _MIDDLE_TMA = Tiles(128, 128, 64, 4, 8, tma=True)
 _SPECIALISED = Tiles(128, 128, 64, 4, 4, tma=True, warp_specialize=True)
 _SMALL = Tiles(64, 128, 64, 4, 4)
 _CAST = [Tiles(128, 64, 32, 3, 8), Tiles(64, 128, 32, 2, 8), Tiles(64, 64, 32, 3, 4)]
+_CAST_BLOCKS = [Tiles(128, 64, 32, 2, 8)]
 
 _AMPERE = _table(
     {
         "linear_statistics": [_MIDDLE, _SMALL],
         "linear_statistics, kept": [_MIDDLE, _SMALL],
+        "linear_statistics, bound": [_MIDDLE, Tiles(128, 64, 64, 4, 8)],
         "linear_statistics_dacc": [_MIDDLE, _SMALL],
         "linear_statistics_dw": [_MIDDLE, _SMALL],
         "linear_statistics_dw, added": [_MIDDLE, _SMALL],
         "linear_statistics_dx": [_MIDDLE, _SMALL],
+        "budget_dacc": [_MIDDLE, _SMALL],
+        "budget_dw": [_MIDDLE, _SMALL],
+        "budget_dx": [_MIDDLE, _SMALL],
     },
     _CAST,
 )
@@ -59,10 +73,14 @@ _HOPPER = _table(
     {
         "linear_statistics": [_LARGE_TMA, _LARGE, _MIDDLE_TMA, _MIDDLE, _SMALL],
         "linear_statistics, kept": [_MIDDLE_TMA, _MIDDLE, _SMALL],
+        "linear_statistics, bound": [_MIDDLE_TMA, _MIDDLE, Tiles(128, 64, 64, 4, 8)],
         "linear_statistics_dacc": [_TALL_TMA, _MIDDLE_TMA, _MIDDLE, _SMALL],
         "linear_statistics_dw": [_LARGE_TMA, _LARGE, _MIDDLE_TMA, _MIDDLE, _SMALL],
         "linear_statistics_dw, added": [_MIDDLE_TMA, _MIDDLE, _SMALL],
         "linear_statistics_dx": [_LARGE_TMA, _LARGE, _MIDDLE_TMA, _MIDDLE, _SMALL],
+        "budget_dacc": [_MIDDLE, _SMALL],
+        "budget_dw": [_LARGE, _MIDDLE, _SMALL],
+        "budget_dx": [_LARGE, _MIDDLE, _SMALL],
     },
     [Tiles(128, 64, 32, 3, 8, tma=True), *_CAST],
 )
@@ -70,20 +88,30 @@ _BLACKWELL = _table(
     {
         "linear_statistics": [_LARGE_TMA, _MIDDLE, _SMALL],
         "linear_statistics, kept": [_MIDDLE_TMA, Tiles(64, 128, 64, 4, 8)],
+        "linear_statistics, bound": [_MIDDLE_TMA, _MIDDLE, Tiles(128, 64, 64, 4, 8)],
         "linear_statistics_dacc": [_LARGE_TMA, _MIDDLE_TMA, _MIDDLE, _SMALL],
         "linear_statistics_dw": [_LARGE_TMA, _SPECIALISED, _MIDDLE, _SMALL],
         "linear_statistics_dw, added": [_MIDDLE_TMA, _MIDDLE, _SMALL],
         "linear_statistics_dx": [_MIDDLE_TMA, _MIDDLE, _SMALL],
+        "budget_dacc": [_SMALL],
+        "budget_dw": [_LARGE, _MIDDLE, _SMALL],
+        "budget_dx": [_MIDDLE, _SMALL],
     },
     [Tiles(128, 64, 32, 3, 8, tma=True), *_CAST],
 )
 # 64 KiB of shared memory, no TMA.
+_TALL_CDNA3 = [Tiles(128, 128, 64, 2, 8), Tiles(128, 128, 32, 2, 8)]
 _CDNA3 = _table(
-    {name: [Tiles(128, 128, 64, 2, 8), Tiles(128, 128, 32, 2, 8), Tiles(64, 128, 64, 2, 4)] for name in _HOPPER},
+    {name: _TALL_CDNA3 if name.endswith("bound") else [*_TALL_CDNA3, Tiles(64, 128, 64, 2, 4)] for name in _HOPPER},
     [Tiles(128, 64, 32, 2, 8), Tiles(64, 128, 32, 2, 8), Tiles(64, 64, 32, 2, 4)],
 )
 # compute capability, or AMD's name of the architecture -> kernel -> ...
 TABLE: dict[int | str, Table] = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL, "gfx942": _CDNA3}
+
+
+def chunk(operands: str) -> int:
+    """Entries of a list that a tile of the backward under a budget takes, for that kind of operands."""
+    return 128 if operands == "16 bits" else 64
 
 
 def configurations(
@@ -93,10 +121,11 @@ def configurations(
     device: torch.device,
     tma: bool,
     block_n: int | None = None,
+    block_m: int | None = None,
 ) -> list[Tiles]:
     """What to try for a kernel whose operands, multiplied in `compute`, have these dtypes, on this device.
 
-    tma: whether the operands' strides allow it. block_n: the only tile of columns that will do.
+    tma: whether the operands' strides allow it. block_n, block_m: the only tile of columns, or of rows, that will do.
     """
     if torch.version.hip:
         architecture: int | str = "gfx942"
@@ -105,4 +134,4 @@ def configurations(
         known = [sm for sm in TABLE if isinstance(sm, int)]
         architecture = max((sm for sm in known if sm <= major * 10 + minor), default=min(known))
     found = TABLE[architecture][kernel][kind(operands, compute)]
-    return [t for t in found if (tma or not t.tma) and block_n in (None, t.block_n)]
+    return [t for t in found if (tma or not t.tma) and block_n in (None, t.block_n) and block_m in (None, t.block_m)]

@@ -16,7 +16,10 @@ from torch._inductor.virtualized import V
 from .. import compat, version
 
 # What stands for a piece in a template, and the file it is.
-PIECES = {"SIZES": "sizes", "GROUPED": "grouped", "PRODUCT": "product", "LOGIT": "logit", "NOTHING": "nothing"}
+PIECES = {
+    name.upper(): name
+    for name in ("sizes", "grouped", "product", "logit", "nothing", "block_rows", "slot", "kept_mass")
+}
 DTYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
 
 
@@ -37,15 +40,45 @@ def _statistics_grid(rows, splits, meta, *, cdiv):
 
 
 @SymbolicGridFn
+def _rows_grid(rows, meta, *, cdiv):
+    return (cdiv(rows, meta["BLOCK_M"]), 1, 1)
+
+
+@SymbolicGridFn
 def _tiles_grid(height, width, meta, *, cdiv):
     return (cdiv(height, meta["BLOCK_M"]) * cdiv(width, meta["BLOCK_N"]), 1, 1)
+
+
+@SymbolicGridFn
+def _each_grid(number, meta):
+    return (number, 1, 1)
+
+
+@SymbolicGridFn
+def _columns_grid(columns, meta, *, cdiv):
+    return (cdiv(columns, meta["BLOCK_N"]), 1, 1)
+
+
+@SymbolicGridFn
+def _lasting_grid(height, width, meta, *, cdiv, min):
+    # As many as run at a time, several times over, and an odd number: GROUPED gives every 8th the same block.
+    return (min(cdiv(height, meta["BLOCK_M"]) * cdiv(width, meta["BLOCK_N"]), meta["PROGRAMS"]), 1, 1)
+
+
+# By template; of the others each program has a tile.
+GRIDS = {
+    "linear_statistics": _statistics_grid,
+    "linear_statistics_early": _rows_grid,
+    "budget_mask": _columns_grid,
+    **dict.fromkeys(("budget_dacc", "budget_dw", "budget_dx"), _lasting_grid),
+    **{f"budget_{name}": _each_grid for name in ("select", "bits", "tiles", "plan", "list", "check")},
+}
 
 
 @functools.cache
 def _template(name: str) -> TritonTemplate:
     """One per process: Inductor refuses a second template of the same name."""
-    grid = _statistics_grid if name == "linear_statistics" else _tiles_grid
-    return TritonTemplate(name=f"cce_{name}", grid=grid, source=_source(name))
+    return TritonTemplate(name=f"cce_{name}", grid=GRIDS.get(name, _tiles_grid), source=_source(name))
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ ALL = ("input", "weight")
 VARIANTS = {
     "slab": {"sweeps": (Sweep(0, 65536, ALL),)},
     "blocks": {"sweeps": (Sweep(4096, 65536, ALL),)},
+    # Room for all columns at once: one slab.
+    "budget": {"grad_filter": "budget 0.004", "workspace": 3 << 30},
     "kept": {"choose": lambda problem: Choice("test", gradients_in_forward=True)},
 }
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from cce_inductor.lowering.schedules import Sweep
+from cce_inductor.lowering.schedules import Round, Sweep
 from cce_inductor.lowering.triton_configs import KEPT_TILE
 from cce_inductor.lowering.triton_template import Tiles
 from cce_inductor.ops.call import Attributes
@@ -37,6 +37,10 @@ class Case:
     early: bool = False  # gradients formed in the forward
     infinite: bool = False  # one column's logits are
     ignored: bool = False  # every row is
+    budget: float = 0.0  # 0: exact
+    rounds: tuple[Round, ...] = ()  # of a forward that leaves a bound
+    giant: bool = False  # the last logit of every row is the largest by far
+    confident: bool = False  # one row is: what is left of its softmax is little, and in a column of its own
 
     @property
     def compute(self) -> torch.dtype:
@@ -49,6 +53,11 @@ class Case:
         t = torch.randint(0, self.v, (self.n,))
         if self.infinite:
             b[7], t = torch.inf, t % 7
+        if self.giant:
+            b[-1] = 30.0
+        if self.confident:
+            x[:, -1], w[:, -1], x[5] = 0.0, 0.0, 0.0
+            x[5, -1], w[t[5], -1], w[100, -1], b[100] = 1.0, 30.0, 41.5, -20.0
         if self.reference is None:
             t[2::5] = -100
         if self.ignored:
@@ -65,6 +74,16 @@ class Case:
                 return self.loss(x, w, b, t)
 
         return loss
+
+    @property
+    def capped(self) -> bool:
+        return self.loss is capped
+
+    def tangent(self, t: torch.Tensor) -> torch.Tensor:
+        """Of the log-sum-exp of each row, for the losses that a budget is tested with."""
+        if self.loss is weighted_rows:
+            return torch.linspace(-1, 2, len(t)) * (t >= 0)
+        return (t >= 0).float() * (1024.0 if self.loss is scaled else 1.0) / (t >= 0).sum()
 
     def eager(self, data: list[torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Loss and gradients from all logits, in float64 or as the case has it."""
@@ -94,6 +113,10 @@ def softcapped(x, w, b, t):
     return F.cross_entropy(z.float(), t, label_smoothing=0.1)
 
 
+def capped(x, w, b, t):
+    return F.cross_entropy((5.0 * torch.tanh(F.linear(x, w, b) * 0.7 / 5.0)).float(), t)
+
+
 def weighted_rows(x, w, b, t):
     loss = F.cross_entropy(F.linear(x, w, b).float(), t, reduction="none")
     return (loss * torch.linspace(-1, 2, loss.shape[0], device=x.device)).sum()
@@ -117,6 +140,18 @@ def _combined(lse, target_logit, logit_sum, entropy, argmax, t):
     return (0.3 * lse - target_logit + 0.01 * logit_sum + 0.2 * entropy).mean() + (argmax == t).float().mean()
 
 
+BUDGET_ATTRIBUTES = Attributes(version=source_hash(), grad_filter="budget 0.01").args()
+
+
+def each_counts(x, w, b, t):
+    """Called as an operator, without a mask."""
+    if x.dtype == torch.float64:
+        return F.cross_entropy(F.linear(x, w, b), t)
+    names = "input weight bias target", None, "lse target_logit"
+    lse, target_logit, *_ = FORWARD([x, w, b, t], *names, True, *BUDGET_ATTRIBUTES)
+    return (lse - target_logit).mean()
+
+
 NAMES = "lse target_logit logit_sum entropy argmax"
 ATTRIBUTES = Attributes(version=source_hash()).args()
 
@@ -133,6 +168,9 @@ def every_statistic_from_logits(x, w, b, t):
 
 
 EVERY = ("input", "weight", "bias")
+# Three rounds of the forward, two splits each, in whole tiles.
+THREE = (Round(0, 256, 512, 0), Round(512, 512, 1280, 2), Round(1280, 256, 1700, 4))
+BUDGET = Case(plain, n=300, v=1700, d=40, sharp=3.0, budget=1e-2, rounds=THREE)
 # The forward keeps logits in tiles of this many columns.
 KEEPING = replace(SMALL, block_n=KEPT_TILE)
 CASES = {
@@ -150,6 +188,7 @@ CASES = {
     "every row ignored, float16": Case(scaled, dtype=torch.float16, ignored=True),
     "one step of everything": Case(plain, n=32, d=16, v=256),
     "weight stored (D, V), x strided": Case(plain, transposed=True, strided=True),
+    "rows that Inductor would pad": Case(plain, n=33, d=1030, dtype=torch.bfloat16),
     "operands in one buffer": Case(one_buffer),
     "vocabulary in splits": Case(plain, n=33, v=4500, d=20),
     "any number of rows": Case(plain, dynamic=True),
@@ -183,4 +222,20 @@ CASES = {
         plain, from_logsumexp, dtype=torch.bfloat16, infinite=True, early=True, tiles=KEEPING
     ),
     "infinite logits": Case(plain, from_logsumexp, infinite=True),
+    "budget": BUDGET,
+    "budget, bfloat16": replace(BUDGET, dtype=torch.bfloat16),
+    "budget, float16": replace(BUDGET, loss=scaled, dtype=torch.float16),
+    "budget, float32 in bfloat16": replace(BUDGET, autocast=True),
+    "budget, peaked": replace(BUDGET, dtype=torch.bfloat16, sharp=8.0),
+    "budget, flat": replace(BUDGET, dtype=torch.bfloat16, sharp=0.01),
+    "budget, one huge logit at the end": replace(BUDGET, giant=True),
+    "budget, tangents of both signs": replace(BUDGET, loss=weighted_rows),
+    "budget, a row that loses too much": replace(BUDGET, confident=True),
+    "budget, softcap and scale": replace(BUDGET, loss=capped, budget=0.05),
+    "budget, every row counts": replace(
+        BUDGET, loss=each_counts, reference=each_counts, n=256, v=512, rounds=THREE[:1]
+    ),
+    "budget, any number of rows": replace(BUDGET, dynamic=True),
+    "budget, every row ignored": replace(BUDGET, ignored=True),
+    "budget, smoothing": replace(BUDGET, loss=softcapped, dtype=torch.bfloat16),
 }

@@ -13,7 +13,7 @@ from torch._inductor.select_algorithm import AlgorithmSelectorCache
 from cce_inductor import config
 from cce_inductor.lowering import triton_configs
 from cce_inductor.lowering.register import register
-from cce_inductor.lowering.schedules import Schedule, Sweep
+from cce_inductor.lowering.schedules import Round, Schedule, Sweep
 from cce_inductor.lowering.triton_template import Tiles
 from cce_inductor.ops.choice import Chooser
 from cce_inductor.rewrite.rewrite import rewrite
@@ -29,17 +29,20 @@ def generate(
     sweeps: tuple[Sweep, ...] = (),
     fastest: str = "slab",
     choose: Chooser | None = None,
+    grad_filter: str = "exact",
+    rounds: tuple[Round, ...] = (),
 ) -> list[str]:
     """The wrappers of forward and backward of ``fn(*inputs)``, rewritten.
 
     tiles: the only configuration, if given. sweeps: the only schedule of the backward. Without any, the one named in
     `fastest` wins among those that fit; each of the others adds its wrapper before the backward's, as it was timed.
+    rounds: those of a forward that leaves a bound, if given.
     """
     import cce_inductor.lowering.cuda as lowering
 
     register()
     (gm,) = graphs_of(fn, *inputs)
-    result = rewrite(gm, config.Settings(min_vocab=0), source_hash(), choose)
+    result = rewrite(gm, config.Settings(min_vocab=0, grad_filter=grad_filter), source_hash(), choose)
     assert result.fused or not result.sites, [str(site) for site in result.sites]
     for node in result.graph_module.graph.nodes:
         # A workspace below 1 MiB, so that slabs are several at sizes that the interpreter can run.
@@ -47,11 +50,12 @@ def generate(
     result.graph_module.recompile()
     nodes = [node for node in result.graph_module.graph.nodes if node.op == "placeholder"]
 
-    def only(kernel, operands, compute, device, tma, block_n=None):
-        return [replace(tiles, tma=tiles.tma and tma)]
+    def only(kernel, operands, compute, device, tma, block_n=None, block_m=None):
+        shape = {"block_m": block_m or tiles.block_m, "block_n": block_n or tiles.block_n}
+        return [replace(tiles, tma=tiles.tma and tma, **shape)]
 
     chosen = triton_configs.configurations if tiles is None else only
-    schedules = lowering.schedules
+    schedules, cut = lowering.schedules, lowering.rounds
 
     def scheduled(*arguments, **options):
         return [Schedule("chosen", sweeps)] if sweeps else schedules(*arguments, **options)
@@ -59,10 +63,14 @@ def generate(
     def timings(*arguments, **options):
         return lambda choices: {choice: float(choice.schedule.name != fastest) for choice in choices}
 
+    def in_rounds(*arguments):
+        return list(rounds) or cut(*arguments)
+
     with (
         mock_cuda.device(capability),
         patch.object(lowering, "configurations", chosen),
         patch.object(lowering, "schedules", scheduled),
+        patch.object(lowering, "rounds", in_rounds),
         patch.object(AlgorithmSelectorCache, "make_benchmark_fn", timings),
         torch._inductor.config.patch(autotune_local_cache=False),
     ):

@@ -71,14 +71,7 @@ class Kernel:
     @property
     def ours(self) -> str | None:
         """Its template, with the variant as lowering/triton_configs.py has it; None for a kernel of Inductor's own."""
-        constants, named = self.constants(), " ".join(self.signature)
-        if self.kind != "template":
-            return None
-        if "STATISTICS" in constants:
-            return "linear_statistics" + ", kept" * ("KEPT" in named)
-        if "ADD" in constants:
-            return "linear_statistics_dx" if "DX" in named else "linear_statistics_dw" + ", added" * ("DW_SUM" in named)
-        return "linear_statistics_dacc" + ", kept" * (constants["KEPT"] != "0")
+        return ast.literal_eval(self.constants()["KERNEL"]) if self.kind == "template" else None
 
 
 def kernels(wrapper: str) -> list[Kernel]:

@@ -4,7 +4,9 @@ Numerics in Triton's interpreter, resources by compiling ahead of time, and what
 of this shows that they run on a GPU, or how fast.
 """
 
+import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -27,11 +29,15 @@ from gpu_cases import CASES, KEEPING, Case
 from gpu_graphs import generate
 
 from cce_inductor.lowering.schedule_choice import ScheduleChoice, _example
-from cce_inductor.lowering.schedules import schedules
+from cce_inductor.lowering.schedules import budget_slabs, rounds, schedules
 from cce_inductor.lowering.triton_configs import KEPT_TILE, TABLE
 from cce_inductor.ops.choice import Choice
 
 HERE = Path(__file__).parent
+# Kernels that multiply no matrices, or none in tiles.
+NO_PRODUCT = {"linear_statistics_dacc, kept", "linear_statistics_early"} | {
+    f"budget_{name}" for name in ("select", "mask", "bits", "tiles", "plan", "list", "check")
+}
 # A third of the cases to a process: interpreting costs some seconds each.
 GROUPS = [list(CASES)[i::3] for i in range(3)]
 
@@ -48,7 +54,10 @@ def test_interpreted_kernels_obey_the_error_rule(group):
     assert {name: r["error"] for name, r in results.items() if "error" in r} == {}
     for name, result in results.items():
         ours = [name for name in result["launches"] if name.startswith("triton_tem")]
-        assert len(ours) == (5 if name == "separate" else 4), result  # one kernel of each kind, for all regions
+        # One kernel of each kind, for all regions.
+        case = CASES[name]
+        budget = case.budget and case.loss is not CASES["budget, smoothing"].loss
+        assert len(ours) == (14 if budget else 5 if name == "separate" else 4), result
 
 
 @pytest.mark.parametrize(
@@ -61,8 +70,8 @@ def test_no_configuration_spills_or_does_without_matrix_instructions(dtype):
     shared = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, "gfx942": 64 << 10}
     for row in rows:
         assert row["stack"] == 0 and row["shared"] <= shared[row["sm"]], row
-        # fp32 as PyTorch's default has it ("ieee") has no matrix instruction, and dacc of kept logits no product.
-        is_gemm = dtype != "float32" and row["kernel"] != "linear_statistics_dacc, kept"
+        # fp32 as PyTorch's default has it ("ieee") has no matrix instruction.
+        is_gemm = dtype != "float32" and row["kernel"] not in NO_PRODUCT
         assert row["instruction"] == (wanted[row["sm"]] if is_gemm else "none"), row
 
 
@@ -180,6 +189,140 @@ launch linear_statistics_dw
 launch linear_statistics_dx""",
     )
     assert_expected_inline(rendered.summary(backward), """launch pointwise x 2""")
+
+
+def allocated(wrapper: str) -> int:
+    """Bytes of all that a wrapper allocates."""
+    size = 0
+    for line in rendered.summary(wrapper).splitlines():
+        found = re.match(r"allocate \((.*)\) (\w+)(?: x (\d+))?$", line)
+        if found:
+            sizes = [int(s) for s in found[1].split(", ") if s]
+            size += math.prod(sizes) * getattr(torch, found[2]).itemsize * int(found[3] or 1)
+    return size
+
+
+def test_allocations_and_launches_under_a_budget():
+    """Never anything of N x V but the bound and, in bits, masks of it."""
+    forward, backward = bfloat16_loss(grad_filter="budget 0.004", workspace=8 << 20)
+    assert_expected_inline(
+        rendered.summary(forward),
+        """\
+allocate (512) bool
+allocate (512) int64
+allocate () int64
+launch persistent reduction
+allocate (512) int64
+launch pointwise x 2
+allocate (1) int64
+launch pointwise
+allocate (9216) float32 x 2
+allocate (4, 9000) uint8
+launch pointwise
+allocate (512) float32
+launch linear_statistics_early
+allocate (4) int64
+launch pointwise
+allocate (512) float32
+launch pointwise
+launch linear_statistics, bound
+launch persistent reduction
+allocate () float32
+launch persistent reduction""",
+    )
+    assert_expected_inline(
+        rendered.summary(backward),
+        """\
+allocate (512) int64
+launch persistent reduction
+allocate (512) int64
+launch pointwise x 2
+allocate (1) int64
+launch pointwise
+allocate () float32
+launch pointwise
+allocate (512) float32
+launch pointwise
+allocate (4) int32 x 3
+launch budget_select
+allocate (4) int64
+launch pointwise x 2
+allocate (4, 284) int32
+allocate (9000) int64
+launch budget_mask
+allocate (4, 284) int32
+allocate (4, 285) int32
+allocate (71) int64
+allocate (71, 4) int32
+allocate (71) int32
+allocate (2, 4) int32 x 3
+allocate (2) int32
+allocate (30208) int32
+allocate (30208, 128) bfloat16
+allocate (236, 128) float32
+allocate (4, 128) float32
+launch pointwise
+allocate (9000, 64) bfloat16
+allocate (512, 64) float32
+launch pointwise
+allocate (1) int64
+launch pointwise
+allocate (1) int64
+launch pointwise
+launch budget_bits
+launch budget_tiles
+launch budget_plan
+launch budget_list
+launch budget_dacc
+launch budget_dw
+launch budget_dx
+launch budget_list
+launch budget_dacc
+launch budget_dw
+launch budget_dx
+allocate (1) int64
+launch pointwise
+launch budget_check
+launch budget_bits
+launch budget_tiles
+launch budget_plan
+launch budget_list
+launch budget_dacc
+launch budget_dw
+launch budget_dx
+launch budget_list
+launch budget_dacc
+launch budget_dw
+launch budget_dx
+allocate (512, 64) bfloat16
+launch pointwise""",
+    )
+
+
+def test_slabs_of_a_budget_stay_within_the_workspace():
+    n, d, v = 512, 64, 9000
+    for workspace in (1 << 20, 2 << 20, 3 << 20):
+        _, backward = bfloat16_loss(grad_filter="budget 0.004", workspace=workspace)
+        slabs, width = budget_slabs(n, v, 2, workspace)
+        launches = rendered.summary(backward).count("launch budget_dacc")
+        assert launches == 2 * slabs > 2 and f"({4 * width}, 128), (128, 1), torch.bfloat16" in backward
+        results, sums, vectors = v * d * 2 + n * d * 2, n * d * 4, 40 * n
+        # The sort has its two results.
+        assert allocated(backward) + 2 * 8 * v <= workspace + results + sums + vectors
+    _, backward = bfloat16_loss(grad_filter="budget 0.004", workspace=1 << 19)
+    summary = rendered.summary(backward)
+    assert "launch linear_statistics_dacc" in summary and "budget" not in summary
+
+
+def test_rounds_grow_and_cover_the_vocabulary():
+    for blocks, v in ((64, 128256), (1, 128256), (512, 256000), (64, 500), (3, 49152)):
+        found = rounds(blocks, v, 132)
+        assert found[0].begin == 0 and found[-1].end == v
+        for one, following in itertools.pairwise(found):
+            assert following.begin == one.end and following.before == one.before + one.splits
+            assert one.end % 256 == 0 and following.end - following.begin > one.end - one.begin
+        assert all(one.width % 256 == 0 for one in found)
+    assert [(r.end, r.splits) for r in rounds(64, 128256, 132)] == [(8192, 2), (32256, 2), (128256, 2)]
 
 
 def test_offsets_beyond_two_to_the_31_are_64_bits():
