@@ -26,7 +26,9 @@ def sizes(workspace: int) -> list[Size]:
     from ..ops.bound import bound_bytes, group
 
     return [
-        Size(n, v, bound_bytes(n, v, workspace), group(n, v, workspace), 2 * n * v) for n in ROWS for v in VOCABULARIES
+        Size(n, v, bound_bytes(n, v, workspace), group(n, v, workspace, "cpu"), 2 * n * v)
+        for n in ROWS
+        for v in VOCABULARIES
     ]
 
 

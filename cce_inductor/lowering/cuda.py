@@ -17,9 +17,11 @@ from torch._inductor.utils import ceildiv
 from torch._inductor.virtualized import V
 
 from .. import compat
+from ..ops import diagnostics
 from ..ops import statistics as table
-from ..ops.bound import BLOCK, INFLATION, OFFSET, STEPS
+from ..ops.bound import BLOCK, INFLATION, LAST, LOWERING, OFFSET, STEPS
 from ..ops.call import Attributes
+from ..ops.filters import Filter
 from ..ops.library import BACKWARD, MM
 from . import budget
 from .buffers import in_memory, iota, numbers, op, own, part, zeros
@@ -138,7 +140,16 @@ def forward(
     operands: dict[str, Any], active: Any, statistics: list[str], attributes: Attributes, bounded: bool
 ) -> list[Any]:
     call = Call(operands, active, attributes)
-    return _statistics_and_bound(call, statistics) if bounded else _statistics(call, statistics)
+    if not bounded:
+        return _statistics(call, statistics)
+    chosen = Filter.read(attributes.grad_filter)
+    if chosen.group > 1:
+        raise Unsupported("no Triton template has groups of columns")
+    if chosen.kind == "unbiased":
+        # Nothing is sampled here: the exact gradient is unbiased. Should another backward read the bound, it says so.
+        every = op("full", [ceildiv(call.n, BLOCK), call.v], LAST, dtype=torch.uint8, device=call.device)
+        return [*_statistics(call, statistics), every]
+    return _statistics_and_bound(call, statistics)
 
 
 def _statistics(call: Call, statistics: list[str], kept: dict[str, Any] | None = None, pitch: int = 0) -> list[Any]:
@@ -187,7 +198,7 @@ def _statistics_and_bound(call: Call, statistics: list[str]) -> list[Any]:
     if with_target and (call.compute != torch.float32 or call.precision == "ieee"):
         given = call.named("input", "weight", "bias", "target")
         inputs["EARLY"] = early = call.empty([call.n], torch.float32)
-        call.emit("linear_statistics_early", given, {"EARLY": early}, [call.n])
+        call.emit("linear_statistics_early", given, {"EARLY": early}, [call.n], LOWERING=LOWERING)
     wanted = repr(" ".join(statistics))
     before = op("full", [call.n], -math.inf, dtype=torch.float32, device=call.device)
     for each in found:
@@ -335,12 +346,13 @@ def backward(
     bound = saved.get("bound")
     saved = {name: t for name, t in saved.items() if name != "bound"}
     call = Call(operands, active, attributes)
-    if bound is not None and "lse" in tangents and all(table.TABLE[name].budget for name in tangents):
-        kind, _, value = attributes.grad_filter.partition(" ")
-        if kind == "budget":
-            made = Backward(call, tangents, saved, needs)
-            if budget.run(made, saved, bound, float(value)):
-                return made.gradients()
+    if diagnostics.OPERAND in needs:
+        raise Unsupported("no Triton template leaves diagnostics")
+    chosen = Filter.read(attributes.grad_filter)
+    if bound is not None and chosen.kind == "budget" and "lse" in tangents and {*tangents} <= {"lse", "target_logit"}:
+        made = Backward(call, tangents, saved, needs)
+        if budget.run(made, saved, bound, chosen.value):
+            return made.gradients()
     l2 = torch.cuda.get_device_properties(call.device).L2_cache_size
     found = schedules(
         call.hint,

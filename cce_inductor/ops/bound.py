@@ -36,21 +36,22 @@ def blocks(rows: int) -> int:
 GROUPS = (1, 2, 4, 8)
 
 
-def group(rows: Any, vocab: Any, workspace: int) -> int:
+def group(rows: Any, vocab: Any, workspace: int, device: str) -> int:
     """How many columns share a bound, so that it takes at most half of `workspace` bytes, if it can.
 
-    1 where N or V is symbolic, since the shape of the bound has to be known before they are.
+    1 where N or V is symbolic, since the shape of the bound has to be known before they are, and on GPUs, whose kernels
+    have no groups.
     """
-    if not isinstance(rows, int) or not isinstance(vocab, int):
+    if device == "cuda" or not isinstance(rows, int) or not isinstance(vocab, int):
         return 1
     # A backward reads the group off the bound's shape, as ceil(V / columns), which is not any group's for V below 50.
     sizes = [g for g in GROUPS if -(-vocab // groups(vocab, g)) == g]
     return next((g for g in sizes if blocks(rows) * groups(vocab, g) <= workspace // 2), sizes[-1])
 
 
-def bound_bytes(rows: int, vocab: int, workspace: int) -> int:
+def bound_bytes(rows: int, vocab: int, workspace: int, device: str = "cpu") -> int:
     """The size of the bound of a problem."""
-    return blocks(rows) * groups(vocab, group(rows, vocab, workspace))
+    return blocks(rows) * groups(vocab, group(rows, vocab, workspace, device))
 
 
 def groups(vocab: int, group: int) -> int:

@@ -96,7 +96,8 @@ class Call:
         """This call with the columns of its bound grouped as its size asks for, unless its filter says how already."""
         if not self.bounded or self.filter.group > 1:
             return self
-        size = group(self.input.shape[0], self.weight.shape[0], self.attributes.workspace)
+        x = self.input
+        size = group(x.shape[0], self.weight.shape[0], self.attributes.workspace, x.device.type)
         text = str(replace(self.filter, group=size))
         return replace(self, attributes=replace(self.attributes, grad_filter=text))
 

@@ -94,9 +94,9 @@ def make(
             logits_bytes=int(z.numel()) * z.element_size() if known else None,
         )
         if filter.kind in BOUNDED:
-            sizes["bound_group"] = bound.group(rows, head.vocab, workspace)
+            sizes["bound_group"] = bound.group(rows, head.vocab, workspace, z.device.type)
             fixed = isinstance(rows, int) and isinstance(head.vocab, int)
-            sizes["bound_bytes"] = bound.bound_bytes(rows, head.vocab, workspace) if fixed else None
+            sizes["bound_bytes"] = bound.bound_bytes(rows, head.vocab, workspace, z.device.type) if fixed else None
     at = refusal.node if refusal is not None else None
     return Site(
         fused=refusal is None,
