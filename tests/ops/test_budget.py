@@ -290,7 +290,8 @@ def test_sums_of_logits_are_exact_beside_a_budget(dtype, masked, weighted, small
     ],
 )
 def test_large_bounds_are_grouped(rows, vocab, workspace, expected):
-    assert group(rows, vocab, workspace) == expected
+    assert group(rows, vocab, workspace, "cpu") == expected
+    assert group(rows, vocab, workspace, "cuda") == 1
     columns = bound_bytes(rows, vocab, workspace) // blocks(rows)
     assert columns == -(-vocab // expected) and -(-vocab // columns) == expected
 
