@@ -324,7 +324,7 @@ def _numbers(
             lost[block] = 0
     number = blocks(operands.n)
     mass, total = (g.double() * lost.clamp(min=0)).sum(), (g.double() * rest).sum()
-    share = torch.where((g == 0) | (lost <= slack), 0, (lost - slack) / rest)
+    share = torch.where((g != 0) & (lost > slack), (lost - slack) / rest, 0)
     result = torch.tensor([computed / (number * v), full / number, 0, 0, number], dtype=torch.float32, device=g.device)
     result[2], result[3] = torch.where(total > 0, mass / total, 0), share.amax()
     return result
