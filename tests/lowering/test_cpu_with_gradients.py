@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from head_oracle import Head, some_rows
+from head_oracle import Head, error, some_rows
 from operators import EVERY, LOSS, Operator, differentiate, from_logits, kernels
 from test_memory import Allocations
 
@@ -12,6 +12,8 @@ from cce_inductor.lowering.choose import choose
 from cce_inductor.lowering.cpu import element_dtype, multiplies_bfloat16
 from cce_inductor.ops.call import Attributes
 from cce_inductor.ops.choice import Problem
+from cce_inductor.ops.library import BACKWARD, FORWARD
+from cce_inductor.ops.with_gradients import WITH_GRADIENTS
 
 pytestmark = pytest.mark.usefixtures("lowerings")
 
@@ -44,6 +46,36 @@ def test_float32_weights_in_bfloat16_and_masked_columns():
     head.target = head.target // 7 * 7 + 1
     ours = Operator(LOSS, at_once=True, workspace=1 << 20, compute_dtype=torch.bfloat16).check("autocast", head)
     assert (ours["dw"][::7] == 0).all() and (ours["db"][::7] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["budget", "unbiased"])
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
+def test_a_filter_computes_the_same_columns_from_kept_logits(kind, compute):
+    """In chunks of blocks, and where a row's check fails: what the two operators give one after the other."""
+    filter = f"{kind} 0.01"
+    head = Head.make(700, 24, 1200, bias=True)
+    head.w *= 3
+    head.x[300] = 0.02 * head.x[300]  # a flat row among peaked ones, which loses too much
+    tensors = {"seed": torch.tensor([11])} if kind == "unbiased" else {}
+    named = {"input": head.x, "weight": head.w, "bias": head.bias, "target": head.target, **tensors}
+    attributes = Attributes(grad_filter=filter, compute_dtype=compute, workspace=2 << 20).args()
+    g = torch.where(torch.arange(700) == 300, 0.01, 1.0) / 700
+    operands, names, needs = list(named.values()), " ".join(named), "input weight bias"
+
+    def at_once(g, *operands):
+        return WITH_GRADIENTS([g, -g], LOSS, list(operands), names, None, LOSS, needs, *attributes)[2:]
+
+    def one_after_the_other(g, *operands):
+        saved = FORWARD(list(operands), names, None, LOSS, True, *attributes)
+        return BACKWARD([g, -g], LOSS, saved, list(operands), names, None, LOSS, needs, *attributes)
+
+    ours, late = (torch.compile(f, fullgraph=True)(g, *operands) for f in (at_once, one_after_the_other))
+    assert kernels() == 3
+    exact = Attributes(compute_dtype=compute).args()
+    saved = FORWARD(operands, names, None, LOSS, False, *exact)
+    full = BACKWARD([g, -g], LOSS, saved, operands, names, None, LOSS, needs, *exact)
+    for one, other, all_of_it in zip(ours, late, full, strict=True):
+        assert error(one, other.double()) < 0.1 * error(other, all_of_it.double()) < 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
