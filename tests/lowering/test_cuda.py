@@ -28,6 +28,7 @@ import rendered
 from gpu_cases import CASES, KEEPING, Case
 from gpu_graphs import generate
 
+from cce_inductor.lowering import budget
 from cce_inductor.lowering.schedule_choice import ScheduleChoice, _example
 from cce_inductor.lowering.schedules import budget_slabs, rounds, schedules
 from cce_inductor.lowering.triton_configs import KEPT_TILE, TABLE
@@ -56,8 +57,8 @@ def test_interpreted_kernels_obey_the_error_rule(group):
         ours = [name for name in result["launches"] if name.startswith("triton_tem")]
         # One kernel of each kind, for all regions.
         case = CASES[name]
-        budget = case.budget and case.loss is not CASES["budget, smoothing"].loss
-        assert len(ours) == (14 if budget else 5 if name == "separate" else 4), result
+        drops = case.budget and case.loss is not CASES["budget, smoothing"].loss
+        assert len(ours) == (14 if drops else 5 if name == "separate" else 4), result
 
 
 @pytest.mark.parametrize(
@@ -312,6 +313,23 @@ def test_slabs_of_a_budget_stay_within_the_workspace():
     _, backward = bfloat16_loss(grad_filter="budget 0.004", workspace=1 << 19)
     summary = rendered.summary(backward)
     assert "launch linear_statistics_dacc" in summary and "budget" not in summary
+
+
+def test_the_autotuner_is_given_a_slab_that_keeps_everything():
+    """What it fills integers with on its own would be an empty one."""
+    head = SimpleNamespace(hint=300, v=1700, device=torch.device("cpu"))
+    blocks, width, tiles, slabs = 3, 768, 14, 4
+    made = SimpleNamespace(call=head, width=width, tiles=tiles, slabs=slabs, constants={"CHUNK": 128})
+    example = {name: fill(None) for name, fill in budget._Budget._examples(made).items()}
+    assert all(t.dtype == torch.int32 for name, t in example.items() if name != "PERM")
+    assert example["RANGE"].tolist() == [[0, 6]] * slabs and example["MOST"].tolist() == [6] * slabs
+    for name in ("START", "BASE"):
+        assert example[name].tolist() == [[0, 768, 1536]] * slabs
+    assert example["NUMBER"].tolist() == [[768] * blocks] * slabs
+    assert example["LIST"].shape == (blocks * width,) and example["LIST"].max() < 1700
+    assert example["PERM"].tolist() == list(range(1700)) and (example["BITS"] == -1).all()
+    assert example["BITS"].shape == (blocks, 56) and example["RUN"].tolist() == [list(range(0, 57 * 32, 32))] * blocks
+    assert example["OF_TILE"].tolist() == [[0, 1, 2]] * tiles and example["IN_TILE"].tolist() == [blocks] * tiles
 
 
 def test_rounds_grow_and_cover_the_vocabulary():

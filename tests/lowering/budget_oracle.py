@@ -1,0 +1,60 @@
+"""What a training step under a budget must agree with."""
+
+import torch
+from gpu_cases import Case
+from head_oracle import check_error_rule, error
+
+from cce_inductor.ops import reference
+from cce_inductor.ops.bound import BLOCK, values
+from cce_inductor.ops.call import Attributes, Call
+
+
+def check_budget(case: Case, data: list, out: tuple, ours: dict) -> None:
+    """The bound is never below the mass, the contract holds, and the gradients are those of the columns kept by it."""
+    x, w, b, t = data
+    active = t >= 0
+    exact, eager = case.eager(data, torch.float64), case.eager(data, case.dtype)
+    bounds = [value for value in out if isinstance(value, torch.Tensor) and value.dtype == torch.uint8]
+    if not bounds or not active.any():  # nothing may be dropped, or there is nothing to drop
+        check_error_rule("", ours, eager, exact, case.compute)
+        return
+    (bound,) = bounds
+    wide = [tensor.to(case.compute).double() for tensor in (x, w)]
+    u = wide[0] @ wide[1].T + b.double()
+    z = 5.0 * torch.tanh(u * 0.7 / 5.0) if case.capped else u
+    p = z.softmax(1)
+    others = p.scatter(1, t.clamp(min=0)[:, None], 0)
+    # What the backward reads, as the forward left it.
+    wanted = {"lse": z.logsumexp(1), "target_logit": z.gather(1, t.clamp(min=0)[:, None])[:, 0]}
+    floats = [v for v in out if isinstance(v, torch.Tensor) and v.shape == t.shape and v.dtype == torch.float32]
+    near = {name: [v for v in floats if (v - value)[active].abs().max() < 1e-3] for name, value in wanted.items()}
+    saved = {name: found[0] for name, found in near.items()}
+    g = case.tangent(t)
+    how = {"scale": 0.7, "softcap": 5.0} if case.capped else {}
+    attributes = Attributes(grad_filter=f"budget {case.budget!r}", compute_dtype=case.compute, **how)
+    given = dict(zip(["input", "weight", "bias", "target"], data, strict=True))
+    call = Call(given, None if case.reference else active, "lse target_logit", attributes)
+    operands = reference.Operands(call)
+    keep = reference.kept_columns(operands, {"lse": g}, saved, bound, 512)
+    rows = active.nonzero()[:, 0]
+    for block, own in enumerate(rows.split(BLOCK)):
+        stands_for = values(bound.device)[bound[block].long()]
+        assert (stands_for >= others[own].sum(0) * (1 - 1e-6)).all(), "the bound is too low"
+        weight = g[own].double().abs()
+        dropped = (weight @ (others[own] * ~keep[block])).sum()
+        assert dropped <= case.budget * (weight @ others[own]).sum() * (1 + 1e-5), "too much is dropped"
+    blocks = keep[: -(-len(rows) // BLOCK)]
+    if case.confident:
+        assert blocks[0].all() and not blocks[1:].all(1).any(), "one block is to be done again"
+    else:
+        share = blocks.double().mean().item()
+        assert share > 0.9 if case.sharp < 0.1 else share < 0.9, f"{share} kept"
+    dense = torch.zeros_like(p)
+    dense[rows] = p[rows] * keep[torch.arange(len(rows)) // BLOCK] * g[rows, None]
+    dense[rows, t[rows]] -= g[rows]
+    if case.capped:
+        dense *= (1 - (z / 5.0) ** 2) * 0.7
+    kept = {"loss": exact["loss"], "dx": dense @ wide[1], "dw": dense.T @ wide[0], "db": dense.sum(0)}
+    for name, value in kept.items():
+        allowed = 1.25 * error(eager[name], exact[name]) + 2 * torch.finfo(case.compute).eps
+        assert error(ours[name], value) <= allowed, f"{name} is off by {error(ours[name], value):.2e} of {allowed:.2e}"
