@@ -11,20 +11,20 @@ from .measure import Stats
 from .rounds import Result
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot as plt
 
-    return pyplot
+    return plt
 
 
 def bars(panels: Sequence[tuple[str, Sequence[tuple[str, float, float]]]], path: Path, units: tuple[str, str]) -> None:
     """For each panel (title, [(name, time, memory)]) a row of two pictures: time, and memory."""
-    pyplot = _pyplot()
+    plt = pyplot()
     heights = [max(len(entries), 1) * 0.32 + 0.9 for _, entries in panels]
-    figure, axes = pyplot.subplots(
+    figure, axes = plt.subplots(
         len(panels),
         2,
         figsize=(12, sum(heights)),
@@ -44,7 +44,7 @@ def bars(panels: Sequence[tuple[str, Sequence[tuple[str, float, float]]]], path:
             axis.grid(alpha=0.3, axis="x")
         pair[0].set_title(title, loc="left", fontsize=10)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    plt.close(figure)
 
 
 def cases(results: Sequence[Result], path: Path) -> bool:
@@ -65,8 +65,8 @@ def cases(results: Sequence[Result], path: Path) -> bool:
 
 def sweeps(series: Sequence[tuple[str, Callable[[Result], int], Sequence[Result]]], path: Path) -> None:
     """For each series (name of the size, its value, results): time and memory over that size."""
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(len(series), 2, figsize=(11, 4.2 * len(series)), squeeze=False, layout="constrained")
+    plt = pyplot()
+    figure, axes = plt.subplots(len(series), 2, figsize=(11, 4.2 * len(series)), squeeze=False, layout="constrained")
     for (size, value, results), (times, peaks) in zip(series, axes, strict=True):
         for name in [row.contender for row in results[0].rows]:
             points = [(value(r), row) for r in results if (row := r.row(name)) and row.seconds.get("gradients")]
@@ -88,4 +88,4 @@ def sweeps(series: Sequence[tuple[str, Callable[[Result], int], Sequence[Result]
             axis.grid(alpha=0.3)
             axis.legend()
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    plt.close(figure)
