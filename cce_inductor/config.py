@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .ops.filters import Filter
+
 ENV_PREFIX = "CCE_INDUCTOR_"
 
 
@@ -88,14 +90,20 @@ def _path(value: Any) -> str | None:
         raise ValueError("must be a path or None") from None
 
 
+def _filter(value: Any) -> str:
+    return str(Filter.of(value))
+
+
 KNOBS: dict[str, Knob] = {
     "compiler": Knob(
         _choice("inductor", "aot_eager", "eager"),
         "what the rewritten graph is handed to",
     ),
     "grad_filter": Knob(
-        _choice("exact"),
-        "which columns of the softmax the backward computes; 'exact' is all of them",
+        _filter,
+        "which columns of the softmax the backward computes: 'exact' is all of them; a budget such as 0.002 leaves out "
+        "at most that share of a block's gradient; ('unbiased', 0.002) samples what it would leave out; "
+        "('eps', 0.0002) and ('eps', 0.0002, 'sorted') leave out tiles without a larger entry; read back as text",
     ),
     "min_vocab": Knob(
         _integer(0),

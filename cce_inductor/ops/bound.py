@@ -10,6 +10,8 @@ columns, is at most the budget times the block's whole dense gradient. As |g_i| 
 max|g| * (sum of M_j over the dropped columns) <= budget * sum_i |g_i| (1 - p_target).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,20 +43,80 @@ def values(device: torch.device) -> Tensor:
     return value
 
 
-def kept(codes: Tensor, allowed: Tensor) -> Tensor:
-    """Which columns each block keeps, (blocks, V) bool, so that the others' bounds add up to at most `allowed`.
+def edges(codes: Tensor, allowed: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """Where each block begins to keep columns, so that the others' bounds add up to at most `allowed`.
 
-    codes: (blocks, V). allowed: (blocks,) fp64; where it is NaN all are kept. Columns are dropped from the least bound
-    on, those of equal bound in their order.
+    codes: (blocks, V) uint8. allowed: (blocks,) fp64; where it is NaN all are kept. step: columns looked at at a time.
+
+    Returns two (blocks,) int64: the edge, the smallest code that is not dropped whole, LAST + 1 where all of them are;
+    and of the columns of that code the first one, in their order, that is kept (`beyond`).
     """
     value = values(codes.device)
+    parts = range(0, codes.shape[1], step)
     number = torch.zeros(codes.shape[0], LAST + 1, dtype=torch.float64, device=codes.device)
-    number.scatter_add_(1, codes.long(), torch.ones_like(codes, dtype=torch.float64))
+    for first in parts:
+        part = codes[:, first : first + step].long()
+        number.scatter_add_(1, part, torch.ones_like(part, dtype=torch.float64))
     through = torch.where(number > 0, number * value, 0).cumsum(1)  # of all codes up to this one
-    # How many codes are dropped whole, and how many columns of the next one.
     whole = ((through <= allowed[:, None]) & through.isfinite()).cumprod(1).sum(1)
     before = torch.where(whole > 0, through.gather(1, (whole - 1).clamp(min=0)[:, None])[:, 0], 0.0)
-    edge = whole.clamp(max=LAST)
-    some = ((allowed - before) / value[edge]).floor().nan_to_num(0.0, 0.0, 0.0).clamp(min=0)
-    at_edge = codes == edge[:, None]
-    return (codes > edge[:, None]) | (at_edge & (at_edge.cumsum(1) > some[:, None]) & (whole <= LAST)[:, None])
+    some = ((allowed - before) / value[whole.clamp(max=LAST)]).floor().nan_to_num(0.0, 0.0, 0.0).clamp(min=0)
+    start, seen = torch.zeros_like(whole), torch.zeros_like(whole)
+    for first in parts:
+        at_edge = codes[:, first : first + step].int() == whole[:, None]
+        dropped = at_edge & (at_edge.cumsum(1) + seen[:, None] <= some[:, None])
+        column = torch.arange(first + 1, first + 1 + dropped.shape[1], device=codes.device)
+        start = torch.maximum(start, torch.where(dropped, column, 0).amax(1))
+        seen += at_edge.sum(1)
+    return whole, start
+
+
+def beyond(codes: Tensor, column: Tensor, edge: Tensor, start: Tensor) -> Tensor:
+    """Which columns are kept by what `edges` says, bool. Shapes broadcast."""
+    codes = codes.int()
+    return (codes > edge) | ((codes == edge) & (column >= start))
+
+
+# An unbiased backward keeps every column from the edge on, and of the others each with a probability in proportion to
+# its bound, but at least 1 / WEIGHT_CAP; its gradient is divided by that.
+WEIGHT_CAP = 16
+SAMPLE_BITS = 24
+# By how many codes a column is below the edge, and for those further below the last: it is taken where the upper 24
+# bits of its hash are less than this. The last as well where the edge is LAST or all codes may be dropped.
+THRESHOLDS = tuple(
+    math.ceil(2.0 ** (SAMPLE_BITS - c / STEPS)) for c in range(STEPS * (WEIGHT_CAP.bit_length() - 1) + 1)
+)
+
+HASH_BLOCK, HASH_COLUMN = 0x9E3779B9, 0x85EBCA6B
+HASH_MIX = (0x7FEB352D, 0x846CA68B)  # lowbias32 (Chris Wellons, hash-prospector)
+_WORD = 0xFFFFFFFF
+
+
+def thresholds(codes: Tensor, edge: Tensor) -> Tensor:
+    """The threshold of each column below the edge of its block, int64; its weight is 2 ** SAMPLE_BITS / threshold."""
+    table = torch.tensor(THRESHOLDS, device=codes.device)
+    last = len(THRESHOLDS) - 1
+    return table[torch.where(edge >= LAST, last, (edge - codes.int()).clamp(0, last))]
+
+
+def sampled(seed: Tensor, block: Tensor | int, column: Tensor, threshold: Tensor) -> Tensor:
+    """Whether a column is taken: a function of the seed, int64 of which the low 32 bits count, block and column."""
+    return (hashed(seed, block, column) >> (32 - SAMPLE_BITS)) < threshold
+
+
+def hashed(seed: Tensor, block: Tensor | int, column: Tensor) -> Tensor:
+    """32 bits for each (block, column), as int64; all arithmetic is that of unsigned 32-bit integers."""
+    start = torch.as_tensor(block, dtype=torch.int64, device=column.device)
+    h = _mix((seed & _WORD) ^ _times(start, HASH_BLOCK))
+    return _mix(h ^ _times(column, HASH_COLUMN))
+
+
+def _mix(h: Tensor) -> Tensor:
+    h = _times(h ^ (h >> 16), HASH_MIX[0])
+    h = _times(h ^ (h >> 15), HASH_MIX[1])
+    return h ^ (h >> 16)
+
+
+def _times(h: Tensor, factor: int) -> Tensor:
+    """The low 32 bits of a product with h < 2 ** 32, in halves: no product here overflows an int64."""
+    return (h * (factor & 0xFFFF) + ((h * (factor >> 16) & 0xFFFF) << 16)) & _WORD

@@ -13,7 +13,7 @@ from torch import Tensor
 from .filters import Filter
 from .statistics import Statistic, parse
 
-OPERANDS = ("input", "weight", "bias", "target", "column_weight")
+OPERANDS = ("input", "weight", "bias", "target", "column_weight", "seed")
 DIFFERENTIABLE_OPERANDS = ("input", "weight", "bias")
 
 
@@ -70,6 +70,11 @@ class Call:
         return Filter.read(self.attributes.grad_filter)
 
     @property
+    def filtered(self) -> bool:
+        """Whether the backward leaves out columns."""
+        return filtered(self.statistics, self.attributes)
+
+    @property
     def bounded(self) -> bool:
         """Whether a forward in training leaves a bound to the backward."""
         return bounded(self.statistics, self.attributes)
@@ -87,10 +92,22 @@ class Call:
         return replace(self, attributes=replace(self.attributes, compute_dtype=dtype))
 
 
+def filtered(statistics: str, attributes: Attributes) -> bool:
+    """Whether the backward of these statistics leaves out columns: what no bound is proved for stays exact."""
+    if Filter.read(attributes.grad_filter).kind == "exact" or "lse" not in statistics.split():
+        return False
+    return all(row.allows_filter(attributes.softcap) for row in parse(statistics))
+
+
 def bounded(statistics: str, attributes: Attributes) -> bool:
-    """Whether a forward in training leaves a bound: under a budget, for statistics that the budget is proved for."""
+    """Whether a forward in training leaves a bound: for a filter that goes by one."""
     kind = Filter.read(attributes.grad_filter).kind
-    return kind == "budget" and "lse" in statistics.split() and all(row.budget for row in parse(statistics))
+    return kind in ("budget", "unbiased") and filtered(statistics, attributes)
+
+
+def sampled(statistics: str, attributes: Attributes) -> bool:
+    """Whether a forward in training needs the operand "seed", which the backward's sample of columns comes from."""
+    return Filter.read(attributes.grad_filter).kind == "unbiased" and bounded(statistics, attributes)
 
 
 def saved_names(statistics: str, saved: Sequence) -> list[str]:
@@ -103,8 +120,11 @@ def _check(condition: bool, message: str) -> None:
         raise RuntimeError(f"cce_inductor: {message}")
 
 
-def check(call: Call) -> None:
-    """Raises RuntimeError, saying what is wrong, for operands whose shapes or dtypes do not fit together."""
+def check(call: Call, training: bool = False) -> None:
+    """Raises RuntimeError, saying what is wrong, for operands whose shapes or dtypes do not fit together.
+
+    training: for a forward that leaves what the backward reads, or the backward that reads it.
+    """
     ops = call.operands
     unknown = set(ops) - set(OPERANDS)
     _check(not unknown, f"unknown operands {sorted(unknown)}; expected some of {OPERANDS}")
@@ -131,6 +151,14 @@ def check(call: Call) -> None:
         t = ops["target"]
         _check(t.dtype == torch.int64, f"target must hold class indices of dtype torch.int64, got {t.dtype}")
         _check(t.shape == x.shape[:1], f"target must have one class per row, {_shape(x)[:1]}, got {_shape(t)}")
+    if training and sampled(call.statistics, call.attributes):
+        _check("seed" in ops, f"the filter {str(call.filter)!r} needs the operand seed, an int64 tensor of shape (1,)")
+    if "seed" in ops:
+        seed = ops["seed"]
+        _check(
+            seed.dtype == torch.int64 and seed.shape == (1,) and seed.device == x.device,
+            f"seed must be one int64 of shape (1,) on {x.device}, got {seed.dtype} {_shape(seed)} on {seed.device}",
+        )
     if call.active is not None:
         mask = call.active
         _check(

@@ -1,38 +1,65 @@
-"""What `grad_filter` says: which columns of the softmax the backward computes."""
+"""What `grad_filter` says: which columns of the softmax the backward computes. No torch: the settings read it."""
 
 from dataclasses import dataclass
 from typing import Any
 
+KINDS = ("exact", "budget", "unbiased", "eps")
+SPELLINGS = (
+    "must be 'exact', a budget in (0, 1) such as 0.002, ('unbiased', <budget>), ('eps', <number in (0, 1)>) or "
+    "('eps', <number>, 'sorted'); as text: 'exact', '0.002', 'unbiased 0.002', 'eps 0.0002', 'eps 0.0002 sorted'"
+)
+
 
 @dataclass(frozen=True)
 class Filter:
-    """kind: "exact" or "budget". value: of a budget, the share of a block's dense gradient that may be dropped.
+    """Which columns a backward computes, and of what kind its error is.
 
-    As a string, which is how the operators carry it: "exact", "budget 0.001953125".
+    kind: "exact" for all of them. "budget": in each block of rows those of least mass are left out, and `value` is the
+    share of the block's dense gradient that they may make up. "unbiased": a sample of them is taken instead. "eps": a
+    tile is left out where every |softmax - onehot| is below `value`, with the columns in their own order or `sorted`.
+
+    Its text is how settings, graphs and operators carry it: "exact", "budget 0.002", "unbiased 0.002", "eps 0.0002",
+    "eps 0.0002 sorted".
     """
 
     kind: str = "exact"
     value: float = 0.0
-
-    @staticmethod
-    def read(text: str) -> "Filter":
-        kind, _, value = text.partition(" ")
-        if kind == "exact" and not value:
-            return Filter()
-        try:
-            return Filter.of(float(value)) if kind == "budget" else Filter.of(text)
-        except ValueError:
-            raise ValueError(f"grad_filter {text!r}: expected 'exact' or 'budget <number>'") from None
+    sorted: bool = False
 
     @staticmethod
     def of(value: Any) -> "Filter":
-        """From what a user sets: "exact", or a budget in (0, 1). Raises ValueError."""
-        if value == "exact":
+        """From what a user sets, or any filter's text. Raises ValueError, which says what is possible."""
+        if isinstance(value, Filter):
+            return value
+        words = value.split() if isinstance(value, str) else value
+        words = list(words) if isinstance(words, (tuple, list)) else [words]
+        if words == ["exact"]:
             return Filter()
-        number = float(value)
-        if not 0.0 < number < 1.0:
-            raise ValueError("a budget must be between 0 and 1")
-        return Filter("budget", number)
+        if len(words) == 1:
+            words = ["budget", *words]
+        in_order = len(words) == 3 and words[0] == "eps" and words[2] == "sorted"
+        if (len(words) == 2 or in_order) and words[0] in KINDS[1:]:
+            number = _number(words[1])
+            if number is not None and 0.0 < number < 1.0:
+                return Filter(words[0], number, in_order)
+        raise ValueError(SPELLINGS)
+
+    @staticmethod
+    def read(text: str) -> "Filter":
+        """From the text that an operator is given. Raises ValueError."""
+        try:
+            return Filter.of(text)
+        except ValueError as error:
+            raise ValueError(f"grad_filter {text!r} {error}") from None
 
     def __str__(self) -> str:
-        return self.kind if self.kind == "exact" else f"{self.kind} {self.value!r}"
+        if self.kind == "exact":
+            return self.kind
+        return f"{self.kind} {self.value!r}" + (" sorted" if self.sorted else "")
+
+
+def _number(word: Any) -> float | None:
+    try:
+        return None if isinstance(word, bool) else float(word)
+    except (TypeError, ValueError, OverflowError):
+        return None

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import register_flop_formula
 
-from . import reference
+from . import filtered, reference
 from .bound import blocks
 from .call import DIFFERENTIABLE_OPERANDS, Attributes, Call, check, saved_names
 
@@ -46,21 +46,19 @@ MM = torch.ops.cce_inductor.mm_.default
 
 def eager_forward(operands, names, active, statistics, training, *attributes) -> list[Tensor]:
     call = Call.read(operands, names, active, statistics, attributes)
-    check(call)
-    return reference.forward_with_bound(call) if training and call.bounded else reference.forward(call)
+    check(call, training)
+    return filtered.forward(call) if training and call.bounded else reference.forward(call)
 
 
 def eager_backward(
     tangents, tangent_names, saved, operands, names, active, statistics, needs, *attributes
 ) -> list[Tensor]:
     call = Call.read(operands, names, active, statistics, attributes)
-    check(call)
-    return reference.backward(
-        call,
-        dict(zip(tangent_names.split(), tangents, strict=True)),
-        dict(zip(saved_names(statistics, saved), saved, strict=True)),
-        needs.split(),
-    )
+    check(call, training=True)
+    given = dict(zip(tangent_names.split(), tangents, strict=True))
+    results = dict(zip(saved_names(statistics, saved), saved, strict=True))
+    backward = filtered.backward if call.filtered and "lse" in given else reference.backward
+    return backward(call, given, results, needs.split())
 
 
 def _eager_mm(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -76,7 +74,7 @@ library.impl("mm_", _eager_mm, "CompositeExplicitAutograd")
 @torch.library.register_fake("cce_inductor::linear_statistics", lib=library)
 def fake_forward(operands, names, active, statistics, training, *attributes) -> list[Tensor]:
     call = Call.read(operands, names, active, statistics, attributes)
-    check(call)
+    check(call, training)
     x = call.input
     out = [x.new_empty(x.shape[0], dtype=torch.int64 if row.integer else call.accumulate_dtype) for row in call.rows]
     if training and call.bounded:

@@ -15,25 +15,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .bound import BLOCK, ROW_CAP, blocks, encode, kept
 from .call import Call
-from .statistics import TABLE, Statistic, Tile, finish_lse
+from .statistics import TABLE, Statistic, Tile
 
 # A tile at most: enough for a GEMM to run at its rate, and small enough for the passes over it to run in cache.
 BLOCK_ROWS, SLAB_COLUMNS = 1024, 2048
 
 
-def tile_shape(call: Call, temporaries: int, slab_accumulator: bool) -> tuple[int, int]:
+def tile_shape(call: Call, temporaries: int, slab_tensors: int) -> tuple[int, int]:
     """(rows, columns) of a tile whose scratch fits the call's workspace.
 
-    temporaries: how many (rows, columns) tensors live at once. slab_accumulator: whether a (columns, D) accumulator is
-    needed besides the casts of the operands.
+    temporaries: how many (rows, columns) tensors live at once. slab_tensors: how many (columns, D) ones do besides the
+    casts of the operands.
     """
     (n, d), v = call.input.shape, call.weight.shape[0]
     budget = call.attributes.workspace // call.accumulate_dtype.itemsize
     copies = (call.weight.dtype != call.compute_dtype) + (call.compute_dtype != call.accumulate_dtype)
     rows = max(1, min(n, BLOCK_ROWS, budget // (4 * d + 1)))
-    columns = (budget - 2 * rows * d) // (rows * temporaries + d * (copies + slab_accumulator))
+    columns = (budget - 2 * rows * d) // (rows * temporaries + d * (copies + slab_tensors))
     return rows, max(1, min(v, SLAB_COLUMNS, columns))
 
 
@@ -86,8 +85,9 @@ class Operands:
         return Tile(z, start, target, self.column("column_weight", slab))
 
 
-def _blocks(length: int, step: int) -> Iterator[slice]:
-    return (slice(i, min(i + step, length)) for i in range(0, length, step))
+def cut(stop: int, step: int, start: int = 0) -> Iterator[slice]:
+    """start : stop in pieces of `step`."""
+    return (slice(i, min(i + step, stop)) for i in range(start, stop, step))
 
 
 def check_targets(operands: Operands) -> None:
@@ -107,76 +107,38 @@ def check_targets(operands: Operands) -> None:
         raise IndexError(f"Target {wrong} is out of bounds: the vocabulary has {v} classes, 0 to {v - 1}.")
 
 
+def empty_statistics(call: Call) -> list[Tensor]:
+    """What the forward fills in, (N,) each, in accumulation dtype (argmax: int64); 0 in rows that are not active."""
+    n, dtype = call.input.shape[0], call.accumulate_dtype
+    return [call.input.new_zeros(n, dtype=torch.int64 if row.integer else dtype) for row in call.rows]
+
+
 def forward(call: Call) -> list[Tensor]:
     """The statistics of every row, (N,) each, in accumulation dtype (argmax: int64); 0 in rows that are not active."""
-    return _forward(call, with_bound=False)
-
-
-def forward_with_bound(call: Call) -> list[Tensor]:
-    """What `forward` gives, and behind it the bound (bound.py), (blocks of N rows, V) uint8."""
-    return _forward(call, with_bound=True)
-
-
-def _forward(call: Call, with_bound: bool) -> list[Tensor]:
     rows = call.rows
     operands = Operands(call)
     check_targets(operands)
-    n = call.input.shape[0]
-    out = [call.input.new_zeros(n, dtype=torch.int64 if row.integer else call.accumulate_dtype) for row in rows]
-    block_rows, columns = tile_shape(call, temporaries=4 if with_bound else 3, slab_accumulator=False)
-    bound = None
-    if with_bound:
-        bound = call.input.new_zeros((blocks(n), call.weight.shape[0]), dtype=torch.uint8)
-        block_rows = max(block_rows // BLOCK, 1) * BLOCK
-    for block in _blocks(operands.n, block_rows):
+    out = empty_statistics(call)
+    block_rows, columns = tile_shape(call, temporaries=3, slab_tensors=0)
+    for block in cut(operands.n, block_rows):
         states: list = [None] * len(rows)
         x = operands.input(block)
-        target_logit = None if bound is None else _target_logits(operands, x, block)
-        for slab in _blocks(call.weight.shape[0], columns):
-            tile = _capped_tile(operands, x, block, slab)
+        for slab in cut(call.weight.shape[0], columns):
+            tile = capped_tile(operands, x, operands.weight(slab), block, slab)
             states = [row.update(state, tile) for row, state in zip(rows, states, strict=True)]
-            if bound is not None:
-                running = states[call.statistics.split().index("lse")]
-                first = block.start // BLOCK
-                codes = _mass_codes(tile, finish_lse(running), target_logit)
-                bound[first : first + codes.shape[0], slab] = codes
         where = block if operands.index is None else operands.index[block]
         for result, row, state in zip(out, rows, states, strict=True):
             result[where] = row.finish(state)
-    return out if bound is None else [*out, bound]
+    return out
 
 
-def _capped_tile(operands: Operands, x: Tensor, block: slice, slab: Columns) -> Tile:
+def capped_tile(operands: Operands, x: Tensor, w: Tensor, block: slice, slab: Columns) -> Tile:
     """One tile of logits."""
-    tile = operands.tile(x, operands.weight(slab), block, slab)
+    tile = operands.tile(x, w, block, slab)
     cap = operands.call.attributes.softcap
     if cap:
         tile.z.div_(cap).tanh_().mul_(cap)
     return tile
-
-
-def _target_logits(operands: Operands, x: Tensor, block: slice) -> Tensor | None:
-    """(rows,): the logits of the block's targets, before any other."""
-    if operands.target is None:
-        return None
-    call, target = operands.call, operands.target[block]
-    z = (x * operands.cast(call.weight[target])).sum(1)
-    bias = call.operands.get("bias")
-    if bias is not None:
-        z += bias[target]
-    z *= call.attributes.scale
-    cap = call.attributes.softcap
-    return (z / cap).tanh() * cap if cap else z
-
-
-def _mass_codes(tile: Tile, running: Tensor, target_logit: Tensor | None) -> Tensor:
-    """The bound of one tile's columns in each block of its rows: exp(z - r) added up, own targets left out."""
-    r = running if target_logit is None else torch.maximum(running, target_logit)
-    p = (tile.z - r[:, None]).exp_()
-    if tile.target is not None:
-        inside, column = tile.target_position()
-        p.scatter_(1, column[:, None], torch.where(inside, 0, p.gather(1, column[:, None])[:, 0])[:, None])
-    return encode(torch.stack([part.sum(0) for part in p.split(BLOCK)]))
 
 
 @dataclass
@@ -193,33 +155,41 @@ class Gradients:
         self.dw = w.new_empty(w.shape) if "weight" in self.needs else None
         self.db = b.new_empty(b.shape) if b is not None and "bias" in self.needs else None
 
+    def add_to_dx(self, operands: Operands, block: slice, left: Tensor, right: Tensor) -> None:
+        """dx of the rows `block` += left @ right."""
+        if self.dx is None:
+            return
+        if operands.index is None:
+            self.dx[block].addmm_(left, right)
+        else:
+            self.dx.index_add_(0, operands.index[block], left @ right)
+
     def result(self, name: str) -> Tensor:
         tensor = {"input": self.dx, "weight": self.dw, "bias": self.db}[name]
         assert tensor is not None
         return tensor.to(self.call.operands[name].dtype)
 
 
-def backward(call: Call, tangents: dict[str, Tensor], saved: dict[str, Tensor], needs: list[str]) -> list[Tensor]:
-    """The gradients of the operands named in `needs`, in their own dtypes.
+def differentiated(tangents: dict[str, Tensor]) -> list[Statistic]:
+    """The rows of the table that have a tangent, in its order."""
+    return [row for row in TABLE.values() if row.differentiable and row.name in tangents]
 
-    tangents: (N,) for each statistic that has one. saved: the forward's results by name; with "bound", and where the
-    tangents are of what it is proved for, columns are dropped by it.
+
+def backward(call: Call, tangents: dict[str, Tensor], saved: dict[str, Tensor], needs: list[str]) -> list[Tensor]:
+    """The gradients of the operands named in `needs`, in their own dtypes, from every column.
+
+    tangents: (N,) for each statistic that has one. saved: the forward's results by name.
     """
     operands = Operands(call)
-    rows = [row for row in TABLE.values() if row.differentiable and row.name in tangents]
+    rows = differentiated(tangents)
     if operands.n == 0 or not rows:
         return [call.operands[name].new_zeros(call.operands[name].shape) for name in needs]
     grads = Gradients(call, frozenset(needs))
     temporaries = 5 if any(row.kind == "signed" for row in rows) else 3
     slab_accumulator = "weight" in needs and call.weight.dtype != call.accumulate_dtype
-    block_rows, columns = tile_shape(call, temporaries, slab_accumulator)
-    keep, bound = None, saved.get("bound")
-    saved = {name: t for name, t in saved.items() if name != "bound"}
-    if bound is not None and all(row.budget for row in rows) and "lse" in tangents:
-        keep = kept_columns(operands, tangents, saved, bound, columns)
-        block_rows = BLOCK
-    for slab in _blocks(call.weight.shape[0], columns):
-        _backward_slab(operands, grads, rows, tangents, saved, slab, block_rows, keep)
+    block_rows, columns = tile_shape(call, temporaries, int(slab_accumulator))
+    for slab in cut(call.weight.shape[0], columns):
+        _backward_slab(operands, grads, rows, tangents, saved, slab, block_rows)
     return [grads.result(name) for name in needs]
 
 
@@ -231,83 +201,29 @@ def _backward_slab(
     saved: dict[str, Tensor],
     slab: slice,
     block_rows: int,
-    keep: Tensor | None,
 ) -> None:
-    """Finishes dW and db of one slab of columns and adds the slab's share to dx. keep: (blocks, V), or all columns."""
+    """Finishes dW and db of one slab of columns and adds the slab's share to dx."""
     acc = operands.call.accumulate_dtype
     w = operands.weight(slab)
     in_place = grads.dw is not None and grads.dw.dtype == acc
     dw = None if grads.dw is None else grads.dw[slab] if in_place else torch.empty_like(w)
     db = None if grads.db is None else w.new_zeros(w.shape[0])
-    if keep is not None and dw is not None:
-        dw.zero_()
-    for block in _blocks(operands.n, block_rows):
+    for block in cut(operands.n, block_rows):
         x = operands.input(block)
-        columns: Columns = slab
-        if keep is not None:
-            columns = keep[block.start // BLOCK, slab].nonzero()[:, 0] + slab.start
-        part = w if keep is None else w[columns - slab.start]
-        dacc = _dacc(operands, x, part, rows, tangents, saved, block, columns)
+        tile = dacc(operands, x, w, rows, tangents, saved, block, slab)
         if dw is not None:
-            if keep is None:
-                dw.addmm_(dacc.t(), x, beta=0 if block.start == 0 else 1)
-            else:
-                dw[columns - slab.start] += dacc.t() @ x
+            dw.addmm_(tile.t(), x, beta=0 if block.start == 0 else 1)
         if db is not None:
-            if keep is None:
-                db += dacc.sum(0)
-            else:
-                db[columns - slab.start] += dacc.sum(0)
-        if grads.dx is not None:
-            if operands.index is None:
-                grads.dx[block].addmm_(dacc, part)
-            else:
-                grads.dx.index_add_(0, operands.index[block], dacc @ part)
-        del dacc  # before the next tile is allocated
+            db += tile.sum(0)
+        grads.add_to_dx(operands, block, tile, w)
+        del tile  # before the next one is allocated
     if grads.dw is not None and dw is not None and not in_place:
         grads.dw[slab] = dw
     if grads.db is not None and db is not None:
         grads.db[slab] = db
 
 
-def kept_columns(
-    operands: Operands, tangents: dict[str, Tensor], saved: dict[str, Tensor], bound: Tensor, columns: int
-) -> Tensor:
-    """Which columns each block of rows keeps, (blocks, V) bool: by the bound, the targets, and the check of every row.
-
-    A row may lose at most ROW_CAP times the budget of its own gradient; a block with one that would is done in full.
-    """
-    budget = operands.call.filter.value
-    every = slice(0, operands.n)
-    g = operands.rows(tangents["lse"], every).abs()
-    rest = torch.ones_like(g)
-    if operands.target is not None:
-        rest = -torch.expm1(operands.rows(saved["target_logit"], every) - operands.rows(saved["lse"], every))
-    largest = torch.stack([part.amax() for part in g.split(BLOCK)]).double()
-    total = torch.stack([part.sum() for part in (g.double() * rest).split(BLOCK)])
-    keep = kept(bound[: blocks(operands.n)], torch.where(largest > 0, budget * total / largest, torch.inf))
-    if operands.target is not None:
-        keep[torch.arange(operands.n, device=g.device) // BLOCK, operands.target] = True
-    for index, block in enumerate(_blocks(operands.n, BLOCK)):
-        mass = torch.zeros_like(rest[block])
-        x = operands.input(block)
-        for slab in _blocks(keep.shape[1], columns):
-            part = keep[index, slab].nonzero()[:, 0] + slab.start
-            tile = _capped_tile(operands, x, block, part)
-            p = (tile.z - operands.rows(saved["lse"], block)[:, None]).exp_()
-            if tile.target is not None:
-                inside, column = tile.target_position()
-                p.masked_fill_((torch.arange(p.shape[1], device=p.device) == column[:, None]) & inside[:, None], 0)
-            mass += p.sum(1)
-        # lse itself is known to half a unit of its last place.
-        slack = torch.finfo(mass.dtype).eps * (2 + operands.rows(saved["lse"], block).abs())
-        lost = rest[block] - mass
-        fine = (lost <= ROW_CAP * budget * rest[block] + slack) | (g[block] == 0)
-        keep[index] |= ~fine.all()
-    return keep
-
-
-def _dacc(
+def dacc(
     operands: Operands,
     x: Tensor,
     w: Tensor,

@@ -5,16 +5,17 @@ class, `c` a weight per column. Each statistic is a function of one row of `z`, 
 vectors of length N, and the gradient of any loss over them is
 `dz_j = sum over statistics of tangent * d statistic / d z_j`.
 
-| statistic    | value             | d / d z_j                      | kind    | budget |
-|--------------|-------------------|--------------------------------|---------|--------|
-| lse          | log sum_j exp z_j | p_j                            | dense   | valid  |
-| target_logit | z_t               | 1 at j = t                     | sparse  | exact  |
-| logit_sum    | sum_j c_j z_j     | c_j                            | linear  | no     |
-| entropy      | lse - sum_j p_j z_j | -p_j (z_j - lse + entropy)   | signed  | no     |
-| argmax       | argmax_j z_j      | none                           | none    | valid  |
+| statistic    | value             | d / d z_j                      | kind    | filter          |
+|--------------|-------------------|--------------------------------|---------|-----------------|
+| lse          | log sum_j exp z_j | p_j                            | dense   | yes             |
+| target_logit | z_t               | 1 at j = t                     | sparse  | yes             |
+| logit_sum    | sum_j c_j z_j     | c_j                            | linear  | without softcap |
+| entropy      | lse - sum_j p_j z_j | -p_j (z_j - lse + entropy)   | signed  | no              |
+| argmax       | argmax_j z_j      | none                           | none    | yes             |
 
-"linear" is rank-1 without a softcap and dense with one. "budget" says whether a backward that drops columns of small
-probability mass stays within its bound (docs/design.md); the sparse part is never dropped.
+"linear" is rank-1 without a softcap and dense with one. "filter" says whether a backward may leave out columns of small
+probability mass where the statistic is asked for (docs/design.md): the bound is one of the dense part of lse, the
+sparse part is never dropped, a rank-1 part is formed exactly beside it, and for the others no bound is proved.
 """
 
 from collections.abc import Callable
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 Kind = Literal["dense", "sparse", "linear", "signed", "none"]
+Filtered = Literal["yes", "without softcap", "no"]
 
 
 @dataclass
@@ -65,7 +67,7 @@ class Statistic:
 
     name: str
     kind: Kind
-    budget: bool
+    filtered: Filtered
     update: Callable[[Any, Tile], Any]
     finish: Callable[[Any], Tensor]
     add_gradient: Callable[[Tensor | None, Tile, Tensor, dict[str, Tensor]], Tensor] | None
@@ -75,6 +77,10 @@ class Statistic:
     @property
     def differentiable(self) -> bool:
         return self.add_gradient is not None
+
+    def allows_filter(self, softcap: float) -> bool:
+        """Whether a backward may leave out columns where this is asked for; `softcap` is 0.0 for none."""
+        return self.filtered == "yes" or (self.filtered == "without softcap" and not softcap)
 
     @property
     def uses_softmax(self) -> bool:
@@ -170,12 +176,12 @@ TABLE: dict[str, Statistic] = {
     for s in (
         # entropy stands before lse: the gradient of lse may be written over p.
         Statistic(
-            "entropy", "signed", False, lambda s, t: _update_exp(s, t, True), _finish_entropy, _grad_entropy, ("lse",)
+            "entropy", "signed", "no", lambda s, t: _update_exp(s, t, True), _finish_entropy, _grad_entropy, ("lse",)
         ),
-        Statistic("lse", "dense", True, lambda s, t: _update_exp(s, t, False), finish_lse, _grad_lse),
-        Statistic("logit_sum", "linear", False, _update_sum, _identity, _grad_sum),
-        Statistic("target_logit", "sparse", True, _update_target, _identity, _grad_target, ("target",)),
-        Statistic("argmax", "none", True, _update_argmax, lambda s: s[1], None, integer=True),
+        Statistic("lse", "dense", "yes", lambda s, t: _update_exp(s, t, False), finish_lse, _grad_lse),
+        Statistic("logit_sum", "linear", "without softcap", _update_sum, _identity, _grad_sum),
+        Statistic("target_logit", "sparse", "yes", _update_target, _identity, _grad_target, ("target",)),
+        Statistic("argmax", "none", "yes", _update_argmax, lambda s: s[1], None, integer=True),
     )
 }
 

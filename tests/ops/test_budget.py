@@ -6,8 +6,8 @@ from head_oracle import Head, error, logits
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from cce_inductor.ops import reference
-from cce_inductor.ops.bound import BLOCK, LAST, ROW_CAP, blocks, encode, kept, values
+from cce_inductor.ops import filtered, reference
+from cce_inductor.ops.bound import BLOCK, LAST, ROW_CAP, beyond, blocks, edges, encode, values
 from cce_inductor.ops.call import Attributes, Call
 from cce_inductor.ops.filters import Filter
 from cce_inductor.ops.library import BACKWARD, FORWARD
@@ -15,12 +15,14 @@ from cce_inductor.ops.library import BACKWARD, FORWARD
 NAMES = "lse target_logit"
 
 
-@pytest.mark.parametrize("text", ["exact", "budget 0.001953125", "budget 0.01"])
+@pytest.mark.parametrize("text", ["exact", "budget 0.001953125", "unbiased 0.01", "eps 0.0002", "eps 0.0002 sorted"])
 def test_filters_are_their_text(text):
     assert str(Filter.read(text)) == text
 
 
-@pytest.mark.parametrize("text", ["", "budget", "budget 0", "budget 1.5", "budget nan", "exact 0.1", "tau 0.1"])
+@pytest.mark.parametrize(
+    "text", ["", "budget", "budget 0", "budget 1.5", "budget nan", "exact 0.1", "tau 0.1", "sorted"]
+)
 def test_unknown_filters_are_errors(text):
     with pytest.raises(ValueError, match="grad_filter"):
         Filter.read(text)
@@ -35,7 +37,8 @@ def test_a_code_stands_for_at_least_its_mass_and_little_more():
     assert encode(torch.tensor([torch.nan, torch.inf, 1e9])).tolist() == [LAST] * 3
 
 
-def test_least_columns_are_dropped_while_they_fit():
+@pytest.mark.parametrize("step", [1, 2, 5, 100])
+def test_least_columns_are_dropped_while_they_fit(step):
     # Codes of 2^-1, 2^-2, 2^-2, 2^-3 and "any", from the least: 1/8, then 3/8, then 5/8, then 9/8.
     codes = torch.tensor([[205, 199, 199, 193, 255]] * 6, dtype=torch.uint8)
     value = values(codes.device)
@@ -43,8 +46,23 @@ def test_least_columns_are_dropped_while_they_fit():
     unit = value[193].item()
     allowed = torch.tensor([0.9, 1.1, 3.1, 5.1, 9.1, torch.nan], dtype=torch.float64) * unit
     expected = [[1, 1, 1, 1, 1], [1, 1, 1, 0, 1], [1, 0, 1, 0, 1], [1, 0, 0, 0, 1], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1]]
-    assert kept(codes, allowed).int().tolist() == expected
-    assert kept(codes[:1], torch.tensor([torch.inf]).double()).int().tolist() == [[0, 0, 0, 0, 1]]
+    assert kept(codes, allowed, step).int().tolist() == expected
+    assert kept(codes[:1], torch.tensor([torch.inf]).double(), step).int().tolist() == [[0, 0, 0, 0, 1]]
+    assert not kept(codes[:1, :4], torch.tensor([torch.inf]).double(), step).any()
+
+
+def kept(codes: torch.Tensor, allowed: torch.Tensor, step: int) -> torch.Tensor:
+    """Which columns each block keeps, (blocks, V) bool."""
+    edge, start = edges(codes, allowed, step)
+    return beyond(codes, torch.arange(codes.shape[1]), edge[:, None], start[:, None])
+
+
+def kept_columns(call: Call, g: torch.Tensor, saved: list[torch.Tensor]) -> torch.Tensor:
+    """Which columns the blocks of active rows compute for sure, (blocks, V) bool; g: the tangent of lse."""
+    named = dict(zip([*call.statistics.split(), "bound"], saved, strict=True))
+    chosen = filtered.select(filtered.Operands(call), {"lse": g}, named, 50, 70)
+    every = slice(0, call.weight.shape[0])
+    return torch.stack([chosen.certain(b, every) for b in range(chosen.edge.shape[0])])
 
 
 def make(kind: str, n: int, v: int, seed: int) -> Head:
@@ -102,11 +120,10 @@ def test_contract_holds_in_every_block(kind, n, v, tau, weighting, slab, seed):
     before = reference.SLAB_COLUMNS
     reference.SLAB_COLUMNS = slab  # the running log-sum-exp, and with it the bound, depends on the slabs
     try:
-        lse, target_logit, bound = reference.forward_with_bound(call)
-        saved = {"lse": lse, "target_logit": target_logit}
-        keep = reference.kept_columns(reference.Operands(call), {"lse": g}, saved, bound, slab)
+        saved = filtered.forward(call)
     finally:
         reference.SLAB_COLUMNS = before
+    bound, keep = saved[-1], kept_columns(call, g, saved)
     z = logits(head.x.double(), head.w.double(), head.bias.double())
     p = z.softmax(1).scatter(1, head.target[:, None], 0)
     rows = torch.arange(n) if active is None else active.nonzero()[:, 0]
@@ -140,8 +157,7 @@ def test_gradients_are_those_of_the_kept_columns(dtype, masked, small_tiles):
     g = torch.rand(300)
     ours = torch.autograd.grad(((lse - target_logit) * g).sum(), leaves)
     call = Call(dict(zip(names.split(), operands, strict=True)), active, NAMES, Attributes(*attributes))
-    saved = {"lse": lse.detach(), "target_logit": target_logit.detach()}
-    keep = reference.kept_columns(reference.Operands(call), {"lse": g}, saved, bound, 50)
+    keep = kept_columns(call, g, [lse.detach(), target_logit.detach(), bound])
     rows = torch.arange(300) if active is None else active.nonzero()[:, 0]
     exact = head.to(torch.float64)
     p = logits(exact.x, exact.w, exact.bias).softmax(1)
