@@ -54,7 +54,7 @@ def file_name(device: str, name: str) -> str:
 
 
 def write(section: Section, folder: Path, device: str, command: str) -> None:
-    """Put a section into folder/PAGE.md, its JSON and its picture into folder/PAGE/; PAGE is its own or the device's."""
+    """Put a section into folder/PAGE.md, its JSON and picture into folder/PAGE/; PAGE is its own or the device's."""
     page = section.page or PAGES[device]
     inside = folder / page
     inside.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops import bound, reference
+from ...ops import bound, filtered, reference
 from ...ops.call import Attributes, Call
 
 CAPS = (16, 64, 256, None)  # of budgets; None: rows are not looked at
@@ -22,10 +22,11 @@ def examine(x: Tensor, weight: Tensor, target: Tensor, budget: float, dtype: tor
     """
     attributes = Attributes(compute_dtype=dtype, grad_filter=f"budget {budget!r}")
     call = Call.read([x, weight, target], "input weight target", None, "lse target_logit", attributes.args())
-    lse, target_logit, codes = reference.forward_with_bound(call)
+    lse, target_logit, codes = filtered.forward(call)
     rest = -torch.expm1(target_logit - lse)
     total = torch.stack([part.sum() for part in rest.double().split(bound.BLOCK)])
-    keep = bound.kept(codes, budget * total)
+    edge, start = bound.edges(codes, budget * total, codes.shape[1])
+    keep = bound.beyond(codes, torch.arange(codes.shape[1]), edge[:, None], start[:, None])
     rows = torch.arange(len(x))
     keep[rows // bound.BLOCK, target] = True
     found = []

@@ -99,7 +99,7 @@ def run(spec: Pretraining, tokens: Tensor, vocab: int) -> dict[str, Any]:
         with torch.autocast("cpu", dtype):
             loss = head_loss(model(ids[:, :-1]), model.head, ids[:, 1:], spec.mode)
         loss.backward()
-        if step % LOOK == 0:
+        if step % LOOK == 0 or spec.steps < LOOK:
             assert model.head.grad is not None
             zero.append(float((model.head.grad == 0).all(1).float().mean()))
         optimizer.step()
