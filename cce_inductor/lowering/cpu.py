@@ -7,9 +7,12 @@ import sympy
 import torch
 from torch._inductor import cpu_vec_isa, ir
 from torch._inductor.virtualized import V
+from torch.utils._sympy.functions import CeilDiv
 
+from ..ops import bound
 from ..ops import statistics as table
 from ..ops.call import Attributes
+from ..ops.filters import Filter
 from .choose import KEPT_SHARE, LEAST_CHUNK
 from .cpu_template import Spec, emit
 from .unsupported import Unsupported, unsupported_dtype
@@ -18,12 +21,13 @@ from .unsupported import Unsupported, unsupported_dtype
 def forward(
     operands: dict[str, Any], active: Any, statistics: list[str], attributes: Attributes, bounded: bool
 ) -> Sequence[Any]:
-    if bounded:
-        raise Unsupported("no template leaves a bound")
     element, compute = _dtypes(operands, attributes)
     given = _realize(operands | _mask(active))
-    constants = _constants(attributes) | {"statistics": statistics}
     layouts = _statistics_layouts(operands, statistics)
+    constants = _constants(attributes) | {"statistics": statistics, "bounded": bounded, "bound_columns": "V"}
+    if bounded:
+        (n, _), (v, _) = operands["input"].get_size(), operands["weight"].get_size()
+        layouts["bound"] = _contiguous(operands["input"].get_device(), torch.uint8, [CeilDiv(n, bound.BLOCK), v])
     spec = Spec("linear_statistics", element, compute, given, _ABSENT, layouts, constants)
     return list(emit(spec, operands["input"].get_device()).values())
 
@@ -36,18 +40,36 @@ def backward(
     needs: list[str],
     attributes: Attributes,
 ) -> Sequence[Any]:
-    if "bound" in saved:
-        raise Unsupported("no template reads a bound")
     element, compute = _dtypes(operands, attributes)
+    filtered = "bound" in saved and "lse" in tangents
     needed = {"target_logit"} & set(tangents)
     if "lse" in tangents or "entropy" in tangents:
         needed |= {"lse", "entropy"}
+    if filtered:
+        needed |= {"bound", "target_logit"}
     given = operands | _mask(active) | {name: t for name, t in saved.items() if name in needed} | _prefixed(tangents)
     constants = _constants(attributes) | {"tangents": list(tangents)}
+    if filtered:
+        constants |= _filter(tangents, attributes)
     absent = _ABSENT | dict.fromkeys(("lse", "target_logit", "entropy", *_prefixed(table.TABLE)), torch.float32)
     layouts = _gradient_layouts(operands, needs)
-    spec = Spec("linear_statistics_backward", element, compute, _realize(given), absent, layouts, constants)
+    template = "linear_statistics_filtered_backward" if filtered else "linear_statistics_backward"
+    spec = Spec(template, element, compute, _realize(given), absent, layouts, constants)
     return list(emit(spec, operands["input"].get_device()).values())
+
+
+def _filter(tangents: dict[str, Any], attributes: Attributes) -> dict[str, Any]:
+    """What the template of a filtered backward is told of the filter. The part that is exact stands apart there."""
+    grad_filter = Filter.read(attributes.grad_filter)
+    return {
+        "tangents": [name for name in tangents if name != "logit_sum"],
+        "rank_one": "logit_sum" in tangents,
+        "tau": repr(grad_filter.value),
+        "row_cap": bound.ROW_CAP,
+        "sampled": grad_filter.kind == "unbiased",
+        "weight_cap": 16,
+        "bound_columns": "bound_stride_0",
+    }
 
 
 def with_gradients(
@@ -64,12 +86,24 @@ def with_gradients(
         "tangents": list(tangents),
         "kept_share": KEPT_SHARE,
         "least_chunk": LEAST_CHUNK[element],
+        "bounded": False,
     }
     given = _realize(operands | _mask(active) | _prefixed(tangents))
     absent = _ABSENT | dict.fromkeys(_prefixed(table.TABLE), torch.float32)
     layouts = _statistics_layouts(operands, statistics) | _gradient_layouts(operands, needs)
     spec = Spec("linear_statistics_with_gradients", element, compute, given, absent, layouts, constants)
     return list(emit(spec, operands["input"].get_device()).values())
+
+
+def _codes() -> dict[str, Any]:
+    """What the templates know of the bound's one-byte codes."""
+    return {
+        "code_rows": bound.BLOCK,
+        "code_steps": bound.STEPS,
+        "code_offset": bound.OFFSET,
+        "code_last": bound.LAST,
+        "code_inflation": bound.INFLATION,
+    }
 
 
 def _prefixed(tangents: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,7 +116,7 @@ def _mask(active: Any) -> dict[str, Any]:
 
 
 def _constants(attributes: Attributes) -> dict[str, Any]:
-    return {"scale": attributes.scale, "softcap": attributes.softcap, "workspace": attributes.workspace}
+    return {"scale": attributes.scale, "softcap": attributes.softcap, "workspace": attributes.workspace} | _codes()
 
 
 def _statistics_layouts(operands: dict[str, Any], statistics: list[str]) -> dict[str, ir.FixedLayout]:
