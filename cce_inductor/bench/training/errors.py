@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..measure import relative_error
-from .pretrain import head_loss
+from .losses import direct
 from .specs import EAGER, FILTERS
 
 QUANTILES = (0.5, 0.99)
@@ -40,7 +40,7 @@ def measure(x: Tensor, weight: Tensor, target: Tensor, modes: list[str], dtype: 
     found = {}
     for mode in modes:
         a, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
-        head_loss(a, w, target, mode).backward()
+        direct(mode)(a, w, target).backward()
         assert a.grad is not None and w.grad is not None
         rows = (w.grad.double() - dw).norm(dim=1) / norms
         found[mode] = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import caps, errors
-from .pretrain import head_loss
+from .losses import direct, loss_of
 from .specs import EXACT, Finetuning
 
 BUDGET = 2**-9  # under which blocks are examined
@@ -73,7 +73,7 @@ def texts(tokens: Tensor, spec: Finetuning) -> Tensor:
 
 def run(spec: Finetuning, make: Callable[[], Subject], tokens: Tensor, modes: list[str]) -> dict[str, Any]:
     """What is known of the run in the end, for JSON. modes: whose gradient errors to measure after an exact run."""
-    dtype = torch.bfloat16
+    dtype, head_loss = torch.bfloat16, loss_of(spec.mode, spec.compiled)
     torch.manual_seed(spec.seed)
     subject = make()
     ids, others = texts(tokens, spec).split(spec.batch)
@@ -86,7 +86,7 @@ def run(spec: Finetuning, make: Callable[[], Subject], tokens: Tensor, modes: li
         start = time.perf_counter()
         with torch.autocast("cpu", dtype):
             hidden = subject.hidden(ids[:, :-1])
-            loss = head_loss(hidden, subject.head, target, spec.mode)
+            loss = head_loss(hidden, subject.head, target)
         losses.append(float(loss.detach()))
         if step % spec.look == 0:
             x = hidden.detach().float().flatten(0, 1)
@@ -98,7 +98,7 @@ def run(spec: Finetuning, make: Callable[[], Subject], tokens: Tensor, modes: li
         optimizer.zero_grad()
         seconds += time.perf_counter() - start
     with torch.autocast("cpu", dtype), torch.no_grad():
-        other = head_loss(subject.hidden(others[:, :-1]), subject.head, others[:, 1:], EXACT)
+        other = direct(EXACT)(subject.hidden(others[:, :-1]), subject.head, others[:, 1:])
     found = {"spec": asdict(spec), "losses": losses, "others": float(other), "blocks": blocks, "seconds": seconds}
     if spec.mode == EXACT:
         found["errors"] = errors.measure(x, subject.head, target.flatten(), modes, dtype)

@@ -7,29 +7,18 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ... import config, linear_cross_entropy
 from ...demo.data import batches
+from .losses import loss_of
 from .model import Model
 from .optimizers import make
-from .specs import EAGER, FILTERS, PERMUTED, Pretraining
+from .specs import PERMUTED, Pretraining
 
 LOOK = 20  # steps between looks at the gradient
 RARE = 3  # a word seen at most this often is rare
 GROUPS = ("never", "rare", "frequent")
-
-
-def head_loss(hidden: Tensor, head: Tensor, target: Tensor, mode: str) -> Tensor:
-    """The mean loss of the rows, and its gradient by `mode`."""
-    if mode == EAGER:
-        return F.cross_entropy(F.linear(hidden, head).float().flatten(0, -2), target.flatten())
-    with config.patch(grad_filter=FILTERS[EXACT_OF.get(mode, mode)]):
-        return linear_cross_entropy(hidden, head, target)
-
-
-EXACT_OF = {PERMUTED: "exact"}
 
 
 def split(tokens: Tensor, held_out: int, seq: int) -> tuple[Tensor, Tensor]:
@@ -79,7 +68,7 @@ def second_moments(optimizer: torch.optim.Optimizer, head: Tensor, members: dict
 
 def run(spec: Pretraining, tokens: Tensor, vocab: int) -> dict[str, Any]:
     """What is known of the run in the end, for JSON."""
-    dtype = torch.bfloat16
+    dtype, head_loss = torch.bfloat16, loss_of(spec.mode, spec.compiled)
     torch.manual_seed(spec.seed)
     model = Model(vocab, spec.width, spec.layers, spec.seq)
     if spec.mode == PERMUTED:
@@ -97,7 +86,7 @@ def run(spec: Pretraining, tokens: Tensor, vocab: int) -> dict[str, Any]:
         ids = next(stream)
         seen += torch.bincount(ids[:, 1:].flatten(), minlength=vocab)
         with torch.autocast("cpu", dtype):
-            loss = head_loss(model(ids[:, :-1]), model.head, ids[:, 1:], spec.mode)
+            loss = head_loss(model(ids[:, :-1]), model.head, ids[:, 1:])
         loss.backward()
         if step % LOOK == 0 or spec.steps < LOOK:
             assert model.head.grad is not None
