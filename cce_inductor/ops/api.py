@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import config, version
-from .call import Attributes
+from .call import SEEDS, Attributes, sampled
 from .library import FORWARD
 from .losses import CrossEntropy, cross_entropy
 
@@ -17,6 +17,18 @@ def _settings() -> tuple:
         grad_filter=settings.grad_filter, workspace=settings.workspace_bytes, version=version.source_hash()
     )
     return attributes.args()[2:]
+
+
+def _statistics(
+    operands: dict[str, Tensor], active: Tensor | None, statistics: str, scale: float, softcap: float | None
+) -> dict[str, Tensor]:
+    """Calls the operator; gives the statistics by name. A filter that samples columns gets its seed here."""
+    attributes = float(scale), _softcap(softcap), *_settings()
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in operands.values())
+    if differentiated and sampled(statistics, Attributes(*attributes)):
+        operands["seed"] = torch.randint(SEEDS, (1,), device=operands["input"].device)
+    out = FORWARD(list(operands.values()), " ".join(operands), active, statistics, False, *attributes)
+    return dict(zip(statistics.split(), out, strict=True))
 
 
 def _softcap(softcap: float | None) -> float:
@@ -92,15 +104,14 @@ def linear_cross_entropy(
     loss = CrossEntropy(ignore_index, reduction, label_smoothing, z_loss)
     x, t = _flatten(input, weight, target)
     active = t != ignore_index
-    operands, names = [x, weight, t], "input weight target"
+    operands = {"input": x, "weight": weight, "target": t}
     if bias is not None:
-        operands, names = [*operands, bias], names + " bias"
+        operands["bias"] = bias
     if class_weight is not None:
         _check_class_weight(class_weight, weight)
         if label_smoothing:
-            operands, names = [*operands, class_weight.detach()], names + " column_weight"
-    out = FORWARD(operands, names, active, loss.statistics, False, float(scale), _softcap(softcap), *_settings())
-    stats = dict(zip(loss.statistics.split(), out, strict=False))
+            operands["column_weight"] = class_weight.detach()
+    stats = _statistics(operands, active, loss.statistics, scale, softcap)
     value = cross_entropy(stats, t, active, class_weight, weight.shape[0], loss)
     return value.reshape(target.shape) if reduction == "none" else value
 
@@ -125,10 +136,8 @@ def linear_logsumexp(
     ``input.shape[:-1]``, are fp32 (fp64 for fp64 inputs) and differentiable in input, weight and bias.
     """
     x, t = _flatten(input, weight, target)
-    operands, names = [x, weight, t], "input weight target"
+    operands = {"input": x, "weight": weight, "target": t}
     if bias is not None:
-        operands, names = [*operands, bias], names + " bias"
-    lse, target_logit = FORWARD(
-        operands, names, None, "lse target_logit", False, float(scale), _softcap(softcap), *_settings()
-    )
-    return lse.reshape(target.shape), target_logit.reshape(target.shape)
+        operands["bias"] = bias
+    stats = _statistics(operands, None, "lse target_logit", scale, softcap)
+    return stats["lse"].reshape(target.shape), stats["target_logit"].reshape(target.shape)

@@ -14,6 +14,8 @@ from .filters import Filter
 from .statistics import Statistic, parse
 
 OPERANDS = ("input", "weight", "bias", "target", "column_weight", "seed")
+# The operand "seed" is a number below this.
+SEEDS = 1 << 32
 DIFFERENTIABLE_OPERANDS = ("input", "weight", "bias")
 
 

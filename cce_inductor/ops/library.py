@@ -5,6 +5,7 @@
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,7 +35,10 @@ for _schema in (_FORWARD, _BACKWARD):
     # Strides are left to Inductor: every implementation takes any.
     library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
 # The tensor itself; only traced graphs have it, and Inductor takes it out again (lowering/register.py).
-library.define("keep(Tensor value) -> Tensor", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+library.define(
+    "keep(Tensor value, Tensor[]? beside=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+)
 # out = a @ b, by PyTorch's library of GEMMs: a step of a schedule (lowering/schedules.py).
 library.define("mm_(Tensor(a!) out, Tensor a, Tensor b) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -67,7 +71,7 @@ def _eager_mm(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 library.impl("linear_statistics", eager_forward, "CompositeExplicitAutograd")
 library.impl("linear_statistics_backward", eager_backward, "CompositeExplicitAutograd")
-library.impl("keep", torch.clone, "CompositeExplicitAutograd")
+library.impl("keep", lambda value, beside=None: value.clone(), "CompositeExplicitAutograd")
 library.impl("mm_", _eager_mm, "CompositeExplicitAutograd")
 
 
@@ -91,7 +95,7 @@ def fake_backward(
 
 
 @torch.library.register_fake("cce_inductor::keep", lib=library)
-def _fake_keep(value: Tensor) -> Tensor:
+def _fake_keep(value: Tensor, beside: Sequence[Tensor] | None = None) -> Tensor:
     return torch.empty_like(value)
 
 
@@ -105,11 +109,17 @@ class _LinearStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, names: str, active: Tensor | None, statistics: str, attributes: tuple, *operands: Tensor):
-        out = kept(FORWARD, list(operands), names, active, statistics, True, *attributes)
         call = Call.read(list(operands), names, active, statistics, attributes)
+        with torch._C._AutoDispatchBelowAutograd():
+            out = FORWARD(list(operands), names, active, statistics, True, *attributes)
+        seed = [call.operands["seed"]] if "seed" in call.operands else []  # drawn again, it would be another one
+        beside = must_save([*out[len(call.rows) :], *seed])
+        out = [*must_save(out[: len(call.rows)], beside), *beside[: len(out) - len(call.rows)]]
+        if seed:
+            call.operands["seed"] = beside[-1]
         ctx.names, ctx.statistics, ctx.attributes = names, statistics, attributes
         ctx.operands = len(operands)
-        ctx.save_for_backward(*operands, *out, *(() if active is None else (active,)))
+        ctx.save_for_backward(*call.operands.values(), *out, *(() if active is None else (active,)))
         ctx.set_materialize_grads(False)
         plain = [o for o, row in zip(out, call.rows, strict=False) if not row.differentiable]
         ctx.mark_non_differentiable(*plain, *out[len(call.rows) :])
@@ -154,23 +164,30 @@ def _autograd_forward(operands, names, active, statistics, training, *attributes
 
 
 def kept(operator: Any, *args: Any) -> list[Tensor]:
-    """Calls an operator below autograd. While a joint graph is traced, its results are marked "must be saved".
-
-    They cost passes over the whole vocabulary: no activation checkpoint, memory budget or aggressive recomputation
-    should run the operator a second time. The mark has to stand on an operator that gives a tensor, since torch saves
-    what is marked (torch._functorch.partitioners.choose_saved_values_set) and these give a list: hence `keep`.
-    """
+    """Calls an operator below autograd, and `must_save` on its results: they cost passes over the whole vocabulary."""
     with torch._C._AutoDispatchBelowAutograd():
         results = operator(*args)
-        mode = get_proxy_mode()
-        graph = None if mode is None else getattr(mode.tracer, "graph", None)
-        if graph is None:
-            return results
-        before = len(graph.nodes)
-        results = [KEEP(t) for t in results]
+    return must_save(results)
+
+
+def must_save(tensors: list[Tensor], beside: Sequence[Tensor] = ()) -> list[Tensor]:
+    """The tensors. While a joint graph is traced, they are marked "must be saved".
+
+    No activation checkpoint, memory budget or aggressive recomputation then computes them a second time. The mark has
+    to stand on an operator that gives a tensor, since torch saves what is marked
+    (torch._functorch.partitioners.choose_saved_values_set) and the fused operators give a list: hence `keep`. And it
+    only counts on what the forward's own results depend on: `beside` are marked tensors that those are made to.
+    """
+    mode = get_proxy_mode()
+    graph = None if mode is None else getattr(mode.tracer, "graph", None)
+    if graph is None:
+        return tensors
+    before = len(graph.nodes)
+    with torch._C._AutoDispatchBelowAutograd():
+        tensors = [KEEP(t, list(beside) or None) for t in tensors]
     for node in itertools.islice(reversed(graph.nodes), len(graph.nodes) - before):
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-    return results
+    return tensors
 
 
 def _autograd_backward(tangents, tangent_names, saved, operands, *rest) -> list[Tensor]:

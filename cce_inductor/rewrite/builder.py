@@ -17,6 +17,10 @@ from .values import example
 _INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 
+def _as_it_is(saved: Any) -> Any:
+    return saved
+
+
 class _Tracer(fx.proxy.GraphAppendingTracer):
     def __init__(self, graph: Graph, like: Node):
         super().__init__(graph)
@@ -40,7 +44,10 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
         values = map_arg((node.args, node.kwargs), example)
         args, kwargs = values
         function: Callable = getattr(args[0], node.target) if node.op == "call_method" else node.target  # type: ignore
-        with self.fake_mode, torch.set_grad_enabled(bool(getattr(example(self.like), "requires_grad", False))):
+        grad = bool(getattr(example(self.like), "requires_grad", False))
+        # The hooks of a checkpoint around the first call, which compiles, are for what the call itself saves.
+        hooks = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+        with self.fake_mode, torch.set_grad_enabled(grad), hooks:
             return function(*args[1:], **kwargs) if node.op == "call_method" else function(*args, **kwargs)
 
 
@@ -62,6 +69,6 @@ class Builder:
         with self.graph.inserting_before(self.like):
             return function(*args)
 
-    def call(self, target: Callable, *args: Any) -> fx.Proxy:
+    def call(self, target: Callable, *args: Any, **kwargs: Any) -> fx.Proxy:
         """Records one call that does not dispatch on proxies, such as an operator overload on a list of tensors."""
-        return self.tracer.create_proxy("call_function", target, args, {})
+        return self.tracer.create_proxy("call_function", target, args, kwargs)

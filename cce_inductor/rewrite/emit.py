@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node, Proxy
 
-from ..ops.call import Attributes
+from ..ops.call import SEEDS, Attributes, sampled
 from ..ops.library import FORWARD
 from ..ops.losses import cross_entropy, tangents
 from ..ops.with_gradients import ATTACH, WITH_GRADIENTS
@@ -148,6 +148,10 @@ class _Call:
         self.attributes = Attributes(
             scale, softcap, head.dtype, attributes.grad_filter, attributes.workspace, attributes.version
         )
+        differentiated = fake(loss.node).requires_grad and value.fake.requires_grad
+        if differentiated and sampled(" ".join(self.names), self.attributes):
+            device = fake(head.input).device
+            self.operands["seed"] = builder.call(torch.randint, SEEDS, (1,), device=device)
 
     def statistics(self, builder: Builder) -> dict[str, Proxy]:
         """Records the operator; gives its results by name."""

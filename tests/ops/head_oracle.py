@@ -5,7 +5,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from cce_inductor.ops.call import Attributes
 from cce_inductor.ops.library import FORWARD
@@ -147,3 +149,11 @@ def loss_with_gradients(x: Tensor, w: Tensor, target: Tensor, bias: Tensor | Non
     names = loss.statistics.split()
     value = from_statistics(dict(zip(names, out, strict=False)), target, active, None, w.shape[0], loss)
     return ATTACH(value, list(leaves.values()), list(out[len(names) :])).to(x.dtype)
+
+
+def min_cut(gm, example_inputs):
+    """What Inductor does for autograd, without its code generation."""
+    run = lambda graph, inputs: make_boxed_func(graph.forward)  # noqa: E731
+    return aot_autograd(fw_compiler=run, bw_compiler=run, partition_fn=min_cut_rematerialization_partition)(
+        gm, example_inputs
+    )

@@ -8,26 +8,42 @@ from functools import partial
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from head_oracle import Head, error, loss_with_gradients
-from torch._dynamo.backends.common import aot_autograd
+from head_oracle import Head, error, loss_with_gradients, min_cut
 from torch.utils.checkpoint import checkpoint
 
 import cce_inductor
-from cce_inductor.ops import reference
+from cce_inductor import config
+from cce_inductor.ops import filtered, reference
 from cce_inductor.ops.losses import CrossEntropy
 
 
 @pytest.fixture
 def forward_calls(monkeypatch):
     calls = []
-    forward = reference.forward
-    monkeypatch.setattr(reference, "forward", lambda call: calls.append(call.statistics) or forward(call))
+
+    def counted(forward):
+        return lambda call: calls.append(call.statistics) or forward(call)
+
+    for module in (reference, filtered):
+        monkeypatch.setattr(module, "forward", counted(module.forward))
     return calls
 
 
-# A loss of several statistics, and one whose gradients are formed in the forward.
-LOSSES = {"statistics": "lse target_logit", "gradients in the forward": "lse target_logit logit_sum"}
+# A loss of several statistics, exact or with a bound and a seed that only the backward reads, and one whose gradients
+# are formed in the forward.
+LOSSES = {
+    "statistics": "lse target_logit",
+    "filtered": "lse target_logit",
+    "gradients in the forward": "lse target_logit logit_sum",
+}
+
+
+@pytest.fixture(autouse=True)
+def grad_filter(request):
+    """The filter of the test's loss."""
+    kind = getattr(request.node, "callspec", None) and request.node.callspec.params.get("kind")
+    with config.patch(grad_filter=("unbiased", 0.5) if kind == "filtered" else "exact"):
+        yield
 
 
 class Model(torch.nn.Module):
@@ -61,16 +77,9 @@ class Model(torch.nn.Module):
         return self.both(x, target)
 
 
-def min_cut(gm, example_inputs):
-    """What Inductor does for autograd, without its code generation."""
-    run = lambda graph, inputs: make_boxed_func(graph.forward)  # noqa: E731
-    return aot_autograd(fw_compiler=run, bw_compiler=run, partition_fn=min_cut_rematerialization_partition)(
-        gm, example_inputs
-    )
-
-
 def step(model, compiled, head: Head) -> dict[str, torch.Tensor]:
     model.zero_grad()
+    torch.manual_seed(1)
     compiled(head.x, head.target).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
