@@ -105,15 +105,16 @@ def test_gradients_of_reference():
 
 
 def test_what_rows_lose():
-    x, w, t = 2 * torch.randn(300, 8), torch.randn(400, 8), torch.randint(400, (300,))
+    x, w, t = 2 * torch.randn(300, 8), torch.randn(2000, 8), torch.randint(2000, (300,))
     budget = 0.05
     found = caps.examine(x, w, t, budget, torch.float32)
     assert len(found) == 3
     for block, rows in zip(found, torch.arange(300).split(128), strict=True):
         p = (x[rows] @ w.T).softmax(1).scatter(1, t[rows, None], 0.0)
-        # Nearly the columns of least mass, as many as are dropped.
-        dropped = p.sum(0).argsort()[: round((1 - block["kept"]) * 400)]
-        assert 0 < len(dropped) and p[:, dropped].sum() <= 1.1 * budget * p.sum()
+        # Nearly the columns of least mass, as many as are dropped; never a target of the block.
+        order = p.sum(0).index_fill(0, t[rows], torch.inf).argsort()
+        dropped = order[: round((1 - block["kept"]) * 2000)]
+        assert len(dropped) > 0 and p[:, dropped].sum() <= 1.1 * budget * p.sum()
         share = p[:, dropped].sum(1) / p.sum(1) / budget
         assert block["worst"] == pytest.approx(float(share.max()), rel=0.3)
         assert block["middle"] == pytest.approx(float(share.median()), rel=0.3)
@@ -156,8 +157,9 @@ class TestDriver:
 def test_two_runs_of_a_seed_are_the_same():
     spec = replace(specs.plan(quick=True).pretraining[0], steps=4, every=2)
     tokens = torch.randint(512, (4096,))
-    first, second = ({**pretrain.run(s, tokens, 512), "seconds": 0} for s in (spec, spec))
-    assert first == second and len(first["curve"]) == 2
+    first, second = (pretrain.run(spec, tokens, 512) for _ in range(2))
+    assert len(first["curve"]) == 2
+    assert all(first[key] == second[key] for key in ("curve", "training loss", "zero rows", "words"))
     other = pretrain.run(replace(spec, seed=1), tokens, 512)
     assert other["curve"] != first["curve"]
 
