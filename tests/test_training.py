@@ -50,16 +50,22 @@ class TestPaired:
 class TestTables:
     @staticmethod
     def made(mode, seed, loss):
-        curve = [[step, 9.0] for step in range(3)] + [[step, loss] for step in range(tables.LAST)]
+        curve = [[step, 9.0] for step in range(3)] + [[step, loss + step % 2] for step in range(tables.LAST - 1)]
+        curve.append([tables.LAST, loss - 2.0])
         return {"spec": {"mode": mode, "seed": seed}, "curve": curve, "training loss": [9.0] * 6 + [loss, loss]}
 
     def test_pretraining(self):
         runs = [self.made("exact", s, 5.0 + s) for s in range(3)]
         runs += [self.made("a", s, 5.0 + s + 0.1 * (s + 1)) for s in range(3)] + [self.made("b", 1, 6.5)]
         exact, a, b = tables.pretraining(runs).splitlines()[2:]
-        assert exact == "| exact | 3 | 6.0000 (1.0000) |  | 6.0000 (1.0000) |  |"
-        assert "| +0.2000 ± 0.2484 |" in a and "*" not in a
-        assert b == "| b | 1 | 6.5000 | +0.5000 | 6.5000 | +0.5000 |"
+        assert exact == "| exact | 3 | 6.0000 (1.0000) |  |  | 6.0000 (1.0000) |  |"
+        assert "| +0.2000 ± 0.2484 | 0/8 |" in a and "*" not in a
+        assert b == "| b | 1 | 6.5000 | +0.5000 | 0/8 | 6.5000 | +0.5000 |"
+
+    def test_outside(self):
+        base = {seed: {"curve": [[1, 0.0], [2, 0.0]]} for seed in range(3)}
+        mine = {seed: {"curve": [[1, 1.0 + 0.1 * seed], [2, 1.0 * seed]]} for seed in range(3)}
+        assert tables.outside(mine, base) == "1/2"
 
     def test_steps_needed(self):
         assert tables.steps_needed({"losses": [3.0, 0.5, 0.09, 0.2]}) == 2

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -53,7 +51,3 @@ def under(blocks: list[dict[str, float]], cap: int | None) -> tuple[float, float
     full = [cap is not None and block["worst"] > cap for block in blocks]
     columns = [1.0 if f else block["kept"] for f, block in zip(full, blocks, strict=True)]
     return sum(full) / len(blocks), sum(columns) / len(blocks)
-
-
-def summary(blocks: list[dict[str, float]]) -> dict[str, Any]:
-    return {str(cap): under(blocks, cap) for cap in CAPS}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .. import report
-from . import caps, finetune
+from . import caps
 from .errors import QUANTILES
 from .paired import Gap, gap, spread
 from .pretrain import GROUPS
@@ -70,15 +70,24 @@ def _spread(numbers: Mapping[int, float], digits: int = 4) -> str:
 
 def pretraining(runs: Sequence[Run]) -> str:
     modes = by_mode(runs)
-    head = ["gradient of the head", "seeds", "held-out loss", "gap to exact", "training loss", "gap to exact"]
+    head = ["gradient of the head", "seeds", "held-out loss", "gap to exact", "curve", "training loss", "gap to exact"]
     rows = []
     for mode, seeds in modes.items():
         cells = [mode, str(len(seeds))]
         for value in (final, final_training):
             mine, base = values(seeds, value), values(modes[EXACT], value)
             cells += [_spread(mine), "" if mode == EXACT else _gap(gap(mine, base))]
+            if value is final:
+                cells.append("" if mode == EXACT else outside(seeds, modes[EXACT]))
         rows.append(cells)
     return report.markdown(head, rows)
+
+
+def outside(mine: Mapping[int, Run], base: Mapping[int, Run]) -> str:
+    """At how many evaluations, of how many, the interval of the gap leaves out 0."""
+    count = len(next(iter(mine.values()))["curve"])
+    gaps = [gap(*(values(runs, lambda run, i=i: run["curve"][i][1]) for runs in (mine, base))) for i in range(count)]  # type: ignore[misc]
+    return f"{sum(found is not None and found.excludes_zero for found in gaps)}/{count}"
 
 
 def _ratio(found: float) -> str:
@@ -168,4 +177,3 @@ def row_caps(before: Sequence[Mapping[str, float]], runs: Sequence[Run]) -> str:
 
 
 PHASES = (("below 0.01", 0.01), ("0.01 to 0.1", 0.1), ("0.1 to 1", 1.0), ("above 1", math.inf))
-BUDGET = finetune.BUDGET
