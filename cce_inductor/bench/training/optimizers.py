@@ -33,7 +33,11 @@ class Lion(torch.optim.Optimizer):
 
 
 def make(name: str, params: Iterable[Any], lr: float) -> torch.optim.Optimizer:
-    """lr: of AdamW; Lion takes a tenth of it, as its authors recommend. No weight decay: it would hide what drops."""
+    """lr: of AdamW; Lion takes a tenth of it, as its authors recommend. No weight decay: it would hide what is dropped.
+
+    Adam's eps is far below any gradient: PyTorch's 1e-8 would hold back the rows of words that never occur, which are
+    what a filter drops.
+    """
     if name == "Lion":
         return Lion(params, lr / 10)
-    return torch.optim.AdamW(params, lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(params, lr, betas=(0.9, 0.95), eps=1e-15, weight_decay=0.0, fused=True)
