@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .deferred import DeferredLogitsError as DeferredLogitsError
     from .ops.api import linear_cross_entropy as linear_cross_entropy
     from .ops.api import linear_logsumexp as linear_logsumexp
+    from .ops.diagnostics import diagnostics as diagnostics
     from .report import Report as Report
     from .report import Site as Site
     from .report import explain as explain
@@ -29,6 +30,7 @@ _HOME = {
     "disable": "backend",
     "linear_cross_entropy": "ops.api",
     "linear_logsumexp": "ops.api",
+    "diagnostics": "ops.diagnostics",
     "explain": "report",
     "Report": "report",
     "Site": "report",

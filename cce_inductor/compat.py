@@ -1,6 +1,8 @@
 """Every difference between the supported versions of PyTorch, and every private name of it that we build on."""
 
 import logging
+import sys
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -104,9 +106,25 @@ def copy_node_attributes(old: Node, new: Node) -> None:
             setattr(new, name, getattr(old, name))
 
 
+def name_parameter(gm: GraphModule, name: str) -> None:
+    """Tells AOTAutograd where a parameter comes from that was added to a Dynamo graph: from nowhere else."""
+    from torch._dynamo.source import ConstantSource
+
+    if hasattr(gm, "_param_name_to_source"):
+        gm._param_name_to_source = {**gm._param_name_to_source, name: ConstantSource(name)}  # type: ignore[assignment]
+
+
 def readable(gm: GraphModule) -> str:
     """A graph as Python with shapes and source locations."""
     return gm.print_readable(print_output=False)
+
+
+def user_stack() -> list[tuple[str, int]]:
+    """(file, line) of the calls that are being run, or that Dynamo is tracing; the innermost last."""
+    from torch._guards import TracingContext
+
+    traced = [(frame.filename, frame.lineno or 0) for frame in TracingContext.extract_stack()]
+    return traced or [(frame.f_code.co_filename, line) for frame, line in traceback.walk_stack(sys._getframe(1))][::-1]
 
 
 def size_hint(size: int | torch.SymInt, unknown: int = 1 << 40) -> int:

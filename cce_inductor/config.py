@@ -32,6 +32,7 @@ class Settings:
     defer_logits: bool = True
     workspace_mb: int = 64
     gradients_in_forward: bool = True
+    diagnostics: bool = False
     dump_dir: str | None = None
     strict: bool = False
 
@@ -121,6 +122,10 @@ KNOBS: dict[str, Knob] = {
         _boolean,
         "form the gradients of a mean or sum while the forward has the logits, where that saves a fifth of the time; "
         "they are then paid for, and held, by every forward under grad mode, backward or not",
+    ),
+    "diagnostics": Knob(
+        _boolean,
+        "every filtered backward leaves numbers of what it computed and left out: cce_inductor.diagnostics()",
     ),
     "dump_dir": Knob(
         _path,

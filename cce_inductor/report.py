@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from . import config, record
+from .ops import diagnostics
+from .ops.bound import BLOCK
 from .rewrite.site import Site as Site
 
 
@@ -29,6 +31,9 @@ class Report:
             lines.append(f"- {site}")
             if site.fused and site.logits_bytes is not None:
                 lines.append(f"  logits of {site.logits_bytes / 2**20:.1f} MiB are not held; {self._scratch(site)}")
+            if site.fused:
+                lines.append(f"  grad_filter: {site.filter}; {_bound(site)}")
+                lines += [f"  gathered: {diagnostics.sentence(numbers)}" for numbers in diagnostics.of_site(site.name)]
         if not self.sites:
             lines.append("No cross_entropy or nll_loss was captured: are the head and the loss in one compiled region?")
         return "\n".join(lines)
@@ -37,8 +42,16 @@ class Report:
         rows, width = int(site.rows), int(site.width)
         return (
             f"scratch: workspace_mb={self.workspace_mb}, and for 16-bit types {rows * width * 4 / 2**20:.1f} MiB to "
-            "accumulate the hidden gradient in fp32; no bound is kept (exact gradients)"
+            "accumulate the hidden gradient in fp32"
         )
+
+
+def _bound(site: Site) -> str:
+    if site.bound_bytes == 0:
+        return "no bound is kept"
+    size = f"⌈{site.rows}/{BLOCK}⌉·{site.vocab} bytes"
+    mib = "" if site.bound_bytes is None else f", {site.bound_bytes / 2**20:.1f} MiB,"
+    return f"a bound of {size}{mib} is kept from the forward to the backward"
 
 
 def of(graphs: list[record.GraphRecord]) -> Report:

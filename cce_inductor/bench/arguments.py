@@ -14,9 +14,9 @@ from .contenders import CONTENDERS, names_on
 
 SUMMARY = "The head and its loss, by every way there is to compute them: time, memory, error."
 DETAILS = """\
-Without --columns, --headline, --step, --sweep or --training: a table of every contender at every shape. Each contender
-has a process of its own; they take turns, so that a machine that slows down slows all of them. Markdown, JSON and
-pictures go to --output, and with --docs into the documentation too."""
+Without --columns, --headline, --step, --sweep, --sweep-budget or --training: a table of every contender at every shape.
+Each contender has a process of its own; they take turns, so that a machine that slows down slows all of them. Markdown,
+JSON and pictures go to --output, and with --docs into the documentation too."""
 
 
 def _number(kind: Callable, least: float, below: float = math.inf) -> Callable:
@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     add("--docs", type=Path, metavar="DIR", help="write into DIR/benchmarks.md too; cuda: DIR/benchmarks-gpu.md")
     add("--section", metavar="NAME", help="what to call the table, so that another one keeps its place in --docs")
     add("--sweep", action="store_true", help="how cost grows with N and with V")
+    add("--sweep-budget", action="store_true", help="cost against error of every gradient filter")
     add("--columns", action="store_true", help="schedules of dW for column lists, counted on a model's softmax")
     add("--training", action="store_true", help="what gradient filters do to training: hours; goes on where it was")
     headline = ",".join(map(str, HEADLINE))
@@ -97,11 +98,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Ends with a message where the arguments, or what is installed, will not do."""
     made = parser()
     args = made.parse_args(argv)
-    special = args.columns or args.headline or args.step or args.sweep or args.training
+    only_cpu = args.columns or args.headline or args.step or args.sweep or args.training
+    special = only_cpu or args.sweep_budget
     reason = _cuda_missing() if args.device == "cuda" else _cpu_missing()
     if reason:
         made.error(f"--device {args.device}: {reason}")
-    if args.device == "cuda" and special:
+    if args.device == "cuda" and only_cpu:
         made.error("--columns, --headline, --step, --sweep and --training go with --device cpu")
     elsewhere = set(args.contender or ()) - set(names_on(args.device))
     if elsewhere:
@@ -114,12 +116,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
         made.error("not installed: matplotlib; `pip install 'cce-inductor[bench]'` brings it")
     if special and args.ignored is not None and not args.headline:
         made.error("--ignored goes with the table and with --headline")
-    if args.shape and (args.columns or args.step or args.sweep):
+    if args.shape and (args.columns or args.step or args.sweep or args.sweep_budget):
         made.error("--shape goes with the table and with --headline")
     if args.headline and args.shape and len(args.shape) > 1:
         made.error("--headline takes one --shape")
-    if special and args.dtype and len(args.dtype) > 1:
+    if only_cpu and args.dtype and len(args.dtype) > 1:
         made.error("--headline, --step and --sweep take one --dtype")
+    if args.sweep_budget and args.contender:
+        made.error("--contender does not go with --sweep-budget: its contenders are the filters")
+    if args.sweep_budget and args.no_error:
+        made.error("--no-error does not go with --sweep-budget: errors are half of what it shows")
     if args.step and args.dtype == ["autocast"]:
         made.error("--step takes fp32 or bf16: the dtype of the model's weights")
     if args.step and args.contender and not set(args.contender) <= set(step.CONTENDERS):

@@ -39,6 +39,7 @@ QUICK_SHAPES: tuple[Shape, ...] = ((64, 64, 4096),)
 DTYPES = ("fp32", "autocast", "bf16")  # the first two have the same inputs, hence the same reference
 DEFAULT_DTYPES = {"cpu": DTYPES, "cuda": ("bf16",)}
 NORMAL, CALIBRATED, REAL = ACTIVATIONS = ("normal", "calibrated", "smollm2")
+FLAT = "flat"  # nothing to drop; not in the table
 DEFAULT_ACTIVATIONS = {"cpu": (NORMAL,), "cuda": ACTIVATIONS}
 
 

@@ -6,6 +6,7 @@ contender's own process. A further contender is a row in `CONTENDERS`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -130,6 +131,8 @@ class Contender:
     missing: Missing = _nothing  # why it can not run here; None if it can
     note: Callable[[], str] = _silent
     devices: tuple[str, ...] = ("cpu", "cuda")
+    filter: Any = None  # the grad_filter, where that is what the contender is about
+    kernel: bool = True  # whether its time is one of a kernel
 
 
 _ALL = (
@@ -209,6 +212,54 @@ _ALL = (
 CONTENDERS = {contender.name: contender for contender in _ALL}
 
 
+# ---- the gradient filters, which only --sweep-budget compares
+
+EXACT = "exact"
+LATE = "exact, late gradients"
+TAUS = (2.0**-12, 2.0**-10, 2.0**-9, 4e-3, 1e-2, 3e-2)
+EPSILONS = (2.0**-14, 2.0**-12, 2.0**-10)
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def short(value: float) -> str:
+    """2⁻⁹ for a power of two, else 4e-3."""
+    mantissa, exponent = math.frexp(value)
+    if mantissa == 0.5:
+        return "2" + str(exponent - 1).translate(_SUPERSCRIPTS)
+    return f"{value:.0e}".replace("e-0", "e-")
+
+
+def _filtered(name: str, value: Any, kernel: bool = True) -> Contender:
+    about = f'torch.compile(backend="cce", options={{"grad_filter": {value!r}}})'
+    return Contender(name, about, lambda: _ours(_plain, grad_filter=value), note=_fused, filter=value, kernel=kernel)
+
+
+_EXACT = (
+    Contender(EXACT, 'torch.compile(backend="cce")', lambda: _ours(_plain, grad_filter="exact"), note=_fused),
+    Contender(
+        LATE,
+        "... with options={'gradients_in_forward': False}",
+        lambda: _ours(_plain, grad_filter="exact", gradients_in_forward=False),
+        note=_fused,
+    ),
+)
+FAMILIES: dict[str, tuple[Contender, ...]] = {
+    "budget": tuple(_filtered(f"budget {short(tau)}", tau) for tau in TAUS),
+    "unbiased": tuple(_filtered(f"unbiased {short(tau)}", ("unbiased", tau)) for tau in TAUS),
+    "eps": tuple(_filtered(f"eps {short(eps)}", ("eps", eps), kernel=False) for eps in EPSILONS),
+    "eps, sorted": tuple(
+        _filtered(f"eps {short(eps)}, sorted", ("eps", eps, "sorted"), kernel=False) for eps in EPSILONS
+    ),
+}
+KNOWN = CONTENDERS | {c.name: c for c in (*_EXACT, *(c for family in FAMILIES.values() for c in family))}
+
+
+def with_diagnostics(name: str) -> Head | None:
+    """A filtered contender that leaves the numbers of `cce_inductor.diagnostics`; None for others."""
+    value = KNOWN[name].filter
+    return None if value is None else _ours(_plain, grad_filter=value, diagnostics=True)
+
+
 def names_on(device: str) -> tuple[str, ...]:
     """The contenders of a device, in the order of the table."""
     return tuple(name for name, contender in CONTENDERS.items() if device in contender.devices)
@@ -216,7 +267,7 @@ def names_on(device: str) -> tuple[str, ...]:
 
 def build(name: str, case: Case) -> Head:
     """The contender `name` for a case. Autocast surrounds the forward, as in a training loop."""
-    head = CONTENDERS[name].build()
+    head = KNOWN[name].build()
     if case.dtype != "autocast":
         return head
 

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import calibrated, smollm2
-from .cases import IGNORE_INDEX, REAL, Case
+from .cases import FLAT, IGNORE_INDEX, REAL, Case
 
 if TYPE_CHECKING:
     import torch
 
 LOGITS_STD = 2.5  # of the normal logits: what a half-trained model has
+FLAT_STD = 0.01  # ... of a model at its initialisation
 BLOCK = 4096  # rows that are made at a time, so that nothing larger than the inputs themselves is ever alive
 
 
@@ -26,8 +27,10 @@ def make_inputs(case: Case, folder: str | Path = "") -> tuple[torch.Tensor, torc
         x, weight, target = (t.to(case.device) for t in smollm2.read(folder, case.n))
         x, weight = x.to(dtype), weight.to(dtype)
     else:
-        make = {"normal": normal, "calibrated": calibrated.make}[case.activations]
+        make = {"normal": normal, "calibrated": calibrated.make, FLAT: normal}[case.activations]
         x, weight, target = make(case, dtype, generator)
+        if case.activations == FLAT:
+            weight *= FLAT_STD / LOGITS_STD
     order = torch.randperm(case.n, generator=generator, device=case.device)
     target[order[case.counted :]] = IGNORE_INDEX
     return x.requires_grad_(), weight.requires_grad_(), target

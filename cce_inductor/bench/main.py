@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from . import columns, headline, machine, plots, report, step, sweep
+from . import columns, headline, machine, plots, report, step, sweep, tradeoff
 from .arguments import parse, table_cases
 from .cases import HEADLINE, QUICK_SHAPES, Case, Shape
 from .contenders import names_on
@@ -97,6 +97,8 @@ def _sections(args: argparse.Namespace, options: Options) -> Iterator[Section]:
         dtype = args.dtype[0] if args.dtype else "fp32"
         chosen = options.contenders if args.contender else sweep.CONTENDERS
         yield sweep.run(sweep.options_for(options, chosen), dtype, args.seed, args.quick)
+    if args.sweep_budget:
+        yield tradeoff.run(options, args.dtype or tradeoff.DTYPES, args.seed, args.quick)
     if args.headline:
         yield _headline(args, options)
     if args.step:
@@ -105,7 +107,8 @@ def _sections(args: argparse.Namespace, options: Options) -> Iterator[Section]:
         yield _columns(args)
     if args.training:
         yield from _training(args)
-    if not (args.sweep or args.headline or args.step or args.columns or args.training):
+    chosen = args.sweep or args.sweep_budget or args.headline or args.step or args.columns or args.training
+    if not chosen:
         yield from _table(args, options)
 
 

@@ -74,14 +74,20 @@ def _running(logits: torch.Tensor, splits: int, strided: bool) -> torch.Tensor:
     return tiles.view(shape).logcumsumexp(along).view(rows, -1).repeat_interleave(TILE, 1)[:, :v]
 
 
-def of_model(path: Path, rows: int, seq: int, seed: int) -> Inputs:
-    """Hidden states, head and next tokens of English text, in pieces of `seq` tokens."""
+def of_model(path: Path, rows: int, seq: int, seed: int, device: str = "cpu") -> Inputs:
+    """Hidden states, head and next tokens of English text, in pieces of `seq` tokens; fp32, on `device`.
+
+    Raises DemoError if the text is too short.
+    """
     import torch
 
-    from ..demo.data import batches, english_text, load_model, load_tokens
+    from ..demo.data import DemoError, batches, english_text, load_model, load_tokens
 
-    model = load_model(path, torch.float32).eval()
-    text = batches(load_tokens(path, english_text()), 1, seq + 1, seed)
+    tokens = load_tokens(path, english_text()).to(device)
+    if len(tokens) < -(-rows // seq) * (seq + 1):
+        raise DemoError(f"the text has {len(tokens)} tokens, too few for {rows} rows")
+    model = load_model(path, torch.float32).eval().to(device)
+    text = batches(tokens, 1, seq + 1, seed)
     hidden, target = [], []
     with torch.no_grad():
         for _ in range(-(-rows // seq)):

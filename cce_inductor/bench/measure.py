@@ -93,6 +93,34 @@ class Head:
         return {"above": above, "peak": peak.value, "seconds": seconds, "loss": float(loss)}
 
 
+QUANTILES = (0.5, 0.9, 0.99, 0.999)
+
+
+def row_errors(value: Any, reference: Any, rows: int = 4096) -> Any:
+    """(V,) float64: the norm of each row's difference, relative to that of the reference's row, block by block.
+
+    0 where both rows are zero, infinite where the reference's alone is.
+    """
+    import torch
+
+    found = []
+    for a, b in zip(value.detach().split(rows), reference.split(rows), strict=True):
+        b = b.to(a.device, dtype=torch.float64)
+        difference = (a.double() - b).norm(dim=1)
+        found.append(torch.where(difference == 0, 0.0, difference / b.norm(dim=1)))
+    return torch.cat(found)
+
+
+def row_summary(value: Any, reference: Any) -> dict[str, float]:
+    """Of the relative errors of a gradient's rows the `QUANTILES`; "zero": the share of rows that are exactly zero."""
+    import torch
+
+    errors = row_errors(value, reference)
+    quantiles = errors.quantile(torch.tensor(QUANTILES, dtype=errors.dtype, device=errors.device))
+    found = {str(q): float(error) for q, error in zip(QUANTILES, quantiles, strict=True)}
+    return found | {"zero": float((value.detach() == 0).all(1).double().mean())}
+
+
 def relative_error(value: Any, reference: Any, rows: int = 4096) -> float:
     """Frobenius norm of the difference, relative to the reference's; block by block in float64."""
     import torch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,20 @@ from .measure import Stats
 from .rounds import Result
 
 
-def pyplot() -> Any:
+def load_pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot
 
-    return plt
+    return pyplot
 
 
 def bars(panels: Sequence[tuple[str, Sequence[tuple[str, float, float]]]], path: Path, units: tuple[str, str]) -> None:
     """For each panel (title, [(name, time, memory)]) a row of two pictures: time, and memory."""
-    plt = pyplot()
+    pyplot = load_pyplot()
     heights = [max(len(entries), 1) * 0.32 + 0.9 for _, entries in panels]
-    figure, axes = plt.subplots(
+    figure, axes = pyplot.subplots(
         len(panels),
         2,
         figsize=(12, sum(heights)),
@@ -44,7 +44,7 @@ def bars(panels: Sequence[tuple[str, Sequence[tuple[str, float, float]]]], path:
             axis.grid(alpha=0.3, axis="x")
         pair[0].set_title(title, loc="left", fontsize=10)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
+    pyplot.close(figure)
 
 
 def cases(results: Sequence[Result], path: Path) -> bool:
@@ -65,8 +65,8 @@ def cases(results: Sequence[Result], path: Path) -> bool:
 
 def sweeps(series: Sequence[tuple[str, Callable[[Result], int], Sequence[Result]]], path: Path) -> None:
     """For each series (name of the size, its value, results): time and memory over that size."""
-    plt = pyplot()
-    figure, axes = plt.subplots(len(series), 2, figsize=(11, 4.2 * len(series)), squeeze=False, layout="constrained")
+    pyplot = load_pyplot()
+    figure, axes = pyplot.subplots(len(series), 2, figsize=(11, 4.2 * len(series)), squeeze=False, layout="constrained")
     for (size, value, results), (times, peaks) in zip(series, axes, strict=True):
         for name in [row.contender for row in results[0].rows]:
             points = [(value(r), row) for r in results if (row := r.row(name)) and row.seconds.get("gradients")]
@@ -88,4 +88,36 @@ def sweeps(series: Sequence[tuple[str, Callable[[Result], int], Sequence[Result]
             axis.grid(alpha=0.3)
             axis.legend()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
+    pyplot.close(figure)
+
+
+def tradeoff(panels: Mapping[str, Mapping[str, Sequence[Mapping[str, float | None]]]], path: Path) -> None:
+    """For each title the points of every series: errors of dx and dW over the work in NVD and over the time."""
+    import matplotlib
+
+    pyplot = load_pyplot()
+    costs = {"work": "multiply-adds / NVD, counted", "time": "time / eager's"}
+    with matplotlib.rc_context({"svg.hashsalt": "tradeoff"}):  # the same picture for the same points
+        figure, axes = pyplot.subplots(
+            len(panels), len(costs), figsize=(12, 4.6 * len(panels)), squeeze=False, layout="constrained"
+        )
+        for (title, series), pair in zip(panels.items(), axes, strict=True):
+            for axis, (cost, label) in zip(pair, costs.items(), strict=True):
+                for i, (name, points) in enumerate(series.items()):
+                    known = [p for p in points if p.get(cost) is not None]
+                    for of, fill in (("dx", "full"), ("dW", "none")):
+                        at = sorted((p[cost], p[of]) for p in known)
+                        axis.plot(
+                            [x for x, _ in at],
+                            [y for _, y in at],
+                            color=f"C{i}",
+                            marker="o",
+                            fillstyle=fill,
+                            linestyle="-" if of == "dx" else "--",
+                            label=f"{name}, {of}" if at else None,
+                        )
+                axis.set(title=title, xlabel=label, ylabel="relative error", yscale="log", xlim=(0, None))
+                axis.grid(alpha=0.3)
+            pair[0].legend(fontsize=7, ncols=2)
+        figure.savefig(path, metadata={"Date": None})
+        pyplot.close(figure)

@@ -16,7 +16,7 @@ from typing import Any
 
 from . import smollm2
 from .cases import REAL, Case
-from .contenders import CONTENDERS
+from .contenders import KNOWN
 from .launch import Child, ChildError, environment
 from .machine import memory_of
 from .measure import MODES
@@ -39,6 +39,7 @@ class Options:
     timeout: float = 300.0
     error: bool = True
     gemm: bool = True
+    filters: bool = False  # what the gradient filters did, too
 
     def child(self, module: str, job: dict[str, Any], name: str, memory_limit: int | None = None) -> Child:
         logs = self.output / "logs"
@@ -56,6 +57,8 @@ class Row:
     seconds: dict[str, list[float]] = field(default_factory=dict)  # by mode, round by round
     memory: dict[str, int] = field(default_factory=dict)
     error: dict[str, float] = field(default_factory=dict)
+    rows: dict[str, float] = field(default_factory=dict)  # errors of dW, row by row: measure.row_summary
+    filter: dict[str, Any] = field(default_factory=dict)  # cce_inductor.diagnostics()
     warm_up: float | None = None
     note: str = ""
     failure: str = ""  # why it is not complete
@@ -124,7 +127,7 @@ def run_case(case: Case, options: Options, reference: Reference | None = None) -
     result = Result(case, [Row(name) for name in options.contenders])
     reason = _prepare_inputs(case, options)
     for row in result.rows:
-        row.failure = reason or CONTENDERS[row.contender].missing() or ""
+        row.failure = reason or KNOWN[row.contender].missing() or ""
     able = [row for row in result.rows if not row.failure]
     if reason or not able:
         say(f"  nobody can run: {reason or 'nothing is installed'}")
@@ -181,7 +184,7 @@ def _run_group(result: Result, rows: list[Row], options: Options, folder: str, l
                 ceiling = None
             start = turn % max(len(rows), 1)
             for row in rows[start:] + rows[:start]:  # nobody always runs behind the same other
-                if not row.failure:
+                if not row.failure and KNOWN[row.contender].kernel:
                     _attempt(row, lambda row=row: _time(row, children[row.contender], options.timeout))
         for row in rows:
             if not row.failure:
@@ -202,8 +205,9 @@ def _attempt(row: Row, action: Any) -> None:
 
 def _prepare(row: Row, child: Child, timeout: float) -> None:
     child.ask("inputs", timeout)
-    answer = child.ask("warm_up", 3 * timeout)  # two repetitions, and compiling them
-    row.warm_up, row.note = answer["seconds"], answer["note"]
+    if KNOWN[row.contender].kernel:
+        answer = child.ask("warm_up", 3 * timeout)  # two repetitions, and compiling them
+        row.warm_up, row.note = answer["seconds"], answer["note"]
 
 
 def _time(row: Row, child: Child, timeout: float) -> None:
@@ -214,9 +218,13 @@ def _time(row: Row, child: Child, timeout: float) -> None:
 
 def _examine(row: Row, child: Child, options: Options, folder: str, loss: float | None) -> None:
     say(f"  {row.contender}: memory{' and error' if loss is not None else ''}")
-    row.memory = child.ask("peaks", 2 * options.timeout)
+    if KNOWN[row.contender].kernel:
+        row.memory = child.ask("peaks", 2 * options.timeout)
     if loss is not None:
-        row.error = child.ask("error", 2 * options.timeout, folder=folder, loss=loss)
+        row.error = child.ask("error", 3 * options.timeout, folder=folder, loss=loss)
+    if options.filters:
+        row.rows = child.ask("rows", options.timeout, folder=folder)
+        row.filter = child.ask("diagnostics", 3 * options.timeout)
 
 
 def _start_gemm(case: Case, options: Options) -> Child | None:

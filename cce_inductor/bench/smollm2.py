@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..demo.data import DemoError, english_text, find_model, load_model, load_tokens
+from ..demo.data import DemoError, find_model
+from .masses import of_model
 from .protocol import Handlers, main
 
 if TYPE_CHECKING:
@@ -45,15 +46,8 @@ def write(folder: str | Path, rows: int, device: str) -> None:
 
     if _file(folder, rows).exists():
         return
-    path = find_model(None)
-    tokens = load_tokens(path, english_text())
-    if len(tokens) <= rows:
-        raise DemoError(f"the text has {len(tokens)} tokens, too few for {rows} rows")
-    model = load_model(path, torch.float32).eval().to(device)
-    with torch.no_grad():
-        ids = tokens[:rows].to(device).split(SEQ)
-        x = torch.cat([model.model(input_ids=chunk[None]).last_hidden_state[0] for chunk in ids])
-    torch.save([t.cpu() for t in (x, model.lm_head.weight.detach(), tokens[1 : rows + 1])], _file(folder, rows))
+    made = of_model(find_model(None), rows, SEQ, seed=0, device=device)
+    torch.save([t.cpu() for t in made], _file(folder, rows))
 
 
 def read(folder: str | Path, rows: int) -> tuple[torch.Tensor, ...]:

@@ -8,9 +8,9 @@ import time
 from typing import Any
 
 from .cases import Case
-from .contenders import CONTENDERS, build
+from .contenders import KNOWN, build, with_diagnostics
 from .inputs import make_inputs
-from .measure import MODES, Head, relative_error
+from .measure import MODES, Head, relative_error, row_summary
 from .meters import METERS
 from .protocol import Handlers, main
 from .reference import files
@@ -32,7 +32,7 @@ def handlers(job: dict[str, Any]) -> Handlers:
         start = time.perf_counter()
         for mode in MODES:
             made[0].timed(mode)
-        return {"seconds": time.perf_counter() - start, "note": CONTENDERS[name].note()}
+        return {"seconds": time.perf_counter() - start, "note": KNOWN[name].note()}
 
     def timed(mode: str) -> dict[str, Any]:
         return {"seconds": made[0].timed(mode)}
@@ -46,7 +46,7 @@ def handlers(job: dict[str, Any]) -> Handlers:
 
     def once() -> dict[str, Any]:
         """Loss and gradients without a warm-up: time and memory with all that compilation takes."""
-        return made[0].peak("gradients") | {"note": CONTENDERS[name].note()}
+        return made[0].peak("gradients") | {"note": KNOWN[name].note()}
 
     def error(folder: str, loss: float) -> dict[str, Any]:
         head = made[0]
@@ -59,7 +59,34 @@ def handlers(job: dict[str, Any]) -> Handlers:
             "dW": relative_error(head.weight.grad, dweight),
         }
 
-    return {"inputs": inputs, "warm_up": warm_up, "timed": timed, "peaks": peaks, "once": once, "error": error}
+    def rows(folder: str) -> dict[str, Any]:
+        """Of the gradients that `error` left."""
+        return row_summary(made[0].weight.grad, files(folder, case)[1])
+
+    def diagnostics() -> dict[str, Any]:
+        """What the gradient filter did in one backward; nothing for a contender without one."""
+        import cce_inductor
+
+        call = with_diagnostics(name)
+        if call is None:
+            return {}
+        Head(call, made[0].x, made[0].weight, made[0].target, made[0].meter).run("gradients")
+        made[0].rest()
+        numbers = cce_inductor.diagnostics()
+        if not numbers:
+            raise RuntimeError("no backward left anything out")
+        return numbers[0]
+
+    return {
+        "inputs": inputs,
+        "warm_up": warm_up,
+        "timed": timed,
+        "peaks": peaks,
+        "once": once,
+        "error": error,
+        "rows": rows,
+        "diagnostics": diagnostics,
+    }
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from torch._inductor import cpu_vec_isa, ir
 from torch._inductor.virtualized import V
 from torch.utils._sympy.functions import CeilDiv
 
-from ..ops import bound
+from ..ops import bound, diagnostics
 from ..ops import statistics as table
 from ..ops.call import Attributes
 from ..ops.filters import Filter
@@ -48,7 +48,7 @@ def backward(
     if filtered:
         needed |= {"bound", "target_logit"}
     given = operands | _mask(active) | {name: t for name, t in saved.items() if name in needed} | _prefixed(tangents)
-    constants = _constants(attributes) | {"tangents": list(tangents)}
+    constants = _constants(attributes) | {"tangents": list(tangents), "needs": needs}
     if filtered:
         constants |= _filter(tangents, attributes)
     absent = _ABSENT | dict.fromkeys(("lse", "target_logit", "entropy", *_prefixed(table.TABLE)), torch.float32)
@@ -67,7 +67,11 @@ def _filter(tangents: dict[str, Any], attributes: Attributes) -> dict[str, Any]:
         "tau": repr(grad_filter.value),
         "row_cap": bound.ROW_CAP,
         "sampled": grad_filter.kind == "unbiased",
-        "weight_cap": 16,
+        "thresholds": ", ".join(map(str, bound.THRESHOLDS)),
+        "sample_bits": bound.SAMPLE_BITS,
+        "hash_block": bound.HASH_BLOCK,
+        "hash_column": bound.HASH_COLUMN,
+        "hash_mix": bound.HASH_MIX,
         "bound_columns": "bound_stride_0",
     }
 
@@ -84,6 +88,7 @@ def with_gradients(
     constants = _constants(attributes) | {
         "statistics": statistics,
         "tangents": list(tangents),
+        "needs": needs,
         "kept_share": KEPT_SHARE,
         "least_chunk": LEAST_CHUNK[element],
         "bounded": False,
@@ -127,7 +132,13 @@ def _statistics_layouts(operands: dict[str, Any], statistics: list[str]) -> dict
 
 def _gradient_layouts(operands: dict[str, Any], needs: list[str]) -> dict[str, ir.FixedLayout]:
     device = operands["input"].get_device()
-    return {name: _contiguous(device, operands[name].get_dtype(), operands[name].get_size()) for name in needs}
+    numbers = _contiguous(device, torch.float32, [len(diagnostics.NAMES)])
+    return {
+        name: numbers
+        if name == diagnostics.OPERAND
+        else _contiguous(device, operands[name].get_dtype(), operands[name].get_size())
+        for name in needs
+    }
 
 
 # Operands that a call may leave out. The templates mention them all.
@@ -143,7 +154,7 @@ def _dtypes(operands: dict[str, Any], attributes: Attributes) -> tuple[torch.dty
     """(element, compute): the dtype of the GEMMs' operands, and the one that operands are rounded to before."""
     x, weight = operands["input"], operands["weight"]
     compute = attributes.compute_dtype or x.get_dtype()
-    reason = unsupported([t.get_dtype() for name, t in operands.items() if name != "target"], compute)
+    reason = unsupported([t.get_dtype() for t in operands.values() if t.get_dtype() != torch.int64], compute)
     if reason:
         raise Unsupported(reason)
     if V.graph.sizevars.statically_known_equals(weight.get_size()[0], 0):

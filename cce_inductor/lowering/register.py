@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..ops.call import Attributes, bounded, saved_names
+from ..ops.call import Attributes, bounded, filtered, saved_names
 from .unsupported import Unsupported, differentiable
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def _lower(operator: Any, read: Callable, *call: Any) -> Sequence[Any]:
 
 
 def _forward(operands, names, active, statistics, training, *attributes) -> tuple[str, dict, dict]:
-    named, options = _named(names, operands), Attributes(*attributes)
+    named, options = _read(names, operands), Attributes(*attributes)
     arguments = {
         "operands": named,
         "active": active,
@@ -64,7 +64,9 @@ def _forward(operands, names, active, statistics, training, *attributes) -> tupl
 
 
 def _backward(tangents, tangent_names, saved, operands, names, active, statistics, needs, *attributes):
-    named, options = _named(names, operands), Attributes(*attributes)
+    named, options = _read(names, operands), Attributes(*attributes)
+    if filtered(statistics, options) and not bounded(statistics, options):
+        raise Unsupported("no template has the filter eps")
     arguments = {
         "tangents": differentiable(_named(tangent_names, tangents)),
         "saved": _named(saved_names(statistics, saved), saved),
@@ -87,6 +89,11 @@ def _with_gradients(tangents, tangent_names, operands, names, active, statistics
         "attributes": options,
     }
     return "with_gradients", named, arguments
+
+
+def _read(names: str, operands: Sequence[Any]) -> dict[str, Any]:
+    """The operands by name that an operator reads: "diagnostics" is there for its gradient alone."""
+    return {name: operand for name, operand in _named(names, operands).items() if name != "diagnostics"}
 
 
 def _named(names: str | Sequence[str], values: Sequence[Any]) -> dict[str, Any]:

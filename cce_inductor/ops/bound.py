@@ -28,6 +28,11 @@ def blocks(rows: int) -> int:
     return -(-rows // BLOCK)
 
 
+def size(rows: int, vocab: int) -> int:
+    """Bytes of a bound: one for each column in each block of rows."""
+    return blocks(rows) * vocab
+
+
 def encode(mass: Tensor) -> Tensor:
     """The smallest code, uint8, that stands for at least `mass`, a sum of non-negative fp32 or fp64 numbers, or NaN."""
     exponent = (torch.log2(mass.double() * INFLATION) + OFFSET) * STEPS

@@ -13,10 +13,11 @@ from torch import Tensor
 from .filters import Filter
 from .statistics import Statistic, parse
 
-OPERANDS = ("input", "weight", "bias", "target", "column_weight", "seed")
+OPERANDS = ("input", "weight", "bias", "target", "column_weight", "seed", "diagnostics")
 # The operand "seed" is a number below this.
 SEEDS = 1 << 32
-DIFFERENTIABLE_OPERANDS = ("input", "weight", "bias")
+# The gradient of "diagnostics" are numbers about the backward (diagnostics.py).
+DIFFERENTIABLE_OPERANDS = ("input", "weight", "bias", "diagnostics")
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,12 @@ def check(call: Call, training: bool = False) -> None:
         _check(t.shape == x.shape[:1], f"target must have one class per row, {_shape(x)[:1]}, got {_shape(t)}")
     if training and sampled(call.statistics, call.attributes):
         _check("seed" in ops, f"the filter {str(call.filter)!r} needs the operand seed, an int64 tensor of shape (1,)")
+    if "diagnostics" in ops:
+        slot = ops["diagnostics"]
+        _check(
+            slot.dtype == torch.float32 and slot.shape == (5,) and slot.device == x.device,
+            f"diagnostics must be 5 float32 on {x.device}, got {slot.dtype} {_shape(slot)} on {slot.device}",
+        )
     if "seed" in ops:
         seed = ops["seed"]
         _check(

@@ -109,7 +109,7 @@ def backward(call: Call, tangents: dict[str, Tensor], saved: dict[str, Tensor], 
     "bound" where the filter goes by one.
     """
     operands = Operands(call)
-    if operands.n == 0:
+    if operands.n == 0 or call.weight.shape[0] == 0:
         return [call.operands[name].new_zeros(call.operands[name].shape) for name in needs]
     grads = Gradients(call, frozenset(needs))
     # Per slab: dW, the kept rows of W, their gradients in one block.
@@ -123,6 +123,8 @@ def backward(call: Call, tangents: dict[str, Tensor], saved: dict[str, Tensor], 
         _backward_slab(operands, grads, rows, tangents, saved, slab, piece_rows, selection, rank_one)
     if rank_one is not None:
         rank_one.add_to_dx(grads)
+    if "diagnostics" in needs:
+        grads.numbers = _numbers(operands, selection, tangents["lse"], saved, piece_rows, columns)
     return [grads.result(name) for name in needs]
 
 
@@ -246,9 +248,7 @@ def _by_bound(operands: Operands, tangent: Tensor, saved: dict[str, Tensor], pie
     budget, unbiased = call.filter.value, call.filter.kind == "unbiased"
     lse = operands.rows(saved["lse"], every)
     g = operands.rows(tangent, every).abs()
-    rest = torch.ones_like(g)
-    if operands.target is not None:
-        rest = -torch.expm1(operands.rows(saved["target_logit"], every) - lse)
+    rest, slack = _own_mass(operands, saved)
     largest = torch.stack([part.amax() for part in g.split(BLOCK)]).double()
     total = torch.stack([part.sum() for part in (g.double() * rest).split(BLOCK)])
     allowed = torch.where(largest == 0, torch.inf, budget * total / largest)
@@ -257,8 +257,6 @@ def _by_bound(operands: Operands, tangent: Tensor, saved: dict[str, Tensor], pie
     seed = call.operands["seed"] if unbiased else None
     start = torch.zeros_like(start) if unbiased else start  # of the edge's own none is dropped
     chosen = ByBound(operands, bound, edge, start, torch.zeros_like(edge, dtype=torch.bool), seed)
-    # lse itself is known to half a unit of its last place.
-    slack = torch.finfo(lse.dtype).eps * (2 + lse.abs())
     for index, block in enumerate(cut(operands.n, BLOCK)):
         mass = torch.zeros_like(rest[block])
         for slab in cut(bound.shape[1], columns):
@@ -271,6 +269,52 @@ def _by_bound(operands: Operands, tangent: Tensor, saved: dict[str, Tensor], pie
         fine = (lost <= ROW_CAP * budget * rest[block] + slack[block]) | (g[block] == 0)
         chosen.full[index] = ~fine.all()
     return chosen
+
+
+def _own_mass(operands: Operands, saved: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Of each active row, (n,): 1 - p_target, the mass of its dense gradient, and by how much that may be wrong."""
+    every = slice(0, operands.n)
+    lse = operands.rows(saved["lse"], every)
+    rest = torch.ones_like(lse)
+    if operands.target is not None:
+        rest = -torch.expm1(operands.rows(saved["target_logit"], every) - lse)
+    # lse itself is known to half a unit of its last place.
+    return rest, torch.finfo(lse.dtype).eps * (2 + lse.abs())
+
+
+def _numbers(
+    operands: Operands,
+    selection: Selection,
+    tangent: Tensor,
+    saved: dict[str, Tensor],
+    piece_rows: int,
+    columns: int,
+) -> Tensor:
+    """What a selection computes and leaves out, as diagnostics.py defines it: (5,) fp32."""
+    every, v = slice(0, operands.n), operands.call.weight.shape[0]
+    lse, g = operands.rows(saved["lse"], every), operands.rows(tangent, every).abs()
+    rest, slack = _own_mass(operands, saved)
+    lost = rest.clone()
+    computed, full = 0, 0
+    for index, block in enumerate(cut(operands.n, BLOCK)):
+        certain = 0
+        for slab in cut(v, columns):
+            column, weight = selection.columns(index, slab)
+            computed += column.shape[0]
+            column = column if weight is None else column[weight == 1]
+            certain += column.shape[0]
+            w = operands.weight(column)
+            for piece in cut(block.stop, piece_rows, block.start):
+                lost[piece] -= _dense_softmax(operands, piece, w, column, lse[piece]).sum(1)
+        if certain == v:
+            full += 1
+            lost[block] = 0
+    number = blocks(operands.n)
+    mass, total = (g.double() * lost.clamp(min=0)).sum(), (g.double() * rest).sum()
+    share = torch.where((g == 0) | (lost <= slack), 0, (lost - slack) / rest)
+    result = torch.tensor([computed / (number * v), full / number, 0, 0, number], dtype=torch.float32, device=g.device)
+    result[2], result[3] = torch.where(total > 0, mass / total, 0), share.amax()
+    return result
 
 
 def _dense_softmax(operands: Operands, block: slice, w: Tensor, columns: Tensor, lse: Tensor) -> Tensor:

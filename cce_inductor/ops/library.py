@@ -138,7 +138,7 @@ class _LinearStatistics(torch.autograd.Function):
             for name, wanted in zip(names, ctx.needs_input_grad[4:], strict=True)
             if wanted and name in DIFFERENTIABLE_OPERANDS
         ]
-        if not named or not needs:
+        if not named or not {*needs} - {"diagnostics"}:
             return (None,) * (4 + len(operands))
         grads = BACKWARD(
             list(named.values()),
@@ -156,7 +156,8 @@ class _LinearStatistics(torch.autograd.Function):
 
 
 def _autograd_forward(operands, names, active, statistics, training, *attributes) -> list[Tensor]:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
+    wanted = (t for name, t in zip(names.split(), operands, strict=True) if name != "diagnostics")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in wanted):
         results = list(_LinearStatistics.apply(names, active, statistics, attributes, *operands))
         return results if training else results[: len(statistics.split())]
     with torch._C._AutoDispatchBelowAutograd():

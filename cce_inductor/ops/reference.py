@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import diagnostics
 from .call import Call
 from .statistics import TABLE, Statistic, Tile
 
@@ -147,6 +148,7 @@ class Gradients:
 
     call: Call
     needs: frozenset[str]
+    numbers: Tensor | None = None  # of diagnostics.py
 
     def __post_init__(self) -> None:
         call, acc = self.call, self.call.accumulate_dtype
@@ -165,7 +167,8 @@ class Gradients:
             self.dx.index_add_(0, operands.index[block], left @ right)
 
     def result(self, name: str) -> Tensor:
-        tensor = {"input": self.dx, "weight": self.dw, "bias": self.db}[name]
+        results = {"input": self.dx, "weight": self.dw, "bias": self.db, "diagnostics": self.numbers}
+        tensor = results[name]
         assert tensor is not None
         return tensor.to(self.call.operands[name].dtype)
 
@@ -190,6 +193,7 @@ def backward(call: Call, tangents: dict[str, Tensor], saved: dict[str, Tensor], 
     block_rows, columns = tile_shape(call, temporaries, int(slab_accumulator))
     for slab in cut(call.weight.shape[0], columns):
         _backward_slab(operands, grads, rows, tangents, saved, slab, block_rows)
+    grads.numbers = diagnostics.of_exact(operands.n, call.input.device)
     return [grads.result(name) for name in needs]
 
 

@@ -4,6 +4,7 @@ Every new node gets the metadata that Dynamo's own nodes have: AOTAutograd's cac
 `example_value`.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import fx
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from .. import compat
 from .values import example
 
 _INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack")
@@ -41,6 +43,8 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
 
     def _run(self, node: Node) -> Any:
         """The fake result of a node, in the grad mode that the loss it serves was recorded in."""
+        if node.op == "get_attr":
+            return self.fake_mode.from_tensor(getattr(self.graph.owning_module, str(node.target)), static_shapes=True)
         values = map_arg((node.args, node.kwargs), example)
         args, kwargs = values
         function: Callable = getattr(args[0], node.target) if node.op == "call_method" else node.target  # type: ignore
@@ -68,6 +72,15 @@ class Builder:
         """Runs `function` on the arguments, with the nodes it records placed in front of `like`."""
         with self.graph.inserting_before(self.like):
             return function(*args)
+
+    def parameter(self, name: str, value: torch.nn.Parameter) -> fx.Proxy:
+        """Adds a parameter to the graph's module and reads it."""
+        module = self.graph.owning_module
+        assert module is not None
+        name = next(numbered for i in itertools.count() if not hasattr(module, numbered := f"{name}_{i}"))
+        module.register_parameter(name, value)
+        compat.name_parameter(module, name)
+        return self.tracer.create_proxy("get_attr", name, (), {})
 
     def call(self, target: Callable, *args: Any, **kwargs: Any) -> fx.Proxy:
         """Records one call that does not dispatch on proxies, such as an operator overload on a list of tensors."""

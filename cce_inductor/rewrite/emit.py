@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node, Proxy
 
-from ..ops.call import SEEDS, Attributes, sampled
+from ..ops.call import SEEDS, Attributes, filtered, sampled
+from ..ops.diagnostics import OPERAND, meter
+from ..ops.filters import Filter
 from ..ops.library import FORWARD
 from ..ops.losses import cross_entropy, tangents
 from ..ops.with_gradients import ATTACH, WITH_GRADIENTS
@@ -39,11 +41,17 @@ class Group:
     """Losses that share one operator call, in graph order, and the statistics they need together."""
 
     members: list[tuple[Loss, Value]]
+    name: str = ""  # of the site: where the first loss stands
 
     @property
     def statistics(self) -> list[str]:
         names = {name for loss, _ in self.members for name in loss.arguments.statistics.split()}
         return [name for name in ("lse", "target_logit", "logit_sum") if name in names]
+
+    def filter(self, attributes: Attributes) -> Filter:
+        """What the gradient filter comes to for these statistics: "exact" where none applies to them."""
+        applies = filtered(" ".join(self.statistics), attributes)
+        return Filter.read(attributes.grad_filter) if applies else Filter()
 
     @property
     def column_weight(self) -> Node | None:
@@ -103,11 +111,20 @@ def _bias(builder: Builder, shifts: tuple[Shift, ...], detach: bool) -> Proxy | 
     return total
 
 
-def emit(graph: Graph, group: Group, attributes: Attributes, gradients: bool = False) -> None:
-    """Replaces the losses of one group. With `gradients`, of one `linear` loss, they are formed in the forward."""
+def emit(
+    graph: Graph, group: Group, attributes: Attributes, gradients: bool = False, diagnostics: bool = False
+) -> None:
+    """Replaces the losses of one group. With `gradients`, of one `linear` loss, they are formed in the forward.
+
+    diagnostics: whether a filtered backward leaves its numbers to the site's meter.
+    """
     loss, value = group.members[0]
     builder = Builder(graph, loss.node)
     call = builder.run(_Call, builder, group, attributes)
+    applied = group.filter(attributes)
+    if diagnostics and applied.kind != "exact" and value.fake.requires_grad:
+        slot = meter(group.name, str(applied), fake(value.head.weight).device).slot()
+        call.operands[OPERAND] = builder.run(builder.parameter, f"cce_inductor_{OPERAND}", slot)
     if gradients:
         loss.node.replace_all_uses_with(builder.run(_with_gradients, builder, loss, value, call).node)
         return

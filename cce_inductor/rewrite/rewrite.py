@@ -2,6 +2,8 @@
 
 import logging
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch.fx import Graph, GraphModule, Node
@@ -80,13 +82,15 @@ def _rewrite(gm: GraphModule, settings: Settings, version: str, choose: Chooser 
     plans = {f.trace.head.node: _plan(graph, f.trace, order, settings, choose) for f in findings if f.trace is not None}
     fused = [plan for plan in plans.values() if plan.refusal is None]
     early = settings.gradients_in_forward and settings.grad_filter == "exact" and _one_linear_loss(fused)
-    sites = [_site(f, plans, settings, early) for f in findings]
+    _name(group for plan in fused for group in plan.groups)
+    sites = [_site(f, plans, settings, early, attributes) for f in findings]
     if not fused:
         return Rewritten(gm, sites)
     deferrals: list[Deferral] = []
     for plan in fused:
         for group in plan.groups:
-            emit.emit(graph, group, attributes, early and plan.choice.gradients_in_forward)
+            gradients = early and plan.choice.gradients_in_forward
+            emit.emit(graph, group, attributes, gradients, settings.diagnostics)
         emit.replace_metadata(graph, plan.trace)
     # The outputs are read after the losses were replaced: a loss is one of them.
     outputs = Outputs(graph)
@@ -211,7 +215,16 @@ def _late_write(graph: Graph, trace: Trace, groups: list[emit.Group], settings: 
     return Refusal(writer, reason, "write to a copy")
 
 
-def _site(finding: Finding, plans: dict[Node, Plan], settings: Settings, early: bool) -> Site:
+def _name(groups: Iterable[emit.Group]) -> None:
+    """Gives each group a name of its own. A line of code may hold several, and those that follow are numbered."""
+    seen: Counter[str] = Counter()
+    for group in groups:
+        name = site.name(group.members[0][0].node)
+        seen[name] += 1
+        group.name = name if seen[name] == 1 else f"{name} #{seen[name]}"
+
+
+def _site(finding: Finding, plans: dict[Node, Plan], settings: Settings, early: bool, attributes: Attributes) -> Site:
     if finding.trace is None:
         return site.make(finding.loss, None, finding.refusal)
     plan = plans[finding.trace.head.node]
@@ -225,4 +238,5 @@ def _site(finding: Finding, plans: dict[Node, Plan], settings: Settings, early: 
     kernel = plan.choice.kernel
     if early and plan.choice.gradients_in_forward:
         kernel += ", gradients formed in the forward"
-    return site.make(finding.loss, finding.trace.head, None, deferred, kernel)
+    group = next(g for g in plan.groups if any(loss.node is finding.loss for loss, _ in g.members))
+    return site.make(finding.loss, finding.trace.head, None, deferred, kernel, group.name, group.filter(attributes))

@@ -6,10 +6,20 @@ from typing import Any
 
 from torch.fx import Node
 
+from ..ops import bound
+from ..ops.filters import Filter
 from . import vocabulary
 from .values import Head, Refusal, example
 
+EXACT = Filter()
+BOUNDED = ("budget", "unbiased")  # kinds of filter that go by a bound
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+
+
+def name(loss: Node) -> str:
+    """What a loss is called: where it stands in the user's code."""
+    place = location(loss)
+    return vocabulary.describe(loss) + (f" at {place}" if place else "")
 
 
 def location(node: Node) -> str:
@@ -26,7 +36,9 @@ class Site:
     loss, node, location: the loss as written, its name in the graph, and file:line. at, at_location: the node that is
     the reason, where it is another one. rows, vocab, width: N, V and D as text (symbolic sizes have names).
     logits_bytes: size of the logits in their own dtype, None if a size is symbolic. deferred: graph outputs made lazy.
-    kernel: what runs in its place.
+    kernel: what runs in its place. name: under which `cce_inductor.diagnostics` has its numbers. filter: which columns
+    its backward computes, a `grad_filter` as text: "exact" too where the one that is set has no bound for this loss.
+    bound_bytes: what the forward leaves to the backward for that; None if a size is symbolic.
     """
 
     fused: bool
@@ -43,6 +55,9 @@ class Site:
     logits_bytes: int | None = None
     deferred: int = 0
     kernel: str = ""
+    name: str = ""
+    filter: str = "exact"
+    bound_bytes: int | None = 0
 
     def __str__(self) -> str:
         place = f" at {self.location}" if self.location else ""
@@ -54,7 +69,15 @@ class Site:
         return f"declined: {what}: {self.reason}{fault}{cure}"
 
 
-def make(loss: Node, head: Head | None, refusal: Refusal | None, deferred: int = 0, kernel: str = "") -> Site:
+def make(
+    loss: Node,
+    head: Head | None,
+    refusal: Refusal | None,
+    deferred: int = 0,
+    kernel: str = "",
+    name: str = "",
+    filter: Filter = EXACT,
+) -> Site:
     """The record of a loss node."""
     sizes: dict[str, Any] = {}
     if head is not None:
@@ -67,6 +90,9 @@ def make(loss: Node, head: Head | None, refusal: Refusal | None, deferred: int =
             width=str(head.width),
             logits_bytes=int(z.numel()) * z.element_size() if known else None,
         )
+        if filter.kind in BOUNDED:
+            fixed = isinstance(rows, int) and isinstance(head.vocab, int)
+            sizes["bound_bytes"] = bound.size(rows, head.vocab) if fixed else None
     at = refusal.node if refusal is not None else None
     return Site(
         fused=refusal is None,
@@ -79,5 +105,7 @@ def make(loss: Node, head: Head | None, refusal: Refusal | None, deferred: int =
         at_location=location(at) if at is not None and at is not loss else "",
         deferred=deferred,
         kernel=kernel,
+        name=name,
+        filter=str(filter),
         **sizes,
     )

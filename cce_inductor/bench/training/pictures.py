@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..plots import pyplot
+from ..plots import load_pyplot
 from .specs import EXACT
 from .tables import KNOWN, Run, by_mode
 
@@ -36,7 +36,7 @@ def _panel(axis: Any, steps: Sequence[float], curves: Mapping[str, Mapping[int, 
 
 def curves(panels: Sequence[tuple[str, Sequence[float], Mapping[str, Any]]], path: Path, level: bool = False) -> None:
     """For each panel (title, steps, curves by mode and seed) the curves and their gaps to exact."""
-    plt = pyplot()
+    plt = load_pyplot()
     figure, axes = plt.subplots(len(panels), 2, figsize=(12, 4 * len(panels)), squeeze=False, layout="constrained")
     for (title, steps, found), (left, right) in zip(panels, axes, strict=True):
         _panel(left, steps, found, gap=False)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ... import config, linear_cross_entropy
 from ...demo.data import batches
+from ..rounds import say
 from .losses import loss_of
 from .model import Model
 from .optimizers import make
@@ -98,6 +99,7 @@ def run(spec: Pretraining, tokens: Tensor, vocab: int) -> dict[str, Any]:
         seconds += time.perf_counter() - start
         if step % spec.every == 0:
             curve.append([step, evaluate(model, held_out, dtype)])
+            say(f"  step {step}: held-out loss {curve[-1][1]:.3f}, {zero[-1] if zero else 0.0:.1%} of dW's rows are 0")
     members = groups(seen)
     return {
         "spec": asdict(spec),
