@@ -49,19 +49,14 @@ def load_model(path: Path, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_pretrained(where, dtype=dtype, local_files_only=True, **how).train()
 
 
-def load_tokenizer(path: Path) -> Any:
-    """The checkpoint's own tokenizer."""
-    from transformers import AutoTokenizer
-
-    where, how = _source(path)
-    return AutoTokenizer.from_pretrained(where, local_files_only=True, **how)
-
-
 def load_tokens(path: Path, text: str) -> torch.Tensor:
     """`text` as the checkpoint's own tokenizer sees it: int64, (tokens,)."""
     import torch
+    from transformers import AutoTokenizer
 
-    return torch.tensor(load_tokenizer(path)(text, verbose=False)["input_ids"], dtype=torch.int64)
+    where, how = _source(path)
+    tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True, **how)
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
 
 def english_text() -> str:

@@ -67,9 +67,10 @@ def second_moments(optimizer: torch.optim.Optimizer, head: Tensor, members: dict
     return {name: float(state["exp_avg_sq"][member].double().mean()) for name, member in members.items()}
 
 
-def run(spec: Pretraining, tokens: Tensor, vocab: int) -> dict[str, Any]:
+def run(spec: Pretraining, tokens: Tensor) -> dict[str, Any]:
     """What is known of the run in the end, for JSON."""
     dtype, head_loss = torch.bfloat16, loss_of(spec.mode, spec.compiled)
+    vocab, tokens = spec.vocab, tokens % spec.vocab
     torch.manual_seed(spec.seed)
     model = Model(vocab, spec.width, spec.layers, spec.seq)
     if spec.mode == PERMUTED:

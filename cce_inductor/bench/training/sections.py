@@ -7,8 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...demo.data import english_text, load_tokens
 from ..docs import Section
-from . import caps, driver, errors, finetune, pictures, tables, text
+from . import caps, driver, errors, finetune, pictures, tables
 from .specs import LION, Finetuning, Plan, Pretraining, plan
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ of single rows of dW, each relative to itself. "exact" and the filters add up in
 everywhere; "eager" is `F.cross_entropy(F.linear(x, W).float(), t)`, which rounds the logits and their gradient."""
 
 PRETRAINING = """\
-{tokens:,} tokens of Python's help topics and docstrings, V = {vocab}; {layers} layers of width {width}, {rows} rows a
-step, bf16 autocast over fp32 weights. The same weights, batches and order for every mode of a seed. Held-out: exact
+{tokens:,} tokens of Python's help topics, {vocab} words (the tokenizer's other ids are folded onto them); {layers}
+layers of width {width}, {rows} rows a step, bf16 autocast over fp32 weights. The same weights, batches and order for every mode of a seed. Held-out: exact
 loss of {held_out} tokens, mean of the last {last} evaluations; training: mean of the last quarter of the steps; with
 the standard deviation over seeds. Gap: mean of the differences to exact with the same seed, ± half of the 95 % interval
 (Student's t); * marks an interval without 0. Curve: at how many evaluations the interval is without 0; one of twenty is
@@ -54,21 +55,17 @@ of English; the others are every look at every fine-tuning run, by the loss at t
 class Inputs:
     """What the runs read, loaded when the first of them needs it."""
 
-    def __init__(self, model: Path | None, characters: int) -> None:
-        self.model, self.characters = model, characters
+    def __init__(self, model: Path | None) -> None:
+        self.model = model
 
     @cached_property
     def tokens(self) -> torch.Tensor:
         if self.model is not None:
-            return text.tokens(self.model, self.characters)
+            return load_tokens(self.model, english_text())
         import torch
 
         words = torch.rand(4096, generator=torch.Generator().manual_seed(0))
         return (QUICK_VOCAB**words - 1).long()
-
-    @cached_property
-    def vocab(self) -> int:
-        return QUICK_VOCAB if self.model is None else text.vocabulary(self.model)
 
     def subject(self, layers: int) -> finetune.Subject:
         return finetune.Small(QUICK_VOCAB, 16, 64) if self.model is None else finetune.Checkpoint(self.model, layers)
@@ -93,7 +90,7 @@ def run(model: Path | None, folder: Path, pictures_folder: Path, seed: int) -> I
     from .pretrain import run as pretrain
 
     todo = plan(quick=model is None)
-    inputs = Inputs(model, todo.pretraining[0].characters)
+    inputs = Inputs(model)
     name = "a made head" if model is None else model.name
     before = driver.once(folder / "heads.json", lambda: heads(inputs, todo.rows, seed))
     modes = errors.modes_for(driver.supported)
@@ -105,7 +102,7 @@ def run(model: Path | None, folder: Path, pictures_folder: Path, seed: int) -> I
     yield _errors(before, tuned, name, todo)
     yield _finetuning(tuned, name, todo.finetuning[0], pictures_folder)
     yield _caps(before, tuned, name, todo)
-    trained = driver.finish(todo.pretraining, lambda spec: pretrain(spec, inputs.tokens, inputs.vocab), folder)
+    trained = driver.finish(todo.pretraining, lambda spec: pretrain(spec, inputs.tokens), folder)
     yield from _pretraining(trained, todo.pretraining[0], pictures_folder)
 
 
