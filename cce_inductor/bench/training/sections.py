@@ -26,12 +26,13 @@ everywhere; "eager" is `F.cross_entropy(F.linear(x, W).float(), t)`, which round
 
 PRETRAINING = """\
 {tokens:,} tokens of Python's help topics, {vocab} words (the tokenizer's other ids are folded onto them); {layers}
-layers of width {width}, {rows} rows a step, bf16 autocast over fp32 weights. The same weights, batches and order for every mode of a seed. Held-out: exact
-loss of {held_out} tokens, mean of the last {last} evaluations; training: mean of the last quarter of the steps; with
-the standard deviation over seeds. Gap: mean of the differences to exact with the same seed, ± half of the 95 % interval
-(Student's t); * marks an interval without 0. Curve: at how many evaluations the interval is without 0; one of twenty is
-expected by chance, and neighbours are not independent. "eager" and "exact, permuted" (the vocabulary in another order)
-differ from exact by rounding alone: their gaps show how far runs drift apart that are the same training."""
+layers of width {width}, {rows} rows a step, bf16 autocast over fp32 weights. The same weights, batches and order for
+every mode of a seed. Held-out: exact loss of {held_out} tokens, mean of the last {last} evaluations; training: mean of
+the last quarter of the steps; with the standard deviation over seeds. Gap: mean of the differences to exact with the
+same seed, ± half of the 95 % interval (Student's t); * marks an interval without 0. Curve: at how many evaluations the
+interval is without 0; one of twenty is expected by chance, and neighbours are not independent. "eager" and "exact,
+permuted" (the vocabulary in another order) differ from exact by rounding alone: their gaps show how far runs drift
+apart that are the same training."""
 
 WORDS = """\
 What became of words by how often they were a target: never, up to three times ("rare"), more often; over held-out

@@ -36,8 +36,8 @@ class Pretraining:
 
     mode: a name in FILTERS, "eager" (F.cross_entropy over all logits) or "exact, permuted" (the vocabulary in another
     order). batch rows of seq tokens a step. vocab: ids beyond it are folded onto smaller
-    ones. layers, width: of the model. compiled: the head and its
-    loss, by torch.compile; if not, by the operators' eager implementation.
+    ones. layers, width: of the model. compiled: the head and its loss, by torch.compile; if not, by the operators'
+    eager implementation.
     """
 
     mode: str
