@@ -68,7 +68,7 @@ class Finetuning:
 
     mode: str
     seed: int
-    steps: int = 30
+    steps: int = 20
     batch: int = 2
     seq: int = 128
     layers: int = 10
