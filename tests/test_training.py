@@ -145,6 +145,9 @@ class TestDriver:
         found = driver.finish(todo, run, tmp_path)
         assert done == [0, 1] and [result["spec"]["seed"] for result in found] == [0, 1]
 
+    def test_no_more_than_is_done(self, tmp_path):
+        assert driver.finish([Finetuning("exact", 0)], lambda spec: 1 / 0, tmp_path, more=False) == []
+
     def test_an_interrupted_run_leaves_nothing_behind(self, tmp_path):
         def run(spec):
             raise KeyboardInterrupt

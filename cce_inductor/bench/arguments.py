@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     add("--sweep", action="store_true", help="how cost grows with N and with V")
     add("--sweep-budget", action="store_true", help="cost against error of every gradient filter")
     add("--columns", action="store_true", help="schedules of dW for column lists, counted on a model's softmax")
+    add("--finished", action="store_true", help="for --training: report the runs that are done, and do no more")
     add("--training", action="store_true", help="what gradient filters do to training: hours; goes on where it was")
     headline = ",".join(map(str, HEADLINE))
     add("--headline", action="store_true", help=f"{headline} under a memory limit: who fits")

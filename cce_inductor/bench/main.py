@@ -67,7 +67,7 @@ def _training(args: argparse.Namespace) -> Iterator[Section]:
     if args.threads:
         torch.set_num_threads(args.threads)
     model = None if args.quick else find_model(args.model).resolve()
-    return run(model, args.output / "runs", args.output, args.seed)
+    return run(model, args.output / "runs", args.output, args.seed, not args.finished)
 
 
 def _table(args: argparse.Namespace, options: Options) -> Iterator[Section]:

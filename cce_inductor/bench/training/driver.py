@@ -32,11 +32,18 @@ def once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def finish(specs: Sequence[Any], run: Callable[[Any], dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """The results of `specs`, read from `folder` or made and written there; without those not supported."""
+def finish(
+    specs: Sequence[Any], run: Callable[[Any], dict[str, Any]], folder: Path, more: bool = True
+) -> list[dict[str, Any]]:
+    """The results of `specs`, read from `folder` or made and written there; without those not supported.
+
+    more: False leaves out what is not done yet.
+    """
     results = []
     for spec in specs:
         path = folder / spec.name
+        if not path.exists() and not more:
+            continue
         if not path.exists() and not supported(spec.mode):
             say(f"training: no filter {spec.mode}")
             continue

@@ -86,8 +86,11 @@ def heads(inputs: Inputs, rows: int, seed: int) -> dict[str, Any]:
     }
 
 
-def run(model: Path | None, folder: Path, pictures_folder: Path, seed: int) -> Iterator[Section]:
-    """Every section, each as soon as its runs are done; without a model a tiny made one."""
+def run(model: Path | None, folder: Path, pictures_folder: Path, seed: int, more: bool) -> Iterator[Section]:
+    """Every section, each as soon as its runs are done; without a model a tiny made one.
+
+    more: False does no runs, and takes those that are done.
+    """
     from .pretrain import run as pretrain
 
     todo = plan(quick=model is None)
@@ -99,12 +102,15 @@ def run(model: Path | None, folder: Path, pictures_folder: Path, seed: int) -> I
         todo.finetuning,
         lambda spec: finetune.run(spec, lambda: inputs.subject(spec.layers), inputs.tokens, modes),
         folder,
+        more,
     )
     yield _errors(before, tuned, name, todo)
-    yield _finetuning(tuned, name, todo.finetuning[0], pictures_folder)
+    if tuned:
+        yield _finetuning(tuned, name, todo.finetuning[0], pictures_folder)
     yield _caps(before, tuned, name, todo)
-    trained = driver.finish(todo.pretraining, lambda spec: pretrain(spec, inputs.tokens), folder)
-    yield from _pretraining(trained, todo.pretraining[0], pictures_folder)
+    trained = driver.finish(todo.pretraining, lambda spec: pretrain(spec, inputs.tokens), folder, more)
+    if trained:
+        yield from _pretraining(trained, todo.pretraining[0], pictures_folder)
 
 
 def _errors(before: dict[str, Any], tuned: list[dict[str, Any]], name: str, todo: Plan) -> Section:

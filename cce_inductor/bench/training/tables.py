@@ -75,10 +75,10 @@ def pretraining(runs: Sequence[Run]) -> str:
     for mode, seeds in modes.items():
         cells = [mode, str(len(seeds))]
         for value in (final, final_training):
-            mine, base = values(seeds, value), values(modes[EXACT], value)
+            mine, base = values(seeds, value), values(modes.get(EXACT, {}), value)
             cells += [_spread(mine), "" if mode == EXACT else _gap(gap(mine, base))]
             if value is final:
-                cells.append("" if mode == EXACT else outside(seeds, modes[EXACT]))
+                cells.append("" if mode == EXACT else outside(seeds, modes.get(EXACT, {})))
         rows.append(cells)
     return report.markdown(head, rows)
 
@@ -109,7 +109,7 @@ def words(runs: Sequence[Run]) -> str:
 
         def compare(group: str, key: str, scale: float = 1.0, seeds: Any = seeds, mode: str = mode) -> str:
             mine, base = (
-                {s: scale * run["logits"][group][key] for s, run in of.items()} for of in (seeds, modes[EXACT])
+                {s: scale * run["logits"][group][key] for s, run in of.items()} for of in (seeds, modes.get(EXACT, {}))
             )
             return _spread(mine, 3) if mode == EXACT else _gap(gap(mine, base), 3)
 
@@ -118,7 +118,7 @@ def words(runs: Sequence[Run]) -> str:
         if moments:
             for group in GROUPS:
                 mine = values(seeds, lambda run, group=group: run["second moments"][group])  # type: ignore[misc]
-                base = values(modes[EXACT], lambda run, group=group: run["second moments"][group])  # type: ignore[misc]
+                base = values(modes.get(EXACT, {}), lambda run, group=group: run["second moments"][group])  # type: ignore[misc]
                 ratios = [mine[seed] / base[seed] for seed in mine.keys() & base.keys()]
                 cells.append(f"{_mean(list(mine.values())):.1e}" if mode == EXACT else _ratio(_mean(ratios)))
         rows.append(cells)
@@ -134,7 +134,7 @@ def finetuning(runs: Sequence[Run]) -> str:
         needed = ", ".join("never" if math.isinf(n) else f"{n:.0f}" for n in values(seeds, steps_needed).values())
         cells = [mode, str(len(seeds)), needed]
         for value in (learned, lambda run: run["others"]):
-            mine, base = values(seeds, value), values(modes[EXACT], value)
+            mine, base = values(seeds, value), values(modes.get(EXACT, {}), value)
             cells += [_spread(mine), "" if mode == EXACT else _gap(gap(mine, base))]
         rows.append(cells)
     return report.markdown(head, rows)
