@@ -262,7 +262,7 @@ class TestGpu:
     @pytest.mark.parametrize(
         "argv, message",
         [
-            ("--step", "--headline, --step and --sweep go with --device cpu"),
+            ("--step", "--step, --sweep and --training go with --device cpu"),
             ("--contender cut_cross_entropy --activations smollm2 --shape 8,4,16", "goes with --shape N,576,49152"),
         ],
     )

@@ -14,7 +14,8 @@ from .contenders import CONTENDERS, names_on
 
 SUMMARY = "The head and its loss, by every way there is to compute them: time, memory, error."
 DETAILS = """\
-Without --bound, --columns, --headline, --step, --sweep or --sweep-budget: a table of every contender at every shape.
+Without --bound, --columns, --headline, --step, --sweep, --sweep-budget or --training: a table of every contender at every
+shape.
 Each contender has a process of its own; they take turns, so that a machine that slows down slows all of them. Markdown,
 JSON and pictures go to --output, and with --docs into the documentation too."""
 
@@ -65,11 +66,17 @@ def parser() -> argparse.ArgumentParser:
     add("--sweep-budget", action="store_true", help="cost against error of every gradient filter")
     add("--bound", action="store_true", help="bytes that a gradient filter keeps between the passes, by N and V")
     add("--columns", action="store_true", help="schedules of dW for column lists, counted on a model's softmax")
+    add("--finished", action="store_true", help="for --training: report the runs that are done, and do no more")
+    add("--training", action="store_true", help="what gradient filters do to training: hours; goes on where it was")
     headline = ",".join(map(str, HEADLINE))
     add("--headline", action="store_true", help=f"{headline} under a memory limit: who fits")
     add("--memory-limit-gib", type=_number(float, 0.1), metavar="G", help="for --headline [70 %% of RAM, at most 16]")
     add("--step", action="store_true", help="a whole training step of the demo's model")
-    add("--model", metavar="PATH", help="for --step, --columns: checkpoint directory or GGUF file [SmolLM2-135M]")
+    add(
+        "--model",
+        metavar="PATH",
+        help="for --step, --columns, --training: checkpoint directory or GGUF file [SmolLM2-135M]",
+    )
     add("--batch", type=_number(int, 1), default=step.BATCH, help="for --step: rows of text [%(default)s]")
     add("--seq", type=_number(int, 2), default=step.SEQ, help="for --step, --columns: tokens per row [%(default)s]")
     return made
@@ -94,13 +101,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Ends with a message where the arguments, or what is installed, will not do."""
     made = parser()
     args = made.parse_args(argv)
-    only_cpu = args.columns or args.headline or args.step or args.sweep
+    only_cpu = args.columns or args.headline or args.step or args.sweep or args.training
     special = only_cpu or args.sweep_budget or args.bound
     reason = _cuda_missing() if args.device == "cuda" else _cpu_missing()
     if reason:
         made.error(f"--device {args.device}: {reason}")
     if args.device == "cuda" and only_cpu:
-        made.error("--columns, --headline, --step and --sweep go with --device cpu")
+        made.error("--columns, --headline, --step, --sweep and --training go with --device cpu")
     elsewhere = set(args.contender or ()) - set(names_on(args.device))
     if elsewhere:
         made.error(f"--device {args.device} has no contender {', '.join(sorted(elsewhere))}")

@@ -10,7 +10,7 @@ from typing import Any
 
 PAGES = {"cpu": "benchmarks", "cuda": "benchmarks-gpu"}
 INTRODUCTION = """\
-# Benchmarks
+# {title}
 
 Tables, pictures and JSON here are what `python -m cce_inductor bench --docs docs` wrote; edit only what stands between
 them.
@@ -25,6 +25,7 @@ class Section:
     text: str  # markdown
     data: Any  # for JSON
     plot: Path | None = None
+    page: str = ""  # of the documentation; empty: the device's benchmarks
 
 
 def markers(name: str) -> tuple[str, str]:
@@ -53,8 +54,8 @@ def file_name(device: str, name: str) -> str:
 
 
 def write(section: Section, folder: Path, device: str, command: str) -> None:
-    """Put a section into folder/PAGE.md, its JSON and its picture into folder/PAGE/, where PAGE is the device's."""
-    page = PAGES[device]
+    """Put a section into folder/PAGE.md, its JSON and picture into folder/PAGE/; PAGE is its own or the device's."""
+    page = section.page or PAGES[device]
     inside = folder / page
     inside.mkdir(parents=True, exist_ok=True)
     text = f"`{command}`\n\n{section.text}"
@@ -64,7 +65,7 @@ def write(section: Section, folder: Path, device: str, command: str) -> None:
         text += f"\n\n![{section.name}]({page}/{picture})"
     save(section, inside / file_name(device, section.name))
     document = folder / f"{page}.md"
-    before = document.read_text() if document.exists() else INTRODUCTION
+    before = document.read_text() if document.exists() else INTRODUCTION.format(title=page.split("-")[0].capitalize())
     document.write_text(replaced(before, section.name, text))
 
 

@@ -58,6 +58,18 @@ def _columns(args: argparse.Namespace) -> Section:
     return columns.run(None if args.quick else find_model(args.model).resolve(), args.seq, args.seed)
 
 
+def _training(args: argparse.Namespace) -> Iterator[Section]:
+    import torch
+
+    from ..demo.data import find_model
+    from .training.sections import run
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    model = None if args.quick else find_model(args.model).resolve()
+    return run(model, args.output / "runs", args.output, args.seed, not args.finished)
+
+
 def _table(args: argparse.Namespace, options: Options) -> Iterator[Section]:
     """The main table, the cases with ignored rows, and the GEMMs' rates."""
     results: list[Result] = []
@@ -95,7 +107,10 @@ def _sections(args: argparse.Namespace, options: Options) -> Iterator[Section]:
         yield _columns(args)
     if args.bound:
         yield bounds.run()
-    if not (args.bound or args.sweep or args.sweep_budget or args.headline or args.step or args.columns):
+    if args.training:
+        yield from _training(args)
+    cpu = args.sweep or args.headline or args.step or args.columns or args.training
+    if not (cpu or args.sweep_budget or args.bound):
         yield from _table(args, options)
 
 

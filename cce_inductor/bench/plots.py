@@ -11,7 +11,7 @@ from .measure import Stats
 from .rounds import Result
 
 
-def _pyplot() -> Any:
+def load_pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -22,7 +22,7 @@ def _pyplot() -> Any:
 
 def bars(panels: Sequence[tuple[str, Sequence[tuple[str, float, float]]]], path: Path, units: tuple[str, str]) -> None:
     """For each panel (title, [(name, time, memory)]) a row of two pictures: time, and memory."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     heights = [max(len(entries), 1) * 0.32 + 0.9 for _, entries in panels]
     figure, axes = pyplot.subplots(
         len(panels),
@@ -65,7 +65,7 @@ def cases(results: Sequence[Result], path: Path) -> bool:
 
 def sweeps(series: Sequence[tuple[str, Callable[[Result], int], Sequence[Result]]], path: Path) -> None:
     """For each series (name of the size, its value, results): time and memory over that size."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(len(series), 2, figsize=(11, 4.2 * len(series)), squeeze=False, layout="constrained")
     for (size, value, results), (times, peaks) in zip(series, axes, strict=True):
         for name in [row.contender for row in results[0].rows]:
@@ -95,7 +95,7 @@ def tradeoff(panels: Mapping[str, Mapping[str, Sequence[Mapping[str, float | Non
     """For each title the points of every series: errors of dx and dW over the work in NVD and over the time."""
     import matplotlib
 
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     costs = {"work": "multiply-adds / NVD, counted", "time": "time / eager's"}
     with matplotlib.rc_context({"svg.hashsalt": "tradeoff"}):  # the same picture for the same points
         figure, axes = pyplot.subplots(
