@@ -14,8 +14,8 @@ from .contenders import CONTENDERS, names_on
 
 SUMMARY = "The head and its loss, by every way there is to compute them: time, memory, error."
 DETAILS = """\
-Without --bound, --columns, --headline, --step, --sweep, --sweep-budget or --training: a table of every contender at every
-shape.
+Without --bound, --columns, --headline, --step, --sweep, --sweep-budget or --training: a table of every contender at
+every shape.
 Each contender has a process of its own; they take turns, so that a machine that slows down slows all of them. Markdown,
 JSON and pictures go to --output, and with --docs into the documentation too."""
 
