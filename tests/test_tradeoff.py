@@ -98,9 +98,9 @@ class TestReport:
         text = tradeoff.cost_table(results())
         assert "| eager | 1,500 (1,000-2,000) | 1.00 | 0.50 | 0.25 | 6.00 |" in text
         assert "| exact, late gradients | 6,000 (4,000-8,000) | 4.00 | 2.00 | 1.00 | 8.00 |" in text
-        assert "| 1.00 | 0.50 | 0.25 |  | 50.0% | 12.5% | 1.0e-03 | 3.0e-02 |" in text
+        assert "| 1.00 | 0.50 | 0.25 | 5.00 | 50.0% | 12.5% | 1.0e-03 | 3.0e-02 |" in text  # 2 + 6/2
         # Its ratio is to eager in its own rounds, which had no exact contender.
-        assert "| unbiased 2⁻⁹ | 4,500 (3,000-6,000) | 0.50 |  |  |  |" in text
+        assert "| unbiased 2⁻⁹ | 4,500 (3,000-6,000) | 0.50 |  |  | 5.00 |" in text
         assert "| unbiased 1e-2 | no answer within 5 s |" in text
         assert "| eps 2⁻¹² |  |  |  |  | 6.00 | 50.0% |" in text  # 4 + 4/2
         assert text.count("| eager |") == 1

@@ -54,8 +54,8 @@ N={{n}}, D={{d}}, V={{v}}, {{data}}; loss and gradients. Milliseconds: median (l
 eager's, or by that of {EXACT} (which may form its gradients in the forward) or of {LATE}: the median of the rounds'
 ratios, in the rounds of its own family. NVD: multiply-adds over N·V·D, counted: 6 for eager, 8 for exact gradients
 whose logits are computed twice, and for eps, which computes the logits of every tile, 4 + 4·(tiles alive), as
-published; lists of columns take 2 + 6·(columns kept), or 2 + 4·(columns kept) where gradients are formed in the
-forward, which keeps logits. eps has no kernel here: its time would be that of an eager implementation
+published; 2 + 6·(columns kept) for lists of columns whose logits are computed
+again (where gradients are formed in the forward, logits are kept, and it is 2·(columns kept) less). eps has no kernel here: its time would be that of an eager implementation
 and is left out. Kept: columns per block of 128 rows (sampled ones included), for eps tiles of 128 x 128. In full:
 blocks of which nothing is dropped. Dropped: its share of the dense gradient's mass, under "unbiased" what is left to
 sampling; worst row: the largest share that a row loses of its own.
@@ -106,7 +106,7 @@ def work(row: Row) -> float | None:
         return 8.0 if name == LATE else 6.0
     if kept is None:
         return None
-    return None if KNOWN[name].kernel else 4 + 4 * kept
+    return 2 + 6 * kept if KNOWN[name].kernel else 4 + 4 * kept
 
 
 def rows_of(results: Sequence[Result]) -> list[tuple[Result, Row]]:
