@@ -53,12 +53,12 @@ CAPTION = f"""\
 N={{n}}, D={{d}}, V={{v}}, {{data}}; loss and gradients. Milliseconds: median (least-most). "÷": the time divided by
 eager's, or by that of {EXACT} (which may form its gradients in the forward) or of {LATE}: the median of the rounds'
 ratios, in the rounds of its own family. NVD: multiply-adds over N·V·D, counted: 6 for eager, 8 for exact gradients
-whose logits are computed twice, and for eps, which computes the logits of every tile, 4 + 4·(tiles alive), as
-published; 2 + 6·(columns kept) for lists of columns whose logits are computed
-again (where gradients are formed in the forward, logits are kept, and it is 2·(columns kept) less). eps has no kernel here: its time would be that of an eager implementation
-and is left out. Kept: columns per block of 128 rows (sampled ones included), for eps tiles of 128 x 128. In full:
-blocks of which nothing is dropped. Dropped: its share of the dense gradient's mass, under "unbiased" what is left to
-sampling; worst row: the largest share that a row loses of its own.
+whose logits are computed twice, for eps, which computes the logits of every tile, 4 + 4·(tiles alive), as published,
+and 2 + 6·(columns kept) for lists of columns whose logits are computed again (where gradients are formed in the
+forward, logits are kept, and it is 2·(columns kept) less). eps has no kernel here: its time would be that of an eager
+implementation and is left out. Kept: columns per block of 128 rows (sampled ones included), for eps tiles of 128 x 128.
+In full: blocks of which nothing is dropped. Dropped: its share of the dense gradient's mass, under "unbiased" what is
+left to sampling; worst row: the largest share that a row loses of its own.
 
 Errors are relative to float64 on the same inputs: of dx and dW as a whole (Frobenius), and quantiles over the rows of
 dW, which are words, rare ones among them; zero: rows of dW that are exactly zero."""
