@@ -30,6 +30,7 @@ def _table(by_kernel: dict[str, list[Tiles]], cast: list[Tiles]) -> Table:
     alike = {"linear_statistics_dacc, kept": _POINTWISE, "linear_statistics_early": _EARLY}
     alike |= {f"budget_{name}": _SMALL_STEPS for name in ("select", "mask", "bits", "tiles", "plan", "list", "check")}
     gemms["linear_statistics, bound"] |= {"cast": _CAST_BLOCKS, "fp32": _FP32_BLOCKS}
+    gemms["budget_dx"]["cast"] = [tiles for tiles in cast if tiles.block_n == 64]
     gemms["budget_dacc"] |= {"cast": _CAST_BLOCKS, "fp32": _FP32_BLOCKS}
     return gemms | {kernel: dict.fromkeys(("16 bits", "cast", "fp32"), tiles) for kernel, tiles in alike.items()}
 

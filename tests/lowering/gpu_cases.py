@@ -168,8 +168,8 @@ def every_statistic_from_logits(x, w, b, t):
 
 
 EVERY = ("input", "weight", "bias")
-# Three rounds of the forward, two splits each, in whole tiles.
-THREE = (Round(0, 256, 512, 0), Round(512, 512, 1280, 2), Round(1280, 256, 1700, 4))
+# Three rounds of the forward, in whole tiles; the last split knows all columns before it.
+THREE = (Round(0, 256, 512, 0), Round(512, 512, 1280, 2), Round(1280, 512, 1700, 4))
 BUDGET = Case(plain, n=300, v=1700, d=40, sharp=3.0, budget=1e-2, rounds=THREE)
 # The forward keeps logits in tiles of this many columns.
 KEEPING = replace(SMALL, block_n=KEPT_TILE)
