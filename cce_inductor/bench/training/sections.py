@@ -22,21 +22,26 @@ QUICK_VOCAB = 512
 ERRORS = """\
 Gradients of a mean loss in bf16, operands and results, relative to float64 on the same operands (Frobenius norm); and
 of single rows of dW, each relative to itself. "exact" and the filters add up in fp32 and round once, here as
-everywhere; "eager" is `F.cross_entropy(F.linear(x, W).float(), t)`, which rounds the logits and their gradient."""
+everywhere; "eager" is `F.cross_entropy(F.linear(x, W).float(), t)`, which rounds the logits and their gradient. The
+filters are the operators' eager implementation, which drops all that it may."""
+
+GAP = """\
+Gap: mean of the differences to exact with the same seed, ± half of the 95 % interval (Student's t); * marks an interval
+without 0, and one seed has none."""
 
 PRETRAINING = """\
 {tokens:,} tokens of Python's help topics, {vocab} words (the tokenizer's other ids are folded onto them); {layers}
 layers of width {width}, {rows} rows a step, bf16 autocast over fp32 weights. The same weights, batches and order for
 every mode of a seed. Held-out: exact loss of {held_out} tokens, mean of the last {last} evaluations; training: mean of
-the last quarter of the steps; with the standard deviation over seeds. Gap: mean of the differences to exact with the
-same seed, ± half of the 95 % interval (Student's t); * marks an interval without 0. Curve: at how many evaluations the
-interval is without 0; one of twenty is expected by chance, and neighbours are not independent. "eager" and "exact,
+the last quarter of the steps; with the standard deviation over seeds. Curve: at how many evaluations the interval of
+the gap is without 0; one of twenty is expected by chance, and neighbours are not independent. "eager" and "exact,
 permuted" (the vocabulary in another order) differ from exact by rounding alone: their gaps show how far runs drift
-apart that are the same training."""
+apart that are the same training. The kernels do a call in full where they would keep nearly all columns: a budget under
+which no row of dW is ever zero (next section) left nothing out, and is another measure of rounding. {gap}"""
 
 WORDS = """\
 What became of words by how often they were a target: never, up to three times ("rare"), more often; over held-out
-positions, in the end. Values for exact (standard deviation over seeds), for the others the gap to exact as above.
+positions, in the end. Values for exact (standard deviation over seeds), for the others the gap to exact.
 Rows of dW that are exactly zero: the mean over the steps. Second moment: Adam's, of the head, mean over the group's
 rows; for exact the value, for the others the ratio to exact's."""
 
@@ -44,7 +49,7 @@ FINETUNING = """\
 {model}, its upper {layers} layers and its head (untied) trained on {rows} tokens of the help topics, all of them at
 every step, for {steps} steps with AdamW, bf16 autocast over fp32 weights; the seed chooses the texts. The steps needed
 are in the order of the seeds; the final loss is the mean of the last {last} steps; other texts are as many tokens that
-were not trained on. Gap as above."""
+were not trained on. {gap}"""
 
 CAPS = """\
 The budget τ = 2⁻⁹ bounds what a block of 128 rows loses; a single row may lose a larger share of its own gradient. A
@@ -125,7 +130,7 @@ def _errors(before: dict[str, Any], tuned: list[dict[str, Any]], name: str, todo
 
 def _finetuning(runs: list[dict[str, Any]], name: str, spec: Finetuning, folder: Path) -> Section:
     about = FINETUNING.format(
-        model=name, layers=spec.layers, rows=spec.batch * spec.seq, steps=spec.steps, last=tables.LAST
+        model=name, layers=spec.layers, rows=spec.batch * spec.seq, steps=spec.steps, last=tables.LAST, gap=GAP
     )
     picture = folder / "fine-tuning.svg"
     pictures.finetuning(runs, picture)
@@ -153,6 +158,7 @@ def _pretraining(runs: list[dict[str, Any]], spec: Pretraining, folder: Path) ->
         rows=spec.batch * spec.seq,
         held_out=runs[0]["text"]["held out"],
         last=tables.LAST,
+        gap=GAP,
     )
     picture = folder / "pretraining.svg"
     pictures.pretraining(found, picture)
