@@ -25,6 +25,7 @@ from torch import Tensor
 
 import cce_inductor
 from cce_inductor import version
+from cce_inductor.lowering import cpu
 from cce_inductor.lowering.register import register
 from cce_inductor.ops import filtered, reference
 from cce_inductor.ops.bound import BLOCK, ROW_CAP, blocks, values
@@ -34,10 +35,15 @@ from cce_inductor.ops.library import BACKWARD, FORWARD
 
 # Small enough that the check of every row is one: ROW_CAP * TAU < 1.
 TAU = 0.005
-SOURCE = version.hash_files(version.PACKAGE, version.templates_dir())
 BUDGET, UNBIASED = f"budget {TAU}", f"unbiased {TAU}"
 # Columns of x that say which block a row is in: as many blocks as a call has here at most.
 INDICATORS = 5
+
+
+@functools.cache
+def source() -> str:
+    """Of the templates as they are now: a test may have edited them."""
+    return version.hash_files(version.PACKAGE, version.templates_dir())
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Configuration:
     def attributes(self) -> Attributes:
         return Attributes(
             scale=self.scale, softcap=self.softcap, compute_dtype=self.compute_dtype, grad_filter=self.grad_filter,
-            workspace=self.workspace, version=SOURCE,
+            workspace=self.workspace, version=source(),
         )  # fmt: skip
 
     @property
@@ -91,12 +97,10 @@ every_configuration = pytest.mark.parametrize("configuration", CONFIGURATIONS.va
 def shared_kernels():
     """Kernels stay from test to test, and sizes that happen to be equal are not taken for one."""
     register()
-    torch._dynamo.reset()
+    forget_kernels()
     with symbolic.patch(use_duck_shape=False):
         yield
-    torch._dynamo.reset()
-    for cached in (forward_kernel, backward_kernel):
-        cached.cache_clear()
+    forget_kernels()
 
 
 class Kernel:
@@ -228,13 +232,13 @@ def exact_gradients(configuration: Configuration, case: Case, tangents: list[Ten
     bias = leaves.get("bias")
     z = logits(leaves["input"], leaves["weight"], bias, configuration.scale, configuration.softcap or None)
     named = dict(zip(configuration.tangents.split(), tangents, strict=True))
-    rows, target = case.rows, case.head.target[case.rows]
+    rows = case.rows
+    target = case.head.target[rows] if "target" in configuration.operands else None
     named = {name: t.double()[rows] for name, t in named.items()}
     part = z.detach()[rows].softmax(1) * named["lse"][:, None]
     if weight is not None:
-        own = part.gather(1, target[:, None])
-        part = (part * weight[case.block]).scatter(1, target[:, None], own)
-    if "target_logit" in named:
+        part = part * weight[case.block]
+    if target is not None:
         part = part.scatter_add(1, target[:, None], named["target_logit"][:, None])
     if "logit_sum" in named:
         c = torch.ones(z.shape[1]) if case.column_weight is None else case.column_weight
@@ -250,23 +254,24 @@ def computed(case: Case, ours: dict) -> Tensor:
     return ours["weight"][:, -INDICATORS:].t()[: blocks(len(case.rows))]
 
 
-def check(name: str, configuration: Configuration, case: Case, tangents, saved=None, kept=(0.0, 0.85)) -> dict:
+def check(name: str, configuration: Configuration, case: Case, tangents, saved=None, kept=(0.05, 0.8)) -> dict:
     """The kernel's gradients from the saved tensors under the error rule, the same twice, and its diagnostics.
 
-    kept: between which shares of the columns the eager implementation computes. Where that is more than the kernel's
-    `dense_share`, say so: the kernel may compute everything then.
+    kept: between which shares of the columns the eager implementation computes; where it is more than 0.8 the kernel
+    may compute everything.
     """
     saved = saved_by(configuration, case) if saved is None else saved
     ours, again = (gradients(configuration, case, tangents, saved) for _ in range(2))
     assert all(torch.equal(ours[key], again[key]) for key in ours), name
     weight = reference_weights(configuration, case, tangents[0], saved)
-    assert kept[0] <= (weight != 0).double().mean() < kept[1], f"{name}: {(weight != 0).double().mean()} kept"
-    eager = eager_gradients(configuration, case, tangents, saved)
+    share = (weight != 0).double().mean()
+    assert kept[0] <= share <= kept[1], f"{name}: {share} kept"
+    everything = share > 0.8 and ours["diagnostics"][0] == 1
+    eager = eager_gradients(configuration, case, tangents, saved, "exact" if everything else None)
+    exact = exact_gradients(configuration, case, tangents, None if everything else weight)
     numbers, expected = ours.pop("diagnostics"), eager.pop("diagnostics")
-    exact = exact_gradients(configuration, case, tangents, weight)
     check_error_rule(name, ours, eager, exact, configuration.compute_dtype or configuration.dtype)
-    tolerance = {"rtol": 1e-3, "atol": 1e-5}
-    torch.testing.assert_close(numbers, expected, **tolerance, msg=lambda text: f"{name}: {text}")
+    torch.testing.assert_close(numbers, expected, rtol=1e-3, atol=1e-5, msg=lambda text: f"{name}: {text}")
     for key, tensor in ours.items():
         leaf = {"input": case.head.x, "weight": case.head.w, "bias": case.head.bias}[key]
         assert (tensor.dtype, tensor.shape) == (leaf.dtype, leaf.shape)
@@ -331,8 +336,8 @@ def test_gradients_are_those_of_the_kept_columns(configuration):
     for n, d, v, active in [(300, 40, 4000, None), (390, 33, 2500, two_thirds(390)), (257, 300, 1001, None)]:
         case = Case.of(peaked(n, d, v, configuration.dtype), active)
         case.head.target[::5] = 7
-        check(f"({n}, {d}, {v})", configuration, case, loss_tangents(torch.rand(n) / n), kept=(0.05, 0.8))
-        check(f"({n}, {d}, {v}), signed", configuration, case, loss_tangents(signed(n)), kept=(0.05, 0.8))
+        check(f"({n}, {d}, {v})", configuration, case, loss_tangents(torch.rand(n) / n))
+        check(f"({n}, {d}, {v}), signed", configuration, case, loss_tangents(signed(n)))
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
@@ -344,11 +349,12 @@ def test_results_do_not_depend_on_the_number_of_threads():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(gradients(FLOAT32, case, tangents, saved))
+            kernel = backward_kernel(FLOAT32).compiled  # Dynamo compiles it anew for another number
+            found.append(kernel(tangents, saved, case.operands(FLOAT32.names), case.active))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
-        assert all(torch.equal(found[0][name], other[name]) for name in other)
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 AUTOCAST = Configuration(
@@ -357,7 +363,7 @@ AUTOCAST = Configuration(
 )  # fmt: skip
 CAPPED = Configuration(
     torch.float16, statistics="lse target_logit argmax", operands="input weight target", needs="input diagnostics",
-    scale=1.5, softcap=8.0,
+    scale=1.5, softcap=60.0,
 )  # fmt: skip
 
 
@@ -378,16 +384,16 @@ def test_autocast_strided_operands_a_frozen_trunk_and_the_sum_of_logits():
             case.operands(AUTOCAST.names), AUTOCAST.names, case.active, AUTOCAST.statistics, True,
             *AUTOCAST.attributes.args(),
         )  # fmt: skip
-        check("autocast", AUTOCAST, case, tangents, saved, kept=(0.05, 0.8))
+        check("autocast", AUTOCAST, case, tangents, saved)
 
 
 def test_float16_with_a_softcap_and_a_frozen_head():
-    case = Case.of(peaked(300, 40, 3000, factor=6.0), two_thirds(300))
+    case = Case.of(peaked(300, 40, 3000), two_thirds(300))
     case.head = replace(case.head.to(torch.float16), bias=None)
     *_, bound = saved = saved_by(CAPPED, case)
     mass = torch.stack([p.sum(0) for p in case.softmax(CAPPED).split(BLOCK)])
     assert (values(bound.device)[bound.long()][: len(mass)] >= mass).all()
-    check("float16", CAPPED, case, loss_tangents(torch.rand(300)), saved, kept=(0.05, 0.8))
+    check("float16", CAPPED, case, loss_tangents(torch.rand(300)), saved)
 
 
 # ---- the contract ---------------------------------------------------------------------------------------------------
@@ -535,7 +541,7 @@ def infinite_logit_without_tangents(case: Case, g: Tensor) -> None:
 
 def masked_columns(case: Case, g: Tensor) -> None:
     case.head.bias[::3] = -torch.inf
-    case.head.target = case.head.target // 3 * 3 + 1
+    case.head.target = case.head.target // 3 % 300 * 3 + 1
 
 
 def masked_everywhere(case: Case, g: Tensor) -> None:
@@ -597,7 +603,7 @@ def test_small_vocabularies_and_few_active_rows(configuration):
         active = torch.zeros(330, dtype=torch.bool)
         active[torch.randperm(330)[:count]] = True
         case = Case.of(peaked(330, 20, v, configuration.dtype, seed=v), active)
-        check(f"{count} rows, {v} columns", configuration, case, loss_tangents(torch.rand(330)), kept=(0, 1.1))
+        check(f"{count} rows, {v} columns", configuration, case, loss_tangents(torch.rand(330)), kept=(0, 1))
 
 
 @every_configuration
@@ -617,6 +623,69 @@ def test_argmax_beside_a_bound_is_the_first_of_equal_logits():
         head.w[equal] = 0.125
         argmax = saved_by(CAPPED, Case.of(head.to(torch.float16)))[2]
         assert (argmax == equal.min()).all()
+
+
+# ---- kernels of their own --------------------------------------------------------------------------------------------
+
+
+def forget_kernels() -> None:
+    torch._dynamo.reset()
+    for cached in (source, forward_kernel, backward_kernel):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def compiled_anew():
+    """Nothing is kept from the tests before, nor for those after."""
+    forget_kernels()
+    yield
+    forget_kernels()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("configuration", [FLOAT32, SAMPLED_SMALL], ids=["float32", "bfloat16, 1 MiB, unbiased"])
+def test_the_kernels_of_avx2(configuration, compiled_anew):
+    with torch._inductor.config.patch({"cpp.simdlen": 256}):
+        assert not cpu.multiplies_bfloat16()
+        test_the_bound_is_never_below_the_mass("peaked", configuration)
+        test_gradients_are_those_of_the_kept_columns(configuration)
+        test_a_block_whose_row_would_lose_too_much_is_done_in_full(configuration)
+        test_small_vocabularies_and_few_active_rows(configuration)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 16, 700), (300, 1, 700), (300, 16, 1)], ids=str)
+def test_one_row_width_one_and_one_column(shape, compiled_anew):
+    """Sizes that Dynamo compiles apart."""
+    head = peaked(*shape)
+    case = Case(head, torch.ones(shape[0], dtype=torch.bool))
+    check(str(shape), SAMPLED, case, loss_tangents(torch.rand(shape[0])), kept=(0, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("needs", ["input", "weight", "bias"])
+def test_one_gradient_alone(needs, compiled_anew):
+    configuration = replace(SMALL, needs=f"{needs} diagnostics")
+    check(needs, configuration, Case.of(peaked(300, 40, 3000, torch.bfloat16)), loss_tangents(torch.rand(300)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grad_filter", [BUDGET, UNBIASED])
+def test_logsumexp_without_targets(grad_filter, compiled_anew):
+    configuration = Configuration(grad_filter=grad_filter, statistics="lse", operands="input weight bias")
+    case = Case.of(peaked(300, 40, 3000))
+    *_, bound = saved = saved_by(configuration, case)
+    mass = torch.stack([p.sum(0) for p in case.softmax(configuration).split(BLOCK)])
+    assert (values(bound.device)[bound.long()] >= mass).all()
+    check("no targets", configuration, case, [torch.rand(300)], saved)
+
+
+@pytest.mark.slow
+def test_three_threads(three_threads, compiled_anew):
+    """More columns than are worked on at a time; on another number of threads they are added up in other parts."""
+    case = Case.of(peaked(300, 40, 6000))
+    check("three threads", FLOAT32, case, loss_tangents(torch.rand(300)))
+    assert {threads for tasks, threads in three_threads() if tasks > 2} == {3}
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
