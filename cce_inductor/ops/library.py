@@ -61,8 +61,10 @@ def eager_backward(
     check(call, training=True)
     given = dict(zip(tangent_names.split(), tangents, strict=True))
     results = dict(zip(saved_names(statistics, saved), saved, strict=True))
-    backward = filtered.backward if call.filtered and "lse" in given else reference.backward
-    return backward(call, given, results, needs.split())
+    if call.filtered and "lse" in given:
+        return filtered.backward(call, given, results, needs.split())
+    results.pop("bound", None)
+    return reference.backward(call, given, results, needs.split())
 
 
 def _eager_mm(out: Tensor, a: Tensor, b: Tensor) -> None:
