@@ -4,7 +4,7 @@ import torch
 from gpu_cases import Case
 from head_oracle import check_error_rule, error
 
-from cce_inductor.ops import reference
+from cce_inductor.ops import filtered, reference
 from cce_inductor.ops.bound import BLOCK, values
 from cce_inductor.ops.call import Attributes, Call
 
@@ -35,19 +35,19 @@ def check_budget(case: Case, data: list, out: tuple, ours: dict) -> None:
     given = dict(zip(["input", "weight", "bias", "target"], data, strict=True))
     call = Call(given, None if case.reference else active, "lse target_logit", attributes)
     operands = reference.Operands(call)
-    keep = reference.kept_columns(operands, {"lse": g}, saved, bound, 512)
-    rows = active.nonzero()[:, 0]
+    chosen = filtered.select(operands, {"lse": g}, saved | {"bound": bound}, BLOCK, 512)
+    rows, every = active.nonzero()[:, 0], slice(0, w.shape[0])
+    keep = torch.stack([chosen.certain(block, every) for block in range(-(-len(rows) // BLOCK))])
     for block, own in enumerate(rows.split(BLOCK)):
         stands_for = values(bound.device)[bound[block].long()]
         assert (stands_for >= others[own].sum(0) * (1 - 1e-6)).all(), "the bound is too low"
         weight = g[own].double().abs()
         dropped = (weight @ (others[own] * ~keep[block])).sum()
         assert dropped <= case.budget * (weight @ others[own]).sum() * (1 + 1e-5), "too much is dropped"
-    blocks = keep[: -(-len(rows) // BLOCK)]
     if case.confident:
-        assert blocks[0].all() and not blocks[1:].all(1).any(), "one block is to be done again"
+        assert keep[0].all() and not keep[1:].all(1).any(), "one block is to be done again"
     else:
-        share = blocks.double().mean().item()
+        share = keep.double().mean().item()
         assert share > 0.9 if case.sharp < 0.1 else share < 0.95, f"{share} kept"
     dense = torch.zeros_like(p)
     dense[rows] = p[rows] * keep[torch.arange(len(rows)) // BLOCK] * g[rows, None]
