@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import cce_inductor
 from cce_inductor import config
 from cce_inductor.bench import arguments, bounds, contenders, main, masses, measure, rounds, tradeoff
 from cce_inductor.bench.cases import CALIBRATED, FLAT, Case
@@ -56,6 +57,7 @@ class TestContenders:
     def test_what_a_filter_did_is_read_off_a_backward(self):
         from cce_inductor.bench import worker
 
+        cce_inductor.diagnostics(reset=True)  # a contender has a process of its own
         do = worker.handlers({"case": CASE.__dict__, "contender": "eager", "cache": ""})
         do["inputs"]()
         assert do["diagnostics"]() == {}
@@ -160,9 +162,9 @@ def test_the_bound(tmp_path, capsys):
 
 def test_command(tmp_path, monkeypatch, capsys):
     """Two filters, from their processes to the documentation."""
-    monkeypatch.setattr(tradeoff, "GROUPS", (("eager", "exact", "budget 1e-2"), ("eps 2⁻¹², sorted",)))
+    monkeypatch.setattr(tradeoff, "GROUPS", (("eager", "exact", "budget 1e-2"), ("eps 2⁻¹⁰, sorted",)))
     monkeypatch.setattr(tradeoff, "FLAT_GROUP", ("eager", "exact", "budget 2⁻⁹"))
-    monkeypatch.setattr(tradeoff, "FEW", ("budget 1e-2", "budget 2⁻⁹", "eps 2⁻¹², sorted"))
+    monkeypatch.setattr(tradeoff, "FEW", ("budget 1e-2", "budget 2⁻⁹", "eps 2⁻¹⁰, sorted"))
     argv = ["--sweep-budget", "--quick", "--dtype", "fp32", "--repeat", "1", "--threads", "1"]
     assert main.main([*argv, "--output", str(tmp_path / "out"), "--docs", str(tmp_path / "docs")]) == 0
     printed = capsys.readouterr().out
@@ -172,7 +174,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert all(one["failure"] == "" for result in (*data["fp32"], *data["flat"]) for one in result["rows"])
     assert rows["eager"]["error"]["dW"] < 1e-5 < rows["budget 1e-2"]["error"]["dW"] < 1e-1
     assert 0 < rows["budget 1e-2"]["filter"]["dropped"] <= 1e-2
-    assert rows["eps 2⁻¹², sorted"]["seconds"] == {} and rows["eps 2⁻¹², sorted"]["filter"]["kept"] > 0
+    assert rows["eps 2⁻¹⁰, sorted"]["seconds"] == {} and rows["eps 2⁻¹², sorted"]["filter"]["kept"] > 0
     assert [one["contender"] for one in data["flat"][0]["rows"]] == ["eager", "exact", "budget 2⁻⁹"]
     page = (tmp_path / "docs" / "benchmarks.md").read_text()
     assert "![sweep-budget](benchmarks/sweep-budget.svg)" in page
