@@ -55,6 +55,8 @@ def check_budget(case: Case, data: list, out: tuple, ours: dict) -> None:
     if case.capped:
         dense *= (1 - (z / 5.0) ** 2) * 0.7
     kept = {"loss": exact["loss"], "dx": dense @ wide[1], "dw": dense.T @ wide[0], "db": dense.sum(0)}
+    # p is exp(logit - lse) with an lse of fp32: half a unit of its last place is an error that a row's entries share.
+    shared = wanted["lse"][active].abs().max().item() * torch.finfo(torch.float32).eps / 2
     for name, value in kept.items():
-        allowed = 1.25 * error(eager[name], exact[name]) + 2 * torch.finfo(case.compute).eps
+        allowed = 1.25 * error(eager[name], exact[name]) + 2 * torch.finfo(case.compute).eps + shared
         assert error(ours[name], value) <= allowed, f"{name} is off by {error(ours[name], value):.2e} of {allowed:.2e}"
