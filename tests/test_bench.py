@@ -2,10 +2,12 @@
 
 import enum
 import json
+import multiprocessing
 import subprocess
 import sys
 import time
 import types
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -131,6 +133,20 @@ class TestCases:
         assert rounds.at_once(large, 80 * GIB, gemm=True) == 8
 
 
+def peaks_with_scratch() -> list[int]:
+    """Peaks of the loss and of the gradients of a head that fills 64 MiB on its way; dW is 32 MiB."""
+    x, weight, target = make_inputs(Case(8, 1024, 8192))
+
+    def call(x, weight, target):
+        scratch = torch.ones(64 * MIB, dtype=torch.uint8)
+        return F.cross_entropy(F.linear(x, weight), target) + 0 * scratch[0]
+
+    head = measure.Head(call, x, weight, target)
+    head.timed("gradients")
+    assert x.grad is None and weight.grad is None
+    return [head.peak(mode)["above"] for mode in measure.MODES]
+
+
 class TestMeasure:
     def test_statistics(self):
         assert measure.Stats.of([3.0, 1.0, 10.0]) == measure.Stats(3.0, 1.0, 10.0)
@@ -146,18 +162,13 @@ class TestMeasure:
         assert measure.relative_error(b, b) == 0.0
 
     def test_peak_is_above_inputs_and_gradients(self):
-        x, weight, target = make_inputs(Case(8, 1024, 8192))  # dW is 32 MiB
-
-        def call(x, weight, target):
-            scratch = torch.ones(64 * MIB, dtype=torch.uint8)
-            return F.cross_entropy(F.linear(x, weight), target) + 0 * scratch[0]
-
-        head = measure.Head(call, x, weight, target)
-        head.timed("gradients")
-        assert x.grad is None and weight.grad is None
-        assert 55 * MIB < head.peak("loss")["above"] < 80 * MIB
+        # In a process of its own, as in the benchmark: where others have left holes in the heap, the scratch
+        # comes from one, and freeing it gives nothing back to the system before the gradients are allocated.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+            loss, gradients = fresh.submit(peaks_with_scratch).result()
+        assert 55 * MIB < loss < 80 * MIB
         # The scratch is gone when the gradients come: what is left above them is the forward's peak less their size.
-        assert 25 * MIB < head.peak("gradients")["above"] < 50 * MIB
+        assert 25 * MIB < gradients < 50 * MIB
 
     @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
     def test_reference_is_autograd_in_float64(self, monkeypatch, dtype):
