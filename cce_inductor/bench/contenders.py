@@ -216,7 +216,7 @@ CONTENDERS = {contender.name: contender for contender in _ALL}
 
 EXACT = "exact"
 LATE = "exact, late gradients"
-TAUS = (2.0**-12, 2.0**-10, 2.0**-9, 4e-3, 1e-2, 3e-2)
+TAUS = (2.0**-11, 2.0**-9, 1e-2, 3e-2)
 EPSILONS = (2.0**-14, 2.0**-12, 2.0**-10)
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
