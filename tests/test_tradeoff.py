@@ -48,8 +48,8 @@ class TestContenders:
 
     def test_filters_are_known_by_name_and_stay_out_of_the_table(self):
         filters = [c for family in contenders.FAMILIES.values() for c in family]
-        assert len(filters) == 18
-        assert contenders.KNOWN["unbiased 4e-3"].filter == ("unbiased", 4e-3)
+        assert len(filters) == 14
+        assert contenders.KNOWN["unbiased 1e-2"].filter == ("unbiased", 1e-2)
         assert {str(Filter.of(c.filter)).split()[0] for c in filters} == {"budget", "unbiased", "eps"}
         assert not {c.name for c in filters} & {*contenders.names_on("cpu"), *contenders.names_on("cuda")}
         assert {c.name for c in filters} < {name for group in tradeoff.GROUPS for name in group}
