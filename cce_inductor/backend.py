@@ -61,6 +61,8 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], settings: Sett
     declined = [site for site in result.sites if not site.fused]
     if settings.strict and declined:
         raise DeclinedError("cce_inductor, with strict=True:\n" + "\n".join(str(site) for site in declined))
+    if result.uncompiled:
+        return gm.forward
     # compile_fx calls itself, and enable() wraps it: the mark keeps the pass from running twice on one graph.
     result.graph_module.meta[_MARK] = True
     compiled = compiler(result.graph_module, example_inputs)

@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 
 from . import emit, vocabulary
 from .builder import Builder
-from .values import Head, Refused, Step, Value, fake
+from .values import Columns, Head, Refused, Step, Value, fake
 
 # Ops that derive a weight from a parameter and are cheaper to repeat at a read than to keep the result of.
 _CHEAP = frozenset(("cast", "view", "reshape", "transpose", "t", "permute", "getattr", "getitem", "detach", "flatten"))
@@ -57,13 +57,17 @@ class Deferral:
     compute: Callable[[Sequence[Tensor]], Tensor]
     class_dim: int
     transposed: bool
+    columns: Columns
     dtype: torch.dtype
     requires_grad: bool
 
     def shape(self, operands: Sequence[Tensor]) -> tuple[int, ...]:
         """The shape of the logits, from the operands of one run."""
         sizes = list(operands[0].shape)
-        sizes[self.class_dim] = operands[1].shape[-1 if self.transposed else 0]
+        classes = range(operands[1].shape[1 if self.transposed else 0])
+        for part in self.columns:
+            classes = classes[slice(*part)]
+        sizes[self.class_dim] = len(classes)
         return tuple(sizes)
 
 
@@ -76,7 +80,7 @@ def _compute(head: Head, class_dim: int, steps: tuple[Step, ...]) -> Callable[[S
         x, w = operands[0].movedim(class_dim, -1).to(dtype), operands[1].to(dtype)
         bias = operands[2].to(dtype) if biased else None
         if not transposed:
-            z = F.linear(x, w, bias)
+            z = F.linear(x, head.matrix(w), bias)
         elif bias is not None and x.dim() == 2:
             z = torch.addmm(bias, x, w)
         else:
@@ -105,7 +109,7 @@ class Outputs:
         base = node
         while base not in self.placeholders:
             op = vocabulary.read(base)
-            if op is None or op.name not in _CHEAP or list(base.all_input_nodes) != [op.args["input"]]:
+            if op is None or op.inplace or op.name not in _CHEAP or list(base.all_input_nodes) != [op.args["input"]]:
                 break
             chain.append(base)
             base = op.args["input"]
@@ -129,7 +133,16 @@ class Outputs:
         for i in positions:
             self.outputs[i] = None
         return [
-            Deferral(i, operands, compute, value.class_dim, head.transposed, fake(value.node).dtype, requires_grad)
+            Deferral(
+                i,
+                operands,
+                compute,
+                value.class_dim,
+                head.transposed,
+                value.columns,
+                fake(value.node).dtype,
+                requires_grad,
+            )
             for i in positions
         ]
 

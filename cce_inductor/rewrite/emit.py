@@ -1,7 +1,11 @@
-"""Puts the fused operator and the arithmetic on its (N,) results in the place of a traced loss.
+"""Puts the fused operator and the arithmetic on its (N,) results in the place of traced readings.
 
-Losses that read the same rows of the same logits against the same target share one operator.
+Readings of the same rows of the same logits share one operator (`Group`), and so do losses of other rows that are
+multiplied by the same weight (`Bundle`): their rows are put behind each other, or else the gradients of the weight
+would be added up in 16 bits.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,69 +18,207 @@ from ..ops.diagnostics import meter
 from ..ops.filters import Filter
 from ..ops.library import FORWARD
 from ..ops.losses import cross_entropy, tangents
+from ..ops.statistics import TABLE
 from ..ops.with_gradients import ATTACH, WITH_GRADIENTS
 from .builder import Builder
-from .rules import Loss
-from .trace import Trace
-from .values import Head, Shift, Value, example, fake
+from .hoist import Hoist
+from .readings import Loss, Reading
+from .trace import Trace, descendants
+from .values import Head, Mask, Range, Shift, Value, example, fake
 
-
-def group_key(loss: Loss, value: Value) -> tuple:
-    """Losses with equal keys can be served by one operator call."""
-    return (
-        value.head.node,
-        tuple(node for node, _ in value.rows),
-        value.class_dim,
-        value.canonical(),
-        loss.target,
-        loss.arguments.ignore_index,
-        loss.weight if loss.arguments.label_smoothing else None,
-        fake(loss.node).requires_grad,
-        value.fake.requires_grad,
-    )
+EXACT = Filter()
 
 
 @dataclass
 class Group:
-    """Losses that share one operator call, in graph order, and the statistics they need together."""
+    """Readings that share one operator call, in graph order."""
 
-    members: list[tuple[Loss, Value]]
-    name: str = ""  # of the site: where the first loss stands
+    members: list[Reading]
+
+    @property
+    def value(self) -> Value:
+        return self.members[0].value
+
+    @property
+    def anchor(self) -> Node:
+        """The operator stands in front of this node."""
+        return self.members[0].node
 
     @property
     def statistics(self) -> list[str]:
-        names = {name for loss, _ in self.members for name in loss.arguments.statistics.split()}
-        return [name for name in ("lse", "target_logit", "logit_sum") if name in names]
+        names = {name for reading in self.members for name in reading.statistics}
+        return [name for name in TABLE_ORDER if name in names]
 
-    def filter(self, attributes: Attributes) -> Filter:
-        """What the gradient filter comes to for these logits and statistics: "exact" where none applies to them."""
-        _, softcap, _ = self.members[0][1].canonical()
-        applies = filtered(" ".join(self.statistics), replace(attributes, softcap=softcap))
-        return Filter.read(attributes.grad_filter) if applies else Filter()
+    @property
+    def target(self) -> Node | None:
+        return next((r.target for r in self.members if r.target is not None), None)
+
+    def given(self, hoist: Hoist) -> Node | None:
+        """The target in the form that takes least: as a vector where the program has made one."""
+        for r in self.members:
+            if r.given is not None and fake(r.given).dim() == 1 and hoist.before(r.given, self.anchor):
+                return r.given
+        return self.target
+
+    @property
+    def wraps(self) -> bool:
+        """Whether a negative target counts from the end, for all of them that read one."""
+        return all(r.wraps for r in self.members if r.target is not None)
+
+    @property
+    def ignored(self) -> int | None:
+        """The class of rows that do not count, or None if some reading counts every row."""
+        first = self.members[0]
+        if not isinstance(first, Loss) or not all(isinstance(r, Loss) and r.ignores for r in self.members):
+            return None
+        return first.arguments.ignore_index
 
     @property
     def column_weight(self) -> Node | None:
-        """The class weights that `logit_sum` is taken with: the same for all members, by `group_key`."""
-        return next((loss.weight for loss, _ in self.members if loss.arguments.label_smoothing), None)
+        """The class weights that `logit_sum` is taken with: the same for all members."""
+        return next((r.column_weight for r in self.members if isinstance(r, Loss) and r.column_weight), None)
+
+    def reads(self) -> list[Node]:
+        """The nodes that the rows of the operator are made of: hidden states, what they are indexed by, the target."""
+        value = self.value
+        logits = {value.head.node, *descendants(value.head.node)}
+        given = [value.head.input, *(n for node, _ in value.rows for n in node.all_input_nodes if n not in logits)]
+        return given if self.target is None else [*given, self.target]
+
+    def takes(self, reading: Reading, hoist: Hoist, exact: bool) -> bool:
+        """Whether one operator can serve `reading` as well."""
+        first = self.members[0]
+        if reading.value.source != first.value.source:
+            return False
+        if reading.differentiated != first.differentiated:
+            # Statistics for logging come along, unless they keep a filter from being applied.
+            if reading.differentiated or ("entropy" in reading.statistics and not exact):
+                return False
+        elif reading.value.fake.requires_grad != first.value.fake.requires_grad:
+            return False
+        if None not in (reading.target, self.target):
+            if reading.target is not self.target:
+                return False
+        elif reading.target is not None and not hoist.can(reading.target, self.anchor):
+            return False
+        if isinstance(reading, Loss):
+            for other in self.members:
+                if isinstance(other, Loss) and (other.ignores, other.arguments.ignore_index) != (
+                    reading.ignores,
+                    reading.arguments.ignore_index,
+                ):
+                    return False
+        sums = [r for r in (*self.members, reading) if "logit_sum" in r.statistics]
+        return len({r.column_weight if isinstance(r, Loss) else None for r in sums}) <= 1
 
 
-def groups(trace: Trace, order: dict[Node, int]) -> list[Group]:
-    found: dict[tuple, Group] = {}
-    for loss, value in sorted(trace.losses, key=lambda pair: order[pair[0].node]):
-        found.setdefault(group_key(loss, value), Group([])).members.append((loss, value))
-    return list(found.values())
+TABLE_ORDER = ("lse", "target_logit", "logit_sum", "entropy", "argmax")
+assert set(TABLE_ORDER) == set(TABLE)
 
 
-def width(builder: Builder, head: Head) -> Any:
+def groups(trace: Trace, hoist: Hoist, exact: bool) -> list[Group]:
+    """The readings of a head in groups. `exact`: no filter is set that a statistic could keep from being applied."""
+    found: list[Group] = []
+    for reading in sorted(trace.readings, key=lambda r: hoist.position(r.node)):
+        group = next((g for g in found if g.takes(reading, hoist, exact)), None)
+        if group is None:
+            found.append(Group([reading]))
+        else:
+            group.members.append(reading)
+    return found
+
+
+@dataclass
+class Bundle:
+    """Groups whose rows go through one operator call, one behind the other."""
+
+    groups: list[Group]
+    name: str = ""  # of the site: where its first loss stands
+
+    @property
+    def members(self) -> list[Reading]:
+        return [reading for group in self.groups for reading in group.members]
+
+    @property
+    def first(self) -> Group:
+        return self.groups[0]
+
+    @property
+    def statistics(self) -> list[str]:
+        names = {name for group in self.groups for name in group.statistics}
+        return [name for name in TABLE_ORDER if name in names]
+
+    def filter(self, attributes: Attributes) -> Filter:
+        """What the gradient filter comes to for these logits and statistics: "exact" where none applies to them."""
+        _, softcap, _, _ = self.first.value.affine.operator()
+        applies = filtered(" ".join(self.statistics), replace(attributes, softcap=softcap))
+        return Filter.read(attributes.grad_filter) if applies else EXACT
+
+    def takes(self, group: Group, hoist: Hoist) -> bool:
+        """Whether the rows of `group` can stand behind those of this bundle."""
+        a, b = self.first, group
+        one, two = a.value, b.value
+        alike = all(
+            (
+                one.source[2:] == two.source[2:],
+                (one.head.weight, one.head.transposed, one.head.bias)
+                == (two.head.weight, two.head.transposed, two.head.bias),
+                one.head.dtype == two.head.dtype,
+                fake(one.head.input).dtype == fake(two.head.input).dtype,
+                one.fake.requires_grad == two.fake.requires_grad,
+                a.members[0].differentiated == b.members[0].differentiated,
+                a.ignored == b.ignored,
+                (a.target is None) == (b.target is None),
+                a.wraps == b.wraps,
+                a.statistics == b.statistics,
+                a.column_weight is b.column_weight,
+                not one.masks,
+            )
+        )
+        if not alike:
+            return False
+        return all(hoist.can(n, a.anchor) for n in b.reads())
+
+
+def bundles(found: list[Group], hoist: Hoist) -> list[Bundle]:
+    made: list[Bundle] = []
+    for group in sorted(found, key=lambda g: hoist.position(g.anchor)):
+        bundle = next((b for b in made if b.takes(group, hoist)), None)
+        if bundle is None:
+            made.append(Bundle([group]))
+        else:
+            bundle.groups.append(group)
+    return made
+
+
+# ---- what an operator reads
+
+
+def _width(builder: Builder, head: Head) -> Any:
     """D as a number, or as a proxy where it is symbolic."""
     d = head.width
-    return d if isinstance(d, int) else builder.proxy(head.input).size(-1)
+    return d if isinstance(d, int) else builder.proxy(head.input).size(head.width_dim)
 
 
-def vocab(builder: Builder, head: Head) -> Any:
-    """V as a number, or as a proxy where it is symbolic."""
-    v = head.vocab
-    return v if isinstance(v, int) else builder.proxy(head.weight).size(-1 if head.transposed else 0)
+def _vocab(builder: Builder, value: Value) -> Any:
+    """The number of classes as a number, or as a proxy where it is symbolic."""
+    v = value.vocab
+    if isinstance(v, int):
+        return v
+    return _weight(builder, value, False).size(0)
+
+
+def _range(part: Range) -> slice:
+    return slice(*part)
+
+
+def _weight(builder: Builder, value: Value, detach: bool) -> Proxy:
+    """The (V, D) weight of the classes that are left."""
+    weight = builder.proxy(value.head.weight)
+    weight = value.head.matrix(weight.detach() if detach else weight)
+    for part in value.columns:
+        weight = weight[_range(part)]
+    return weight
 
 
 def hidden(builder: Builder, value: Value, detach: bool) -> Proxy:
@@ -85,7 +227,7 @@ def hidden(builder: Builder, value: Value, detach: bool) -> Proxy:
     if detach:
         h = h.detach()
     for _, row_map in value.rows:
-        h = row_map(h, width(builder, value.head))
+        h = row_map(h, _width(builder, value.head))
     return h
 
 
@@ -98,77 +240,162 @@ def _flat_rows(h: Proxy, rank: int, class_dim: int) -> Proxy:
     return h.flatten(0, -2) if rank > 2 else h
 
 
-def _bias(builder: Builder, shifts: tuple[Shift, ...], detach: bool) -> Proxy | None:
-    """The sum of the biases inside the scale, (V,), in fp32 where there is anything to compute."""
-    total = None
+def _flat(builder: Builder, node: Node) -> Proxy:
+    p = builder.proxy(node)
+    return p.reshape(-1) if fake(node).dim() != 1 else p
+
+
+def _input(builder: Builder, value: Value, detach: bool) -> Proxy:
+    """(N, D), multiplied by the tensors that the logits are multiplied with."""
+    h = _flat_rows(hidden(builder, value, detach), value.fake.dim(), value.class_dim)
+    for factor in value.affine.factors:
+        f = _number(builder, factor.node, detach)
+        h = h / f if factor.divides else h * f
+    return h
+
+
+def _number(builder: Builder, node: Node, detach: bool) -> Proxy:
+    """A tensor of one element without dimensions: it does not change the dtype of what it is multiplied with."""
+    f = builder.proxy(node)
+    f = f.detach() if detach else f
+    return f.reshape(()) if fake(node).dim() else f
+
+
+def _biases(builder: Builder, value: Value, detach: bool) -> Proxy | None:
+    """The sum of all that is added inside the scale, (V,), in fp32 where there is anything to compute."""
+    _, _, shifts, constant = value.affine.operator()
+    exact = torch.float64 if value.head.dtype == torch.float64 else torch.float32
+    total: Any = None
+    plain = len(shifts) == 1 and not constant and not value.masks
     for shift in shifts:
-        b = builder.proxy(shift.node)
-        b = b.detach() if detach else b
-        b = b.reshape(-1) if fake(shift.node).dim() != 1 else b
-        if shift.factor != 1.0 or len(shifts) > 1:
-            exact = torch.float64 if fake(shift.node).dtype == torch.float64 else torch.float32
-            b = b.to(exact) * shift.factor
+        b = _bias(builder, shift, detach, exact, plain)
         total = b if total is None else total + b
+    if constant:
+        if total is None:
+            total = builder.call(torch.zeros, (value.vocab,), **_like(value, exact))
+        total = total + constant
+    for mask in value.masks:
+        held = _mask(builder, mask, value)
+        if total is None:
+            total = builder.call(torch.zeros, (value.vocab,), **_like(value, exact))
+        total = total.masked_fill(held, -torch.inf)
     return total
 
 
+def _like(value: Value, dtype: torch.dtype) -> dict[str, Any]:
+    return {"dtype": dtype, "device": value.fake.device}
+
+
+def _bias(builder: Builder, shift: Shift, detach: bool, exact: torch.dtype, plain: bool) -> Proxy:
+    b = builder.proxy(shift.node)
+    b = b.detach() if detach else b
+    b = b.reshape(-1) if fake(shift.node).dim() != 1 else b
+    for part in shift.columns:
+        b = b[_range(part)]
+    if shift.factor == 1.0 and plain and not shift.factors:
+        return b
+    b = b.to(exact) * shift.factor
+    for factor in shift.factors:
+        f = _number(builder, factor.node, detach).to(exact)
+        b = b / f if factor.divides else b * f
+    return b
+
+
+def _mask(builder: Builder, mask: Mask, value: Value) -> Proxy:
+    """(V,) bool: the classes that are left and masked."""
+    if mask.node is not None:
+        held = _flat(builder, mask.node)
+    else:
+        assert mask.range is not None
+        held = builder.call(torch.zeros, (mask.vocab,), **_like(value, torch.bool))
+        places = builder.call(torch.arange, mask.vocab, device=value.fake.device)
+        held = held.index_fill(0, places[_range(mask.range)], True)
+    for part in mask.columns:
+        held = held[_range(part)]
+    return held
+
+
+# ---- the operator
+
+
 def emit(
-    graph: Graph, group: Group, attributes: Attributes, gradients: bool = False, diagnostics: bool = False
+    graph: Graph,
+    bundle: Bundle,
+    attributes: Attributes,
+    hoist: Hoist,
+    gradients: bool = False,
+    diagnostics: bool = False,
 ) -> None:
-    """Replaces the losses of one group. With `gradients`, of one `linear` loss, they are formed in the forward.
+    """Replaces the readings of one bundle. With `gradients`, of one `linear` loss, they are formed in the forward.
 
     diagnostics: whether a filtered backward leaves its numbers to the site's meter.
     """
-    loss, value = group.members[0]
-    builder = Builder(graph, loss.node)
-    call = builder.run(_Call, builder, group, attributes, diagnostics)
+    anchor = bundle.first.anchor
+    for group in bundle.groups:
+        for node in group.reads():
+            hoist.move(node, anchor)
+    builder = Builder(graph, anchor)
+    call = builder.run(_Call, builder, bundle, attributes, hoist, diagnostics)
     if gradients:
-        loss.node.replace_all_uses_with(builder.run(_with_gradients, builder, loss, value, call).node)
+        ((loss,),) = (group.members for group in bundle.groups)
+        assert isinstance(loss, Loss)
+        loss.node.replace_all_uses_with(builder.run(_with_gradients, builder, loss, call).node)
         return
-    stats = builder.run(call.statistics, builder)
-    for loss, value in group.members:
-        after = Builder(graph, loss.node)
-        again = [after.proxy(p.node) for p in (call.target, call.active)]
-        shared = {name: after.proxy(p.node) for name, p in stats.items()}
-        result = after.run(_loss, after, loss, value, shared, *again)
-        loss.node.replace_all_uses_with(result.node)
+    results = builder.run(call.statistics, builder)
+    for i, group in enumerate(bundle.groups):
+        parts = builder.run(call.part, builder, results, i)
+        for reading in group.members:
+            after = Builder(graph, reading.node)
+            again = Statistics(after, reading, group, {name: after.proxy(p.node) for name, p in parts.items()})
+            reading.node.replace_all_uses_with(after.run(_result, after, reading, again).node)
 
 
 class _Call:
-    """The arguments of a group's operator, recorded: its operands, the (N,) target, the mask of active rows."""
+    """The arguments of a bundle's operator, recorded: its operands, the (N,) target, the mask of active rows."""
 
-    def __init__(self, builder: Builder, group: Group, attributes: Attributes, diagnostics: bool):
-        loss, value = group.members[0]
+    def __init__(self, builder: Builder, bundle: Bundle, attributes: Attributes, hoist: Hoist, diagnostics: bool):
+        group, value = bundle.first, bundle.first.value
         head = value.head
-        scale, softcap, shifts = value.canonical()
+        scale, softcap, _, _ = value.affine.operator()
         # The loss of logits that eager computed without a graph must have none either.
-        detach = not value.fake.requires_grad and any(fake(n).requires_grad for n in head.operands())
-        weight = builder.proxy(head.weight)
-        weight = weight.detach() if detach else weight
-        rank = value.fake.dim()
+        tensors = [*head.operands(), *(s.node for s in value.affine.shifts), *(f.node for f in value.affine.factors)]
+        detach = not value.fake.requires_grad and any(fake(n).requires_grad for n in tensors)
+        inputs = [_input(builder, g.value, detach) for g in bundle.groups]
+        self.sizes = [_rows(p) for p in inputs]
         self.operands: dict[str, Proxy] = {
-            "input": _flat_rows(hidden(builder, value, detach), rank, value.class_dim),
-            "weight": weight.t() if head.transposed else weight,
+            "input": builder.call(torch.cat, inputs) if len(inputs) > 1 else inputs[0],
+            "weight": _weight(builder, value, detach),
         }
-        target = builder.proxy(loss.target)
-        self.operands["target"] = self.target = target.reshape(-1) if fake(loss.target).dim() != 1 else target
-        bias = _bias(builder, shifts, detach)
+        self.active: Proxy | None = None
+        self.target: Proxy | None = None
+        self.targets: list[Proxy] = []
+        if group.target is not None:
+            self.targets = [_flat(builder, given) for g in bundle.groups if (given := g.given(hoist)) is not None]
+            self.target = builder.call(torch.cat, self.targets) if len(self.targets) > 1 else self.targets[0]
+            if group.ignored is not None:
+                self.active = self.target.ne(group.ignored)
+            elif group.wraps:
+                wrapped = self.target + _vocab(builder, value)
+                self.target = builder.call(torch.where, self.target < 0, wrapped, self.target)
+            else:
+                self.target = _without_ignored(builder, self.target, bundle)
+            self.operands["target"] = self.target
+        bias = _biases(builder, value, detach)
         if bias is not None:
             self.operands["bias"] = bias
         if group.column_weight is not None:
             self.operands["column_weight"] = builder.proxy(group.column_weight).detach()
-        self.active = self.target.ne(loss.arguments.ignore_index)
-        self.names = group.statistics
+        self.names = bundle.statistics
         self.attributes = Attributes(
             scale, softcap, head.dtype, attributes.grad_filter, attributes.workspace, attributes.version
         )
-        differentiated = fake(loss.node).requires_grad and value.fake.requires_grad
+        differentiated = group.members[0].differentiated
         if differentiated and sampled(" ".join(self.names), self.attributes):
             device = fake(head.input).device
             self.operands["seed"] = builder.call(torch.randint, SEEDS, (1,), device=device)
-        applied = group.filter(attributes)
+        applied = bundle.filter(attributes)
         if diagnostics and differentiated and applied.kind != "exact":
-            slot = meter(group.name, str(applied), fake(head.input).device).slot()
+            slot = meter(bundle.name, str(applied), fake(head.input).device).slot()
             self.operands["diagnostics"] = builder.parameter("cce_inductor_diagnostics", slot)
 
     def statistics(self, builder: Builder) -> dict[str, Proxy]:
@@ -178,11 +405,38 @@ class _Call:
         out = builder.call(FORWARD, given, names, self.active, *rest)
         return {name: out[i] for i, name in enumerate(self.names)}
 
+    def part(self, builder: Builder, results: dict[str, Proxy], i: int) -> dict[str, Proxy]:
+        """The statistics, the target and the mask of active rows of group `i`: its rows of them all."""
+        every = dict(results)
+        if self.target is not None:
+            every["target"] = self.target
+        if self.active is not None:
+            every["active"] = self.active
+        if len(self.sizes) == 1:
+            return every
+        start: Any = 0
+        for size in self.sizes[:i]:
+            start = size + start
+        return {name: p.narrow(0, start, self.sizes[i]) for name, p in every.items()}
 
-def _with_gradients(builder: Builder, loss: Loss, value: Value, call: _Call) -> Proxy:
+
+def _rows(p: Proxy) -> Any:
+    n = example(p.node).shape[0]
+    return n if isinstance(n, int) else p.size(0)
+
+
+def _without_ignored(builder: Builder, target: Proxy, bundle: Bundle) -> Proxy:
+    """The target with a class that there is in rows that a loss ignores and another reading does not."""
+    ignoring = [r for r in bundle.members if isinstance(r, Loss) and r.ignores]
+    if not ignoring:
+        return target
+    return builder.call(torch.where, target.ne(ignoring[0].arguments.ignore_index), target, 0)
+
+
+def _with_gradients(builder: Builder, loss: Loss, call: _Call) -> Proxy:
     """Records the operator that forms the gradients as well, and the loss they are attached to."""
     weight = None if loss.weight is None else builder.proxy(loss.weight)
-    known = tangents(call.target, call.active, weight, vocab(builder, value.head), loss.arguments)
+    known = tangents(call.target, call.active, weight, _vocab(builder, loss.value), loss.arguments)
     needs = [name for name, p in call.operands.items() if example(p.node).requires_grad]
     out = builder.call(
         WITH_GRADIENTS,
@@ -196,38 +450,130 @@ def _with_gradients(builder: Builder, loss: Loss, value: Value, call: _Call) -> 
         *call.attributes.args(),
     )
     stats = {name: out[i] for i, name in enumerate(call.names)}
-    result = _loss(builder, loss, value, stats, call.target, call.active)
+    parts = call.part(builder, stats, 0)
+    result = _result(builder, loss, Statistics(builder, loss, Group([loss]), parts))
     gradients = [out[len(call.names) + i] for i in range(len(needs))]
     return builder.call(ATTACH, result, [call.operands[name] for name in needs], gradients)
 
 
-def _loss(builder: Builder, loss: Loss, value: Value, stats: dict[str, Proxy], target: Proxy, active: Proxy) -> Proxy:
-    """Records the arithmetic of one loss, in eager's shape and dtype."""
-    weight = None if loss.weight is None else builder.proxy(loss.weight)
-    result = cross_entropy(stats, target, active, weight, vocab(builder, value.head), loss.arguments)
-    if loss.arguments.reduction == "none" and fake(loss.target).dim() != 1:
-        result = result.reshape_as(builder.proxy(loss.target))
-    dtype = fake(loss.node).dtype
+# ---- what the program gets
+
+
+class Statistics:
+    """The statistics of a group as one reading sees them, (N,): of the logits with all that was done to them."""
+
+    def __init__(self, builder: Builder, reading: Reading, group: Group, parts: dict[str, Proxy]):
+        self.builder, self.reading, self.group = builder, reading, group
+        self.value = reading.value
+        self.parts = parts
+        self.detach = group.members[0].differentiated and not reading.differentiated
+
+    def _part(self, name: str) -> Proxy:
+        p = self.parts[name]
+        return p.detach() if self.detach and name not in ("target", "active", "argmax") else p
+
+    @property
+    def vocab(self) -> Any:
+        return _vocab(self.builder, self.value)
+
+    @property
+    def lse(self) -> Any:
+        result = self._shifted(self._part("lse"))
+        for mask in self.value.masks:
+            if mask.fill != -torch.inf:
+                count = _mask(self.builder, mask, self.value).sum()
+                other = count.to(example(result.node).dtype).log() + mask.fill
+                result = self.builder.call(torch.logaddexp, result, other)
+        return result
+
+    @property
+    def target_logit(self) -> Any:
+        result = self._shifted(self._part("target_logit"))
+        for mask in self.value.masks:
+            held = _mask(self.builder, mask, self.value)[self._part("target")]
+            result = self.builder.call(torch.where, held, mask.fill, result)
+        return result
+
+    @property
+    def logit_sum(self) -> Any:
+        constant = self.value.affine.constant
+        total = self._part("logit_sum")
+        return total + self.vocab * constant if constant else total
+
+    @property
+    def entropy(self) -> Any:
+        return self._part("entropy")
+
+    @property
+    def argmax(self) -> Any:
+        return self._part("argmax")
+
+    def _shifted(self, p: Any) -> Any:
+        constant = self.value.affine.constant
+        return p + constant if constant else p
+
+
+def _result(builder: Builder, reading: Reading, statistics: Statistics) -> Proxy:
+    """Records what the program gets for a reading, in eager's shape and dtype."""
+    if isinstance(reading, Loss):
+        result = _loss(builder, reading, statistics)
+    else:
+        result = reading.shape(_in_rows(builder, reading.value, reading.flat(statistics)))
+    dtype = fake(reading.node).dtype
     return result if dtype == result.node.meta["example_value"].dtype else result.to(dtype)
+
+
+def _in_rows(builder: Builder, value: Value, flat: Any) -> Any:
+    """(N,) in the leading shape of the logits."""
+    lead = value.lead_shape
+    if len(lead) == 1:
+        return flat
+    if all(isinstance(s, int) for s in lead):
+        return flat.reshape(tuple(lead))
+    return flat.reshape_as(hidden(builder, value, True).select(value.class_dim, 0))
+
+
+def _loss(builder: Builder, loss: Loss, statistics: Statistics) -> Proxy:
+    """Records the arithmetic of one loss over classes."""
+    weight = None if loss.weight is None else builder.proxy(loss.weight)
+    target, active = statistics.parts["target"], statistics.parts.get("active")
+    stats = {name: getattr(statistics, name) for name in loss.statistics}
+    if active is None and loss.ignores and statistics.group.target is not None:
+        # Others read every row: what is ignored was computed as well.
+        active = _flat(builder, loss.target).ne(loss.arguments.ignore_index)  # type: ignore[arg-type]
+        stats = {name: builder.call(torch.where, active, p, 0) for name, p in stats.items()}
+    elif active is None:
+        active = target.ge(0)
+    elif loss.value.affine.constant or loss.value.masks:
+        stats = {name: builder.call(torch.where, active, p, 0) for name, p in stats.items()}
+    result = cross_entropy(stats, target, active, weight, statistics.vocab, loss.arguments)
+    lead = loss.value.lead_shape
+    if loss.arguments.reduction == "none" and len(lead) != 1:
+        result = _in_rows(builder, loss.value, result)
+    return result
+
+
+# ---- what is left
 
 
 def replace_metadata(graph: Graph, trace: Trace) -> None:
     """Lets reads of the logits' shape read it off the hidden states, so that they do not keep the logits alive."""
-    for node, value in trace.metadata:
+    for node, read, value in trace.metadata:
         builder = Builder(graph, node)
-        node.replace_input_with(value.node, builder.run(_same_shape, builder, value).node)
+        node.replace_input_with(read, builder.run(_same_shape, builder, value).node)
 
 
 def _same_shape(builder: Builder, value: Value) -> Proxy:
     """A tensor of the logits' shape that takes no memory of its own: one column of the hidden states, expanded."""
     h = hidden(builder, value, detach=True).narrow(value.class_dim, 0, 1)
+    h = h if value.fake.dtype == h.node.meta["example_value"].dtype else h.to(value.fake.dtype)
     sizes = [-1] * value.fake.dim()
-    sizes[value.class_dim] = vocab(builder, value.head)
+    sizes[value.class_dim] = _vocab(builder, value)
     return h.expand(*sizes)
 
 
 def erase_dead(graph: Graph, trace: Trace, findings: list[Node]) -> None:
-    """Erases losses and logits without a use. Only nodes of the trace: they are known to be pure."""
+    """Erases losses and logits without a use. Only nodes of the trace: they are known to be pure, or to edit logits."""
     dead = set(findings) | set(trace.values)
     for node in reversed(list(graph.nodes)):
         if node in dead and not node.users:

@@ -16,6 +16,8 @@ from ..ops.choice import Choice, Chooser, Problem
 from ..ops.filters import Filter
 from . import emit, site
 from .defer import Deferral, Outputs
+from .hoist import Hoist
+from .readings import Loss, Reading
 from .site import Site
 from .trace import Finding, Trace, find, written_between
 from .values import Head, Refusal, Refused, fake
@@ -25,12 +27,16 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Rewritten:
-    """The result of the pass. `graph_module` is the original one where nothing was fused."""
+    """The result of the pass. `graph_module` is the original one where nothing was fused.
+
+    uncompiled: the program differentiates the graph twice, which no compiled graph can be: it has to run as it is.
+    """
 
     graph_module: GraphModule
     sites: list[Site]
     deferrals: list[Deferral] = field(default_factory=list)
     user_outputs: int = 0
+    uncompiled: bool = False
 
     @property
     def fused(self) -> int:
@@ -53,6 +59,20 @@ def rewrite(gm: GraphModule, settings: Settings, version: str, choose: Chooser |
 def _fault(finding: Finding, error: Exception) -> Site:
     refusal = Refusal(finding.loss, f"internal error: {type(error).__name__}: {error}", "please report it")
     return site.make(finding.loss, None, refusal)
+
+
+def differentiated_again(gm: GraphModule) -> str:
+    """Where the program takes a derivative that it differentiates again, right behind a graph; "" if it does not.
+
+    Dynamo breaks the graph there, and says so.
+    """
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or "autograd.grad" not in str(reason.reason) or not reason.user_stack:
+        return ""
+    frame = reason.user_stack[-1]
+    if "create_graph=True" not in (frame.line or ""):
+        return ""
+    return f"{frame.filename}:{frame.lineno}"
 
 
 def _copy(gm: GraphModule) -> GraphModule:
@@ -78,22 +98,29 @@ def _rewrite(gm: GraphModule, settings: Settings, version: str, choose: Chooser 
     copy = _copy(gm)
     graph = copy.graph
     findings = find(graph)
-    order = {node: i for i, node in enumerate(graph.nodes)}
+    if findings and (again := differentiated_again(gm)):
+        reason = f"the loss is differentiated with create_graph=True ({again}): compiled code has no second derivative"
+        cure = "compile the model without the penalty, or compute the penalty from another loss"
+        sites = [site.make(f.loss, f.trace.head if f.trace else None, Refusal(f.loss, reason, cure)) for f in findings]
+        return Rewritten(gm, sites, uncompiled=True)
+    hoist = Hoist(graph)
     attributes = Attributes(grad_filter=settings.grad_filter, workspace=settings.workspace_bytes, version=version)
-    plans = {f.trace.head.node: _plan(graph, f.trace, order, settings, choose) for f in findings if f.trace is not None}
+    traces = {f.trace.first.node: f.trace for f in findings if f.trace is not None}
+    plans = {node: _plan(graph, trace, hoist, settings, choose) for node, trace in traces.items()}
     fused = [plan for plan in plans.values() if plan.refusal is None]
+    calls = emit.bundles([group for plan in fused for group in plan.groups], hoist)
     # The numbers that diagnostics are made of are a gradient that no loss may scale.
     numbers = settings.diagnostics and settings.grad_filter != "exact"
-    early = settings.gradients_in_forward and not numbers and _one_linear_loss(fused)
-    _name(group for plan in fused for group in plan.groups)
-    sites = [_site(f, plans, settings, early, attributes) for f in findings]
+    early = settings.gradients_in_forward and not numbers and _one_linear_loss(calls)
+    _name(calls)
+    sites = [_site(f, plans, calls, settings, early, attributes) for f in findings]
     if not fused:
         return Rewritten(gm, sites)
     deferrals: list[Deferral] = []
+    for call in calls:
+        gradients = early and fused[0].choice.gradients_in_forward
+        emit.emit(graph, call, attributes, hoist, gradients, settings.diagnostics)
     for plan in fused:
-        for group in plan.groups:
-            gradients = early and plan.choice.gradients_in_forward
-            emit.emit(graph, group, attributes, gradients, settings.diagnostics)
         emit.replace_metadata(graph, plan.trace)
     # The outputs are read after the losses were replaced: a loss is one of them.
     outputs = Outputs(graph)
@@ -102,7 +129,7 @@ def _rewrite(gm: GraphModule, settings: Settings, version: str, choose: Chooser 
             deferrals += outputs.defer(value)
     user_outputs = outputs.finish()
     for plan in fused:
-        emit.erase_dead(graph, plan.trace, [loss.node for loss, _ in plan.trace.losses])
+        emit.erase_dead(graph, plan.trace, [reading.node for reading in plan.trace.readings])
     graph.lint()
     copy.recompile()
     return Rewritten(copy, sites, deferrals, user_outputs)
@@ -122,12 +149,12 @@ class Plan:
     choice: Choice = EAGER
 
 
-def _plan(graph: Graph, trace: Trace, order: dict[Node, int], settings: Settings, choose: Chooser | None) -> Plan:
+def _plan(graph: Graph, trace: Trace, hoist: Hoist, settings: Settings, choose: Chooser | None) -> Plan:
     try:
         refusal = _refusal(graph, trace, settings)
         if refusal is not None:
             return Plan(trace, refusal=refusal)
-        groups = emit.groups(trace, order)
+        groups = emit.groups(trace, hoist, settings.grad_filter == "exact")
         choice = choose(_problem(trace.head, settings)) if choose else EAGER
         if choice.refusal:
             return Plan(trace, refusal=Refusal(trace.head.node, choice.refusal, choice.cure))
@@ -155,17 +182,17 @@ def _problem(head: Head, settings: Settings) -> Problem:
     )
 
 
-def _one_linear_loss(plans: list[Plan]) -> bool:
+def _one_linear_loss(calls: list[emit.Bundle]) -> bool:
     """Whether the gradients may be formed in the forward.
 
     One loss in the graph, since each holds a gradient of its weight until the backward; a mean or a sum under grad,
     since only then all tangents are known but for a factor.
     """
-    members = [pair for plan in plans for group in plan.groups for pair in group.members]
+    members = [reading for call in calls for reading in call.members]
     if len(members) != 1:
         return False
-    ((loss, value),) = members
-    return loss.arguments.linear and fake(loss.node).requires_grad and value.fake.requires_grad
+    (loss,) = members
+    return isinstance(loss, Loss) and loss.arguments.linear and loss.differentiated
 
 
 def _refusal(graph: Graph, trace: Trace, settings: Settings) -> Refusal | None:
@@ -177,7 +204,7 @@ def _refusal(graph: Graph, trace: Trace, settings: Settings) -> Refusal | None:
             f"{head.vocab} classes are fewer than min_vocab={settings.min_vocab}: there is little to save",
             "lower cce_inductor.config.min_vocab",
         )
-    transform = _transform_around(graph, {head.node, *(loss.node for loss, _ in trace.losses)})
+    transform = _transform_around(graph, {head.node, *(reading.node for reading in trace.readings)})
     if transform is not None:
         return Refusal(transform, "the head or the loss is inside a torch.func transform", "compute it outside")
     subclass = next((n for n in head.operands() if is_traceable_wrapper_subclass(fake(n))), None)
@@ -204,14 +231,14 @@ def _transform_around(graph: Graph, nodes: set[Node]) -> Node | None:
 def _late_write(graph: Graph, trace: Trace, groups: list[emit.Group], settings: Settings) -> Refusal | None:
     """A write to an operand between where the head read it and where the operator (or a deferred read) does."""
     head = trace.head
-    shifts = [s.node for _, value in trace.losses for s in value.shifts]
-    losses = [loss.node for group in groups for loss, _ in group.members]
-    last = next((n for n in reversed(graph.nodes) if n in losses), None)
+    others = [n for reading in trace.readings for n in _operands(reading)]
+    readings = {reading.node for group in groups for reading in group.members}
+    last = next((n for n in reversed(graph.nodes) if n in readings), None)
     deferred = bool(trace.outputs) and settings.defer_logits
-    writer = written_between(graph, [*head.operands(), *shifts], head.node, None if deferred else last)
+    writer = written_between(graph, [*head.operands(), *others], head.node, None if deferred else last)
     for group in groups:
-        first, *_, final = (loss.node for loss, _ in (group.members[0], *group.members))
-        targets = [loss.target for loss, _ in group.members]
+        first, final = group.members[0].node, group.members[-1].node
+        targets = [reading.target for reading in group.members if reading.target is not None]
         writer = writer or written_between(graph, targets, first, final)
     if writer is None:
         return None
@@ -219,21 +246,36 @@ def _late_write(graph: Graph, trace: Trace, groups: list[emit.Group], settings: 
     return Refusal(writer, reason, "write to a copy")
 
 
-def _name(groups: Iterable[emit.Group]) -> None:
-    """Gives each group a name of its own. A line of code may hold several, and those that follow are numbered."""
+def _operands(reading: Reading) -> list[Node]:
+    """What a reading's logits are made with besides the head's operands."""
+    affine = reading.value.affine
+    masks = [m.node for m in reading.value.masks if m.node is not None]
+    return [*(s.node for s in affine.shifts), *(f.node for f in affine.factors), *masks]
+
+
+def _name(calls: Iterable[emit.Bundle]) -> None:
+    """Gives each call a name of its own. A line of code may hold several, and those that follow are numbered."""
     seen: Counter[str] = Counter()
-    for group in groups:
-        name = site.name(group.members[0][0].node)
+    for call in calls:
+        name = site.name(call.members[0].node)
         seen[name] += 1
-        group.name = name if seen[name] == 1 else f"{name} #{seen[name]}"
+        call.name = name if seen[name] == 1 else f"{name} #{seen[name]}"
 
 
-def _site(finding: Finding, plans: dict[Node, Plan], settings: Settings, early: bool, attributes: Attributes) -> Site:
+def _site(
+    finding: Finding,
+    plans: dict[Node, Plan],
+    calls: list[emit.Bundle],
+    settings: Settings,
+    early: bool,
+    attributes: Attributes,
+) -> Site:
     if finding.trace is None:
         return site.make(finding.loss, None, finding.refusal)
-    plan = plans[finding.trace.head.node]
-    refusal = plan.refusal
-    if refusal is None and all(loss.node is not finding.loss for loss, _ in plan.trace.losses):
+    plan = plans[finding.trace.first.node]
+    refusal = finding.refusal or plan.refusal
+    reading = next((r for r in plan.trace.readings if r.node is finding.loss), None)
+    if refusal is None and reading is None:
         reason = "the loss reads the logits in a way the trace did not follow"
         refusal = Refusal(finding.loss, reason, "please report it")
     if refusal is not None:
@@ -242,14 +284,14 @@ def _site(finding: Finding, plans: dict[Node, Plan], settings: Settings, early: 
     kernel = plan.choice.kernel
     if early and plan.choice.gradients_in_forward:
         kernel += ", gradients formed in the forward"
-    group = next(g for g in plan.groups if any(loss.node is finding.loss for loss, _ in g.members))
+    call = next(c for c in calls if reading in c.members)
     return site.make(
         finding.loss,
         finding.trace.head,
         None,
         deferred,
         kernel,
-        group.name,
-        group.filter(attributes),
+        call.name,
+        call.filter(attributes),
         attributes.workspace,
     )

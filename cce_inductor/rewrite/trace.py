@@ -1,37 +1,64 @@
-"""Follows the logits from a head through every use.
+"""Follows the logits from every head of a graph through every use.
 
-A small abstract interpretation: each node made from the logits has a `Value`, given by the rules of `rules`. The
-trace ends at losses over row statistics, at graph outputs, and at reads of metadata; any other use is an escape,
-recorded with its reason. It only reads the graph.
+A small abstract interpretation, node by node in the graph's order: each node made from logits has a `Value` (or
+several: a product of two matrices can be read as logits in two ways), given by the rules of `rows` and `pointwise`. It
+ends at readings of row statistics, at graph outputs, and at reads of metadata; any other use is an escape, recorded
+with its reason. An in-place edit gives the node a new value from there on. The graph is only read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import rules, vocabulary
-from .rules import Loss
+from . import vocabulary
+from .heads import HEADS
+from .pointwise import INPLACE, VALUES, is_tensor, product
+from .readings import LOSSES, Loss, Reading, reading
+from .rows import PARTS, ROWS, join
 from .values import Head, Refusal, Refused, Value, example, fake
+from .vocabulary import Op
 
 
 @dataclass
 class Trace:
-    """One head and every use of its logits."""
+    """One head and every use of its logits. `values` are all nodes made from them, and what they are."""
 
-    head: Head
-    values: dict[Node, Value] = field(default_factory=dict)
-    losses: list[tuple[Loss, Value]] = field(default_factory=list)
+    first: Value
+    values: dict[Node, list[Value]] = field(default_factory=dict)
+    readings: list[Reading] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
-    metadata: list[tuple[Node, Value]] = field(default_factory=list)
+    metadata: list[tuple[Node, Node, Value]] = field(default_factory=list)  # the read, what it reads, its value
     escapes: list[Refusal] = field(default_factory=list)
+
+    @property
+    def head(self) -> Head:
+        """As its losses read it."""
+        return self.sites[0].value.head if self.sites else self.first.head
+
+    @property
+    def sites(self) -> list[Reading]:
+        """The readings that are losses as the user wrote them, one of each.
+
+        Calls of a loss function; or, where there are none, log-probabilities of a target; or a log-sum-exp.
+        """
+        losses: list[Reading] = [r for r in self.readings if isinstance(r, Loss)]
+        if losses or not any("lse" in r.statistics for r in self.readings):
+            return losses
+        picks: dict[Node, Reading] = {}
+        for r in self.readings:
+            if r.target is not None:
+                picks.setdefault(r.target, r)
+        return list(picks.values()) or [next(r for r in self.readings if "lse" in r.statistics)]
 
 
 @dataclass
 class Finding:
-    """A loss node of the graph: the trace of its head, or why there is none."""
+    """A loss of the graph: the trace of its head, or why there is none."""
 
     loss: Node
     trace: Trace | None
@@ -40,50 +67,300 @@ class Finding:
 
 def find(graph: Graph) -> list[Finding]:
     """Every loss over classes in the graph, in order, each with its head's trace or the reason it has none."""
-    traces: dict[Node, Trace] = {}
+    interpreter = Interpreter(graph)
+    interpreter.run()
+    order = {node: i for i, node in enumerate(graph.nodes)}
     findings = []
+    for trace in interpreter.traces.values():
+        sites = trace.sites
+        # What is not written as a loss is one only if it can be served, or reads the entry of a target.
+        if trace.escapes and not any(isinstance(s, Loss) or (s.target and s.differentiated) for s in sites):
+            continue
+        findings += [Finding(site.node, trace, None) for site in sites]
+    found = {finding.loss for finding in findings}
     for node in graph.nodes:
         op = vocabulary.read(node)
-        if op is None or op.name not in rules.LOSSES:
-            continue
+        if op is not None and op.name in LOSSES and node not in found:
+            findings.append(Finding(node, *interpreter.why(node, op)))
+    return sorted(findings, key=lambda finding: order[finding.loss])
+
+
+@dataclass
+class _Entry:
+    trace: Trace
+    values: list[Value]
+    stale: bool = False  # an alias was edited in place
+
+
+@dataclass
+class _Parts:
+    """A tuple of values: for every alternative, the value of each part as a function of the node that takes it."""
+
+    trace: Trace
+    makers: list[list[Callable[[Node], Value]]]
+    source: Node
+    stale: bool = False
+
+
+class Interpreter:
+    """The state of a walk over a graph: what every node is that is made from logits."""
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self.traces: dict[Node, Trace] = {}
+        self.values: dict[Node, _Entry] = {}
+        self.parts: dict[Node, _Parts] = {}
+        self.originals: dict[Node, Node] = {}  # of nodes that give the very tensor of another one
+        self.lse: dict[Node, Reading] = {}  # log-sum-exps, by nodes that hold them in the logits' rank
+        self.refused: dict[Node, tuple[Refusal, Trace | None]] = {}
+        self.records_gradients = True
+
+    def run(self) -> None:
+        for node in self.graph.nodes:
+            op = vocabulary.read(node)
+            self._grad_mode(node)
+            touched = [n for n in node.all_input_nodes if n in self.values or n in self.parts]
+            if touched:
+                self._use(node, op, touched)
+            elif op is not None and node not in self.values:
+                self._follow_lse(node, op)
+            if op is not None and op.name in HEADS:
+                self._head(node, op)
+        for trace in self.traces.values():
+            _check_independence(trace)
+
+    def _grad_mode(self, node: Node) -> None:
+        if node.op == "call_function" and getattr(node.target, "__name__", "") == "_set_grad_enabled":
+            self.records_gradients = node.args[0] is not False
+
+    def _head(self, node: Node, op: Op) -> None:
         try:
-            loss = rules.LOSSES[op.name](node, op.args)
-            head = _head_of(loss)
+            values = HEADS[op.name](node, op.args)
         except Refused as refused:
-            findings.append(Finding(node, None, Refusal(node, refused.reason, refused.cure)))
-            continue
-        except _Blocked as blocked:
-            findings.append(Finding(node, None, blocked.refusal))
-            continue
-        if head.node not in traces:
-            traces[head.node] = trace(head)
-        findings.append(Finding(node, traces[head.node], None))
-    return findings
+            self.refused.setdefault(node, (Refusal(node, refused.reason, refused.cure), None))
+            return
+        trace = self.traces[node] = Trace(values[0])
+        self._set(node, trace, values)
 
+    def _set(self, node: Node, trace: Trace, values: list[Value]) -> None:
+        self.values[node] = _Entry(trace, values)
+        trace.values[node] = values
 
-class _Blocked(Exception):
-    def __init__(self, refusal: Refusal):
-        self.refusal = refusal
+    # ---- one use
 
+    def _use(self, node: Node, op: Op | None, touched: list[Node]) -> None:
+        entries: list[_Entry | _Parts] = [self.values.get(n) or self.parts[n] for n in touched]
+        traces = list({id(e.trace): e.trace for e in entries}.values())
+        if node.op == "output":
+            self._output(node, traces)
+            return
+        try:
+            if any(e.stale for e in entries):
+                raise Refused("an alias of the logits was edited in place", "use the out-of-place form")
+            self._step(node, op, touched)
+        except Refused as refused:
+            refusal = Refusal(node, refused.reason, refused.cure)
+            self.refused[node] = refusal, traces[0]
+            for trace in traces:
+                trace.escapes.append(refusal)
 
-def _head_of(loss: Loss) -> Head:
-    """Walks from a loss back to the head whose logits it reads, through ops that have a rule."""
-    node = loss.input
-    while True:
-        op = vocabulary.read(node)
-        if op is not None and op.name in rules.HEADS:
+    def _output(self, node: Node, traces: list[Trace]) -> None:
+        seen: set[Node] = set()
+
+        def leave(n: Node) -> Node:
+            entry = self.values.get(n) or self.parts.get(n)
+            if entry is None or n in seen:
+                return n
+            seen.add(n)
+            if isinstance(entry, _Parts) or entry.stale:
+                entry.trace.escapes.append(Refusal(node, "parts of the logits leave the graph", "return the logits"))
+            elif entry.values[0].kind != "logits" or entry.values[0].picked is not None:
+                reason = f"the {entry.values[0].kind.replace('_', '-')} leaves the graph"
+                cure = "return the logits instead"
+                if entry.values[0].kind == "log_softmax" and entry.values[0].picked is None:
+                    entry.trace.outputs.append(entry.values[0])
+                else:
+                    entry.trace.escapes.append(Refusal(n, reason, cure))
+            else:
+                entry.trace.outputs.append(entry.values[0])
+            return n
+
+        map_arg(node.args, leave)
+
+    def _step(self, node: Node, op: Op | None, touched: list[Node]) -> None:
+        """What a node makes of the values it reads; Refused for an escape."""
+        source = touched[0]
+        inplace = op is not None and op.inplace and op.name in INPLACE and op.args["input"] in self.values
+        if not inplace and vocabulary.mutated(node) is not None:
+            raise Refused(
+                f"{vocabulary.describe(node)} works in place on a tensor of the logits' graph",
+                "use the out-of-place form",
+            )
+        if op is None:
+            raise Refused(
+                f"{vocabulary.describe(node)} reads the logits themselves",
+                "compute it from the returned logits outside the compiled region, or from the hidden states",
+            )
+        if source in self.parts:
+            self._take(node, op, source)
+            return
+        if op.name in ("size", "metadata") or (op.name == "getattr" and op.args["name"] in _METADATA):
+            entry = self.values[source]
+            entry.trace.metadata.append((node, source, entry.values[0]))
+            return
+        if op.name in ("cat", "stack") and all(n in self.values for n in touched):
+            self._join(node, op)
+            return
+        if len(touched) == 2 and op.name == "mul" and not op.inplace:
+            a, b = (self.values[n] for n in touched)
+            if a.trace is not b.trace:
+                raise Refused("logits of two heads are multiplied", "compute a loss of each")
+            pairs = list(zip(a.values, b.values, strict=False))
+            self._set(node, a.trace, self._all(lambda pair: product(pair[0], pair[1], node), pairs))
+            return
+        if len(touched) > 1 or sum(arg is source for arg in op.args.values()) != 1:
+            raise Refused(
+                f"{vocabulary.describe(node)} takes the logits as a second argument, or twice",
+                "pass something else there",
+            )
+        entry = self.values[source]
+        if op.name == "sub" and op.args["other"] in self.lse and not op.inplace:
+            self._set(node, entry.trace, self._all(lambda v: self._minus_lse(v, node, op), entry.values))
+            return
+        if op.name not in _SYMMETRIC and op.args.get("input") is not source:
+            raise Refused("the logits are the target or the weight of a loss", "use class indices as target")
+        readings = self._all(lambda v: _read(v, node, op), entry.values)
+        if readings[0] is not None:
+            entry.trace.readings.append(readings[0])
+            self._follow_lse(node, op, readings[0])
+            return
+        if op.name in PARTS:
+            made = self._all(lambda v: PARTS[op.name](v, node, op.args), entry.values)
+            self.parts[node] = _Parts(entry.trace, made, source)
+            entry.trace.values[node] = []
+            return
+        rule = ROWS.get(op.name) or VALUES.get(op.name)
+        if rule is None:
+            raise Refused(f"{vocabulary.describe(node)} reads the logits themselves", "use the hidden states instead")
+        values = self._all(lambda v: rule(v, node, op.args), entry.values)
+        if inplace:
+            self._edit(node, op, source, entry, values)
+            return
+        if op.name in ("cast", "copy") and storages(node) == storages(source):
+            self.originals[node] = source
+        self._set(node, entry.trace, values)
+
+    @staticmethod
+    def _all(rule: Callable[[Any], Any], values: list) -> list:
+        """What a rule gives for every alternative that it takes; Refused if it takes none."""
+        made, first = [], None
+        for value in values:
             try:
-                return rules.HEADS[op.name](node, op.args)
+                made.append(rule(value))
             except Refused as refused:
-                raise _Blocked(Refusal(node, refused.reason, refused.cure)) from None
-        if op is None or op.name not in rules.VALUES:
-            raise _Blocked(_unknown(node))
-        inputs = [op.args.get("input"), op.args.get("other")]
-        # 30.0 * z and bias + z have the logits second; the wider operand is the one to follow.
-        tensors = [n for n in inputs if isinstance(n, Node) and isinstance(example(n), Tensor)]
-        if not tensors:
-            raise _Blocked(_unknown(node))
-        node = max(tensors, key=lambda n: fake(n).dim())
+                first = first or refused
+        if not made:
+            assert first is not None
+            raise first
+        return made
+
+    def _take(self, node: Node, op: Op, source: Node) -> None:
+        parts = self.parts[source]
+        index = op.args.get("index") if op.name == "getitem" else None
+        if not isinstance(index, int):
+            raise Refused(f"{vocabulary.describe(node)} reads a tuple of logits", "take its parts one by one")
+        self._set(node, parts.trace, self._all(lambda makers: makers[index](node), parts.makers))
+
+    def _join(self, node: Node, op: Op) -> None:
+        tensors = op.args["tensors"]
+        entries = [self.values.get(n) for n in tensors] if isinstance(tensors, (list, tuple)) else [None]
+        if any(e is None or e.trace is not entries[0].trace for e in entries):  # type: ignore[union-attr]
+            raise Refused("logits are put together with other tensors", "compute a loss of each")
+        lists = [e.values for e in entries if e is not None]
+        rows = list(zip(*lists, strict=False))
+        trace = entries[0].trace  # type: ignore[union-attr]
+        self._set(node, trace, self._all(lambda v: join(list(v), node, op.args, op.name == "stack"), rows))
+
+    def _edit(self, node: Node, op: Op, source: Node, entry: _Entry, values: list[Value]) -> None:
+        """`source` holds other values from here on, and so do its aliases, which nothing may read any more."""
+        if entry.values[0].fake.requires_grad and not self.records_gradients:
+            raise Refused("the logits are edited in place without recording gradients", "use the out-of-place form")
+        memory = storages(source)
+        selves = [n for n in self.values if self._itself(n) is self._itself(source)]
+        for other, alias in self.values.items():
+            if alias.trace is entry.trace and other not in selves:
+                alias.stale |= bool(storages(other) & memory)
+        for parts in self.parts.values():
+            parts.stale |= parts.trace is entry.trace
+        if isinstance(example(node), Tensor):
+            selves.append(node)
+            self.originals[node] = source
+        else:
+            entry.trace.values[node] = []
+        for n in selves:
+            self._set(n, entry.trace, [v.at(n) for v in values])
+
+    def _itself(self, node: Node) -> Node:
+        """The first node that gave the same tensor: an edit in place returns it, as does a cast to its own dtype."""
+        while node in self.originals:
+            node = self.originals[node]
+        return node
+
+    # ---- z - z.logsumexp(-1, keepdim=True)
+
+    def _follow_lse(self, node: Node, op: Op, made: Reading | None = None) -> None:
+        """Remembers the log-sum-exps of rows, in the rank of the logits."""
+        if made is not None:
+            if made.statistics == ("lse",) and isinstance(example(node), Tensor):
+                self.lse[node] = made
+            return
+        source = op.args.get("input")
+        if source in self.lse and op.name in ("unsqueeze", "getitem") and not op.inplace:
+            self.lse[node] = self.lse[source]
+
+    def _minus_lse(self, value: Value, node: Node, op: Op) -> Value:
+        """The logits minus their log-sum-exp: log_softmax."""
+        other = op.args["other"]
+        lse = self.lse[other]
+        shape = list(value.fake.shape)
+        shape[value.class_dim] = 1
+        value.need("logits", "a log-sum-exp is subtracted from log-probabilities", "subtract it once")
+        if op.args["alpha"] != 1 or tuple(fake(other).shape) != tuple(shape) or fake(node).shape != value.fake.shape:
+            raise Refused("a log-sum-exp of other rows is subtracted from the logits", "keep its dimension")
+        if value.source != lse.value.source or value.affine != lse.value.affine or value.masks:
+            raise Refused("the log-sum-exp of other logits is subtracted", "subtract their own")
+        return value.then(node, lambda z, _: z - z.logsumexp(-1, keepdim=True), kind="log_softmax")
+
+    # ---- reasons
+
+    def why(self, loss: Node, op: Op) -> tuple[Trace | None, Refusal]:
+        """Why a loss has no trace that serves it: the node at fault, on the way back from the loss to a head."""
+        if loss in self.refused:
+            refusal, trace = self.refused[loss]
+            return trace, refusal
+        node = op.args["input"]
+        while True:
+            if not isinstance(node, Node):
+                return None, Refusal(loss, "the logits are not a tensor of the graph", "make them one")
+            if node in self.refused:
+                refusal, trace = self.refused[node]
+                return trace, refusal
+            op_ = vocabulary.read(node)
+            if op_ is None or (op_.name not in VALUES and op_.name not in ROWS):
+                return None, _unknown(node)
+            # 30.0 * z and bias + z have the logits second; the wider operand is the one to follow.
+            tensors = [n for n in (op_.args.get("input"), op_.args.get("other")) if is_tensor(n)]
+            if not tensors:
+                return None, _unknown(node)
+            node = max(tensors, key=lambda n: fake(n).dim())
+
+
+_METADATA = ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout")
+_SYMMETRIC = ("mul", "add", "sub", "div", "where")
+
+
+def _read(value: Value, node: Node, op: Op) -> Reading | None:
+    return reading(value, node, op)
 
 
 def _unknown(node: Node) -> Refusal:
@@ -97,76 +374,20 @@ def _unknown(node: Node) -> Refusal:
     return Refusal(node, f"{vocabulary.describe(node)} between the head and the loss has no fused form", cure)
 
 
-def trace(head: Head) -> Trace:
-    """Follows every use of a head's logits."""
-    result = Trace(head)
-    first = Value(head, head.node, fake(head.node).dim() - 1)
-    if head.bias is not None:
-        first = first.at(head.node, shifts=(rules.Shift(head.bias, 1.0),))
-    result.values[head.node] = first
-    pending = [first]
-    while pending:
-        value = pending.pop()
-        for user in value.node.users:
-            try:
-                made = _use(result, value, user)
-            except Refused as refused:
-                result.escapes.append(Refusal(user, refused.reason, refused.cure))
-                continue
-            if made is not None and user not in result.values:
-                result.values[user] = made
-                pending.append(made)
-    _check_independence(result)
-    return result
-
-
-def _use(result: Trace, value: Value, user: Node) -> Value | None:
-    """What one use of `value` gives: another value, or None where the trace ends; Refused for an escape."""
-    if user.op == "output":
-        result.outputs.append(value)
-        return None
-    if vocabulary.mutated(user) is not None:
-        raise Refused(
-            f"{vocabulary.describe(user)} works in place on a tensor of the logits' graph",
-            "use the out-of-place form",
-        )
-    op = vocabulary.read(user)
-    if op is None:
-        raise Refused(
-            f"{vocabulary.describe(user)} reads the logits themselves",
-            "compute it from the returned logits outside the compiled region, or from the hidden states",
-        )
-    if op.name in ("size", "metadata"):
-        result.metadata.append((user, value))
-        return None
-    if op.name in rules.LOSSES:
-        if op.args.get("input") is not value.node or _reads(op.args, value.node) != 1:
-            raise Refused("the logits are the target or the weight of a loss", "use class indices as target")
-        loss = rules.LOSSES[op.name](user, op.args)
-        rules.check_loss(loss, value)
-        result.losses.append((loss, value))
-        return None
-    if op.name not in rules.VALUES:
-        raise Refused(f"{vocabulary.describe(user)} reads the logits themselves", "use the hidden states instead")
-    if _reads(op.args, value.node) != 1:
-        raise Refused(
-            f"{vocabulary.describe(user)} takes the logits as a second argument, or twice", "pass something else there"
-        )
-    return rules.VALUES[op.name](value, user, op.args)
-
-
-def _reads(args: dict, node: Node) -> int:
-    return sum(arg is node for arg in args.values())
-
-
-def _check_independence(result: Trace) -> None:
+def _check_independence(trace: Trace) -> None:
     """An operand made from the logits themselves (z + z.mean(0), pseudo-labels) is no operand."""
-    behind = set(descendants(result.head.node))
-    for loss, value in result.losses:
-        others = [loss.target, loss.weight, *(s.node for s in value.shifts)]
+    if not trace.readings:
+        return
+    behind = set(descendants(trace.first.node))
+    for r in trace.readings:
+        affine = r.value.affine
+        others: list[Any] = [r.target, *(s.node for s in affine.shifts), *(f.node for f in affine.factors)]
+        others += [m.node for m in r.value.masks]
+        if isinstance(r, Loss):
+            others.append(r.weight)
         if any(isinstance(n, Node) and n in behind for n in others):
             reason = "the target or a bias is computed from the logits"
-            result.escapes.append(Refusal(loss.node, reason, "compute it from the hidden states, or outside"))
+            trace.escapes.append(Refusal(r.node, reason, "compute it from the hidden states, or outside"))
 
 
 def descendants(node: Node) -> Iterator[Node]:

@@ -1,5 +1,7 @@
 """What the trace knows of a node that is made from a head's logits."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -41,9 +43,10 @@ def fake(node: Node) -> Tensor:
 
 @dataclass(frozen=True)
 class Head:
-    """A linear map onto the vocabulary: logits = input @ weight.T + bias, `weight` (V, D).
+    """A linear map onto the vocabulary: logits = input @ weight.T + bias.
 
-    transposed: `weight` is stored (D, V), as in ``x @ w``. `bias` is a (V,)-like node or None.
+    weight: a node of shape (V, D), or (D, V) if `transposed`, as in ``x @ w``, or (V, D, 1, ...) of a convolution with
+    a kernel of one point. bias: a (V,)-like node or None. width_dim: the dimension of `input` that is contracted.
     """
 
     node: Node
@@ -51,6 +54,7 @@ class Head:
     weight: Node
     bias: Node | None
     transposed: bool
+    width_dim: int = -1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,22 +64,56 @@ class Head:
     @property
     def vocab(self) -> Any:
         """V, an int or a SymInt."""
-        return fake(self.node).shape[-1]
+        return fake(self.weight).shape[1 if self.transposed else 0]
 
     @property
     def width(self) -> Any:
-        return fake(self.input).shape[-1]
+        return fake(self.input).shape[self.width_dim]
 
     def operands(self) -> list[Node]:
         return [n for n in (self.input, self.weight, self.bias) if n is not None]
 
+    def matrix(self, weight: Any) -> Any:
+        """The (V, D) matrix from what `weight` gives, a tensor or a proxy: a view."""
+        if fake(self.weight).dim() > 2:
+            return weight.flatten(1)
+        return weight.t() if self.transposed else weight
+
+
+Range = tuple[Any, Any, Any]  # start, stop and step of a slice
+Columns = tuple[Range, ...]  # parts taken of the vocabulary, one after the other
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A tensor of one element that logits are multiplied with, or divided by."""
+
+    node: Node
+    divides: bool = False
+
 
 @dataclass(frozen=True)
 class Shift:
-    """A bias over the vocabulary: the tensor of `node`, flattened to (V,), times `factor`."""
+    """A bias over the vocabulary: the tensor of `node`, flattened to (V,), times `factor` and `factors`.
+
+    columns: what was taken of the vocabulary after it was added.
+    """
 
     node: Node
     factor: float
+    factors: tuple[Factor, ...] = ()
+    columns: Columns = ()
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Columns whose logits are replaced by `fill`: where `node`, (V,)-like and bool, is true, or a range of them."""
+
+    node: Node | None
+    range: Range | None
+    fill: float
+    columns: Columns = ()
+    vocab: Any = field(default=None, compare=False)  # of the logits when they were masked
 
 
 # (hidden, D) -> hidden, on FX proxies: does to the hidden states what an op did to the logits' leading dimensions.
@@ -85,23 +123,81 @@ Step = Callable[[Tensor, list[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
+class Affine:
+    """How logits come from a = input @ weight.T: tanh and `post` only if `capped`.
+
+    z = post * tanh(scale * factors * a + sum of shifts + inner) + offset.
+    """
+
+    scale: float = 1.0
+    factors: tuple[Factor, ...] = ()
+    shifts: tuple[Shift, ...] = ()
+    inner: float = 0.0
+    capped: bool = False
+    post: float = 1.0
+    offset: float = 0.0
+
+    def scaled(self, factor: float) -> Affine:
+        if self.capped:
+            return replace(self, post=self.post * factor, offset=self.offset * factor)
+        shifts = tuple(replace(s, factor=s.factor * factor) for s in self.shifts)
+        return replace(self, scale=self.scale * factor, shifts=shifts, inner=self.inner * factor)
+
+    def times(self, factor: Factor) -> Affine:
+        """Scaled by a tensor; only without a softcap, and a constant has to be a bias before it."""
+        shifts = tuple(replace(s, factors=(*s.factors, factor)) for s in self.shifts)
+        return replace(self, factors=(*self.factors, factor), shifts=shifts)
+
+    def plus(self, constant: float) -> Affine:
+        if self.capped:
+            return replace(self, offset=self.offset + constant)
+        return replace(self, inner=self.inner + constant)
+
+    def operator(self) -> tuple[float, float, tuple[Shift, ...], float]:
+        """(scale, softcap, biases, constant bias) of the operator: cap * tanh(scale * (a + biases + constant) / cap).
+
+        The constant is 0 without a softcap: there, as behind one, it is added to the statistics (`constant`).
+        """
+        scale = self.scale * self.post if self.capped else self.scale
+        if scale == 0:
+            raise Refused("logits multiplied by zero", "drop the loss: it is a constant")
+        shifts = tuple(replace(s, factor=s.factor / self.scale) for s in self.shifts)
+        return scale, abs(self.post) if self.capped else 0.0, shifts, self.inner / self.scale if self.capped else 0.0
+
+    @property
+    def constant(self) -> float:
+        """What the logits are larger than the operator's by."""
+        return self.offset if self.capped else self.inner
+
+
+# "logits"; "log_softmax" of them; "softmax"; "p log p" and "p z": the softmax times its logarithm or the logits, entry
+# by entry; "picked": of a kind, all but the target's entry is 0.
+KINDS = ("logits", "log_softmax", "softmax", "p log p", "p z")
+
+
+@dataclass(frozen=True)
 class Value:
     """A tensor made from a head's logits: rows rearranged, values through an affine map and perhaps a softcap.
 
-    With a = input @ weight.T, an entry is  post * tanh(scale * a + sum of shifts)  if `capped`, else without the tanh
-    and the post. `shifts` are biases at that point. `kind` is "logits" or "log_softmax" of them.
+    class_dim: where the classes are. kind: which function of the logits `affine` describes (KINDS), times `factor`
+    where it is not the logits themselves. picked: the class (the node of a tensor with one for each row) of the only
+    entry that is not 0, or None. columns, masks: of the vocabulary. rows: what happened to the leading dimensions.
+    order: the last node that changed which rows there are, or their order; None if none did. rounded: cast to a dtype
+    narrower than the head's.
     """
 
     head: Head
     node: Node
     class_dim: int
     kind: str = "logits"
-    scale: float = 1.0
-    shifts: tuple[Shift, ...] = ()
-    capped: bool = False
-    post: float = 1.0
-    rounded: bool = False  # cast to a dtype narrower than the head's
+    factor: float = 1.0
+    affine: Affine = Affine()
+    columns: Columns = ()
+    masks: tuple[Mask, ...] = ()
+    picked: Node | None = None
+    rounded: bool = False
     rows: tuple[tuple[Node, RowMap], ...] = ()
+    order: Node | None = None
     # How eager computed the values, for deferred logits: ops in order, and tensors they read besides the head's.
     steps: tuple[Step, ...] = field(default=(), compare=False)
     extra: tuple[Node, ...] = ()
@@ -111,31 +207,33 @@ class Value:
         return fake(self.node)
 
     @property
+    def vocab(self) -> Any:
+        """How many classes are left of the head's, an int or a SymInt."""
+        return self.fake.shape[self.class_dim]
+
+    @property
     def lead_shape(self) -> tuple:
         shape = tuple(self.fake.shape)
         return shape[: self.class_dim] + shape[self.class_dim + 1 :]
 
-    def at(self, node: Node, **changes: Any) -> "Value":
+    @property
+    def source(self) -> tuple:
+        """Equal for values that are functions of the same rows of the same logits, a constant apart."""
+        scale, softcap, shifts, inner = self.affine.operator()
+        return self.head, self.order, scale, softcap, shifts, inner, self.affine.factors, self.columns, self.masks
+
+    def at(self, node: Node, **changes: Any) -> Value:
         return replace(self, node=node, **changes)
 
-    def then(self, node: Node, step: Step, **changes: Any) -> "Value":
+    def then(self, node: Node, step: Step, **changes: Any) -> Value:
         return replace(self, node=node, steps=(*self.steps, step), **changes)
 
-    def mapped(self, node: Node, row_map: RowMap, class_dim: int) -> "Value":
-        return replace(self, node=node, rows=(*self.rows, (node, row_map)), class_dim=class_dim)
+    def mapped(self, node: Node, row_map: RowMap, class_dim: int, order: Node | None = None) -> Value:
+        """Rows rearranged; `order` is given where they are others now, or in another order."""
+        rows = (*self.rows, (node, row_map))
+        return replace(self, node=node, rows=rows, class_dim=class_dim, order=order or self.order)
 
-    def scaled(self, factor: float) -> "Value":
-        """The fields of this value times a number."""
-        if self.capped:
-            return replace(self, post=self.post * factor)
-        shifts = tuple(Shift(s.node, s.factor * factor) for s in self.shifts)
-        return replace(self, scale=self.scale * factor, shifts=shifts)
-
-    def canonical(self) -> tuple[float, float, tuple[Shift, ...]]:
-        """(scale, softcap, biases inside the scale) of the operator: cap * tanh(scale * (a + biases) / cap)."""
-        scale = self.scale * self.post if self.capped else self.scale
-        softcap = abs(self.post) if self.capped else 0.0
-        if scale == 0 or (self.capped and self.post == 0):
-            raise Refused("logits multiplied by zero", "drop the loss: it is a constant")
-        inner = self.scale
-        return scale, softcap, tuple(Shift(s.node, s.factor / inner) for s in self.shifts)
+    def need(self, kind: str, what: str, cure: str) -> None:
+        """Refused for a value of another kind."""
+        if self.kind != kind or self.picked is not None:
+            raise Refused(what, cure)

@@ -44,12 +44,26 @@ _CROSS_ENTROPY = (
 )
 _NLL = "input target weight=None size_average=None ignore_index=-100 reduce=None reduction='mean'"
 _CAST_METHODS = ("to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda")
+_REDUCE = "input dim=None keepdim=False dtype=None"
 
 SPELLINGS = (
     # heads
     Spelling("linear", "input weight bias=None", (F.linear, torch._C._nn.linear)),
-    Spelling("matmul", "input other", (torch.matmul, operator.matmul, torch.mm), ("matmul", "mm", "__matmul__")),
-    Spelling("addmm", "bias input other beta=1 alpha=1", (torch.addmm,), ("addmm",)),
+    Spelling(
+        "matmul",
+        "input other",
+        (torch.matmul, operator.matmul, torch.mm, torch.bmm, torch.linalg.matmul),
+        ("matmul", "mm", "bmm", "__matmul__"),
+    ),
+    Spelling("addmm", "bias input other beta=1 alpha=1", (torch.addmm, torch.baddbmm), ("addmm", "baddbmm")),
+    Spelling("inner", "input other", (torch.inner,), ("inner",)),
+    Spelling("tensordot", "input other dims=2 out=None", (torch.tensordot,)),
+    Spelling("einsum", "equation *operands", (torch.einsum, torch.functional.einsum)),
+    Spelling(
+        "convolution",
+        "input weight bias=None stride=1 padding=0 dilation=1 groups=1",
+        (torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d),
+    ),
     # values
     Spelling("cast", "input *rest", (), _CAST_METHODS),
     Spelling(
@@ -63,21 +77,52 @@ SPELLINGS = (
     ),
     Spelling("add", "input other alpha=1", (operator.add, torch.add), ("add", "__add__", "__radd__")),
     Spelling("sub", "input other alpha=1", (operator.sub, torch.sub, torch.subtract), ("sub", "subtract", "__sub__")),
+    Spelling("rsub", "input other alpha=1", (torch.rsub,), ("__rsub__",)),
     Spelling("neg", "input", (operator.neg, torch.neg, torch.negative), ("neg", "negative", "__neg__")),
     Spelling("tanh", "input", (torch.tanh, F.tanh), ("tanh",)),
+    Spelling("sigmoid", "input", (torch.sigmoid, F.sigmoid, torch.special.expit), ("sigmoid",)),
+    Spelling("exp", "input", (torch.exp,), ("exp",)),
+    Spelling("log", "input", (torch.log,), ("log",)),
+    Spelling("clamp", "input min=None max=None", (torch.clamp, torch.clip), ("clamp", "clip")),
     Spelling("detach", "input", (torch.detach,), ("detach",)),
+    Spelling("masked_fill", "input mask value", (torch.masked_fill,), ("masked_fill",)),
+    Spelling("where", "condition input other", (torch.where,)),
+    Spelling("setitem", "input index value", (operator.setitem,), ("__setitem__",)),
     # rows
     Spelling("view", "input *size", (), ("view", "reshape")),
+    Spelling("view_as", "input other", (), ("view_as", "reshape_as")),
     Spelling("reshape", "input shape", (torch.reshape,)),
     Spelling("flatten", "input start_dim=0 end_dim=-1", (torch.flatten,), ("flatten",)),
+    Spelling("unflatten", "input dim sizes", (torch.unflatten,), ("unflatten",)),
+    Spelling("expand", "input *size", (), ("expand",)),
+    Spelling("expand_as", "input other", (), ("expand_as",)),
+    Spelling("broadcast_to", "input size", (torch.broadcast_to,), ("broadcast_to",)),
     Spelling("unsqueeze", "input dim", (torch.unsqueeze,), ("unsqueeze",)),
     Spelling("squeeze", "input dim=None", (torch.squeeze,), ("squeeze",)),
     Spelling("copy", "input memory_format=None", (torch.clone,), ("contiguous", "clone")),
-    Spelling("transpose", "input dim0 dim1", (torch.transpose, torch.swapaxes), ("transpose", "swapaxes")),
+    Spelling(
+        "transpose",
+        "input dim0 dim1",
+        (torch.transpose, torch.swapaxes, torch.swapdims),
+        ("transpose", "swapaxes", "swapdims"),
+    ),
+    Spelling("movedim", "input source destination", (torch.movedim, torch.moveaxis), ("movedim", "moveaxis")),
     Spelling("t", "input", (torch.t,), ("t",)),
     Spelling("permute", "input *dims", (), ("permute",)),
     Spelling("permute", "input dims", (torch.permute,)),
     Spelling("getitem", "input index", (operator.getitem,), ("__getitem__",)),
+    Spelling("select", "input dim index", (torch.select,), ("select",)),
+    Spelling("narrow", "input dim start length", (torch.narrow,), ("narrow",)),
+    Spelling("index_select", "input dim index", (torch.index_select,), ("index_select",)),
+    Spelling("flip", "input dims", (torch.flip,)),
+    Spelling("flip", "input *dims", (), ("flip",)),
+    Spelling("roll", "input shifts dims=None", (torch.roll,), ("roll",)),
+    Spelling("split", "input split_size_or_sections dim=0", (torch.split, torch.functional.split), ("split",)),
+    Spelling("chunk", "input chunks dim=0", (torch.chunk,), ("chunk",)),
+    Spelling("tensor_split", "input indices_or_sections dim=0", (torch.tensor_split,), ("tensor_split",)),
+    Spelling("unbind", "input dim=0", (torch.unbind,), ("unbind",)),
+    Spelling("cat", "tensors dim=0", (torch.cat, torch.concat, torch.concatenate)),
+    Spelling("stack", "tensors dim=0", (torch.stack,)),
     # metadata
     Spelling("size", "input dim=None", (), ("size",)),
     Spelling("metadata", "input *rest", (), ("dim", "ndimension", "numel", "nelement", "stride", "is_contiguous")),
@@ -85,12 +130,32 @@ SPELLINGS = (
     # losses
     Spelling("log_softmax", "input dim=None _stacklevel=3 dtype=None", (F.log_softmax,)),
     Spelling("log_softmax", "input dim dtype=None", (torch.log_softmax, torch.special.log_softmax), ("log_softmax",)),
+    Spelling("softmax", "input dim=None _stacklevel=3 dtype=None", (F.softmax,)),
+    Spelling("softmax", "input dim dtype=None", (torch.softmax, torch.special.softmax), ("softmax",)),
+    # reductions over the classes
+    Spelling("logsumexp", "input dim keepdim=False", (torch.logsumexp, torch.special.logsumexp), ("logsumexp",)),
+    Spelling("sum", _REDUCE, (torch.sum,), ("sum",)),
+    Spelling("mean", _REDUCE, (torch.mean,), ("mean",)),
+    Spelling("argmax", "input dim=None keepdim=False", (torch.argmax,), ("argmax",)),
+    Spelling("gather", "input dim index sparse_grad=False", (torch.gather,), ("gather",)),
+    Spelling("take_along_dim", "input indices dim=None", (torch.take_along_dim,), ("take_along_dim",)),
+    Spelling("one_hot", "input num_classes=-1", (F.one_hot, torch._C._nn.one_hot)),
     Spelling("cross_entropy", _CROSS_ENTROPY, (F.cross_entropy,)),
     Spelling("nll_loss", _NLL, (F.nll_loss,)),
 )
 
 _FUNCTIONS = {f: (s.name, s.signature) for s in SPELLINGS for f in s.functions}
 _METHODS = {m: (s.name, s.signature) for s in SPELLINGS for m in s.methods}
+# Other names for the same parameter.
+_RENAMED = {
+    "split": {"split_size": "split_size_or_sections"},
+    "sum": {"axis": "dim", "keepdims": "keepdim"},
+    "mean": {"axis": "dim", "keepdims": "keepdim"},
+    "logsumexp": {"axis": "dim", "keepdims": "keepdim"},
+    "flatten": {"start": "start_dim", "end": "end_dim"},
+    "transpose": {"axis0": "dim0", "axis1": "dim1"},
+    "cat": {"axis": "dim"},
+}
 # operator.iadd(a, b) on a tensor writes into a, as do methods that end in one underscore, setitem and out=.
 _INPLACE_FUNCTIONS = frozenset(
     getattr(operator, name)
@@ -100,30 +165,42 @@ _INPLACE_FUNCTIONS = frozenset(
 
 @dataclass(frozen=True)
 class Op:
-    """A node read by the vocabulary: its canonical name and its arguments by parameter name."""
+    """A node read by the vocabulary: its canonical name and its arguments by parameter name.
+
+    inplace: whether it writes the result into its first argument.
+    """
 
     name: str
     args: dict[str, Any]
+    inplace: bool = False
+
+
+_INPLACE_FORMS = {getattr(operator, f"i{name}"): getattr(operator, name) for name in ("add", "sub", "mul", "truediv")}
 
 
 def read(node: Node) -> Op | None:
     """What `node` is, or None for an op that the vocabulary does not have (or arguments it does not fit)."""
+    entry, inplace = None, False
     if node.op == "call_function":
-        entry = _FUNCTIONS.get(node.target)  # type: ignore[arg-type]
+        inplace = node.target in _INPLACE_FORMS or node.target is operator.setitem
+        entry = _FUNCTIONS.get(_INPLACE_FORMS.get(node.target, node.target))  # type: ignore[arg-type]
     elif node.op == "call_method":
-        entry = _METHODS.get(str(node.target))
-    else:
-        entry = None
+        target = str(node.target)
+        entry = _METHODS.get(target)
+        if entry is None and target.endswith("_") and not target.endswith("__"):
+            entry, inplace = _METHODS.get(target[:-1]), True
+        inplace |= target == "__setitem__"
     if entry is None:
         return None
     name, signature = entry
+    kwargs = {_RENAMED.get(name, {}).get(key, key): value for key, value in node.kwargs.items()}
     try:
         # What a cast does is read off its result: its keywords do not matter.
-        bound = signature.bind(*node.args, **({} if name == "cast" else node.kwargs))
+        bound = signature.bind(*node.args, **({} if name == "cast" else kwargs))
     except TypeError:
         return None
     bound.apply_defaults()
-    return Op(name, dict(bound.arguments))
+    return Op(name, dict(bound.arguments), inplace)
 
 
 def _inplace_argument(node: Node) -> bool:

@@ -64,7 +64,7 @@ randint = randint(4294967296, (1), device=device(type='cpu'))
 linear_statistics_default = linear_statistics.default([%rows, %l_w_, %view_1, %randint], 'input weight target seed', %ne, 'lse target_logit', False, 1.0, 0.0, torch.float32, 'unbiased 0.125', WORKSPACE, 'VERSION')
 getitem = getitem(%linear_statistics_default, 0)
 getitem_1 = getitem(%linear_statistics_default, 1)
-linear_statistics_default_1 = linear_statistics.default([%detach_1, %detach, %view_2], 'input weight target', %ne_1, 'lse target_logit', False, 1.0, 0.0, torch.float32, 'unbiased 0.125', WORKSPACE, 'VERSION')
+linear_statistics_default_1 = linear_statistics.default([%detach, %detach_1, %view_2], 'input weight target', %ne_1, 'lse target_logit', False, 1.0, 0.0, torch.float32, 'unbiased 0.125', WORKSPACE, 'VERSION')
 getitem_2 = getitem(%linear_statistics_default_1, 0)
 getitem_3 = getitem(%linear_statistics_default_1, 1)""",
         )
@@ -151,6 +151,6 @@ where = where(%ne, %reshape, 0)
 getitem_2 = getitem(%to, %where)
 where_1 = where(%ne, %getitem_2, 0)
 mul = mul(%sub, %where_1)
-reshape_as = reshape_as(%mul, %l_t_)
-return (%reshape_as)""",
+reshape_1 = reshape(%mul, (2, 6))
+return (%reshape_1)""",
         )

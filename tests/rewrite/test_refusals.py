@@ -39,10 +39,20 @@ REFUSED = {
     "relu": (lambda z, t: ce(F.relu(z), t), "relu", ""),
     "softmax first": (lambda z, t: ce(F.softmax(z, -1), t), "softmax", ""),
     "layer norm": (lambda z, t: ce(F.layer_norm(z, z.shape[-1:]), t), "layer_norm", ""),
-    "in place": (lambda z, t: ce(z.mul_(0.5), t), "mul_", ""),
-    "in place, dead-looking": (lambda z, t: (z.mul_(0.5), ce(z, t))[1], "in place", "out-of-place"),
+    "in place, not a pointwise op": (lambda z, t: (z.relu_(), ce(z, t))[1], "in place", "out-of-place"),
     "in place on a view": (lambda z, t: (z[..., 0].zero_(), ce(z, t))[1], "", ""),
-    "setitem": (lambda z, t: (z.__setitem__((..., 3), -1e4), ce(z, t))[1], "in place", ""),
+    "in place, read through an alias": (
+        lambda z, t: (lambda a: (z.mul_(0.5), ce(a, t))[1])(z.view(-1, V)),
+        "alias",
+        "out-of-place",
+    ),
+    "setitem of some rows": (lambda z, t: (z.__setitem__((0, ..., 3), -1e4), ce(z, t))[1], "some rows", "columns"),
+    "mask of some rows": (lambda z, t: ce(z.masked_fill(t[..., None] == 3, -1e4), t), "not one for all rows", ""),
+    "a mask behind a softcap": (
+        lambda z, t: ce((5 * torch.tanh(z / 5)).masked_fill(torch.arange(V) > 30, -torch.inf), t % 30),
+        "capped",
+        "slice",
+    ),
     "view regroups classes": (
         lambda z, t: F.cross_entropy(z.view(-1, V // 2), t.repeat(1, 2).view(-1) % 20),
         "reshape",
@@ -76,9 +86,16 @@ REFUSED = {
     "added to itself": (lambda z, t: ce(z + z, t), "", ""),
     "rounded on the way": (lambda z, t: ce(z.bfloat16().float(), t), "narrower dtype", ""),
     "float64 statistics": (lambda z, t: ce(z.double(), t), "float64", "float32"),
-    "part of the vocabulary": (lambda z, t: ce(z[..., :30], t % 30), "part of the vocabulary", "weight"),
+    "some of the classes": (lambda z, t: ce(z[..., torch.arange(20)], t % 20), "picked", "one class"),
+    "clamped": (lambda z, t: ce(z.clamp(min=-1.0), t), "clamped", "softcap"),
+    "a column of scales": (lambda z, t: ce(z * torch.ones(V), t), "multiplied by a tensor", ""),
+    "smoothing over masked classes": (
+        lambda z, t: ce(z.masked_fill(torch.arange(V) > 30, -1e4), t % 30, label_smoothing=0.1),
+        "masked",
+        "slice",
+    ),
     "deprecated arguments": (lambda z, t: ce(z, t, size_average=True), "deprecated", "reduction"),
-    "pseudo-labels": (lambda z, t: ce(z, z.argmax(-1)), "argmax", ""),
+    "pseudo-labels": (lambda z, t: ce(z, z.argmax(-1)), "computed from the logits", ""),
 }
 
 
@@ -232,16 +249,49 @@ def test_functorch_is_left_alone(inputs):
     assert_same_as_eager(elsewhere, inputs, fused=1)
 
 
-def test_convolution_is_no_head():
-    conv = torch.nn.Conv2d(3, V, 1)
-
+@pytest.mark.parametrize(
+    "conv",
+    [
+        torch.nn.Conv2d(4, V, 3, padding=1),
+        torch.nn.Conv2d(4, V, 1, stride=2, padding=3),
+        torch.nn.Conv2d(4, V, 1, groups=2),
+    ],
+    ids=["kernel", "stride", "groups"],
+)
+def test_convolution_is_no_head(conv):
     def fn(x, t):
         return F.cross_entropy(conv(x), t)
 
-    x, t = torch.randn(2, 3, 4, 4), torch.randint(0, V, (2, 4, 4))
+    x, t = torch.randn(2, 4, 4, 4), torch.randint(0, V, (2, *conv(torch.randn(2, 4, 4, 4)).shape[2:]))
     with config.patch(min_vocab=0):
         (site,) = cce_inductor.explain(fn, x, t).sites
-    assert not site.fused and "conv2d" in site.reason
+    assert not site.fused and "convolution" in site.reason
+
+
+def test_a_second_derivative_runs_uncompiled(inputs):
+    """No compiled graph can be differentiated twice: this one is left to eager, and says so."""
+
+    def fn(h, w, t):
+        loss = ce(F.linear(h, w), t)
+        (g,) = torch.autograd.grad(loss, h, create_graph=True)
+        return loss + g.square().sum()
+
+    assert_same_as_eager(fn, inputs, fused=0)
+    with config.patch(min_vocab=0):
+        (site,) = cce_inductor.explain(fn, *inputs).sites
+    assert "create_graph=True" in site.reason and "test_refusals.py:" in site.reason
+
+
+def test_an_edit_that_records_no_gradient(inputs):
+    """Under no_grad the values change and the gradients do not."""
+
+    def fn(h, w, t):
+        z = F.linear(h, w)
+        with torch.no_grad():
+            z.mul_(2)
+        return ce(z, t)
+
+    assert_same_as_eager(fn, inputs, fused=0)
 
 
 def test_strict_raises_with_the_reason(inputs):

@@ -1,0 +1,210 @@
+"""Which nodes are heads: products of hidden states with one matrix whose rows are the classes.
+
+`HEADS` give the `Value`s of a node's result, one for each way to read it: a product of two matrices has its classes in
+its columns, and as well in its rows. A rule that cannot take a node raises `Refused` with the reason and the cure.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from . import vocabulary
+from .values import Affine, Head, Refused, RowMap, Shift, Value, example, fake
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two sizes are known to be equal, without adding a guard."""
+    return statically_known_true(a == b)
+
+
+def is_vocabulary_vector(other: Any, z: Any, class_dim: int) -> bool:
+    """Whether `other` broadcasts against logits `z` along every dimension but the classes."""
+    from_right = z.dim() - class_dim  # 1 for the last dimension
+    if other.dim() < from_right or other.dim() > z.dim():
+        return False
+    return all(
+        same(size, z.shape[class_dim]) if other.dim() - i == from_right else same(size, 1)
+        for i, size in enumerate(other.shape)
+    )
+
+
+def _value(
+    node: Node,
+    x: Any,
+    w: Any,
+    bias: Any = None,
+    transposed: bool = False,
+    width_dim: int = -1,
+    class_dim: int | None = None,
+    row_map: RowMap | None = None,
+) -> Value:
+    """The value of a head; `row_map` brings `x` into the shape of the result, with D at `class_dim`."""
+    if not isinstance(x, Node) or not isinstance(w, Node):
+        raise Refused("an operand of the head is not a tensor of the graph", "make it one")
+    if fake(w).dim() != 2 and not (fake(w).dim() > 2 and all(same(s, 1) for s in fake(w).shape[2:])):
+        raise Refused(f"the head's weight has {fake(w).dim()} dimensions, not 2", "flatten the weight to (V, D)")
+    if not fake(node).is_floating_point():
+        raise Refused(f"the head computes in {fake(node).dtype}", "use a floating dtype")
+    head = Head(node, x, w, bias, transposed, width_dim)
+    class_dim = fake(node).dim() - 1 if class_dim is None else class_dim
+    affine = Affine() if bias is None else Affine(shifts=(Shift(bias, 1.0),))
+    rows = () if row_map is None else ((node, row_map),)
+    return Value(head, node, class_dim, affine=affine, rows=rows)
+
+
+def _linear(node: Node, args: dict[str, Any]) -> list[Value]:
+    x, w = args["input"], args["weight"]
+    values = [_value(node, x, w, args["bias"])]
+    if args["bias"] is None and fake(x).dim() == 2 and fake(w).dim() == 2:
+        # F.linear(W, x): the classes are the rows.
+        values.append(_value(node, w, x, class_dim=0, row_map=lambda h, _: h.t()))
+    return values
+
+
+def _stored_once(w: Any) -> Any:
+    """The matrix that a batch of equal ones is an expanded view of, or `w` itself."""
+    node = w
+    while isinstance(node, Node) and isinstance(example(node), type(example(w))) and fake(node).dim() > 2:
+        op = vocabulary.read(node)
+        if op is None or op.inplace or op.name not in ("expand", "unsqueeze", "getitem", "broadcast_to", "expand_as"):
+            return w
+        base = op.args["input"]
+        if op.name in ("unsqueeze", "getitem") and fake(node).dim() != fake(base).dim() + 1:
+            return w
+        if op.name == "unsqueeze" and op.args["dim"] % fake(node).dim() != 0:
+            return w
+        if op.name == "getitem" and op.args["index"] not in (None, (None,), (None, Ellipsis)):
+            return w
+        if not all(same(a, b) for a, b in zip(fake(node).shape[-2:], fake(base).shape[-2:], strict=False)):
+            return w
+        node = base
+    return node
+
+
+def _matmul(node: Node, args: dict[str, Any]) -> list[Value]:
+    x, w = args["input"], args["other"]
+    if not isinstance(x, Node) or not isinstance(w, Node):
+        raise Refused("an operand of the head is not a tensor of the graph", "make it one")
+    if fake(w).dim() > 2:
+        w = _stored_once(w)
+    values = [_value(node, x, w, None, True)] if fake(w).dim() == 2 else []
+    if fake(x).dim() == 2 and fake(w).dim() == 2:
+        # W @ x.T: the classes are the rows.
+        values.append(_value(node, w, x, None, False, 0, 0, lambda h, _: h))
+    if not values:
+        raise Refused(f"the head's weight has {fake(w).dim()} dimensions, not 2", "flatten the weight to (V, D)")
+    return values
+
+
+def _addmm(node: Node, args: dict[str, Any]) -> list[Value]:
+    if args["beta"] != 1 or args["alpha"] != 1:
+        raise Refused("addmm with beta or alpha other than 1", "scale the logits behind the head")
+    w = _stored_once(args["other"])
+    value = _value(node, args["input"], w, args["bias"], True)
+    if not is_vocabulary_vector(fake(args["bias"]), fake(node), fake(node).dim() - 1):
+        raise Refused("addmm adds a matrix, not one bias per class", "add a (V,) bias")
+    return [value]
+
+
+def _inner(node: Node, args: dict[str, Any]) -> list[Value]:
+    return [_value(node, args["input"], args["other"])]
+
+
+def _contraction(node: Node, x: Node, w: Node, x_labels: str, w_labels: str, out: str) -> list[Value]:
+    """x (labels) times w (two labels) into out: one label of w is contracted, the other one is the classes."""
+    shared = [c for c in w_labels if c in x_labels]
+    classes = [c for c in w_labels if c not in x_labels]
+    if len(w_labels) != 2 or len(set(x_labels)) != len(x_labels) or len(shared) != 1 or len(classes) != 1:
+        raise Refused("a contraction that is no product with one matrix", "use F.linear for the head")
+    d, v = shared[0], classes[0]
+    if d in out or sorted(out) != sorted(x_labels.replace(d, v)):
+        raise Refused("a contraction that sums over more than the hidden dimension", "use F.linear for the head")
+    order = [x_labels.index(d if c == v else c) for c in out]
+
+    def to_output(h: Any, _: Any) -> Any:
+        return h if order == sorted(order) else h.permute(*order)
+
+    return [_value(node, x, w, None, w_labels[0] == d, x_labels.index(d), out.index(v), to_output)]
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def _subscripts(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
+    """The labels of every operand and of the result, with ellipses and a missing result spelled out."""
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    free = [c for c in LETTERS if c not in equation]
+    hidden = [rank - len(t.replace("...", "")) for t, rank in zip(terms, ranks, strict=True) if "..." in t]
+    longest = max(hidden, default=0)
+    dots = "".join(free[:longest])
+    labels = []
+    for term, rank in zip(terms, ranks, strict=True):
+        count = rank - len(term.replace("...", ""))
+        labels.append(term.replace("...", dots[longest - count :] if count else ""))
+    if not arrow:
+        every = "".join(labels)
+        out = ("..." if longest else "") + "".join(sorted(c for c in set(every) - set(dots) if every.count(c) == 1))
+    return labels, out.replace("...", dots)
+
+
+def _einsum(node: Node, args: dict[str, Any]) -> list[Value]:
+    operands = args["operands"]
+    operands = operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
+    if not isinstance(args["equation"], str) or len(operands) != 2 or not all(isinstance(o, Node) for o in operands):
+        raise Refused("an einsum of other than two tensors by an equation", "use F.linear for the head")
+    labels, out = _subscripts(args["equation"], [fake(o).dim() for o in operands])
+    values, refused = [], None
+    for i, j in ((0, 1), (1, 0)):
+        try:
+            values += _contraction(node, operands[i], operands[j], labels[i], labels[j], out)
+        except Refused as error:
+            refused = refused or error
+    if not values:
+        assert refused is not None
+        raise refused
+    return values
+
+
+def _tensordot(node: Node, args: dict[str, Any]) -> list[Value]:
+    x, w, dims = args["input"], args["other"], args["dims"]
+    if not isinstance(x, Node) or not isinstance(w, Node) or args["out"] is not None:
+        raise Refused("an operand of the head is not a tensor of the graph", "make it one")
+    a, b = ([-1], [0]) if dims == 1 else dims if isinstance(dims, (list, tuple)) else ([], [])
+    a, b = ([d] if isinstance(d, int) else list(d) for d in (a, b))
+    if len(a) != 1 or len(b) != 1 or not all(isinstance(d, int) for d in (*a, *b)):
+        raise Refused("a tensordot over other than one dimension", "use F.linear for the head")
+    x_labels, w_labels = LETTERS[: fake(x).dim()], list(LETTERS[-fake(w).dim() :])
+    w_labels[b[0]] = x_labels[a[0]]
+    out = "".join(c for c in (*x_labels, *w_labels) if c != x_labels[a[0]])
+    return _contraction(node, x, w, x_labels, "".join(w_labels), out)
+
+
+def _convolution(node: Node, args: dict[str, Any]) -> list[Value]:
+    x, w = args["input"], args["weight"]
+    if not isinstance(x, Node) or not isinstance(w, Node) or not all(same(s, 1) for s in fake(w).shape[2:]):
+        raise Refused("a convolution with a kernel of more than one point", "there is no fused form of it")
+
+    def all_are(name: str, value: int) -> bool:
+        given = args[name]
+        return all(g == value for g in (given if isinstance(given, (list, tuple)) else (given,)))
+
+    if args["groups"] != 1 or not (all_are("stride", 1) and all_are("padding", 0)):
+        raise Refused("a convolution in groups, with a stride or with padding", "there is no fused form of it")
+    rank = fake(node).dim()
+    if fake(w).dim() != rank:
+        raise Refused("a convolution without a batch dimension", "give it one")
+    return [_value(node, x, w, args["bias"], False, 1, 1, lambda h, _: h)]
+
+
+HEADS: dict[str, Callable[[Node, dict[str, Any]], list[Value]]] = {
+    "linear": _linear,
+    "matmul": _matmul,
+    "addmm": _addmm,
+    "inner": _inner,
+    "einsum": _einsum,
+    "tensordot": _tensordot,
+    "convolution": _convolution,
+}

@@ -1,0 +1,374 @@
+"""Ops on the entries of logits: casts, scales, biases, a softcap, masks over the vocabulary, softmax and its logarithm.
+
+A rule gives the `Value` of the node, or raises `Refused` with the reason and the cure.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Node
+
+from . import vocabulary
+from .heads import is_vocabulary_vector, same
+from .rows import columns, full, positions
+from .values import Factor, Mask, Refused, Shift, Value, example, fake
+
+Args = dict[str, Any]
+
+
+def is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def is_tensor(x: Any) -> bool:
+    return isinstance(x, Node) and isinstance(example(x), Tensor)
+
+
+def _cast(value: Value, node: Node, args: Args) -> Value:
+    old, new = value.fake, fake(node)
+    if not new.is_floating_point():
+        raise Refused(f"logits cast to {new.dtype}", "keep them floating")
+    if new.device != old.device:
+        raise Refused(f"logits moved from {old.device} to {new.device}", "compute the loss where the head is")
+    if new.dtype == torch.float64 and value.head.dtype != torch.float64:
+        raise Refused(
+            f"logits computed in {value.head.dtype} and cast to float64: the fused statistics are fp32",
+            "cast to float32 instead",
+        )
+    dtype = new.dtype
+    # A wider cast of what was rounded does not bring the digits back: only a loss minds, see `not_rounded`.
+    rounded = value.rounded or torch.finfo(dtype).eps > torch.finfo(value.head.dtype).eps
+    return value.then(node, lambda z, _: z.to(dtype), rounded=rounded)
+
+
+def not_rounded(value: Value) -> None:
+    if value.rounded:
+        raise Refused(
+            f"logits computed in {value.head.dtype} are rounded to a narrower dtype before the loss",
+            "compute the head in that dtype, or leave the cast out",
+        )
+
+
+def _scale(value: Value, node: Node, factor: float, step: Any) -> Value:
+    if value.kind != "logits" or value.picked is not None:
+        return value.then(node, step, factor=value.factor * factor)
+    if value.masks and not (factor > 0 and math.isfinite(factor)):
+        raise Refused("masked logits are multiplied by a number that is not positive", "mask them afterwards")
+    masks = tuple(replace(m, fill=m.fill * factor) for m in value.masks)
+    return value.then(node, step, affine=value.affine.scaled(factor), masks=masks)
+
+
+def _tensor_scale(value: Value, node: Node, other: Node, divides: bool) -> Value:
+    scale = fake(other)
+    if scale.numel() != 1 or not all(isinstance(s, int) for s in scale.shape) or scale.dim() > value.fake.dim():
+        raise Refused("logits multiplied by a tensor", "multiply by a number, or scale the hidden states instead")
+    if fake(node).shape != value.fake.shape or not scale.is_floating_point():
+        raise Refused("logits multiplied by a tensor", "multiply by a number, or scale the hidden states instead")
+    value.need("logits", "log-probabilities are multiplied by a tensor before the loss", "scale the loss instead")
+    if value.affine.capped or value.affine.inner or value.masks:
+        raise Refused("logits are multiplied by a tensor behind a softcap, a mask or a constant", "multiply before it")
+    if scale.dtype == torch.float64 and value.head.dtype != torch.float64:
+        raise Refused("logits multiplied by a float64 tensor", "cast it to float32")
+    index = len(value.extra)
+
+    def step(z: Tensor, extra: list[Tensor]) -> Tensor:
+        return z / extra[index] if divides else z * extra[index]
+
+    affine = value.affine.times(Factor(other, divides))
+    return value.then(node, step, affine=affine, extra=(*value.extra, other))
+
+
+def _mul(value: Value, node: Node, args: Args) -> Value:
+    factor = args["other"] if args["input"] is value.node else args["input"]
+    if is_number(factor):
+        return _scale(value, node, float(factor), lambda z, _: z * factor)
+    if not is_tensor(factor):
+        raise Refused("logits multiplied by something computed", "multiply by a number, or scale the hidden states")
+    target = one_hot_target(factor, value)
+    if target is not None:
+        if value.picked is not None:
+            raise Refused("logits multiplied by two masks", "use class indices")
+        return replace(value, node=node, picked=target, steps=(*value.steps, _no_step))
+    return _tensor_scale(value, node, factor, False)
+
+
+def _no_step(z: Tensor, extra: list[Tensor]) -> Tensor:
+    raise AssertionError("a product with a one-hot tensor is never deferred")
+
+
+def _div(value: Value, node: Node, args: Args) -> Value:
+    divisor = args["other"]
+    if args["input"] is not value.node or args["rounding_mode"] is not None:
+        raise Refused("logits are a divisor, or divided with rounding", "divide by a number")
+    if is_number(divisor) and divisor != 0:
+        return _scale(value, node, 1.0 / divisor, lambda z, _: z / divisor)
+    if not is_tensor(divisor):
+        raise Refused("logits divided by something computed", "divide by a number, or scale the hidden states")
+    return _tensor_scale(value, node, divisor, True)
+
+
+def _neg(value: Value, node: Node, args: Args) -> Value:
+    return _scale(value, node, -1.0, lambda z, _: -z)
+
+
+def _squashed(value: Value, node: Node, function: Callable[[Tensor], Tensor], name: str) -> Value:
+    value.need("logits", f"{name} of probabilities", "use one softcap, cap * tanh(logits / cap)")
+    if value.affine.capped or value.masks:
+        raise Refused(f"{name} of logits that were capped or masked", "use one softcap, cap * tanh(logits / cap)")
+    return value.then(node, lambda z, _: function(z), affine=replace(value.affine, capped=True))
+
+
+def _tanh(value: Value, node: Node, args: Args) -> Value:
+    return _squashed(value, node, torch.tanh, "tanh")
+
+
+def _sigmoid(value: Value, node: Node, args: Args) -> Value:
+    """1 / (1 + exp(-z)) = tanh(z / 2) / 2 + 1 / 2."""
+    made = _squashed(replace(value, affine=value.affine.scaled(0.5)), node, torch.sigmoid, "sigmoid")
+    return replace(made, affine=replace(made.affine, post=0.5, offset=0.5))
+
+
+def _add(value: Value, node: Node, args: Args, sign: float = 1.0) -> Value:
+    first = args["input"] is value.node
+    other = args["other"] if first else args["input"]
+    alpha = args["alpha"]
+    value.need("logits", "something is added to log-probabilities before the loss reads them", "add it to the loss")
+    if not is_number(alpha) or alpha != 1 or (sign < 0 and not first):
+        raise Refused("logits are subtracted from a tensor, or added with alpha", "write logits + bias")
+    if is_number(other) and math.isfinite(other):
+        masks = tuple(replace(m, fill=m.fill + sign * other) for m in value.masks)
+        affine = value.affine.plus(sign * other)
+        return value.then(node, lambda z, _: z + sign * other, affine=affine, masks=masks)
+    if not is_tensor(other):
+        raise Refused("something that is no tensor is added to the logits", "add a bias over the vocabulary")
+    if value.affine.capped:
+        raise Refused("a prior is added behind the softcap", "add it in front of the softcap")
+    if not is_vocabulary_vector(fake(other), value.fake, value.class_dim) or fake(node).shape != value.fake.shape:
+        raise Refused(
+            f"a tensor of shape {tuple(fake(other).shape)} is added to logits of shape {tuple(value.fake.shape)}: it "
+            "is not one bias per class",
+            "only a bias over the vocabulary can be fused",
+        )
+    if fake(other).dtype == torch.float64 and value.head.dtype != torch.float64:
+        raise Refused("a float64 bias is added to the logits", "cast it to float32")
+    if not fake(other).is_floating_point():
+        raise Refused(f"a tensor of dtype {fake(other).dtype} is added to the logits", "cast it to the logits' dtype")
+    if any(math.isfinite(m.fill) for m in value.masks):
+        raise Refused("a bias is added to masked logits", "add it in front of the mask")
+    index = len(value.extra)
+
+    def step(z: Tensor, extra: list[Tensor]) -> Tensor:
+        return z + extra[index].reshape(-1) if sign > 0 else z - extra[index].reshape(-1)
+
+    affine = replace(value.affine, shifts=(*value.affine.shifts, Shift(other, sign)))
+    return value.then(node, step, affine=affine, extra=(*value.extra, other))
+
+
+def _sub(value: Value, node: Node, args: Args) -> Value:
+    return _add(value, node, args, sign=-1.0)
+
+
+def _detach(value: Value, node: Node, args: Args) -> Value:
+    return value.then(node, lambda z, _: z.detach())
+
+
+# ---- softmax and its logarithm
+
+
+def over_classes(value: Value, name: str, dim: Any) -> None:
+    """Refused unless `dim` is the class dimension."""
+    if not isinstance(dim, int) or dim % value.fake.dim() != value.class_dim:
+        raise Refused(
+            f"{name} over dimension {dim}, but the classes are dimension {value.class_dim} of "
+            f"{tuple(value.fake.shape)}",
+            "normalise over the vocabulary",
+        )
+
+
+def _normalised(value: Value, node: Node, args: Args, name: str, function: Callable) -> Value:
+    value.need("logits", f"{name} of log-probabilities", "take it once")
+    over_classes(value, name, args["dim"])
+    dtype = fake(node).dtype
+    if dtype == torch.float64 and value.head.dtype != torch.float64:
+        raise Refused(f"{name} in float64 of logits in a narrower dtype", "use dtype=torch.float32")
+    return value.then(node, lambda z, _: function(z, -1, dtype=dtype), kind=name)
+
+
+def _log_softmax(value: Value, node: Node, args: Args) -> Value:
+    return _normalised(value, node, args, "log_softmax", F.log_softmax)
+
+
+def _softmax(value: Value, node: Node, args: Args) -> Value:
+    return _normalised(value, node, args, "softmax", F.softmax)
+
+
+def _exp(value: Value, node: Node, args: Args) -> Value:
+    value.need("log_softmax", "exp of the logits", "take softmax, or the logsumexp")
+    if value.factor != 1.0:
+        raise Refused("exp of scaled log-probabilities", "scale the logits instead")
+    return value.then(node, lambda z, _: z.exp(), kind="softmax")
+
+
+def _log(value: Value, node: Node, args: Args) -> Value:
+    value.need("softmax", "log of the logits", "take log_softmax")
+    if value.factor != 1.0:
+        raise Refused("log of scaled probabilities", "take log_softmax")
+    return value.then(node, lambda z, _: z.log(), kind="log_softmax")
+
+
+def _clamp(value: Value, node: Node, args: Args) -> Value:
+    """Only where it changes nothing but -inf, as torch.distributions.Categorical does."""
+    low, high = args["min"], args["max"]
+    if high is not None or not is_number(low) or low > -1e30 or value.kind != "log_softmax":
+        raise Refused("the logits are clamped", "use a softcap")
+    return value.then(node, lambda z, _: z.clamp(min=low))
+
+
+# ---- masks over the vocabulary
+
+
+def _masked(value: Value, node: Node, mask: Mask, step: Any, extra: tuple[Node, ...] = ()) -> Value:
+    value.need("logits", "log-probabilities are masked", "mask the logits instead")
+    if math.isnan(mask.fill) or mask.fill == math.inf:
+        raise Refused(f"logits are replaced by {mask.fill}", "use -inf")
+    if value.affine.capped:
+        raise Refused("capped logits are masked", "slice the weight instead")
+    return value.then(node, step, masks=(*value.masks, mask), extra=(*value.extra, *extra))
+
+
+def _number_in(fill: Any) -> float:
+    if not is_number(fill):
+        raise Refused("logits are replaced by something computed", "use a number")
+    return float(fill)
+
+
+def _masked_fill(value: Value, node: Node, args: Args) -> Value:
+    if args["input"] is not value.node:
+        raise Refused("the logits are a mask or a value", "use class indices")
+    return _fill(value, node, args["mask"], args["value"])
+
+
+def _fill(value: Value, node: Node, mask: Any, fill: Any, inverted: bool = False) -> Value:
+    number = _number_in(fill)
+    if not is_tensor(mask) or fake(mask).dtype != torch.bool or inverted:
+        raise Refused("logits are masked by something other than a bool tensor", "use a bool tensor")
+    if not is_vocabulary_vector(fake(mask), value.fake, value.class_dim):
+        raise Refused(
+            f"a mask of shape {tuple(fake(mask).shape)} for logits of shape {tuple(value.fake.shape)} is not one for "
+            "all rows",
+            "only a mask over the vocabulary can be fused",
+        )
+    index = len(value.extra)
+
+    def step(z: Tensor, extra: list[Tensor]) -> Tensor:
+        return z.masked_fill(extra[index].reshape(-1), number)
+
+    return _masked(value, node, Mask(mask, None, number, (), value.vocab), step, (mask,))
+
+
+def _where(value: Value, node: Node, args: Args) -> Value:
+    if args["other"] is not value.node:
+        raise Refused("torch.where keeps the logits where its condition holds", "use masked_fill on the others")
+    return _fill(value, node, args["condition"], args["input"])
+
+
+def _setitem(value: Value, node: Node, args: Args) -> Value:
+    """logits[..., start:stop] = number."""
+    if args["input"] is not value.node:
+        raise Refused("the logits are written into another tensor", "compute the loss from the logits")
+    number = _number_in(args["value"])
+    entries = positions(value, args["index"])
+    own = [i for dim, i in entries if dim == value.class_dim]
+    if any(i is None or (dim != value.class_dim and not full(i)) for dim, i in entries) or not own:
+        raise Refused("logits of some rows are written to in place", "only whole columns can be masked")
+    part = own[0]
+    if is_tensor(part) and fake(part).dim() == 1 and fake(part).dtype == torch.bool:
+        return _fill(value, node, part, number)
+    if isinstance(part, int):
+        part = slice(part, part + 1 if part != -1 else None)
+    bounds = (part.start, part.stop, part.step) if isinstance(part, slice) else (None, None, object())
+    if not all(s is None or isinstance(s, int) for s in bounds):
+        raise Refused("logits of computed columns are written to in place", "use masked_fill with a mask")
+
+    def step(z: Tensor, extra: list[Tensor]) -> Tensor:
+        z = z.clone()
+        z[..., slice(*bounds)] = number
+        return z
+
+    return _masked(value, node, Mask(None, bounds, number, (), value.vocab), step)
+
+
+VALUES: dict[str, Callable[[Value, Node, Args], Value]] = {
+    "cast": _cast,
+    "mul": _mul,
+    "div": _div,
+    "neg": _neg,
+    "tanh": _tanh,
+    "sigmoid": _sigmoid,
+    "add": _add,
+    "sub": _sub,
+    "detach": _detach,
+    "log_softmax": _log_softmax,
+    "softmax": _softmax,
+    "exp": _exp,
+    "log": _log,
+    "clamp": _clamp,
+    "masked_fill": _masked_fill,
+    "where": _where,
+    "setitem": _setitem,
+}
+# What may write its result into the logits: afterwards they are that.
+INPLACE = frozenset(("mul", "div", "neg", "tanh", "sigmoid", "add", "sub", "masked_fill", "setitem"))
+
+
+# ---- products of two values
+
+
+def product(a: Value, b: Value, node: Node) -> Value:
+    """The softmax times its logarithm, or times the logits, entry by entry."""
+    if a.kind != "softmax":
+        a, b = b, a
+    kinds = {"log_softmax": "p log p", "logits": "p z"}
+    if a.kind != "softmax" or b.kind not in kinds or a.picked is not None or b.picked is not None:
+        raise Refused("the logits are multiplied by themselves", "compute it from the hidden states")
+    if a.source != b.source or a.affine != b.affine or a.class_dim != b.class_dim or fake(node).shape != a.fake.shape:
+        raise Refused("the softmax of some logits is multiplied by others", "use the same logits in both")
+    if a.masks:
+        raise Refused("the entropy of masked logits", "slice the weight instead of masking")
+    factor = a.factor * b.factor
+    return replace(b, node=node, kind=kinds[b.kind], factor=factor, steps=(*b.steps, _no_step))
+
+
+# ---- one-hot tensors
+
+
+def same_rows(node: Any, value: Value) -> bool:
+    """Whether a tensor has one element for each row of `value`, in its leading shape."""
+    if not is_tensor(node) or fake(node).dim() != len(value.lead_shape):
+        return False
+    return all(same(a, b) for a, b in zip(fake(node).shape, value.lead_shape, strict=True))
+
+
+def one_hot_target(node: Node, value: Value) -> Node | None:
+    """The class indices of a one-hot tensor of the logits' shape with the classes last, cast or not; else None."""
+    seen = node
+    while True:
+        op = vocabulary.read(seen)
+        if op is None or op.inplace or op.name not in ("cast", "one_hot", "copy"):
+            return None
+        if op.name == "one_hot":
+            break
+        seen = op.args["input"]
+    target = op.args["input"]
+    rank = value.fake.dim()
+    if fake(seen).shape != value.fake.shape or value.class_dim != rank - 1 or not same_rows(target, value):
+        return None
+    return target
+
+
+__all__ = ["INPLACE", "VALUES", "columns", "is_number", "is_tensor", "not_rounded", "one_hot_target", "over_classes"]

@@ -1,0 +1,358 @@
+"""Which nodes are functions of row statistics, and of which.
+
+`READINGS` give the `Reading` of a node that reduces a value over the classes: a loss, a log-sum-exp, the entry of a
+target, a sum, an argmax. A rule that cannot take a node raises `Refused` with the reason and the cure.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..ops.losses import CrossEntropy
+from . import vocabulary
+from .heads import same
+from .pointwise import is_number, is_tensor, not_rounded, one_hot_target, over_classes, same_rows
+from .rows import full, positions
+from .values import Refused, Value, example, fake
+
+Args = dict[str, Any]
+
+
+def _as_it_is(result: Any) -> Any:
+    return result
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A node that is made of row statistics of `value`.
+
+    statistics: those it needs. given: the node with a class for each row, in the rows' order, or None. wraps: whether
+    a negative class counts from the end. flat: from the statistics, a `emit.Statistics`, to a (N,) result.
+    shape: from that in the leading shape of the logits to the node's.
+    """
+
+    node: Node
+    value: Value
+    statistics: tuple[str, ...]
+    given: Node | None = None
+    wraps: bool = False
+    flat: Callable[[Any], Any] = _as_it_is
+    shape: Callable[[Any], Any] = _as_it_is
+
+    @property
+    def target(self) -> Node | None:
+        """The tensor that `given` is a view of: equal for readings of the same targets."""
+        return None if self.given is None else base(self.given)
+
+    @property
+    def differentiated(self) -> bool:
+        """Whether a gradient comes back through it to the logits."""
+        return fake(self.node).requires_grad and self.value.fake.requires_grad
+
+
+DEFAULTS = CrossEntropy()
+
+
+@dataclass(frozen=True)
+class Loss(Reading):
+    """A loss over classes, with all its arguments: `weight` per class or None."""
+
+    weight: Node | None = None
+    arguments: CrossEntropy = DEFAULTS
+    ignores: bool = True  # False: every row counts, whatever its class
+
+    @property
+    def column_weight(self) -> Node | None:
+        """What the sum of the logits is weighted by."""
+        return self.weight if self.arguments.label_smoothing else None
+
+
+# ---- losses over classes
+
+
+def _arguments(args: Args, **changes: Any) -> CrossEntropy:
+    """The arguments of cross_entropy or nll_loss, or Refused where they ask for more than row statistics."""
+    if args["size_average"] is not None or args["reduce"] is not None:
+        raise Refused("the deprecated arguments size_average or reduce", "use reduction=")
+    smoothing = args.get("label_smoothing", 0.0)
+    if not isinstance(args["ignore_index"], int) or not is_number(smoothing) or not isinstance(args["reduction"], str):
+        raise Refused("an argument of the loss is computed in the graph", "use Python numbers")
+    return CrossEntropy(args["ignore_index"], args["reduction"], float(smoothing))
+
+
+def _reads_the_classes(name: str, value: Value) -> None:
+    """Refused unless the classes are where the loss expects them."""
+    expected = 1 if value.fake.dim() > 1 else 0
+    if value.class_dim != expected:
+        raise Refused(
+            f"the classes are dimension {value.class_dim} of {tuple(value.fake.shape)}, but {name} takes dimension "
+            f"{expected} for the classes",
+            "flatten the logits to (N, V)",
+        )
+
+
+def _loss(value: Value, node: Node, args: Args, name: str) -> Loss:
+    target, weight = args["target"], args["weight"]
+    arguments = _arguments(args)
+    if not is_tensor(target):
+        raise Refused("the target is not a tensor of the graph", "make it one")
+    indices, ignores = target, True
+    if fake(target).is_floating_point():
+        found = one_hot_target(target, value) if weight is None else None
+        if found is None:
+            raise Refused("class probabilities as target: they need every logit", "use class indices")
+        indices, ignores = found, False
+    if fake(indices).dtype != torch.int64:
+        raise Refused(f"targets of dtype {fake(indices).dtype}", "use target.long()")
+    wanted = ("log_softmax",) if name == "nll_loss" else ("logits", "log_softmax")
+    if value.kind not in wanted or value.factor != 1.0 or value.picked is not None:
+        kind = value.kind.replace("_", "-")
+        raise Refused(f"{name} reads {kind}, not {wanted[0]}", "use cross_entropy on logits")
+    not_rounded(value)
+    _reads_the_classes(name, value)
+    if not same_rows(indices, value):
+        shape = tuple(fake(indices).shape)
+        raise Refused(f"targets of shape {shape} for logits with rows {value.lead_shape}", "give each row one target")
+    if arguments.label_smoothing and value.masks:
+        raise Refused("label smoothing over masked classes", "slice the weight instead of masking")
+    statistics = tuple(arguments.statistics.split())
+    return Loss(node, value, statistics, indices, weight=weight, arguments=arguments, ignores=ignores)
+
+
+def _cross_entropy(value: Value, node: Node, args: Args) -> Reading:
+    return _loss(value, node, args, "cross_entropy")
+
+
+def _nll_loss(value: Value, node: Node, args: Args) -> Reading:
+    return _loss(value, node, args, "nll_loss")
+
+
+LOSSES = ("cross_entropy", "nll_loss")
+
+
+def base(target: Node) -> Node:
+    """The tensor that a target is a view of with its elements in the same order."""
+    while True:
+        op = vocabulary.read(target)
+        if op is None or op.inplace:
+            return target
+        keeps = op.name in ("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "copy", "view_as")
+        if op.name == "getitem":
+            index = op.args["index"] if isinstance(op.args["index"], tuple) else (op.args["index"],)
+            keeps = all(i is None or i is Ellipsis or full(i) for i in index)
+        source = op.args["input"] if keeps else None
+        if not is_tensor(source) or fake(source).dtype != fake(target).dtype:
+            return target
+        target = source
+
+
+# ---- reductions over the classes
+
+
+def _readable(value: Value, node: Node) -> None:
+    not_rounded(value)
+    if fake(node).dtype == torch.float64 and value.head.dtype != torch.float64:
+        raise Refused("a float64 statistic of logits in a narrower dtype", "use float32")
+
+
+def _keep(value: Value, keepdim: bool) -> Callable[[Any], Any]:
+    return (lambda r: r.unsqueeze(value.class_dim)) if keepdim else _as_it_is
+
+
+def _logsumexp(value: Value, node: Node, args: Args) -> Reading:
+    value.need("logits", "logsumexp of log-probabilities, which is 0", "leave it out")
+    _readable(value, node)
+    over_classes(value, "logsumexp", _single(args["dim"]))
+    return Reading(node, value, ("lse",), flat=lambda s: s.lse, shape=_keep(value, args["keepdim"]))
+
+
+def _single(dim: Any) -> Any:
+    return dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+
+
+def _argmax(value: Value, node: Node, args: Args) -> Reading:
+    over_classes(value, "argmax", args["dim"])
+    if value.picked is not None or value.kind not in ("logits", "log_softmax", "softmax") or value.factor <= 0:
+        raise Refused("argmax of something that does not grow with the logits", "take it of the logits")
+    _no_finite_mask(value)
+    return Reading(node, value, ("argmax",), flat=lambda s: s.argmax, shape=_keep(value, args["keepdim"]))
+
+
+def _no_finite_mask(value: Value) -> None:
+    if any(m.fill != -torch.inf for m in value.masks):
+        raise Refused("logits that are masked with a finite number", "use -inf")
+
+
+def _entry(value: Value) -> tuple[tuple[str, ...], Callable[[Any], Any]]:
+    """The statistics that the entry of a row's target needs, and the entry."""
+    factor = value.factor
+    if value.kind == "logits":
+        return ("target_logit",), lambda s: _times(s.target_logit, factor)
+    if value.kind == "log_softmax":
+        return ("lse", "target_logit"), lambda s: _times(s.target_logit - s.lse, factor)
+    if value.kind == "softmax":
+        return ("lse", "target_logit"), lambda s: _times((s.target_logit - s.lse).exp(), factor)
+    raise Refused("one entry of the product of the softmax and its logarithm", "compute it from log_softmax")
+
+
+def _times(result: Any, factor: float) -> Any:
+    return result if factor == 1.0 else result * factor
+
+
+def _total(value: Value) -> tuple[tuple[str, ...], Callable[[Any], Any]]:
+    """The statistics that the sum over the classes needs, and the sum."""
+    factor = value.factor
+    if value.picked is not None:
+        return _entry(value)
+    if value.kind == "p log p":
+        return ("lse", "entropy"), lambda s: s.entropy * -factor
+    if value.kind == "p z":
+        return ("lse", "entropy"), lambda s: _times(s.lse - s.entropy, factor)
+    if value.masks:
+        raise Refused("a sum over masked classes", "slice the weight instead of masking")
+    if value.kind == "logits":
+        return ("logit_sum",), lambda s: _times(s.logit_sum, factor)
+    if value.kind == "log_softmax":
+        return ("lse", "logit_sum"), lambda s: _times(s.logit_sum - s.lse * s.vocab, factor)
+    raise Refused("a sum of probabilities, which is 1", "leave it out")
+
+
+def _sum(value: Value, node: Node, args: Args) -> Reading:
+    return _reduced(value, node, args, mean=False)
+
+
+def _mean(value: Value, node: Node, args: Args) -> Reading:
+    return _reduced(value, node, args, mean=True)
+
+
+def _reduced(value: Value, node: Node, args: Args, mean: bool) -> Reading:
+    _readable(value, node)
+    rank, dim, c = value.fake.dim(), args["dim"], value.class_dim
+    listed = range(rank) if dim is None else [dim] if isinstance(dim, int) else dim
+    if not all(isinstance(d, int) for d in listed):
+        raise Refused("a sum over computed dimensions", "name them")
+    dims = sorted(d % rank for d in listed)
+    if c not in dims:
+        raise Refused("the logits are summed over rows", "sum the hidden states instead")
+    statistics, total = _total(value)
+    others = [d for d in dims if d != c]
+    keepdim = bool(args["keepdim"])
+
+    def shape(r: Any) -> Any:
+        r = r.unsqueeze(c)
+        if others:
+            r = r.mean(others, keepdim=True) if mean else r.sum(others, keepdim=True)
+        for d in reversed(dims) if not keepdim else ():
+            r = r.squeeze(d)
+        return r
+
+    def flat(s: Any) -> Any:
+        return total(s) / s.vocab if mean else total(s)
+
+    return Reading(node, value, statistics, value.picked, flat=flat, shape=shape)
+
+
+# ---- the entry of a target
+
+
+def _indices(index: Any) -> Node:
+    if not is_tensor(index) or fake(index).dtype != torch.int64:
+        raise Refused("classes are picked by something other than int64 indices", "use target.long()")
+    return index
+
+
+def _picked(value: Value, node: Node, target: Node, wraps: bool, shape: Callable[[Any], Any]) -> Reading:
+    _readable(value, node)
+    if value.picked is not None:
+        raise Refused("an entry of logits multiplied by a one-hot tensor", "use one of the two")
+    statistics, entry = _entry(value)
+    return Reading(node, value, statistics, target, wraps, entry, shape)
+
+
+def _gather(value: Value, node: Node, args: Args) -> Reading:
+    index, dim = _indices(args["index"]), args["dim"]
+    over_classes(value, "gather", dim)
+    return _picked(value, node, _one_for_each_row(value, index), False, _keep(value, True))
+
+
+def _one_for_each_row(value: Value, index: Node) -> Node:
+    shape = list(value.fake.shape)
+    shape[value.class_dim] = 1
+    given = tuple(fake(index).shape)
+    if len(given) != len(shape) or not all(same(a, b) for a, b in zip(given, shape, strict=True)):
+        raise Refused(f"classes of shape {given} are picked out of logits of shape {tuple(value.fake.shape)}", ONE)
+    return index
+
+
+ONE = "pick one class for each row"
+
+
+def _take_along_dim(value: Value, node: Node, args: Args) -> Reading:
+    return _gather(value, node, {"index": args["indices"], "dim": args["dim"]})
+
+
+def _getitem(value: Value, node: Node, args: Args) -> Reading | None:
+    """logits[arange(N), target], or None for an index that takes no classes out."""
+    entries = positions(value, args["index"])
+    own = next((i for dim, i in entries if dim == value.class_dim), None)
+    if not is_tensor(own) or fake(own).dtype in (torch.bool, torch.uint8):
+        return None
+    target = _indices(own)
+    lead = [i for dim, i in entries if dim != value.class_dim]
+    if value.class_dim != value.fake.dim() - 1 or any(dim is None for dim, _ in entries):
+        raise Refused("classes are picked with new dimensions", ONE)
+    counts = all(is_tensor(i) and _is_arange(i, d, value) for d, i in enumerate(lead))
+    if not counts or not same_rows(target, value):
+        raise Refused("classes are picked out of some rows of the logits", "use gather, with " + ONE)
+    return _picked(value, node, target, True, _as_it_is)
+
+
+def _is_arange(index: Node, dim: int, value: Value) -> bool:
+    """Whether `index` holds 0, 1, 2, ... along dimension `dim` of the rows, and is broadcast along the others."""
+    lead = value.lead_shape
+    shape = fake(index).shape
+    at = dim - (len(lead) - len(shape))  # dimensions are aligned from the right
+    if at < 0 or not all(same(s, lead[dim] if i == at else 1) for i, s in enumerate(shape)):
+        return False
+    node: Any = index
+    while True:
+        node = base(node)
+        op = vocabulary.read(node)
+        if op is not None and op.name == "cast" and fake(node).dtype == torch.int64:
+            node = op.args["input"]
+            continue
+        break
+    if node.op != "call_function" or node.target is not torch.arange:
+        return False
+    given = list(node.args)
+    start, step = (given[0], 1) if len(given) == 2 else (0, 1)
+    return len(given) in (1, 2) and start == 0 and step == 1 and set(node.kwargs) <= {"device", "dtype"}
+
+
+READINGS: dict[str, Callable[[Value, Node, Args], Reading | None]] = {
+    "cross_entropy": _cross_entropy,
+    "nll_loss": _nll_loss,
+    "logsumexp": _logsumexp,
+    "sum": _sum,
+    "mean": _mean,
+    "argmax": _argmax,
+    "take_along_dim": _take_along_dim,
+}
+
+
+def reading(value: Value, node: Node, op: vocabulary.Op) -> Reading | None:
+    """The reading of a node, or None for an op that leaves the classes where they are."""
+    if op.name == "gather":
+        dim = op.args["dim"]
+        of_classes = isinstance(dim, int) and dim % value.fake.dim() == value.class_dim
+        return _gather(value, node, op.args) if of_classes else None
+    if op.name == "getitem":
+        return _getitem(value, node, op.args)
+    rule = READINGS.get(op.name)
+    return None if rule is None else rule(value, node, op.args)
+
+
+__all__ = ["LOSSES", "READINGS", "Loss", "Reading", "base", "example", "reading"]

@@ -1,0 +1,430 @@
+"""Ops on the leading dimensions of logits: each is replayed on the hidden states.
+
+A rule says where the op leaves the classes and how to do the same to a tensor with D in their place. `ROWS` give one
+value, `PARTS` the values of a tuple, `JOINS` take several values of one head.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from . import vocabulary
+from .heads import same
+from .values import Refused, Value, example, fake
+
+Args = dict[str, Any]
+
+
+def _one(*given: Any) -> tuple:
+    """Arguments that may be given as one sequence or one by one, as a tuple."""
+    given = given[0] if len(given) == 1 and isinstance(given[0], tuple) else given
+    return tuple(given[0]) if len(given) == 1 and isinstance(given[0], (tuple, list, torch.Size)) else tuple(given)
+
+
+def _product(sizes: Sequence) -> Any:
+    product: Any = 1
+    for size in sizes:
+        product = product * size
+    return product
+
+
+def _output_class_dim(value: Value, node: Node) -> int:
+    """Where a reshape put the classes, or Refused if it split them, merged them or moved rows into them."""
+    old, new, c = value.fake.shape, fake(node).shape, value.class_dim
+    for j, size in enumerate(new):
+        before = same(_product(new[:j]), _product(old[:c]))
+        behind = same(_product(new[j + 1 :]), _product(old[c + 1 :]))
+        # A reshape keeps the number of elements: with the classes last, what stands before them follows.
+        if same(size, old[c]) and (behind and (before or (j == len(new) - 1 and c == len(old) - 1))):
+            return j
+    raise Refused(
+        f"a reshape from {tuple(old)} to {tuple(new)} does not keep the {old[c]} classes in a dimension of their own",
+        "reshape only the leading dimensions",
+    )
+
+
+def _resize(value: Value, node: Node, sizes: tuple) -> Value:
+    class_dim = _output_class_dim(value, node)
+    if len(sizes) != fake(node).dim():
+        raise Refused("the logits are viewed as another dtype, or with a size not spelled out", "name every dimension")
+    others_known = not any(isinstance(s, int) and s == -1 for i, s in enumerate(sizes) if i != class_dim)
+
+    def replay(h: Any, width: Any) -> Any:
+        width = -1 if others_known else width
+        return h.reshape(*(width if i == class_dim else s for i, s in enumerate(sizes)))
+
+    return value.mapped(node, replay, class_dim)
+
+
+def _view(value: Value, node: Node, args: Args) -> Value:
+    return _resize(value, node, _one(args["size"]))
+
+
+def _reshape(value: Value, node: Node, args: Args) -> Value:
+    return _resize(value, node, _one(args["shape"]))
+
+
+def _view_as(value: Value, node: Node, args: Args) -> Value:
+    if args["input"] is not value.node:
+        raise Refused("something is viewed in the shape of the logits", "give the shape by numbers")
+    other = args["other"]
+    class_dim = _output_class_dim(value, node)
+
+    def replay(h: Any, width: Any) -> Any:
+        return h.reshape(*(width if i == class_dim else _size(other, i) for i in range(fake(node).dim())))
+
+    return value.mapped(node, replay, class_dim)
+
+
+def _size(node: Node, dim: int) -> Any:
+    """A dimension of a tensor as a number. Symbolic sizes of another tensor would have to be recorded."""
+    size = fake(node).shape[dim]
+    if not isinstance(size, int):
+        raise Refused("the logits take the shape of a tensor of symbolic size", "give the shape by numbers")
+    return size
+
+
+def _flatten(value: Value, node: Node, args: Args) -> Value:
+    start, end = args["start_dim"], args["end_dim"]
+    return value.mapped(node, lambda h, _: h.flatten(start, end), _output_class_dim(value, node))
+
+
+def _unflatten(value: Value, node: Node, args: Args) -> Value:
+    dim, sizes = args["dim"], args["sizes"]
+    if not isinstance(dim, int) or dim % value.fake.dim() == value.class_dim:
+        raise Refused("the classes are split into groups", "reshape only the leading dimensions")
+    dim %= value.fake.dim()
+    added = fake(node).dim() - value.fake.dim()
+    return value.mapped(
+        node, lambda h, _: h.unflatten(dim, sizes), value.class_dim + (added if dim < value.class_dim else 0)
+    )
+
+
+def _unsqueeze(value: Value, node: Node, args: Args) -> Value:
+    dim = args["dim"] % (value.fake.dim() + 1)
+    return value.mapped(node, lambda h, _: h.unsqueeze(dim), value.class_dim + (dim <= value.class_dim))
+
+
+def _squeeze(value: Value, node: Node, args: Args) -> Value:
+    dim = args["dim"]
+    if not isinstance(dim, int):
+        raise Refused("squeeze of every dimension, or of several", "squeeze one dimension at a time")
+    dim %= value.fake.dim()
+    if dim == value.class_dim:
+        raise Refused("squeeze of the class dimension", "squeeze a leading dimension")
+    gone = value.fake.dim() - fake(node).dim()
+    return value.mapped(node, lambda h, _: h.squeeze(dim), value.class_dim - (gone if dim < value.class_dim else 0))
+
+
+def _expand(value: Value, node: Node, args: Args) -> Value:
+    sizes = _one(args["size"])
+    added = fake(node).dim() - value.fake.dim()
+    class_dim = value.class_dim + added
+    if not same(fake(node).shape[class_dim], value.vocab):
+        raise Refused("the class dimension is expanded", "expand only the leading dimensions")
+    return value.mapped(
+        node, lambda h, _: h.expand(*(-1 if i == class_dim else s for i, s in enumerate(sizes))), class_dim, node
+    )
+
+
+def _expand_as(value: Value, node: Node, args: Args) -> Value:
+    if args["input"] is not value.node:
+        raise Refused("something is expanded to the shape of the logits", "give the shape by numbers")
+    return _expand(value, node, {"size": tuple(_size(args["other"], i) for i in range(fake(node).dim()))})
+
+
+def _copy(value: Value, node: Node, args: Args) -> Value:
+    return value.at(node)
+
+
+def _rearranged(value: Value, node: Node, row_map: Callable, order: list[int]) -> Value:
+    """A permutation of dimensions: the rows stay in order if the leading ones do."""
+    lead = [d for d in order if d != value.class_dim and not same(value.fake.shape[d], 1)]
+    return value.mapped(node, row_map, order.index(value.class_dim), None if lead == sorted(lead) else node)
+
+
+def _transpose(value: Value, node: Node, args: Args) -> Value:
+    rank = value.fake.dim()
+    a, b = args["dim0"] % rank, args["dim1"] % rank
+    order = list(range(rank))
+    order[a], order[b] = b, a
+    return _rearranged(value, node, lambda h, _: h.transpose(a, b), order)
+
+
+def _permute(value: Value, node: Node, args: Args) -> Value:
+    order = [d % value.fake.dim() for d in _one(args["dims"])]
+    return _rearranged(value, node, lambda h, _: h.permute(*order), order)
+
+
+def _movedim(value: Value, node: Node, args: Args) -> Value:
+    source, destination = args["source"], args["destination"]
+    rank = value.fake.dim()
+    moved = torch.empty(list(range(rank)) if rank else [], device="meta").movedim(source, destination).shape
+    return _rearranged(value, node, lambda h, _: h.movedim(source, destination), list(moved))
+
+
+def _t(value: Value, node: Node, args: Args) -> Value:
+    return _transpose(value, node, {"dim0": 0, "dim1": value.fake.dim() - 1})
+
+
+def _getattr(value: Value, node: Node, args: Args) -> Value:
+    rank, name = value.fake.dim(), args["name"]
+    if name in ("mT", "mH") or (name in ("T", "H") and rank == 2):
+        return _transpose(value, node, {"dim0": rank - 2, "dim1": rank - 1})
+    raise Refused(f"the attribute {name} of the logits is read", "read it from the hidden states")
+
+
+def _select(value: Value, node: Node, args: Args) -> Value:
+    dim, index = args["dim"] % value.fake.dim(), args["index"]
+    if dim == value.class_dim:
+        raise Refused("one class is taken out of the logits", "compute it from the hidden states")
+    return value.mapped(node, lambda h, _: h.select(dim, index), value.class_dim - (dim < value.class_dim), node)
+
+
+def _narrow(value: Value, node: Node, args: Args) -> Value:
+    dim, start, length = args["dim"] % value.fake.dim(), args["start"], args["length"]
+    if dim == value.class_dim:
+        if not isinstance(start, int) or not isinstance(length, int) or start < 0:
+            raise Refused("a part of the vocabulary of a computed size", "slice the weight instead")
+        return columns(value, node, (start, start + length, 1))
+    return value.mapped(node, lambda h, _: h.narrow(dim, start, length), value.class_dim, node)
+
+
+def _index_select(value: Value, node: Node, args: Args) -> Value:
+    dim, index = args["dim"] % value.fake.dim(), args["index"]
+    if dim == value.class_dim:
+        raise Refused("classes are gathered out of the logits", "gather rows of the weight instead")
+    return value.mapped(node, lambda h, _: h.index_select(dim, index), value.class_dim, node)
+
+
+def _flip(value: Value, node: Node, args: Args) -> Value:
+    dims = [d % value.fake.dim() for d in _one(args["dims"])]
+    if value.class_dim in dims:
+        raise Refused("the vocabulary is reversed", "reverse the weight instead")
+    return value.mapped(node, lambda h, _: h.flip(dims), value.class_dim, node)
+
+
+def _roll(value: Value, node: Node, args: Args) -> Value:
+    shifts, dims = args["shifts"], args["dims"]
+    listed = [dims] if isinstance(dims, int) else dims
+    if not listed or value.class_dim in [d % value.fake.dim() for d in listed]:
+        raise Refused("the vocabulary is rolled", "roll only leading dimensions")
+    return value.mapped(node, lambda h, _: h.roll(shifts, dims), value.class_dim, node)
+
+
+def _gather(value: Value, node: Node, args: Args) -> Value:
+    """Rows by an index that is the same for all classes of a row, as an expanded view of one with a single class."""
+    dim, index = args["dim"] % value.fake.dim(), args["index"]
+    op = vocabulary.read(index) if isinstance(index, Node) else None
+    if dim == value.class_dim or op is None or op.name not in ("expand", "expand_as"):
+        raise Refused("entries are gathered out of the logits", "gather rows of the hidden states instead")
+    base, c = op.args["input"], value.class_dim
+    if fake(base).dim() != fake(index).dim() or not same(fake(base).shape[c], 1):
+        raise Refused("the index of a gather is not the same for all classes", "gather rows of the hidden states")
+    if not same(fake(index).shape[c], value.vocab):
+        raise Refused("a gather leaves out classes", "gather whole rows")
+    if not all(
+        same(a, b) for i, (a, b) in enumerate(zip(fake(base).shape, value.fake.shape, strict=True)) if i not in (c, dim)
+    ):
+        raise Refused("a gather leaves out rows", "gather whole rows")
+    return value.mapped(node, lambda h, _: h.take_along_dim(base, dim), c, node)
+
+
+# ---- indexing
+
+
+def _is_index_tensor(i: Any) -> bool:
+    return isinstance(i, Node) and isinstance(example(i), Tensor)
+
+
+def full(i: Any) -> bool:
+    """Whether an index takes all of a dimension."""
+    return isinstance(i, slice) and i.start in (None, 0) and i.stop is None and i.step in (None, 1)
+
+
+def positions(value: Value, index: Any) -> list[tuple[int | None, Any]]:
+    """The entries of an index with the dimension that each stands at, None for a new one; ellipses spelled out.
+
+    A bool tensor stands at the first of the dimensions that it takes.
+    """
+    given = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(i, (list, bool)) for i in given):
+        raise Refused("the logits are indexed by a list", "index by a tensor")
+
+    def taken(i: Any) -> int:
+        if i is None or i is Ellipsis:
+            return 0
+        if _is_index_tensor(i) and fake(i).dtype in (torch.bool, torch.uint8):
+            return fake(i).dim()
+        return 1
+
+    consumed = sum(map(taken, given))
+    rank = value.fake.dim()
+    if not any(i is Ellipsis for i in given):
+        given = (*given, Ellipsis)
+    at = next(k for k, i in enumerate(given) if i is Ellipsis)
+    given = given[:at] + (slice(None),) * (rank - consumed) + given[at + 1 :]
+    found: list[tuple[int | None, Any]] = []
+    dim = 0
+    for i in given:
+        found.append((None if i is None else dim, i))
+        dim += taken(i)
+    return found
+
+
+def _getitem(value: Value, node: Node, args: Args) -> Value:
+    index = args["index"]
+    entries = positions(value, index)
+    tensors = [(k, i) for k, (_, i) in enumerate(entries) if _is_index_tensor(i)]
+    own = next((k for k, (dim, _) in enumerate(entries) if dim == value.class_dim), None)
+    if own is None or not isinstance(entries[own][1], slice):
+        raise Refused("classes are taken out of the logits", "compute them from the hidden states")
+    part = entries[own][1]
+    new_index = tuple(i if k != own else slice(None) for k, (_, i) in enumerate(entries))
+    changed = any(not full(i) and i is not None for k, (_, i) in enumerate(entries) if k != own)
+    if tensors:
+        advanced = [k for k, (_, i) in enumerate(entries) if not isinstance(i, (slice, type(None)))]
+        if advanced[-1] - advanced[0] != len(advanced) - 1 or any(entries[k][0] is None for k in advanced):
+            raise Refused("logits indexed by tensors that do not stand side by side", "index the hidden states")
+        ranks = [1 if fake(i).dtype in (torch.bool, torch.uint8) else fake(i).dim() for _, i in tensors]
+        result = max([*ranks, 0])
+        kept = [k for k, (_, i) in enumerate(entries) if k < own and isinstance(i, (slice, type(None)))]
+        class_dim = len(kept) + (result if advanced[0] < own else 0)
+    else:
+        if any(isinstance(i, Node) and not isinstance(example(i), (int, torch.SymInt)) for _, i in entries):
+            raise Refused("logits indexed by something computed", "index the hidden states in front of the head")
+        class_dim = sum(1 for k, (_, i) in enumerate(entries) if k < own and (i is None or isinstance(i, slice)))
+    if not full(part):
+        value = columns(value, node, (part.start, part.stop, part.step))
+    if not changed and not any(i is None for _, i in entries):
+        return value.at(node)
+    rows = index if full(part) else new_index
+    return value.mapped(node, lambda h, _: h[rows], class_dim, node if changed else None)
+
+
+def columns(value: Value, node: Node, part: tuple) -> Value:
+    """Some of the classes: the logits of some rows of the weight."""
+    start, stop, step = part
+    if not all(s is None or isinstance(s, int) for s in part) or (step or 1) < 1:
+        raise Refused("a part of the vocabulary of a computed size", "slice the weight instead")
+    if value.kind != "logits" or value.picked is not None:
+        raise Refused("a part of the vocabulary is taken out of probabilities", "slice the logits instead")
+    cut = (start, stop, step)
+
+    def sliced(entry: Any) -> Any:
+        return replace(entry, columns=(*entry.columns, cut))
+
+    affine = replace(value.affine, shifts=tuple(map(sliced, value.affine.shifts)))
+    masks = tuple(map(sliced, value.masks))
+    changes = {"affine": affine, "masks": masks, "columns": (*value.columns, cut)}
+    return value.then(node, lambda z, _: z[..., slice(*cut)], **changes)
+
+
+ROWS: dict[str, Callable[[Value, Node, Args], Value]] = {
+    "view": _view,
+    "reshape": _reshape,
+    "view_as": _view_as,
+    "flatten": _flatten,
+    "unflatten": _unflatten,
+    "unsqueeze": _unsqueeze,
+    "squeeze": _squeeze,
+    "expand": _expand,
+    "broadcast_to": _expand,
+    "expand_as": _expand_as,
+    "copy": _copy,
+    "transpose": _transpose,
+    "movedim": _movedim,
+    "t": _t,
+    "permute": _permute,
+    "getattr": _getattr,
+    "select": _select,
+    "narrow": _narrow,
+    "index_select": _index_select,
+    "flip": _flip,
+    "roll": _roll,
+    "gather": _gather,
+    "getitem": _getitem,
+}
+
+
+# ---- tuples of values
+
+
+def _parts(value: Value, node: Node, dim: int, split: Callable[[Any], Any], gone: bool = False) -> list[Callable]:
+    """The value of every part of a node that is a tuple, as functions of the node that takes it out."""
+    dim %= value.fake.dim()
+    if dim == value.class_dim:
+        raise Refused("the vocabulary is taken apart", "slice the weight instead")
+    class_dim = value.class_dim - (gone and dim < value.class_dim)
+    parts = example(node)
+    if not isinstance(parts, (tuple, list)):
+        raise Refused(f"%{node.name} has no tensor metadata", "report it: Dynamo gave a node without an example")
+
+    def part(i: int) -> Callable[[Node], Value]:
+        return lambda taken: value.mapped(taken, lambda h, _: split(h)[i], class_dim, taken)
+
+    return [part(i) for i in range(len(parts))]
+
+
+def _split(value: Value, node: Node, args: Args) -> list[Callable]:
+    size, dim = args["split_size_or_sections"], args["dim"]
+    return _parts(value, node, dim, lambda h: h.split(size, dim))
+
+
+def _chunk(value: Value, node: Node, args: Args) -> list[Callable]:
+    chunks, dim = args["chunks"], args["dim"]
+    return _parts(value, node, dim, lambda h: h.chunk(chunks, dim))
+
+
+def _tensor_split(value: Value, node: Node, args: Args) -> list[Callable]:
+    sections, dim = args["indices_or_sections"], args["dim"]
+    return _parts(value, node, dim, lambda h: h.tensor_split(sections, dim))
+
+
+def _unbind(value: Value, node: Node, args: Args) -> list[Callable]:
+    dim = args["dim"]
+    return _parts(value, node, dim, lambda h: h.unbind(dim), gone=True)
+
+
+PARTS: dict[str, Callable[[Value, Node, Args], list[Callable[[Node], Value]]]] = {
+    "split": _split,
+    "chunk": _chunk,
+    "tensor_split": _tensor_split,
+    "unbind": _unbind,
+}
+
+
+# ---- several values in one
+
+
+def join(values: list[Value], node: Node, args: Args, stacked: bool) -> Value:
+    """Rows of one head put together again by cat or stack."""
+    first = values[0]
+    dim = args["dim"]
+    rank = first.fake.dim()
+    alike = {"node": node, "rows": (), "order": None, "steps": (), "extra": ()}
+    same_map = all(
+        v.picked is None and v.fake.dim() == rank and replace(v, **alike) == replace(first, **alike) for v in values
+    )
+    if not isinstance(dim, int) or not same_map:
+        raise Refused("logits of different heads, or treated differently, are put together", "compute a loss of each")
+    dim %= rank + stacked
+    if not stacked and dim == first.class_dim:
+        raise Refused("vocabularies are put together", "put the weights together")
+    class_dim = first.class_dim + (stacked and dim <= first.class_dim)
+    pieces = [v.rows for v in values]
+
+    def replay(h: Any, width: Any) -> Any:
+        made = []
+        for maps in pieces:
+            piece = h
+            for _, row_map in maps:
+                piece = row_map(piece, width)
+            made.append(piece)
+        return torch.stack(made, dim) if stacked else torch.cat(made, dim)
+
+    return replace(first, node=node, rows=((node, replay),), class_dim=class_dim, order=node)
