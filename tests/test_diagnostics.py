@@ -145,8 +145,8 @@ def test_a_compiled_loss_inside_a_checkpoint(compiler):
 
 def test_losses_of_one_line_are_apart():
     def both(h, w, t):
-        pairs = zip(h.split(128), t.split(128), strict=True)
-        first, second = (F.cross_entropy(F.linear(part, w), u) for part, u in pairs)
+        pairs = zip(h.split(128), (w, w.flip(0)), t.split(128), strict=True)
+        first, second = (F.cross_entropy(F.linear(part, u), v) for part, u, v in pairs)
         return first + 100 * second
 
     h, w, t = make(256)
@@ -154,7 +154,17 @@ def test_losses_of_one_line_are_apart():
     one, two = cce_inductor.diagnostics()
     assert two["site"] == one["site"] + " #2"
     check(one, 1, expected(h[:128], w, t[:128]))
-    check(two, 1, expected(h[128:], w, t[128:]))
+    check(two, 1, expected(h[128:], w.flip(0), t[128:]))
+
+
+def test_chunks_of_one_weight_are_one_site():
+    def both(h, w, t):
+        pairs = zip(h.split(128), t.split(128), strict=True)
+        return sum(F.cross_entropy(F.linear(part, w), u, reduction="sum") for part, u in pairs)
+
+    h, w, t = make(256)
+    compiled(both, compiler="aot_eager")(h, w, t).backward()
+    check(only(), 1, expected(h, w, t))
 
 
 def test_calls_in_a_loop_are_one_site():
