@@ -4,8 +4,9 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -93,6 +94,34 @@ def _copy(gm: GraphModule) -> GraphModule:
 
 
 def _rewrite(gm: GraphModule, settings: Settings, version: str, choose: Chooser | None) -> Rewritten:
+    """The pass over a graph, and over the regions in it that are checkpointed."""
+    # A region is run again for the backward, by PyTorch: what is formed in its forward only must not leave it.
+    inside = replace(settings, gradients_in_forward=False, diagnostics=False, defer_logits=False)
+    regions = {name: _rewrite(region, inside, version, choose) for name, region in _checkpointed(gm)}
+    result = _rewrite_graph(gm, settings, version, choose)
+    sites = [site for region in regions.values() for site in region.sites]
+    result.sites[:0] = sites
+    if any(site.fused for site in sites):
+        if result.graph_module is gm:
+            result.graph_module = _copy(gm)
+        for name, region in regions.items():
+            setattr(result.graph_module, name, region.graph_module)
+    return result
+
+
+def _checkpointed(gm: GraphModule) -> list[tuple[str, GraphModule]]:
+    """The bodies of torch.utils.checkpoint calls, by the names of the attributes that hold them."""
+    found = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.target is torch.ops.higher_order.tag_activation_checkpoint:
+            body = node.args[0]
+            region = getattr(gm, str(body.target), None) if isinstance(body, Node) and body.op == "get_attr" else None
+            if isinstance(region, GraphModule):
+                found[str(body.target)] = region
+    return list(found.items())
+
+
+def _rewrite_graph(gm: GraphModule, settings: Settings, version: str, choose: Chooser | None) -> Rewritten:
     if not find(gm.graph):
         return Rewritten(gm, [])
     copy = _copy(gm)

@@ -336,3 +336,39 @@ def test_other_dtypes(dtype):
         labels(),
     )
     assert_same_as_eager(fn, inputs, fused=1, tolerance=2e-2 if dtype == torch.bfloat16 else 1e-12)
+
+
+# ---- checkpointed heads
+
+
+def checkpointed(f, *args):
+    return torch.utils.checkpoint.checkpoint(f, *args, use_reentrant=False)
+
+
+def test_a_checkpointed_head_fuses_inside_the_checkpoint():
+    def whole(h, w, t):
+        return checkpointed(lambda h: ce(F.linear(h, w), t), h * 2)
+
+    def chunks(h, w, t):
+        parts = zip(h.split(1), t.split(1), strict=True)
+        return sum(checkpointed(lambda a, b: ce(F.linear(a, w), b, reduction="sum"), a, b) for a, b in parts)
+
+    def beside_another(h, w, t):
+        return checkpointed(lambda h: ce(F.linear(h, w), t), h) + ce(F.linear(h, w * 2), t)
+
+    inputs = rand(B, S, D), rand(V, D), labels(-100)
+    assert_same_as_eager(whole, inputs, fused=1)
+    assert_same_as_eager(chunks, inputs, fused=2)
+    assert_same_as_eager(beside_another, inputs, fused=2)
+
+
+def test_logits_that_leave_a_checkpoint_are_real():
+    def fn(h, w, t):
+        def region(h):
+            z = F.linear(h, w)
+            return ce(z, t), z
+
+        loss, z = checkpointed(region, h)
+        return loss + z.square().mean(), z
+
+    assert_same_as_eager(fn, (rand(B, S, D), rand(V, D), labels()), fused=1)
