@@ -32,8 +32,8 @@ def is_vocabulary_vector(other: Any, z: Any, class_dim: int) -> bool:
 
 def _value(
     node: Node,
-    x: Any,
-    w: Any,
+    x: Node,
+    w: Node,
     bias: Any = None,
     transposed: bool = False,
     width_dim: int = -1,
@@ -41,8 +41,6 @@ def _value(
     row_map: RowMap | None = None,
 ) -> Value:
     """The value of a head; `row_map` brings `x` into the shape of the result, with D at `class_dim`."""
-    if not isinstance(x, Node) or not isinstance(w, Node):
-        raise Refused("an operand of the head is not a tensor of the graph", "make it one")
     if fake(w).dim() != 2 and not (fake(w).dim() > 2 and all(same(s, 1) for s in fake(w).shape[2:])):
         raise Refused(f"the head's weight has {fake(w).dim()} dimensions, not 2", "flatten the weight to (V, D)")
     if not fake(node).is_floating_point():
@@ -85,8 +83,6 @@ def _stored_once(w: Any) -> Any:
 
 def _matmul(node: Node, args: dict[str, Any]) -> list[Value]:
     x, w = args["input"], args["other"]
-    if not isinstance(x, Node) or not isinstance(w, Node):
-        raise Refused("an operand of the head is not a tensor of the graph", "make it one")
     if fake(w).dim() > 2:
         w = _stored_once(w)
     values = [_value(node, x, w, None, True)] if fake(w).dim() == 2 else []
@@ -170,8 +166,6 @@ def _einsum(node: Node, args: dict[str, Any]) -> list[Value]:
 
 def _tensordot(node: Node, args: dict[str, Any]) -> list[Value]:
     x, w, dims = args["input"], args["other"], args["dims"]
-    if not isinstance(x, Node) or not isinstance(w, Node) or args["out"] is not None:
-        raise Refused("an operand of the head is not a tensor of the graph", "make it one")
     a, b = ([-1], [0]) if dims == 1 else dims if isinstance(dims, (list, tuple)) else ([], [])
     a, b = ([d] if isinstance(d, int) else list(d) for d in (a, b))
     if len(a) != 1 or len(b) != 1 or not all(isinstance(d, int) for d in (*a, *b)):
@@ -184,7 +178,7 @@ def _tensordot(node: Node, args: dict[str, Any]) -> list[Value]:
 
 def _convolution(node: Node, args: dict[str, Any]) -> list[Value]:
     x, w = args["input"], args["weight"]
-    if not isinstance(x, Node) or not isinstance(w, Node) or not all(same(s, 1) for s in fake(w).shape[2:]):
+    if not all(same(s, 1) for s in fake(w).shape[2:]):
         raise Refused("a convolution with a kernel of more than one point", "there is no fused form of it")
 
     def all_are(name: str, value: int) -> bool:

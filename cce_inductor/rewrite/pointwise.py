@@ -248,15 +248,11 @@ def _number_in(fill: Any) -> float:
 
 
 def _masked_fill(value: Value, node: Node, args: Args) -> Value:
-    if args["input"] is not value.node:
-        raise Refused("the logits are a mask or a value", "use class indices")
     return _fill(value, node, args["mask"], args["value"])
 
 
-def _fill(value: Value, node: Node, mask: Any, fill: Any, inverted: bool = False) -> Value:
+def _fill(value: Value, node: Node, mask: Node, fill: Any) -> Value:
     number = _number_in(fill)
-    if not is_tensor(mask) or fake(mask).dtype != torch.bool or inverted:
-        raise Refused("logits are masked by something other than a bool tensor", "use a bool tensor")
     if not is_vocabulary_vector(fake(mask), value.fake, value.class_dim):
         raise Refused(
             f"a mask of shape {tuple(fake(mask).shape)} for logits of shape {tuple(value.fake.shape)} is not one for "
@@ -279,8 +275,6 @@ def _where(value: Value, node: Node, args: Args) -> Value:
 
 def _setitem(value: Value, node: Node, args: Args) -> Value:
     """logits[..., start:stop] = number."""
-    if args["input"] is not value.node:
-        raise Refused("the logits are written into another tensor", "compute the loss from the logits")
     number = _number_in(args["value"])
     entries = positions(value, args["index"])
     own = [i for dim, i in entries if dim == value.class_dim]

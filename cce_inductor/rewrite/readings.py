@@ -97,8 +97,6 @@ def _reads_the_classes(name: str, value: Value) -> None:
 def _loss(value: Value, node: Node, args: Args, name: str) -> Loss:
     target, weight = args["target"], args["weight"]
     arguments = _arguments(args)
-    if not is_tensor(target):
-        raise Refused("the target is not a tensor of the graph", "make it one")
     indices, ignores = target, True
     if fake(target).is_floating_point():
         found = one_hot_target(target, value) if weight is None else None
@@ -232,8 +230,6 @@ def _reduced(value: Value, node: Node, args: Args, mean: bool) -> Reading:
     _readable(value, node)
     rank, dim, c = value.fake.dim(), args["dim"], value.class_dim
     listed = range(rank) if dim is None else [dim] if isinstance(dim, int) else dim
-    if not all(isinstance(d, int) for d in listed):
-        raise Refused("a sum over computed dimensions", "name them")
     dims = sorted(d % rank for d in listed)
     if c not in dims:
         raise Refused("the logits are summed over rows", "sum the hidden states instead")

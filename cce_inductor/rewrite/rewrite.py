@@ -20,7 +20,7 @@ from .defer import Deferral, Outputs
 from .hoist import Hoist
 from .readings import Loss, Reading
 from .site import Site
-from .trace import Finding, Trace, find, written_between
+from .trace import Finding, Trace, find, losses, written_between
 from .values import Head, Refusal, Refused, fake
 
 log = logging.getLogger(__name__)
@@ -54,12 +54,12 @@ def rewrite(gm: GraphModule, settings: Settings, version: str, choose: Chooser |
     except Exception as error:
         # A fault of ours must not cost the user the compilation: the graph stays as it was, and the record says why.
         log.exception("cce_inductor could not rewrite a graph and left it as it was")
-        return Rewritten(gm, [_fault(f, error) for f in find(gm.graph)])
+        return Rewritten(gm, [_fault(loss, error) for loss in losses(gm.graph)])
 
 
-def _fault(finding: Finding, error: Exception) -> Site:
-    refusal = Refusal(finding.loss, f"internal error: {type(error).__name__}: {error}", "please report it")
-    return site.make(finding.loss, None, refusal)
+def _fault(loss: Node, error: Exception) -> Site:
+    refusal = Refusal(loss, f"internal error: {type(error).__name__}: {error}", "please report it")
+    return site.make(loss, None, refusal)
 
 
 def differentiated_again(gm: GraphModule) -> str:

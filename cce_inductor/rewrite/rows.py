@@ -69,8 +69,6 @@ def _reshape(value: Value, node: Node, args: Args) -> Value:
 
 
 def _view_as(value: Value, node: Node, args: Args) -> Value:
-    if args["input"] is not value.node:
-        raise Refused("something is viewed in the shape of the logits", "give the shape by numbers")
     other = args["other"]
     class_dim = _output_class_dim(value, node)
 
@@ -132,8 +130,6 @@ def _expand(value: Value, node: Node, args: Args) -> Value:
 
 
 def _expand_as(value: Value, node: Node, args: Args) -> Value:
-    if args["input"] is not value.node:
-        raise Refused("something is expanded to the shape of the logits", "give the shape by numbers")
     return _expand(value, node, {"size": tuple(_size(args["other"], i) for i in range(fake(node).dim()))})
 
 
@@ -295,8 +291,6 @@ def _getitem(value: Value, node: Node, args: Args) -> Value:
         kept = [k for k, (_, i) in enumerate(entries) if k < own and isinstance(i, (slice, type(None)))]
         class_dim = len(kept) + (result if advanced[0] < own else 0)
     else:
-        if any(isinstance(i, Node) and not isinstance(example(i), (int, torch.SymInt)) for _, i in entries):
-            raise Refused("logits indexed by something computed", "index the hidden states in front of the head")
         class_dim = sum(1 for k, (_, i) in enumerate(entries) if k < own and (i is None or isinstance(i, slice)))
     if not full(part):
         value = columns(value, node, (part.start, part.stop, part.step))
@@ -360,14 +354,11 @@ def _parts(value: Value, node: Node, dim: int, split: Callable[[Any], Any], gone
     if dim == value.class_dim:
         raise Refused("the vocabulary is taken apart", "slice the weight instead")
     class_dim = value.class_dim - (gone and dim < value.class_dim)
-    parts = example(node)
-    if not isinstance(parts, (tuple, list)):
-        raise Refused(f"%{node.name} has no tensor metadata", "report it: Dynamo gave a node without an example")
 
     def part(i: int) -> Callable[[Node], Value]:
         return lambda taken: value.mapped(taken, lambda h, _: split(h)[i], class_dim, taken)
 
-    return [part(i) for i in range(len(parts))]
+    return [part(i) for i in range(len(example(node)))]
 
 
 def _split(value: Value, node: Node, args: Args) -> list[Callable]:

@@ -78,11 +78,15 @@ def find(graph: Graph) -> list[Finding]:
             continue
         findings += [Finding(site.node, trace, None) for site in sites]
     found = {finding.loss for finding in findings}
-    for node in graph.nodes:
-        op = vocabulary.read(node)
-        if op is not None and op.name in LOSSES and node not in found:
-            findings.append(Finding(node, *interpreter.why(node, op)))
+    for node in losses(graph):
+        if node not in found:
+            findings.append(Finding(node, *interpreter.why(node)))
     return sorted(findings, key=lambda finding: order[finding.loss])
+
+
+def losses(graph: Graph) -> list[Node]:
+    """The calls of a loss function over classes."""
+    return [n for n in graph.nodes if (op := vocabulary.read(n)) is not None and op.name in LOSSES]
 
 
 @dataclass
@@ -265,10 +269,7 @@ class Interpreter:
         return made
 
     def _take(self, node: Node, op: Op, source: Node) -> None:
-        parts = self.parts[source]
-        index = op.args.get("index") if op.name == "getitem" else None
-        if not isinstance(index, int):
-            raise Refused(f"{vocabulary.describe(node)} reads a tuple of logits", "take its parts one by one")
+        parts, index = self.parts[source], op.args["index"]
         self._set(node, parts.trace, self._all(lambda makers: makers[index](node), parts.makers))
 
     def _join(self, node: Node, op: Op) -> None:
@@ -333,11 +334,13 @@ class Interpreter:
 
     # ---- reasons
 
-    def why(self, loss: Node, op: Op) -> tuple[Trace | None, Refusal]:
+    def why(self, loss: Node) -> tuple[Trace | None, Refusal]:
         """Why a loss has no trace that serves it: the node at fault, on the way back from the loss to a head."""
         if loss in self.refused:
             refusal, trace = self.refused[loss]
             return trace, refusal
+        op = vocabulary.read(loss)
+        assert op is not None
         node = op.args["input"]
         while True:
             if not isinstance(node, Node):
@@ -349,10 +352,10 @@ class Interpreter:
             if op_ is None or (op_.name not in VALUES and op_.name not in ROWS):
                 return None, _unknown(node)
             # 30.0 * z and bias + z have the logits second; the wider operand is the one to follow.
-            tensors = [n for n in (op_.args.get("input"), op_.args.get("other")) if is_tensor(n)]
-            if not tensors:
+            given = [n for n in (op_.args.get("input"), op_.args.get("other")) if isinstance(n, Node)]
+            if not given:
                 return None, _unknown(node)
-            node = max(tensors, key=lambda n: fake(n).dim())
+            node = max(given, key=lambda n: fake(n).dim() if is_tensor(n) else 0)
 
 
 _METADATA = ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout")

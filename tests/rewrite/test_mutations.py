@@ -1,0 +1,261 @@
+"""Every guard of the rules is needed: without it, some program that is refused is refused no longer, or otherwise.
+
+A guard is an `if` whose body only raises `Refused`. Each is taken out of the running code in turn, and the captured
+graphs of REFUSED and PROGRAMS are rewritten: what becomes of one of them has to change.
+"""
+
+import ast
+import inspect
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from capture import graphs_of
+from test_refusals import REFUSED
+
+from cce_inductor import config
+from cce_inductor.rewrite import heads, pointwise, readings, rows, trace
+from cce_inductor.rewrite.rewrite import rewrite
+
+B, S, D, V = 2, 6, 8, 40
+MODULES = (heads, rows, pointwise, readings, trace)
+
+
+def is_guard(node: ast.AST) -> bool:
+    if not isinstance(node, ast.If) or node.orelse or len(node.body) != 1:
+        return False
+    raised = node.body[0]
+    call = raised.exc if isinstance(raised, ast.Raise) else None
+    return isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Refused"
+
+
+class Without(ast.NodeTransformer):
+    """Takes the guard out that starts at a line."""
+
+    def __init__(self, line: int):
+        self.line = line
+
+    def visit_If(self, node: ast.If) -> ast.AST:
+        if is_guard(node) and node.lineno == self.line:
+            return ast.copy_location(ast.Pass(), node)
+        return self.generic_visit(node)
+
+
+def mutants() -> dict[str, tuple[types.FunctionType, types.CodeType]]:
+    """By what is taken out: a function and its code without one guard."""
+    found = {}
+    for module in MODULES:
+        tree = ast.parse(inspect.getsource(module))
+        for owner in [tree, *(n for n in tree.body if isinstance(n, ast.ClassDef))]:
+            for made in (n for n in owner.body if isinstance(n, ast.FunctionDef)):
+                for guard in filter(is_guard, ast.walk(made)):
+                    path = [made.name] if owner is tree else [owner.name, made.name]
+                    name = f"{module.__name__.rpartition('.')[2]}.{'.'.join(path)}: {ast.unparse(guard.test)}"
+                    found[name] = look_up(vars(module), path), code_without(module, guard.lineno, path)
+    return found
+
+
+def look_up(namespace: dict, path: list[str]) -> types.FunctionType:
+    made = namespace[path[0]] if len(path) == 1 else vars(namespace[path[0]])[path[1]]
+    return getattr(made, "__func__", made)  # of a staticmethod
+
+
+def code_without(module: types.ModuleType, line: int, path: list[str]) -> types.CodeType:
+    mutated = Without(line).visit(ast.parse(inspect.getsource(module)))
+    namespace = dict(vars(module))
+    exec(compile(ast.fix_missing_locations(mutated), str(module.__file__), "exec"), namespace)
+    return look_up(namespace, path).__code__
+
+
+def ce(z, t, **kwargs):
+    return F.cross_entropy(z.reshape(-1, z.shape[-1]), t.reshape(-1), **kwargs)
+
+
+def linear(f):
+    """A program over the logits of a head."""
+    return lambda h, w, b, t: f(F.linear(h, w), t)
+
+
+EVEN = torch.arange(V) % 2 == 0
+HEADS = {
+    "a batch of weights": lambda h, w, b, t: ce(torch.bmm(h, torch.stack([w.t(), w.t() * 2])), t),
+    "a batch of weights, einsum": lambda h, w, b, t: ce(torch.einsum("bsd,bvd->bsv", h, torch.stack([w, w])), t),
+    "addmm with alpha": lambda h, w, b, t: ce(torch.addmm(b, h.view(-1, D), w.t(), alpha=2), t),
+    "addmm of a matrix": lambda h, w, b, t: ce(torch.addmm(b.expand(B * S, V) * 1, h.view(-1, D), w.t()), t),
+    "baddbmm of a batch": lambda h, w, b, t: ce(torch.baddbmm(b, h, torch.stack([w.t(), w.t()])), t),
+    "einsum of three": lambda h, w, b, t: ce(torch.einsum("bsd,vd,v->bsv", h, w, b), t),
+    "einsum that sums rows": lambda h, w, b, t: ce(torch.einsum("bsd,vd->sv", h, w), t[0]),
+    "einsum over two dimensions": lambda h, w, b, t: ce(torch.einsum("bsd,sd->bs", h, w[:S]), t[:, 0] % S),
+    "einsum without a contraction": lambda h, w, b, t: ce(
+        torch.einsum("bd,vk->bdv", h[:, 0], w), t[:, :1].expand(B, D)
+    ),
+    "tensordot over nothing": lambda h, w, b, t: ce(torch.tensordot(h[0, 0], w[:, 0], 0), t.view(-1)[:D]),
+    "tensordot over pairs": lambda h, w, b, t: ce(
+        torch.tensordot(h[:, :2, :4], w.view(V, 2, 4), ([1, 2], [1, 2])), t[:, 0]
+    ),
+    "a convolution of several points": lambda h, w, b, t: F.cross_entropy(
+        F.conv1d(h.mT, w.view(V, D, 1).expand(V, D, 3)), t[:, :4]
+    ),
+    "a strided convolution": lambda h, w, b, t: F.cross_entropy(F.conv1d(h.mT, w[:, :, None], stride=2), t[:, :3]),
+    "a convolution without a batch": lambda h, w, b, t: F.cross_entropy(F.conv1d(h[0].mT, w[:, :, None]).mT, t[0]),
+    "integers": lambda h, w, b, t: ce(F.linear(h.long(), w.long()).float() + h.sum() * 0, t),
+}
+ROWS = {
+    "view_as of another": lambda z, t: ce(z, t) + torch.empty(B * S, V).view_as(z).sum(),
+    "unflatten of the classes": lambda z, t: ce(z.unflatten(2, (2, V // 2)), t[..., None].expand(B, S, 2) % 20),
+    "squeeze of everything": lambda z, t: ce(z[:1].squeeze(), t[0]),
+    "squeeze of the classes": lambda z, t: ce(z.squeeze(-1), t),
+    "one class": lambda z, t: ce(z.select(2, 3), t[:, 0] % S),
+    "classes by index_select": lambda z, t: ce(z.index_select(2, torch.arange(20)), t % 20),
+    "the vocabulary flipped": lambda z, t: ce(z.flip(-1), t),
+    "the vocabulary rolled": lambda z, t: ce(z.roll(1, -1), t),
+    "everything rolled": lambda z, t: ce(z.roll(1), t),
+    "entries gathered": lambda z, t: ce(z.gather(1, (t % S)[:, :1, None].expand(-1, -1, 20)), t[:, :1] % 20),
+    "entries gathered by a computed index": lambda z, t: ce(
+        z.gather(1, (t[:, :1, None] + torch.arange(V)) % S), t[:, :1]
+    ),
+    "rows gathered of fewer sequences": lambda z, t: ce(
+        z.gather(1, (t % S)[:1, :1, None].expand(-1, -1, V)), t[:1, :1]
+    ),
+    "an index expanded along rows": lambda z, t: ce(z.gather(1, (torch.arange(V) % S).expand(B, 1, V)), t[:, :1]),
+    "indices apart": lambda z, t: ce(z[torch.tensor([0, 1]), None, torch.tensor([0, 2])], t[:, :1]),
+    "a list": lambda z, t: ce(z[[1, 0]], t),
+    "the classes split": lambda z, t: ce(z.chunk(2, -1)[0], t % 20),
+    "vocabularies put together": lambda z, t: ce(torch.cat([z, z], -1), t),
+    "rows of different scales": lambda z, t: ce(torch.cat([z[:, :3], 2 * z[:, 3:]], 1), t),
+    "rows of others": lambda z, t: ce(torch.cat([z, torch.zeros(1, S, V)]), torch.cat([t, t[:1]])),
+    "the class dimension expanded": lambda z, t: ce(z[..., :1].expand(B, S, V), t),
+    "probabilities of some classes": lambda z, t: -z.log_softmax(-1)[..., :20].gather(-1, t[..., None] % 20).mean(),
+    "a view of another dtype": lambda z, t: ce(z.view(torch.float32) * z.view(torch.int32).float().detach(), t),
+}
+ENTRIES = {
+    "cast to integers": lambda z, t: ce(z.to(torch.int64).to(torch.float32) + z.sum() * 0, t),
+    "masked, then negated": lambda z, t: ce(-z.masked_fill(EVEN, -3.0), t),
+    "a column of scales": lambda z, t: ce(z * torch.rand(1, 1, 1, 1), t),
+    "an integer tensor": lambda z, t: ce(z * torch.tensor(3), t),
+    "a tensor behind a softcap": lambda z, t: ce(torch.tanh(z) * torch.tensor(3.0), t),
+    "a float64 tensor": lambda z, t: ce(z * torch.tensor(3.0, dtype=torch.float64), t),
+    "a float64 vector": lambda z, t: ce(z * torch.ones(1, dtype=torch.float64), t),
+    "two one-hot masks": lambda z, t: (z.log_softmax(-1) * F.one_hot(t, V) * F.one_hot(t, V)).sum(-1).mean(),
+    "a divisor": lambda z, t: ce(1.0 / z, t),
+    "divided with rounding": lambda z, t: ce(torch.div(z, 2.0, rounding_mode="floor"), t),
+    "tanh twice": lambda z, t: ce(torch.tanh(torch.tanh(z)), t),
+    "tanh of masked logits": lambda z, t: ce(torch.tanh(z.masked_fill(EVEN, -3.0)), t),
+    "subtracted from a tensor": lambda z, t: ce(torch.ones(V) - z, t),
+    "added with alpha": lambda z, t: ce(torch.add(z, torch.ones(V), alpha=2), t),
+    "inf added": lambda z, t: ce(z + float("inf"), t),
+    "a float64 bias": lambda z, t: ce(z + torch.ones(V, dtype=torch.float64), t),
+    "an integer bias": lambda z, t: ce(z + torch.arange(V), t),
+    "a bias behind a mask": lambda z, t: ce(z.masked_fill(EVEN, -3.0) + torch.ones(V), t),
+    "softmax in float64": lambda z, t: F.nll_loss(z.log_softmax(-1, torch.float64).view(-1, V), t.view(-1)),
+    "exp of scaled log-probabilities": lambda z, t: (2 * z.log_softmax(-1)).exp().gather(-1, t[..., None]).mean(),
+    "log of scaled probabilities": lambda z, t: (2 * z.softmax(-1)).log().gather(-1, t[..., None]).mean(),
+    "masked with inf": lambda z, t: ce(z.masked_fill(EVEN, float("inf")), t),
+    "masked with a tensor": lambda z, t: ce(z.masked_fill(EVEN, torch.tensor(-3.0)), t),
+    "a mask that is the logits": lambda z, t: ce(torch.ones(B, S, V).masked_fill(z > 0, 0.0) * z, t),
+    "where keeps the logits": lambda z, t: ce(torch.where(EVEN, z, -3.0), t),
+    "where of integers": lambda z, t: ce(torch.where(EVEN.byte().bool() & (t[..., None] > 3), -3.0, z), t),
+    "written into another": lambda z, t: (lambda a: (a.__setitem__(0, z[0]), ce(a, t))[1])(torch.zeros(B, S, V)),
+    "computed columns set": lambda z, t: (z.__setitem__((..., torch.arange(3)), -1.0), ce(z, t))[1],
+    "columns set to a tensor": lambda z, t: (z.__setitem__((..., slice(3)), torch.ones(3)), ce(z, t))[1],
+    "logits times logits": lambda z, t: ce(z * z.tanh(), t),
+    "softmax times other logits": lambda z, t: ce(z, t) + (z.softmax(-1) * (2 * z)).sum(-1).mean(),
+    "softmax times masked logits": lambda z, t: (lambda m: ce(m, t) + (m.softmax(-1) * m).sum(-1).mean())(
+        z.masked_fill(EVEN, -3.0)
+    ),
+    "an edit under no_grad": lambda z, t: edited_without_gradient(z, t),
+}
+STATISTICS = {
+    "smoothing by a tensor": lambda z, t: (
+        ce(z, t, ignore_index=3, label_smoothing=0.1, reduction="mean") + z.square().mean()
+    ),
+    "int32 targets": lambda z, t: (
+        ce(z, t) - z.log_softmax(-1).gather(-1, t[..., None].int().long()).mean() + z.abs().mean()
+    ),
+    "byte indices": lambda z, t: ce(z, t) - z.log_softmax(-1).view(-1, V)[torch.arange(B * S), t.view(-1).int()].mean(),
+    "logsumexp in float64": lambda z, t: (
+        z.log_softmax(-1).sum(-1, dtype=torch.float64).mean() + z.log_softmax(-1).gather(-1, t[..., None]).mean()
+    ),
+    "argmax of negated logits": lambda z, t: ce(z, t) + (-(z.log_softmax(-1))).argmax(-1).float().mean(),
+    "argmax of masked logits": lambda z, t: (lambda m: ce(m, t) + m.argmax(-1).float().mean())(
+        z.masked_fill(EVEN, -3.0)
+    ),
+    "sum of masked logits": lambda z, t: (lambda m: ce(m, t) + m.sum(-1).mean())(z.masked_fill(EVEN, -3.0)),
+    "sum over rows": lambda z, t: ce(z, t) + z.sum(0).square().mean(),
+    "entry of a masked product": lambda z, t: (
+        ce(z, t) + (z.log_softmax(-1) * F.one_hot(t, V)).gather(-1, t[..., None]).mean()
+    ),
+    "several classes a row": lambda z, t: ce(z, t) - z.log_softmax(-1).gather(-1, t[..., None].expand(B, S, 2)).mean(),
+    "classes of fewer rows": lambda z, t: ce(z, t) - z.log_softmax(-1).gather(-1, t[:1, :, None]).mean(),
+    "classes with a new dimension": lambda z, t: (
+        ce(z, t) - z.log_softmax(-1).view(-1, V)[torch.arange(B * S), None, t.view(-1)].mean()
+    ),
+    "classes of some rows": lambda z, t: ce(z, t) - z.log_softmax(-1).view(-1, V)[t.view(-1) % 3, t.view(-1)].mean(),
+    "logits as a target": lambda z, t: ce(z, t) + F.cross_entropy(torch.zeros(B * S, V), z.view(-1, V)),
+    "the logsumexp of other rows": lambda z, t: (
+        -(z - z.flip(0).logsumexp(-1, keepdim=True)).gather(-1, t[..., None]).mean()
+    ),
+    "half a logsumexp": lambda z, t: (
+        -torch.sub(z, z.logsumexp(-1, keepdim=True), alpha=0.5).gather(-1, t[..., None]).mean()
+    ),
+    "logits of two heads": lambda z, t: ce(z.softmax(-1) * F.linear(z.detach(), torch.ones(V, V)), t),
+    "a norm": lambda z, t: ce(z, t) + z.norm(),
+}
+
+
+def edited_without_gradient(z, t):
+    with torch.no_grad():
+        z.mul_(2)
+    return ce(z, t)
+
+
+# Captured with symbolic sizes.
+DYNAMIC = {
+    "view_as a tensor of symbolic size": lambda z, t: ce(z.view_as(torch.empty(t.shape[0], t.shape[1], V)), t),
+    "columns of a symbolic number": lambda z, t: ce(z.narrow(-1, 0, t.shape[1] + 20), t % 20),
+    "a symbolic slice of the classes": lambda z, t: ce(z[..., : t.shape[1] + 20], t % 20),
+    "times a symbolic size": lambda z, t: ce(z * t.shape[1], t),
+    "divided by a symbolic size": lambda z, t: ce(z / t.shape[1], t),
+    "a symbolic class is ignored": lambda z, t: ce(z, t, ignore_index=t.shape[1]),
+    "symbolic columns set": lambda z, t: (z.__setitem__((..., slice(t.shape[1])), -1.0), ce(z, t))[1],
+    "a symbolic row": lambda z, t: ce(z[:, t.shape[1] - 2 :], t[:, t.shape[1] - 2 :]) + z.square().mean(),
+}
+# No program that runs reaches them on a CPU.
+UNREACHED = {
+    "pointwise._cast: new.device != old.device": "needs a second device",
+    "readings._loss: fake(indices).dtype != torch.int64": "eager's own error for most, and Dynamo's for uint8",
+}
+PROGRAMS = {
+    **{name: linear(f) for name, (f, _, _) in REFUSED.items()},
+    **HEADS,
+    **{name: linear(f) for name, f in {**ROWS, **ENTRIES, **STATISTICS}.items()},
+}
+
+
+def outcomes(graphs: dict[str, torch.fx.GraphModule]) -> dict[str, list]:
+    settings = config.Settings(min_vocab=0)
+    found = {}
+    for name, gm in graphs.items():
+        found[name] = [(s.fused, s.reason, s.at) for s in rewrite(gm, settings, "v").sites]
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_guard_is_needed(caplog):
+    torch.manual_seed(0)
+    inputs = [torch.randn(s).requires_grad_() for s in ((B, S, D), (V, D), (V,))] + [torch.randint(0, V, (B, S))]
+    graphs = {name: graphs_of(program, *inputs)[-1] for name, program in PROGRAMS.items()}
+    graphs |= {name: graphs_of(linear(program), *inputs, dynamic=True)[-1] for name, program in DYNAMIC.items()}
+    expected = outcomes(graphs)
+    assert [name for name, sites in expected.items() if any(fused for fused, _, _ in sites)] == []
+    survivors = set()
+    for name, (function, code) in mutants().items():
+        whole = function.__code__
+        function.__code__ = code
+        try:
+            if outcomes(graphs) == expected:
+                survivors.add(name)
+        finally:
+            function.__code__ = whole
+    assert survivors == set(UNREACHED)
