@@ -221,7 +221,8 @@ def _one_linear_loss(calls: list[emit.Bundle]) -> bool:
     if len(members) != 1:
         return False
     (loss,) = members
-    return isinstance(loss, Loss) and loss.arguments.linear and loss.differentiated
+    # Masked columns are put back into the log-sum-exp behind the operator, and change its tangent.
+    return isinstance(loss, Loss) and loss.arguments.linear and loss.differentiated and not loss.value.masks
 
 
 def _refusal(graph: Graph, trace: Trace, settings: Settings) -> Refusal | None:

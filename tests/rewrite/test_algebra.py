@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from capture import assert_same_as_eager, graphs_of
 
 from cce_inductor import config
+from cce_inductor.ops.choice import Choice
 from cce_inductor.rewrite.rewrite import rewrite
 
 B, S, D, V = 2, 6, 8, 40
@@ -161,6 +162,32 @@ def test_between(name):
     inputs = (rand(B, S, D), rand(V, D), labels())
     assert_same_as_eager(fn, inputs, fused=1)
     assert_same_as_eager(hidden_targets, inputs, fused=1)
+
+
+EARLY = {f"head: {name}": (lambda h, w, t, f=f: ce(f(h, w), t)) for name, f in HEADS.items()}
+EARLY |= {f"rows: {name}": (lambda h, w, t, f=f: ce(*f(F.linear(h, w), t))) for name, f in ROWS.items()}
+EARLY |= {f"between: {name}": (lambda h, w, t, f=f: ce(f(F.linear(h, w)), t % 20)) for name, f in BETWEEN.items()}
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_gradients_formed_in_the_forward(name):
+    """What the kernels of a CPU do for a single loss: the same, with the tangents known before the statistics are."""
+
+    def backend(gm, inputs):
+        settings = config.Settings(min_vocab=0)
+        made = rewrite(gm, settings, "v", lambda problem: Choice("test", gradients_in_forward=True))
+        early.append("with_gradients" in str(made.graph_module.graph))
+        return made.graph_module.forward
+
+    early = []
+    inputs = rand(B, S, D), rand(V, D), labels()
+    fn = EARLY[name]
+    torch._dynamo.reset()
+    wanted, got = fn(*inputs), torch.compile(fn, backend=backend)(*inputs)
+    assert early == [not any(s in name for s in ("masked", "where", "set", "mask"))]
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    for a, b in zip(*(torch.autograd.grad(loss, inputs[:2]) for loss in (wanted, got)), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
 
 
 def test_learned_temperatures():
