@@ -1,5 +1,6 @@
 """`explain`: what the pass would do to a function, without compiling it."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,23 +28,70 @@ class Report:
             f"{self.graphs} graph(s), {len(self.sites)} loss(es) over a vocabulary: {fused} fused, "
             f"{len(self.sites) - fused} declined; {self.deferred} output(s) deferred"
         ]
-        for site in self.sites:
-            lines.append(f"- {site}")
-            if site.fused and site.logits_bytes is not None:
-                lines.append(f"  logits of {site.logits_bytes / 2**20:.1f} MiB are not held; {self._scratch(site)}")
-            if site.fused:
-                lines.append(f"  grad_filter: {site.filter}; {_bound(site)}")
-                lines += [f"  gathered: {diagnostics.sentence(numbers)}" for numbers in diagnostics.of_site(site.name)]
         if not self.sites:
             lines.append("No cross_entropy or nll_loss was captured: are the head and the loss in one compiled region?")
+            return "\n".join(lines)
+        lines += ["", *_table([COLUMNS, *(_row(i, site) for i, site in enumerate(self.sites, 1))])]
+        for i, site in enumerate(self.sites, 1):
+            lines += ["", f"{i}. {_line(site.location, site.source) or site.loss}"]
+            lines += [f"   {text}" for text in (self._cost(site) if site.fused else _fault(site))]
         return "\n".join(lines)
 
-    def _scratch(self, site: Site) -> str:
-        rows, width = int(site.rows), int(site.width)
-        return (
-            f"scratch: workspace_mb={self.workspace_mb}, and for 16-bit types {rows * width * 4 / 2**20:.1f} MiB to "
-            "accumulate the hidden gradient in fp32"
+    def _cost(self, site: Site) -> list[str]:
+        """What a fused site takes instead of its logits."""
+        scratch = f"scratch: workspace_mb={self.workspace_mb}"
+        if site.logits_bytes is not None:
+            accumulator = int(site.rows) * int(site.width) * 4
+            scratch += f", and for 16-bit types {_mib(accumulator)} to accumulate the hidden gradient in fp32"
+        gathered = [f"gathered: {diagnostics.sentence(numbers)}" for numbers in diagnostics.of_site(site.name)]
+        return [scratch, f"grad_filter: {site.filter}; {_bound(site)}", *gathered]
+
+
+COLUMNS = ("#", "place", "loss", "N × V", "D", "logits", "")
+
+
+def _row(number: int, site: Site) -> tuple[str, ...]:
+    """A site as a row of the table. Logits are those of one tensor in the dtype that the head computes in."""
+    size = "" if site.logits_bytes is None else f"{_mib(site.logits_bytes)} "
+    logits = "" if site.vocab == "?" else size + ("saved" if site.fused else "held")
+    became = f"fused: {site.kernel}" if site.kernel else "fused" if site.fused else f"declined: {site.reason}"
+    loss = site.loss.rpartition(".")[2]
+    place = _short(site.location)
+    return str(number), place, loss, f"{site.rows} × {site.vocab}", site.width, logits, became
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    rule = "  ".join("-" * width for width in widths[:-1])
+    return [lines[0], rule, *lines[1:]]
+
+
+def _fault(site: Site) -> list[str]:
+    """Where the reason of a declined site is, and what would make it fuse."""
+    lines = []
+    if site.at:
+        lines.append(
+            f"because of %{site.at}" + (f" in {at}" if (at := _line(site.at_location, site.at_source)) else "")
         )
+    if site.cure:
+        lines.append(f"to fuse it, {site.cure}")
+    return lines
+
+
+def _short(location: str) -> str:
+    """``file:line``, from the current folder on where the file is below it."""
+    here = os.path.join(os.getcwd(), "")
+    return location.removeprefix(here)
+
+
+def _line(location: str, source: str) -> str:
+    """A line of the user's code with its place: ``train.py:41: loss = F.cross_entropy(z, t)``."""
+    return ": ".join(text for text in (_short(location), source) if text)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def _bound(site: Site) -> str:
@@ -51,7 +99,7 @@ def _bound(site: Site) -> str:
         return "no bound is kept"
     columns = site.vocab if site.bound_group == 1 else f"⌈{site.vocab}/{site.bound_group}⌉"
     size = f"⌈{site.rows}/{BLOCK}⌉·{columns} bytes"
-    mib = "" if site.bound_bytes is None else f", {site.bound_bytes / 2**20:.1f} MiB,"
+    mib = "" if site.bound_bytes is None else f", {_mib(site.bound_bytes)},"
     return f"a bound of {size}{mib} is kept from the forward to the backward"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -55,9 +56,46 @@ def test_explain_reports_every_site(inputs):
     assert (site.rows, site.vocab, site.width) == ("12", "5000", "8")
     assert site.logits_bytes == 12 * 5000 * 4
     assert "test_debugging.py" in site.location
+    assert site.source == "return F.cross_entropy(z.view(-1, 5000), t.view(-1)), z"
     text = str(report)
     assert "1 fused, 0 declined" in text and "1 output(s) deferred" in text and "workspace_mb=64" in text
     assert dict(counters["cce_inductor"]) == before  # looking changes nothing
+
+
+def test_explain_prints_a_table():
+    """Where, how large, what is saved, what became of it; below, the lines of code and what to change."""
+    h, w, t = rand(512, 8), rand(5000, 8), torch.randint(0, 5000, (512,))
+
+    def fn(h, w, t):
+        z = F.linear(h, w)
+        capped = F.relu(F.linear(h, w))
+        return F.cross_entropy(z, t) + F.cross_entropy(capped, t)
+
+    first = fn.__code__.co_firstlineno
+    torch._dynamo.reset()
+    with config.patch(compiler="aot_eager"):
+        lines = str(cce_inductor.explain(fn, h, w, t)).splitlines()
+    here = os.path.relpath(__file__) if __file__.startswith(os.getcwd()) else __file__
+    cells = [re.split(r"  +", line) for line in lines[2:6]]
+    assert cells[0] == ["#", "place", "loss", "N × V", "D", "logits"]
+    place = f"{here}:{first + 3}"
+    # One tensor of logits: 512 * 5000 * 4 bytes.
+    assert cells[2] == ["1", place, "cross_entropy", "512 × 5000", "8", "9.8 MiB saved", "fused: eager implementation"]
+    assert cells[3][:6] == ["2", place, "cross_entropy", "512 × 5000", "8", "9.8 MiB held"]
+    assert cells[3][6].startswith("declined: ") and "relu" in cells[3][6]
+    below = "\n".join(lines[6:])
+    assert f"2. {place}: return F.cross_entropy(z, t) + F.cross_entropy(capped, t)" in below
+    assert f"because of %capped in {here}:{first + 2}: capped = F.relu(F.linear(h, w))" in below
+    assert "to fuse it, " in below
+
+
+def test_explain_of_symbolic_sizes(inputs):
+    h, w, t = inputs
+    torch._dynamo.mark_dynamic(h, 0)
+    torch._dynamo.mark_dynamic(t, 0)
+    report = cce_inductor.explain(returning, h, w, t)
+    assert report.sites[0].fused and report.sites[0].logits_bytes is None
+    assert "MiB" not in str(report) and "× 5000" in str(report)
 
 
 def test_explain_of_a_compiled_function_and_of_a_module(inputs):

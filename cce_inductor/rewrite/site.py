@@ -13,7 +13,7 @@ from .values import Head, Refusal, example
 
 EXACT = Filter()
 BOUNDED = ("budget", "unbiased")  # kinds of filter that go by a bound
-_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+).*(?:\n +(?P<source>(?! *File ).*\S))?')
 
 
 def name(loss: Node) -> str:
@@ -28,18 +28,24 @@ def location(node: Node) -> str:
     return f"{frames[-1][0]}:{frames[-1][1]}" if frames else ""
 
 
+def source(node: Node) -> str:
+    """The text of that line, or "" where it is not known."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    return frames[-1][2] if frames else ""
+
+
 @dataclass(frozen=True)
 class Site:
     """One loss over a vocabulary in a compiled graph.
 
     fused: whether the fused operator computes it. reason: "" if so, else why not. cure: what would make it fuse.
-    loss, node, location: the loss as written, its name in the graph, and file:line. at, at_location: the node that is
-    the reason, where it is another one. rows, vocab, width: N, V and D as text (symbolic sizes have names).
-    logits_bytes: size of the logits in their own dtype, None if a size is symbolic. deferred: graph outputs made lazy.
-    kernel: what runs in its place. name: under which `cce_inductor.diagnostics` has its numbers. filter: which columns
-    its backward computes, a `grad_filter` as text: "exact" too where the one that is set has no bound for this loss.
-    bound_bytes: what the forward leaves to the backward for that, a byte for 128 rows and `bound_group` columns; None
-    if a size is symbolic.
+    loss, node, location: the loss as written, its name in the graph, and file:line. at, at_location: the node that
+    is the reason, where it is another one. source, at_source: the text of those lines. rows, vocab, width: N, V and
+    D as text (symbolic sizes have names). logits_bytes: size of the logits in their own dtype, None if a size is
+    symbolic. deferred: graph outputs made lazy. kernel: what runs in its place. name: under which
+    `cce_inductor.diagnostics` has its numbers. filter: which columns its backward computes, a `grad_filter` as
+    text: "exact" too where the one that is set has no bound for this loss. bound_bytes: what the forward leaves to
+    the backward for that, a byte for 128 rows and `bound_group` columns; None if a size is symbolic.
     """
 
     fused: bool
@@ -50,6 +56,8 @@ class Site:
     location: str
     at: str = ""
     at_location: str = ""
+    source: str = ""
+    at_source: str = ""
     rows: str = "?"
     vocab: str = "?"
     width: str = "?"
@@ -107,6 +115,8 @@ def make(
         location=location(loss),
         at=at.name if at is not None and at is not loss else "",
         at_location=location(at) if at is not None and at is not loss else "",
+        source=source(loss),
+        at_source=source(at) if at is not None and at is not loss else "",
         deferred=deferred,
         kernel=kernel,
         name=name,
