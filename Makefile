@@ -10,6 +10,7 @@
 #   make test-all                 the slow tests too
 #   make gpu-check                on a machine with a GPU: its tests and benchmark, with the packages PYTHON has
 #   make kernels                  docs/kernels.md: registers, spills and shared memory of the GPU kernels
+#   make coverage                 docs/coverage.md: which spellings and which models fuse
 #   make check                    lint, formatting, types
 #   make clean                    remove environments, caches and outputs
 
@@ -46,7 +47,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 
 	TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
-.PHONY: setup demo bench test test-all gpu-check kernels check clean
+.PHONY: setup demo bench test test-all gpu-check kernels coverage check clean
 
 setup: $(STAMP)
 
@@ -85,6 +86,10 @@ gpu-check:
 
 kernels: $(STAMP)
 	PYTHONPATH=tests:tests/ops:tests/lowering $(BIN)/python -W ignore tests/lowering/ahead_of_time.py > docs/kernels.md
+
+coverage: $(STAMP)
+	PYTHONPATH=.:tests:tests/rewrite $(TEST_ENV) $(BIN)/python -W ignore tests/rewrite/coverage_table.py > docs/coverage.tmp
+	mv docs/coverage.tmp docs/coverage.md
 
 check: $(STAMP)
 	$(BIN)/ruff check .

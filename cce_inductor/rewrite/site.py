@@ -4,12 +4,13 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from torch.fx import Node
 
 from ..ops import bound
 from ..ops.filters import Filter
 from . import vocabulary
-from .values import Head, Refusal, example
+from .values import Head, Refusal, example, fake
 
 EXACT = Filter()
 BOUNDED = ("budget", "unbiased")  # kinds of filter that go by a bound
@@ -79,6 +80,16 @@ class Site:
         return f"declined: {what}: {self.reason}{fault}{cure}"
 
 
+def _read_by(loss: Node) -> tuple[Tensor | None, Any]:
+    """The logits that a loss over classes reads, and how many classes they have, where no head was found."""
+    op = vocabulary.read(loss)
+    node = op.args.get("input") if op is not None else None
+    z = example(node) if isinstance(node, Node) else None
+    if not isinstance(z, Tensor) or z.dim() == 0:
+        return None, 0
+    return z, z.shape[1 if z.dim() > 1 else 0]
+
+
 def make(
     loss: Node,
     head: Head | None,
@@ -91,17 +102,17 @@ def make(
 ) -> Site:
     """The record of a loss node."""
     sizes: dict[str, Any] = {}
-    if head is not None:
-        z = example(head.node)
-        rows = z.numel() // head.vocab if head.vocab else 0
+    z, vocab = (fake(head.node), head.vocab) if head is not None else _read_by(loss)
+    if z is not None:
+        rows = z.numel() // vocab if vocab else 0
         known = all(isinstance(s, int) for s in z.shape)
         sizes = dict(
             rows=str(rows),
-            vocab=str(head.vocab),
-            width=str(head.width),
+            vocab=str(vocab),
+            width=str(head.width) if head is not None else "?",
             logits_bytes=int(z.numel()) * z.element_size() if known else None,
         )
-        if filter.kind in BOUNDED:
+        if head is not None and filter.kind in BOUNDED:
             sizes["bound_group"] = bound.group(rows, head.vocab, workspace, z.device.type)
             fixed = isinstance(rows, int) and isinstance(head.vocab, int)
             sizes["bound_bytes"] = bound.bound_bytes(rows, head.vocab, workspace, z.device.type) if fixed else None

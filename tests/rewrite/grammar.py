@@ -332,8 +332,8 @@ def generate(seed: int, dtype: torch.dtype = torch.float64, only: Collection[tup
             return draft.program()
 
 
-def alone(part: str, name: str, forms: int = 1) -> list[Program]:
-    """Programs in which one production stands in the plainest surroundings; up to `forms` different spellings of it."""
+def alone(part: str, name: str, forms: int = 1, beside_a_loss: bool = False) -> dict[str, Program]:
+    """Programs in which one production stands in the plainest surroundings, by its text: up to so many forms of it."""
     head = ("head", "F.linear with bias" if name.startswith("bias") else "F.linear")
     loss = ("statistic", "cross_entropy")
     needs = {
@@ -347,10 +347,10 @@ def alone(part: str, name: str, forms: int = 1) -> list[Program]:
         "operand": [itself, head, loss],
         "head": [itself, loss],
         "between": [head, *in_front, itself, loss],
-        "statistic": [head, *in_front, itself],
+        "statistic": [head, *in_front, *([loss] if beside_a_loss else []), itself],
         "escape": [head, loss, itself],
     }[part]
-    found: dict[str, Program] = {}
+    found: dict[str, tuple[str, Program]] = {}
     for seed in range(100):
         draft = Draft(Choices(seed, torch.float64))
         text = ""
@@ -359,13 +359,13 @@ def alone(part: str, name: str, forms: int = 1) -> list[Program]:
                 before = len(draft.lines)
                 draft.apply(*step, seed)
                 if step == itself:
-                    text = re.sub(r"\d+", "1", " ".join(draft.lines[before:]))  # sizes make no other spelling
+                    text = "; ".join(draft.lines[before:])
         except (Inapplicable, Spoilt):
             continue
-        found.setdefault(text, draft.program())
+        found.setdefault(re.sub(r"\d+", "1", text), (text, draft.program()))  # other sizes make no other form
         if len(found) == forms:
             break
-    return list(found.values())
+    return dict(found.values())
 
 
 def replay(choices: Choices) -> Program | None:

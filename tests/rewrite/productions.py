@@ -523,6 +523,7 @@ BARRIERS = {
 def _barrier(name: str, expression: str) -> None:
     @production("between", name, verdict="barrier", weight=0.12)
     def write(d: Draft) -> None:
+        d.need(d.t.numel() > 1)  # what masks the entries of a single row masks columns
         d.write("z = " + expression.format(c=d.c))
 
 

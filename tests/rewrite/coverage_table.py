@@ -1,0 +1,129 @@
+"""docs/coverage.md: which spellings and which models fuse. `make coverage` writes it, the slow tests compare it.
+
+Each production of the grammar stands in a program that is plain otherwise. The families are those of the model matrix,
+whose tests hold them to what is said of them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import productions  # noqa: F401 - fills the grammar
+from against_eager import Outcome, outcome
+from grammar import GRAMMAR, alone
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "coverage.md"
+FORMS = 3
+FUSED = "fused"
+
+HEADINGS = {
+    "operand": ("Operands", "In front of the head `z = F.linear(h, w)`."),
+    "head": ("Heads", "`h` has the shape (B, S, D), `w` (V, D), `wt` (D, V)."),
+    "between": (
+        "Between head and loss",
+        "`z` are the logits; the targets `t` follow where rows are rearranged.",
+    ),
+    "statistic": (
+        "Losses and statistics",
+        "`zf` and `tf` are logits and targets of flat rows, `s` the targets without -100.",
+    ),
+    "escape": ("Logits that are returned", "Beside a loss. They are deferred: computed when they are read."),
+}
+
+INTRODUCTION = """\
+# What fuses
+
+`make coverage` writes this file: it runs each spelling below in a program that is plain otherwise, and says what the
+pass made of it. The tests compose programs of these spellings at random and compare them with eager mode, fused or not
+(`tests/rewrite/test_property.py`). What is declined stays as it was, with eager's results.
+"""
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """A production of the grammar, its forms, and what became of it: "fused", or why not."""
+
+    part: str
+    name: str
+    forms: tuple[str, ...]
+    result: str
+
+    def row(self) -> str:
+        code = "<br>".join(f"`{form}`".replace("|", "\\|") for form in self.forms)
+        return f"| {self.name} | {code} | {self.result} |"
+
+
+def spelling(part: str, name: str) -> Spelling:
+    """Runs the forms of one production."""
+    results = {text: _verdict(outcome(program)) for text, program in alone(part, name, FORMS).items()}
+    if part == "statistic" and set(results.values()) == {NOTHING}:
+        beside = {_verdict(outcome(program)) for program in alone(part, name, FORMS, beside_a_loss=True).values()}
+        if beside == {FUSED}:
+            return Spelling(part, name, tuple(results), f"{FUSED} beside a loss")
+    kinds = set(results.values())
+    if len(kinds) == 1:
+        return Spelling(part, name, tuple(results), kinds.pop())
+    numbered = [f"{i}. {result}" for i, result in enumerate(results.values(), 1)]
+    return Spelling(part, name, tuple(results), "<br>".join(numbered))
+
+
+NOTHING = "no loss: nothing is looked for"
+
+
+def _verdict(result: Outcome | None) -> str:
+    assert result is not None, "eager refuses a plain program"
+    if result.wrong:
+        return f"WRONG: {result.wrong}"
+    if result.whole:
+        return FUSED
+    if not result.fused and not result.declined:
+        return NOTHING
+    return "declined: " + "; ".join(dict.fromkeys(result.reasons))
+
+
+def spellings() -> Iterator[Spelling]:
+    """Every production, run."""
+    for part, named in GRAMMAR.items():
+        for name in named:
+            yield spelling(part, name)
+
+
+def fusing() -> set[tuple[str, str]]:
+    """The (part, name) of the productions that fuse in all their forms, as the document has them."""
+    found, parts = set(), {heading: part for part, (heading, _) in HEADINGS.items()}
+    part = ""
+    for line in DOCUMENT.read_text().splitlines():
+        if line.startswith("## "):
+            part = parts.get(line[3:], "")
+        cells = line.strip("| ").split(" | ")
+        if part and cells[-1] == FUSED and cells[0] in GRAMMAR[part]:
+            found.add((part, cells[0]))
+    return found
+
+
+def document() -> str:
+    """The text of docs/coverage.md."""
+    import models  # needs transformers, which those who only ask what is fusing may not have
+
+    found = list(spellings())
+    lines = [INTRODUCTION]
+    for part, (heading, about) in HEADINGS.items():
+        rows = [one for one in found if one.part == part]
+        fused = sum(one.result.startswith(FUSED) for one in rows)
+        lines += [f"## {heading}\n", f"{about} {fused} of {len(rows)} fuse.\n", "| | as written | |", "|---|---|---|"]
+        lines += [*(one.row() for one in rows), ""]
+    lines += ["## Hugging Face models\n", FAMILIES, "| family | class | between head and loss | graphs | losses |"]
+    lines += ["|---|---|---|---|---|"]
+    for name, family in models.FAMILIES.items():
+        losses = f"{family.fused} fused" if family.fused else f"{family.declined} declined: {family.reason}"
+        lines.append(f"| {name} | `{family.model}` | {family.tail} | {family.graphs} | {losses} |")
+    return "\n".join(lines) + "\n"
+
+
+FAMILIES = """\
+Tiny random configurations, `tests/test_models.py`: loss and gradients are eager's, no tensor as large as the logits is
+made in forward and backward, and the logits that the model returns are deferred. Graphs are PyTorch's own.
+"""
+
+if __name__ == "__main__":
+    print(document(), end="")
