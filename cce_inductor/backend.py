@@ -2,19 +2,23 @@
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
-from . import compat, config, record, version
+from . import compat, config, elsewhere, record, version
 from .config import Settings
 from .deferred import defer
 from .lowering import register as lowering
 from .lowering.choose import choose
 from .ops import library, with_gradients  # noqa: F401 - they register the operators
+from .ops.choice import Chooser
 from .rewrite.rewrite import Rewritten, rewrite
+from .rewrite.site import Site
+from .rewrite.without_loss import defer_heads
 
 log = logging.getLogger(__name__)
 
@@ -55,18 +59,52 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], settings: Sett
     lowered = settings.compiler == "inductor"
     if lowered:
         lowering.register()
-    result = rewrite(gm, settings, version.source_hash(), choose if lowered else None)
+    entry, result = _settle(elsewhere.entries(gm, example_inputs), settings, choose if lowered else None)
+    # compile_fx calls itself, and enable() wraps it: the mark keeps the pass from running twice on one graph.
+    # The parts of a graph that DDPOptimizer has cut share one `meta`.
+    result.graph_module.meta = {**result.graph_module.meta, _MARK: True}
+    compiled = result.graph_module.forward if entry.as_it_is else compiler(result.graph_module, entry.inputs)
+    if result.deferrals:
+        compiled = _with_deferred(compiled, result, settings)
+    return _with_logits(compiled, entry) if entry.inlined or entry.read else compiled
+
+
+def _settle(
+    forms: Iterable[elsewhere.Entry], settings: Settings, choose: Chooser | None
+) -> tuple[elsewhere.Entry, Rewritten]:
+    """Rewrites a graph in the first of its forms that takes it, and keeps the record of what became of its losses."""
+    unfused = None
+    for entry in forms:
+        result = rewrite(entry.graph_module, settings, version.source_hash(), choose)
+        if not result.sites and not compat.is_part_of_a_graph():
+            result = defer_heads(entry.graph_module, settings)
+        if entry.accepts(result):
+            break
+        unfused = unfused or [_left(site) for site in result.sites]
+    result.sites = result.sites if unfused is None else unfused
     _count(result)
-    record.record(gm, result, settings)
+    record.record(entry.graph_module, result, settings)
     declined = [site for site in result.sites if not site.fused]
     if settings.strict and declined:
         raise DeclinedError("cce_inductor, with strict=True:\n" + "\n".join(str(site) for site in declined))
-    if result.uncompiled:
-        return gm.forward
-    # compile_fx calls itself, and enable() wraps it: the mark keeps the pass from running twice on one graph.
-    result.graph_module.meta[_MARK] = True
-    compiled = compiler(result.graph_module, example_inputs)
-    return _with_deferred(compiled, result) if result.deferrals else compiled
+    return entry, result
+
+
+def _left(site: Site) -> Site:
+    """The record of a loss in a form of its graph that was not taken."""
+    if not site.fused:
+        return site
+    reason = "its logits come from another graph, and this one needs them for something else as well"
+    return replace(site, fused=False, reason=reason, cure="compute it behind the loss", kernel="", deferred=0)
+
+
+def _with_logits(compiled: Callable, entry: elsewhere.Entry) -> Callable:
+    """Wraps a compiled function whose graph takes logits of another graph in the form of `entry`."""
+
+    def run(*args: Any) -> Any:
+        return compiled(*entry.arguments(args))
+
+    return run
 
 
 def _count(result: Rewritten) -> None:
@@ -76,9 +114,11 @@ def _count(result: Rewritten) -> None:
     ours["deferred"] += len(result.deferrals)
 
 
-def _with_deferred(compiled: Callable, result: Rewritten) -> Callable:
+def _with_deferred(compiled: Callable, result: Rewritten, settings: Settings) -> Callable:
     """Wraps a compiled function whose graph gives hidden states where the user's graph gave logits."""
     deferrals, n = result.deferrals, result.user_outputs
+    # A loss called eagerly runs the operators' eager implementation.
+    fuse = elsewhere.EagerLosses(lambda entry: _settle([entry], settings, None)[1])
 
     def run(*args: Any) -> tuple:
         everything = compiled(*args)
@@ -95,6 +135,7 @@ def _with_deferred(compiled: Callable, result: Rewritten) -> Callable:
                     shape=deferral.shape(operands),
                     dtype=deferral.dtype,
                     requires_grad=deferral.requires_grad,
+                    fuse=fuse,
                 )
             outputs[deferral.position] = made[key]
         return tuple(outputs)

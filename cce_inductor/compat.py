@@ -1,6 +1,7 @@
 """Every difference between the supported versions of PyTorch, and every private name of it that we build on."""
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -162,3 +163,57 @@ def can_use_tma(*matrices: Any) -> bool:
         for m in matrices
     )
     return rows and bool(possible(*matrices))
+
+
+def is_tracing() -> bool:
+    """Whether Dynamo or AOTAutograd is at work: what is asked of a tensor now is not asked for its values."""
+    from torch._guards import CompileContext, TracingContext
+
+    return TracingContext.try_get() is not None or CompileContext.try_get() is not None
+
+
+def is_transforming() -> bool:
+    """Whether a torch.func transform (vmap, grad, jvp) is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def operand_source(placeholder: Node, name: str) -> Any:
+    """Where an attribute of a placeholder's tensor comes from, as Dynamo says it; None in a graph not of Dynamo's."""
+    from torch._dynamo.source import AttrSource
+
+    source = getattr(placeholder, "_dynamo_source", None)
+    return None if source is None else AttrSource(source, name)
+
+
+def set_source(placeholder: Node, source: Any) -> None:
+    """Tells AOTAutograd where a placeholder comes from that was added to a Dynamo graph."""
+    if source is not None:
+        placeholder._dynamo_source = source  # type: ignore[attr-defined]
+
+
+def fake_mode_of(tensor: torch.Tensor) -> Any:
+    """The fake tensor mode of a fake tensor, or of the tensors inside a fake subclass; None for a real one."""
+    from torch._subclasses.fake_tensor import maybe_get_fake_mode
+
+    return maybe_get_fake_mode(tensor)
+
+
+def is_part_of_a_graph() -> bool:
+    """Whether a backend is given one of the parts that Dynamo's DDPOptimizer cuts a graph into.
+
+    Its outputs may go to another part, which is compiled for plain tensors.
+    """
+    from torch._guards import TracingContext
+
+    context = TracingContext.try_get()
+    return context is not None and context.ddp_optimizer_ctx is not None
+
+
+def python_stack() -> str:
+    """The innermost Python frame outside of PyTorch and of this package, as in a traceback; "" if there is none."""
+    ours = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
+    for frame, line in traceback.walk_stack(sys._getframe(1)):
+        code = frame.f_code
+        if not code.co_filename.startswith(ours):
+            return f'  File "{code.co_filename}", line {line}, in {code.co_name}\n'
+    return ""

@@ -30,6 +30,7 @@ class Settings:
     grad_filter: str = "exact"
     min_vocab: int = 4096
     defer_logits: bool = True
+    defer_without_loss: bool = True
     workspace_mb: int = 64
     gradients_in_forward: bool = True
     diagnostics: bool = False
@@ -113,6 +114,11 @@ KNOBS: dict[str, Knob] = {
     "defer_logits": Knob(
         _boolean,
         "give back logits that leave the graph as a lazy tensor, computed when somebody looks",
+    ),
+    "defer_without_loss": Knob(
+        _boolean,
+        "do so too in a graph without a loss, where the logits require grad and have more than four times as many "
+        "classes as the hidden states have columns: a loss outside of the graph can then be fused",
     ),
     "workspace_mb": Knob(
         _integer(1),

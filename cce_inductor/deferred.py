@@ -13,26 +13,38 @@ Three parts, from the inside out:
 
 Autograd sees ordinary operators on a tensor with a ``grad_fn`` (:class:`DeferLogits`), so gradients through the
 logits, in-place edits and views need nothing of their own; the dispatcher calls us below autograd.
+
+A pending value knows how it follows from its head: ``steps``, the operators between.  So a loss over it can still
+be computed from the hidden states, by whoever deferred it (``fuse`` of :func:`defer`, for an eager call) or by the
+compiled graph that it is given to (:meth:`DeferredLogits.recipe`, :meth:`DeferredLogits.operands`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map
+
+from . import compat
 
 aten = torch.ops.aten
 
 Compute = Callable[[Sequence[Tensor]], Tensor]
+# (logits, function, args, kwargs) -> what function(*args, **kwargs) gives, or NotImplemented.
+Fuse = Callable[["DeferredLogits", Callable, tuple, dict[str, Any]], Any]
 
 
 class DeferredLogitsError(RuntimeError):
@@ -47,7 +59,13 @@ _CURE = (
 
 
 def defer(
-    compute: Compute, operands: Sequence[Tensor], *, shape: Sequence[int], dtype: torch.dtype, requires_grad: bool
+    compute: Compute,
+    operands: Sequence[Tensor],
+    *,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    requires_grad: bool,
+    fuse: Fuse | None = None,
 ) -> Tensor:
     """A tensor of this shape and dtype that stands for ``compute(operands)`` and computes it on first touch.
 
@@ -56,15 +74,22 @@ def defer(
     head's weight.  It runs outside autocast and outside Dynamo: once for the value, and once more inside the backward
     if a gradient reaches the logits.  ``requires_grad`` says whether eager's logits would have required grad.
 
+    ``fuse`` is asked for the result when a loss of ``_LOSSES`` is called on the pending logits, or on a pending tensor
+    made from them; where it gives ``NotImplemented`` the loss reads the logits.
+
     The operands are referred to, not copied.  A read after they have changed raises
     :class:`DeferredLogitsError`; see :class:`_Operand` for what is recognised and what cannot be.
     """
     shape = torch.Size(shape)
-    value = _Value(_Head(compute, operands, shape, dtype))
+    head = _Head(compute, operands, shape, dtype, fuse)
     if not requires_grad:
-        return DeferredLogits(value, torch.empty(shape, dtype=dtype, device="meta"), operands[0].device)
+        return _root(head, shape)
     with torch.enable_grad():  # the caller may have left a no_grad region that the logits were not computed in
-        return DeferLogits.apply(value, compute, shape, dtype, *operands)
+        return DeferLogits.apply(head, compute, shape, *operands)
+
+
+def _root(head: _Head, shape: torch.Size) -> DeferredLogits:
+    return DeferredLogits(_Value(head, _Origin(head)), torch.empty(shape, dtype=head.dtype, device="meta"), head.device)
 
 
 # ------------------------------------------------------------------------------------------------- the operands
@@ -162,39 +187,124 @@ def _surroundings(device: torch.device, *, grad: bool) -> Iterator[None]:
 
 
 class _Head:
-    """The recipe of pending logits: run once by its :class:`_Value`, which then lets go of it."""
+    """What pending logits are computed from: run once by its :class:`_Value`, which then lets go of it.
 
-    def __init__(self, compute: Compute, operands: Sequence[Tensor], shape: torch.Size, dtype: torch.dtype) -> None:
-        self.compute, self.shape, self.dtype = compute, shape, dtype
+    `shape` is None where the logits are those of a graph that is being traced, of which only the operands are given.
+    """
+
+    def __init__(
+        self,
+        compute: Compute,
+        operands: Sequence[Tensor],
+        shape: torch.Size | None,
+        dtype: torch.dtype,
+        fuse: Fuse | None = None,
+    ) -> None:
+        self.compute, self.shape, self.dtype, self.fuse = compute, shape, dtype, fuse
         self.operands = [_Operand.record(i, t) for i, t in enumerate(operands)]
+        self.device = operands[0].device
 
-    def __call__(self) -> Tensor:
+    def check(self) -> list[Tensor]:
+        """The operands, detached, which are still what they were; else a :class:`DeferredLogitsError`."""
         for operand in self.operands:
             operand.check()
-        aliases = [operand.alias for operand in self.operands]
-        with _surroundings(aliases[0].device, grad=False):
+        return [operand.alias for operand in self.operands]
+
+    def __call__(self) -> Tensor:
+        aliases = self.check()
+        with _surroundings(self.device, grad=False):
             out = self.compute(aliases).contiguous()  # the strides that the program has been told
-        if out.shape != self.shape or out.dtype != self.dtype:
+        if self.shape is not None and (out.shape != self.shape or out.dtype != self.dtype):
             raise AssertionError(
                 f"deferred logits came out as {tuple(out.shape)} {out.dtype} where the graph has "
                 f"{tuple(self.shape)} {self.dtype}; please report this"
             )
-        if not isinstance(out, FakeTensor):
+        if not isinstance(out, (FakeTensor, FunctionalTensor)):
             counters["cce_inductor"]["deferred_materialized"] += 1
         return out
 
 
-class _Value:
-    """One value, pending or remembered.  Tensors that alias each other (``detach``) share one."""
+class Step(NamedTuple):
+    """One lazy operator between the head's logits and a pending tensor: ``op(tensor, *args, **dict(kwargs))``."""
 
-    def __init__(self, make: Callable[[], Tensor]) -> None:
+    op: Any
+    args: tuple
+    kwargs: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Step:
+        return cls(op, tuple(_frozen(a) for a in args), tuple((k, _frozen(v)) for k, v in kwargs.items()))
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return self.op(tensor, *self.args, **dict(self.kwargs))
+
+
+def _frozen(argument: Any) -> Any:
+    return tuple(argument) if isinstance(argument, (list, tuple)) else argument
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a pending tensor follows from the operands of a head: ``steps`` behind ``compute(operands)``.
+
+    needs: which operands a gradient reaches; none if the tensor does not require grad. connected: False for a tensor
+    whose gradient does not end in the operands, such as ``logits.detach().requires_grad_()``. dtype, device: its own.
+
+    It is what a compiled graph is guarded on that was given pending logits.
+    """
+
+    compute: Compute
+    steps: tuple[Step, ...]
+    needs: tuple[bool, ...]
+    connected: bool
+    dtype: torch.dtype
+    device: torch.device
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recipe:
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class _Origin:
+    """Where a pending value comes from. `recipe` stands in for what autograd would say, in a graph that is traced."""
+
+    head: _Head
+    steps: tuple[Step, ...] = ()
+    recipe: Recipe | None = None
+
+    def then(self, step: Step) -> _Origin:
+        return _Origin(self.head, (*self.steps, step), None)
+
+
+class _Value:
+    """One value, pending or remembered.  Tensors that share all their elements (``detach``) share one.
+
+    Values that are views of each other share their memory and ``_readers``: the pending values that are to be computed
+    before that memory is edited.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Tensor],
+        origin: _Origin | None = None,
+        source: _Value | None = None,
+        readers: weakref.WeakSet[_Value] | None = None,
+    ) -> None:
         self._make: Callable[[], Tensor] | None = make
         self._tensor: Tensor | None = None
-        self._readers: weakref.WeakSet[_Value] = weakref.WeakSet()
+        self._origin, self._source = origin, source
+        self._readers: weakref.WeakSet[_Value] = weakref.WeakSet() if readers is None else readers
 
     @property
     def pending(self) -> bool:
         return self._tensor is None
+
+    @property
+    def origin(self) -> _Origin | None:
+        """Where it comes from; None once it, or what it is made from, has been computed: that may be edited."""
+        if self._source is not None and self._source.origin is None:
+            return None
+        return self._origin
 
     @torch.compiler.disable  # Dynamo would otherwise compile the frames below when a compiled function reads us
     def get(self) -> Tensor:
@@ -203,20 +313,27 @@ class _Value:
             tensor = self._make()
             if isinstance(tensor, FakeTensor):
                 return tensor  # somebody traces: a real read may follow
-            self._tensor, self._make = tensor, None  # and with it the operands, or the value derived from
+            # And with them the operands, or the value derived from.
+            self._tensor, self._make, self._origin, self._source = tensor, None, None, None
         return self._tensor
 
-    def derive(self, fn: Callable[[Tensor], Tensor]) -> _Value:
-        """The value ``fn`` of this one: itself pending, and computed from this one as it is now."""
+    def copy(self, step: Step) -> _Value:
+        """The value ``step`` of this one, in memory of its own: pending, and computed from this one as it is now."""
+        child = _Value(self._after(step), self._origin and self._origin.then(step), self)
+        self._readers.add(child)
+        return child
 
+    def view(self, step: Step) -> _Value:
+        """The value ``step`` of this one, in the same memory."""
+        return _Value(self._after(step), self._origin and self._origin.then(step), self, self._readers)
+
+    def _after(self, step: Step) -> Callable[[], Tensor]:
         def make() -> Tensor:
             tensor = self.get()
             with _surroundings(tensor.device, grad=False):
-                return fn(tensor)
+                return step(tensor)
 
-        child = _Value(make)
-        self._readers.add(child)
-        return child
+        return make
 
     def expose(self) -> Tensor:
         """The tensor for uses that may edit its memory, now (``mul_``) or later and unseen (a view, ``numpy()``):
@@ -245,9 +362,9 @@ class DeferredLogits(torch.Tensor):
     _value: _Value
 
     @staticmethod
-    def __new__(cls, value: _Value, meta: Tensor, device: torch.device) -> DeferredLogits:
+    def __new__(cls, value: _Value, meta: Tensor, device: torch.device, offset: int = 0) -> DeferredLogits:
         self = torch.Tensor._make_wrapper_subclass(
-            cls, meta.size(), strides=meta.stride(), dtype=meta.dtype, device=device
+            cls, meta.size(), strides=meta.stride(), storage_offset=offset, dtype=meta.dtype, device=device
         )
         self._value = value
         # There is no storage behind us; C++ that asks for its pointer would otherwise be given null.
@@ -264,7 +381,103 @@ class DeferredLogits(torch.Tensor):
 
     def materialize(self) -> Tensor:
         """These logits as a plain tensor, connected to autograd and sharing memory with all further reads."""
+        self._value.get()
         return aten.view(self, self.shape)
+
+    # ---- computing something else from what these are computed from
+
+    def recipe(self) -> Recipe | None:
+        """How these pending logits follow from the operands of their head; None once they are computed."""
+        origin = self._value.origin
+        if origin is None:
+            return None
+        if origin.recipe is not None:
+            return origin.recipe
+        given = self._given()
+        needs = tuple(t.requires_grad for t in given or ()) or (False,) * len(origin.head.operands)
+        connected = given is not None or not self.requires_grad
+        return Recipe(origin.head.compute, origin.steps, needs, connected, self.dtype, self.device)
+
+    def operands(self) -> tuple[Tensor, ...]:
+        """The operands of :meth:`recipe`, connected to autograd as these logits are.
+
+        Raises :class:`DeferredLogitsError` if they are no longer what they were.
+        """
+        origin = self._value.origin
+        assert origin is not None
+        aliases = origin.head.check()
+        return self._given() or tuple(aliases)
+
+    def _given(self) -> tuple[Tensor, ...] | None:
+        """The operands that autograd leads to from here, or None where it does not lead to the head's own."""
+        origin, node = self._value.origin, self.grad_fn
+        assert origin is not None
+        while node is not None:
+            if getattr(node, "head", None) is origin.head:
+                return node.operands  # type: ignore[attr-defined]
+            behind = [n for n, _ in node.next_functions if n is not None]
+            node = behind[0] if len(behind) == 1 else None
+        return None
+
+    # What Dynamo and AOTAutograd make of us as an input of a graph: the operands of the head, or the computed values.
+
+    def __tensor_flatten__(self) -> tuple[list[str], Recipe | None]:
+        recipe = self.recipe()
+        return (["_values"] if recipe is None else [f"_operand_{i}" for i in range(len(recipe.needs))]), recipe
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], recipe: Recipe | None, size: Sequence[int], stride: Sequence[int]
+    ) -> DeferredLogits:
+        if recipe is None:
+            tensor = inner["_values"]
+            value = _Value(lambda: tensor)
+            value.get()
+            dtype, device = tensor.dtype, tensor.device
+        else:
+            operands = [inner[f"_operand_{i}"] for i in range(len(inner))]
+            head, dtype, device = _Head(recipe.compute, operands, None, recipe.dtype), recipe.dtype, recipe.device
+
+            def make() -> Tensor:
+                out = head()
+                with _surroundings(out.device, grad=False):
+                    for step in recipe.steps:
+                        out = step(out)
+                return out
+
+            value = _Value(make, _Origin(head, recipe.steps, recipe))
+            if any(isinstance(s, torch.SymInt) for s in size):
+                # Dynamo gives us and the operands symbols of their own: say that they are the same sizes.
+                for own, of_operands in zip(size, value.get().size(), strict=True):
+                    torch._check(own == of_operands)
+        return DeferredLogits(value, torch.empty_strided(size, stride, dtype=dtype, device="meta"), device)
+
+    @property
+    def _values(self) -> Tensor:
+        return self._value.get()
+
+    def __getattr__(self, name: str) -> Any:
+        number = re.fullmatch(r"_operand_(\d+)", name)
+        if number is not None and (origin := self._value.origin) is not None:
+            i, operands = int(number[1]), origin.head.operands
+            if i == 0 and not compat.is_tracing():
+                origin.head.check()  # a compiled function of somebody else's takes the operands from here
+            if i < len(operands):
+                return operands[i].alias
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+
+    @classmethod
+    @torch.compiler.disable
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not all(issubclass(cls, kind) for kind in types):
+            return NotImplemented
+        if func in _LOSSES:
+            out = _fused(func, args, kwargs)
+            if out is not NotImplemented:
+                return out
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
 
     @classmethod
     @torch.compiler.disable
@@ -284,6 +497,11 @@ class DeferredLogits(torch.Tensor):
         return _run_on_values(func, args, kwargs)
 
     # ---- what does not go through the dispatcher (see also _THROUGH_VALUE)
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        if compat.is_tracing():
+            return super().untyped_storage()  # Dynamo asks for its identity, to find out which inputs share memory
+        return self.materialize().untyped_storage()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         # Loggers and debuggers call repr on whole outputs: that is not yet an interest in the values.
@@ -326,7 +544,6 @@ _THROUGH_VALUE = (
     "map2_",
     "numpy",
     "tolist",
-    "untyped_storage",
 )
 
 
@@ -341,6 +558,22 @@ def _through_value(name: str) -> Callable[..., Any]:
 
 for _name in _THROUGH_VALUE:
     setattr(DeferredLogits, _name, _through_value(_name))
+
+
+# ------------------------------------------------------------------------------------------ losses on pending logits
+
+# Functions of torch that may be computed without the logits, above autograd, where the operands can be reached.
+_LOSSES = frozenset((F.cross_entropy, F.nll_loss))
+
+
+def _fused(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    logits = args[0] if args else kwargs.get("input")
+    if not isinstance(logits, DeferredLogits) or logits._value.origin is None:
+        return NotImplemented
+    fuse = logits._value.origin.head.fuse
+    if fuse is None or logits._backward_hooks or logits.retains_grad or compat.is_transforming():
+        return NotImplemented
+    return fuse(logits, func, args, kwargs)
 
 
 # ------------------------------------------------------------------------------------------- operators on the value
@@ -394,7 +627,28 @@ def _meta(self: DeferredLogits) -> Tensor:
 
 def _aliased(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     with torch.inference_mode(self.is_inference()):  # as what it aliases, wherever that is done
-        return DeferredLogits(self._value, _meta(self), self.device)
+        return DeferredLogits(self._value, _meta(self), self.device, self.storage_offset())
+
+
+def _viewed(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    if self.is_materialized:
+        return NotImplemented
+    meta = func(_meta(self), *args, **kwargs)
+    value = self._value.view(Step.of(func, args, kwargs))
+    with torch.inference_mode(self.is_inference()):
+        return DeferredLogits(value, meta, self.device, self.storage_offset() + meta.storage_offset())
+
+
+def _split(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    if self.is_materialized:
+        return NotImplemented
+    given = dict(zip(("sizes", "dim"), args, strict=False)) | kwargs
+    dim, start, parts = given.get("dim", 0), 0, []
+    for part in func(_meta(self), *args, **kwargs):
+        end = start + part.size(dim)
+        parts.append(_viewed(self, aten.slice.Tensor, (dim, start, end), {}))
+        start = end
+    return parts
 
 
 def _copied(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -404,7 +658,7 @@ def _copied(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[s
         # The copy happens at the first read, after any synchronisation that the caller has planned for it.
         kwargs = {**kwargs, "non_blocking": False}
     meta = func(_meta(self), *args, **{k: v for k, v in kwargs.items() if k != "device"})
-    return DeferredLogits(self._value.derive(lambda t: func(t, *args, **kwargs)), meta, _device(self, kwargs))
+    return DeferredLogits(self._value.copy(Step.of(func, args, kwargs)), meta, _device(self, kwargs))
 
 
 def _from_shape(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -421,6 +675,18 @@ _LAZY: dict[Any, _Rule] = {
     aten.alias.default: _aliased,
     aten.clone.default: _copied,
     aten._to_copy.default: _copied,
+    aten._log_softmax.default: _copied,
+    aten.view.default: _viewed,
+    aten._unsafe_view.default: _viewed,
+    aten.slice.Tensor: _viewed,
+    aten.select.int: _viewed,
+    aten.unsqueeze.default: _viewed,
+    aten.squeeze.dim: _viewed,
+    aten.t.default: _viewed,
+    aten.transpose.int: _viewed,
+    aten.permute.default: _viewed,
+    aten.split.Tensor: _split,
+    aten.split_with_sizes.default: _split,
     aten.empty_like.default: _from_shape,
     aten.zeros_like.default: _from_shape,
     aten.ones_like.default: _from_shape,
@@ -446,21 +712,22 @@ class DeferLogits(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, value: _Value, compute: Compute, shape: torch.Size, dtype: torch.dtype, *operands: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, head: _Head, compute: Compute, shape: torch.Size, *operands: Tensor) -> Tensor:
         ctx.compute = compute
+        # For a loss that goes around the logits: inputs, not outputs, so this is no cycle, and nothing is kept alive
+        # that is not an input of the graph behind them.
+        ctx.head, ctx.operands = head, operands
         ctx.save_for_backward(*operands)
         ctx.set_materialize_grads(False)
-        return DeferredLogits(value, torch.empty(shape, dtype=dtype, device="meta"), operands[0].device)
+        return _root(head, shape)
 
     @staticmethod
     @torch.compiler.disable
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[4:]
+        needed = ctx.needs_input_grad[3:]
         grads: list[Tensor | None] = [None] * len(needed)
         if grad is None:
-            return (None,) * 4 + tuple(grads)
+            return (None,) * 3 + tuple(grads)
         operands = ctx.saved_tensors  # raises, as for eager's head, if one of them has been modified in place
         for i, operand in enumerate(operands):
             _check_allocated(_operand_name(i), operand)
@@ -475,4 +742,4 @@ class DeferLogits(torch.autograd.Function):
             )
         for i, g in zip(wanted, found, strict=True):
             grads[i] = g
-        return (None,) * 4 + tuple(grads)
+        return (None,) * 3 + tuple(grads)

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from . import emit, vocabulary
 from .builder import Builder
-from .values import Columns, Head, Refused, Step, Value, fake
+from .values import Columns, Refused, Step, Value, fake
+
+RECORDED = "cce_inductor_recorded"  # in the meta of a head that was put into a graph by `Logits.record`
 
 # Ops that derive a weight from a parameter and are cheaper to repeat at a read than to keep the result of.
 _CHEAP = frozenset(("cast", "view", "reshape", "transpose", "t", "permute", "getattr", "getitem", "detach", "flatten"))
@@ -48,13 +50,69 @@ def _repeat(node: Node, value: Tensor) -> Tensor:
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
+@dataclass(frozen=True, eq=False)
+class Logits:
+    """The logits as eager computes them: the head in its dtype, then every step the user wrote.
+
+    Of (hidden states, weight, bias if `biased`, and what `steps` read besides). The hidden states have `rank`
+    dimensions, with D at `class_dim`; the result has V there.
+    """
+
+    dtype: torch.dtype
+    transposed: bool
+    pointwise: bool  # a weight (V, D, 1, ...), of a convolution
+    biased: bool
+    rank: int
+    class_dim: int
+    steps: tuple[Step, ...]
+
+    def __call__(self, operands: Sequence[Tensor]) -> Tensor:
+        x, w, *bias = [t.to(self.dtype) for t in operands[: 2 + self.biased]]
+        return self._behind(self._head(x, w, *bias), operands)
+
+    def record(self, operands: Sequence[fx.Proxy]) -> fx.Proxy:
+        """The same as nodes of a graph, with a head whose operands keep their dtypes, as under autocast.
+
+        It is marked: the pass erases it where nothing but what it fuses needs the logits.
+        """
+        given: Any = operands
+        z: Any = self._head(given[0], given[1], given[2] if self.biased else None, self._recorded)
+        return self._behind(z, given)  # type: ignore[return-value]
+
+    def _recorded(self, z: Any) -> Any:
+        z.node.meta["example_value"] = z.node.meta["example_value"].to(self.dtype)
+        z.node.meta[RECORDED] = True
+        return z
+
+    def _head(self, x: Tensor, w: Tensor, bias: Tensor | None = None, product: Callable = lambda z: z) -> Tensor:
+        if self.class_dim != self.rank - 1:
+            x = x.movedim(self.class_dim, -1)
+        if self.pointwise:
+            w = w.flatten(1)
+        if not self.transposed:
+            return product(F.linear(x, w, bias))
+        if bias is not None and self.rank == 2:
+            return product(torch.addmm(bias, x, w))
+        z = product(torch.matmul(x, w))
+        return z if bias is None else z + bias
+
+    def _behind(self, z: Tensor, operands: Sequence[Tensor]) -> Tensor:
+        extra = list(operands[2 + self.biased :])
+        for step in self.steps:
+            z = step(z, extra)
+        if self.class_dim == self.rank - 1:
+            return z
+        order = list(range(self.rank - 1))
+        return z.permute(*order[: self.class_dim], self.rank - 1, *order[self.class_dim :])
+
+
 @dataclass(frozen=True)
 class Deferral:
     """One graph output that is made lazy. `operands` are hidden states, weight, and what `compute` reads besides."""
 
     position: int
     operands: tuple[Source, ...]
-    compute: Callable[[Sequence[Tensor]], Tensor]
+    compute: Logits
     class_dim: int
     transposed: bool
     columns: Columns
@@ -69,28 +127,6 @@ class Deferral:
             classes = classes[slice(*part)]
         sizes[self.class_dim] = len(classes)
         return tuple(sizes)
-
-
-def _compute(head: Head, class_dim: int, steps: tuple[Step, ...]) -> Callable[[Sequence[Tensor]], Tensor]:
-    """The logits as eager computes them: the head in its dtype, then every step the user wrote."""
-    dtype, transposed, biased = head.dtype, head.transposed, head.bias is not None
-    first_extra = 2 + biased
-
-    def compute(operands: Sequence[Tensor]) -> Tensor:
-        x, w = operands[0].movedim(class_dim, -1).to(dtype), operands[1].to(dtype)
-        bias = operands[2].to(dtype) if biased else None
-        if not transposed:
-            z = F.linear(x, head.matrix(w), bias)
-        elif bias is not None and x.dim() == 2:
-            z = torch.addmm(bias, x, w)
-        else:
-            z = x @ w if bias is None else x @ w + bias
-        extra = list(operands[first_extra:])
-        for step in steps:
-            z = step(z, extra)
-        return z.movedim(-1, class_dim)
-
-    return compute
 
 
 class Outputs:
@@ -128,7 +164,15 @@ class Outputs:
         hidden = Source(True, self.placeholders[h]) if h in self.placeholders else self._own_output(h)
         others = [n for n in (head.weight, head.bias, *value.extra) if n is not None]
         operands = (hidden, *(self.source(n) for n in others))
-        compute = _compute(head, value.class_dim, value.steps)
+        compute = Logits(
+            head.dtype,
+            head.transposed,
+            fake(head.weight).dim() > 2,
+            head.bias is not None,
+            value.fake.dim(),
+            value.class_dim,
+            value.steps,
+        )
         requires_grad = value.fake.requires_grad
         for i in positions:
             self.outputs[i] = None

@@ -76,7 +76,7 @@ def differentiated_again(gm: GraphModule) -> str:
     return f"{frame.filename}:{frame.lineno}"
 
 
-def _copy(gm: GraphModule) -> GraphModule:
+def copy_graph(gm: GraphModule) -> GraphModule:
     """A copy of a Dynamo graph module that keeps node metadata and the module's attributes."""
     graph = Graph()
     mapping: dict[Node, Node] = {}
@@ -103,7 +103,7 @@ def _rewrite(gm: GraphModule, settings: Settings, version: str, choose: Chooser 
     result.sites[:0] = sites
     if any(site.fused for site in sites):
         if result.graph_module is gm:
-            result.graph_module = _copy(gm)
+            result.graph_module = copy_graph(gm)
         for name, region in regions.items():
             setattr(result.graph_module, name, region.graph_module)
     return result
@@ -124,7 +124,7 @@ def _checkpointed(gm: GraphModule) -> list[tuple[str, GraphModule]]:
 def _rewrite_graph(gm: GraphModule, settings: Settings, version: str, choose: Chooser | None) -> Rewritten:
     if not find(gm.graph):
         return Rewritten(gm, [])
-    copy = _copy(gm)
+    copy = copy_graph(gm)
     graph = copy.graph
     findings = find(graph)
     if findings and (again := differentiated_again(gm)):

@@ -1,0 +1,317 @@
+"""The loss elsewhere: losses over logits that another graph has deferred.
+
+The model was compiled without its loss, or the graph broke between the two.  What arrives at the loss is a pending
+:class:`DeferredLogits`, and it knows how it follows from the hidden states and the head's weight.  So its head is put
+into the graph of the loss, and the pass does the rest as if it had always been there:
+
+* a compiled graph that is given pending logits: the backend asks for its :func:`entries`;
+* a loss that is called eagerly on pending logits: :class:`EagerLosses` makes a graph of that one call.
+
+Where the pass does not fuse such a loss, the logits are read: they are computed once, and remembered.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.utils._pytree import tree_leaves, tree_map
+
+from . import compat
+from .deferred import DeferredLogits, Recipe
+from .rewrite import vocabulary
+from .rewrite.builder import Builder
+from .rewrite.defer import RECORDED, Logits
+from .rewrite.rewrite import Rewritten, copy_graph
+from .rewrite.trace import descendants
+from .rewrite.values import example
+
+log = logging.getLogger(__name__)
+
+aten = torch.ops.aten
+
+# ---------------------------------------------------------------------------------- pending logits as nodes of a graph
+
+
+class _NotRecordableError(Exception):
+    """Pending logits follow from their head by a step that has no form in a graph.  The message names it."""
+
+
+def _rank(z: Proxy) -> int:
+    return example(z.node).dim()
+
+
+def _index(z: Proxy, dim: int, at: Any) -> Proxy:
+    return z[(slice(None),) * (dim % _rank(z)) + (at,)]
+
+
+def _cast(z: Proxy, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> Proxy:
+    if device is not None and torch.device(device).type != example(z.node).device.type:
+        raise _NotRecordableError(f"the logits were moved to {device}")
+    return z if dtype is None else z.to(dtype)
+
+
+# What each lazy operator of `deferred` is as a user writes it, on recorded tensors.
+_WRITTEN: dict[Any, Callable[..., Any]] = {
+    aten.detach.default: lambda z: z.detach(),
+    aten.clone.default: lambda z, memory_format=None: z.clone(),
+    aten._to_copy.default: _cast,
+    aten._log_softmax.default: lambda z, dim, half_to_float: z.log_softmax(
+        dim, **({"dtype": torch.float32} if half_to_float else {})
+    ),
+    aten.view.default: lambda z, size: z.view(*size),
+    aten._unsafe_view.default: lambda z, size: z.view(*size),
+    aten.slice.Tensor: lambda z, dim=0, start=None, end=None, step=1: _index(z, dim, slice(start, end, step)),
+    aten.select.int: _index,
+    aten.unsqueeze.default: lambda z, dim: z.unsqueeze(dim),
+    aten.squeeze.dim: lambda z, dim: z.squeeze(dim),
+    aten.t.default: lambda z: z.t(),
+    aten.transpose.int: lambda z, dim0, dim1: z.transpose(dim0, dim1),
+    aten.permute.default: lambda z, dims: z.permute(*dims),
+}
+
+
+def _record(recipe: Recipe, operands: Sequence[Proxy]) -> Proxy:
+    """Records the logits of `recipe`."""
+    assert isinstance(recipe.compute, Logits)
+    z = recipe.compute.record(operands)
+    for step in recipe.steps:
+        if step.op not in _WRITTEN:
+            raise _NotRecordableError(f"{step.op} lies between the head and the loss")
+        z = _WRITTEN[step.op](z, *step.args, **dict(step.kwargs))
+    return z if any(recipe.needs) else z.detach()
+
+
+# ------------------------------------------------------------------------------------- graphs with logits as inputs
+
+
+@dataclass
+class Entry:
+    """A form that a graph can be compiled in: the graph, its example inputs, and its inputs for the program's own.
+
+    inlined: positions of pending logits that the graph takes as the operands of their head. read: positions of
+    those that it takes computed. as_it_is: to be run without a compiler.
+    """
+
+    graph_module: GraphModule
+    inputs: list[Any]
+    inlined: frozenset[int] = frozenset()
+    read: frozenset[int] = frozenset()
+    as_it_is: bool = False
+
+    def arguments(self, given: Sequence[Any]) -> list[Any]:
+        """What to pass to the graph where the program passes `given`."""
+        # Reading one of several that share memory would end what the others are known by.
+        operands = {i: given[i].operands() for i in self.inlined}
+        result: list[Any] = []
+        for i, argument in enumerate(given):
+            if i in operands:
+                result += operands[i]
+            else:
+                result.append(argument.materialize() if i in self.read else argument)
+        return result
+
+    def accepts(self, result: Rewritten) -> bool:
+        """Whether nothing is left of the logits that were put into the graph."""
+        return not any(RECORDED in node.meta for node in result.graph_module.graph.nodes)
+
+
+def entries(gm: GraphModule, inputs: Sequence[Any]) -> Iterator[Entry]:
+    """The forms of a captured graph, the best first; the last one accepts every result."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    logits = {i: x for i, n in enumerate(placeholders) if isinstance(x := example(n), DeferredLogits)}
+    if not logits:
+        yield Entry(gm, list(inputs))
+        return
+    pending = {i: recipe for i, x in logits.items() if (recipe := _usable(x)) is not None}
+    if pending:
+        operands = {i: _fake_operands(logits[i], recipe) for i, recipe in pending.items()}
+        try:
+            yield _entry(gm, inputs, logits, {i: (recipe, operands[i]) for i, recipe in pending.items()})
+        except _NotRecordableError as reason:
+            log.info("logits given to a compiled graph are read there: %s", reason)
+    # Two inputs in the same memory, one of them edited: fake tensors of our own would not show that.
+    edited = len(logits) > 1 and any(_edited(placeholders[i]) for i in logits)
+    entry = _entry(gm, inputs, logits, {})
+    entry.as_it_is = edited
+    yield entry
+
+
+def _usable(logits: DeferredLogits) -> Recipe | None:
+    recipe = logits.recipe()
+    return recipe if recipe is not None and recipe.connected and isinstance(recipe.compute, Logits) else None
+
+
+def _fake_operands(logits: DeferredLogits, recipe: Recipe) -> list[Tensor]:
+    """The operands of fake logits, requiring grad as the real ones do."""
+    return [t.detach().requires_grad_(need) for t, need in zip(logits.operands(), recipe.needs, strict=True)]
+
+
+def _edited(placeholder: Node) -> bool:
+    return any(vocabulary.mutated(node) is not None for node in descendants(placeholder))
+
+
+def _entry(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    logits: dict[int, DeferredLogits],
+    inlined: dict[int, tuple[Recipe, list[Tensor]]],
+) -> Entry:
+    """`gm` with some of its `logits` replaced by what they are computed from, and the others by plain tensors."""
+    copy = copy_graph(gm)
+    graph = copy.graph
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    new_inputs: list[Any] = []
+    operands: dict[int, list[Node]] = {}
+    for i, (node, given) in enumerate(zip(placeholders, inputs, strict=True)):
+        if i in inlined:
+            _, fakes = inlined[i]
+            operands[i] = [_operand(graph, node, k, fake) for k, fake in enumerate(fakes)]
+            new_inputs += fakes
+        elif i in logits:
+            node.meta["example_value"] = _plain(logits[i])
+            node.meta.pop("grapharg", None)
+            new_inputs.append(node.meta["example_value"])
+        else:
+            new_inputs.append(given)
+    behind = next(n for n in graph.nodes if n.op != "placeholder")
+    for i, nodes in operands.items():
+        placeholder = placeholders[i]
+        builder = Builder(graph, placeholder)
+        with graph.inserting_before(behind):
+            z = _record(inlined[i][0], [builder.proxy(n) for n in nodes])
+        expected = example(placeholder)
+        if example(z.node).shape != expected.shape or example(z.node).dtype != expected.dtype:
+            raise AssertionError(f"logits came out as {example(z.node)}, not {expected}; please report this")
+        placeholder.replace_all_uses_with(z.node)
+        graph.erase_node(placeholder)
+    graph.lint()
+    copy.recompile()
+    return Entry(copy, new_inputs, frozenset(inlined), frozenset(logits.keys() - inlined.keys()))
+
+
+def _operand(graph: Graph, placeholder: Node, k: int, fake: Tensor) -> Node:
+    with graph.inserting_before(placeholder):
+        node = graph.placeholder(f"{placeholder.name}_operand_{k}")
+    node.meta["example_value"] = fake
+    compat.set_source(node, compat.operand_source(placeholder, f"_operand_{k}"))
+    return node
+
+
+def _plain(fake: DeferredLogits) -> Tensor:
+    """A fake tensor as :meth:`DeferredLogits.materialize` gives a real one."""
+    with compat.fake_mode_of(fake):
+        plain = torch.empty_strided(fake.size(), fake.stride(), dtype=fake.dtype, device=fake.device)
+    return plain.requires_grad_(fake.requires_grad)
+
+
+# ------------------------------------------------------------------------------------------------------ eager losses
+
+
+@dataclass
+class EagerLosses:
+    """Computes losses that are called eagerly on pending logits, with the eager implementation of the operators.
+
+    settle: rewrites the graph of one call by the settings of the compilation that deferred the logits, and keeps the
+    record. What came out is kept for the next call of the same kind: a function, or None where the loss is not fused.
+    """
+
+    settle: Callable[[Entry], Rewritten]
+    known: OrderedDict[Any, Callable | None] = field(default_factory=OrderedDict)
+    capacity: int = 256  # of shapes, as a rule
+
+    def __call__(self, logits: DeferredLogits, loss: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        recipe = _usable(logits)
+        others = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x is not logits]
+        if recipe is None or any(type(t) not in (Tensor, torch.nn.Parameter) for t in others):
+            return NotImplemented
+        operands = logits.operands()  # or an error if they have changed: then the logits could not be read either
+        if any(type(t) not in (Tensor, torch.nn.Parameter) for t in operands):
+            return NotImplemented
+        device = logits.device.type
+        key = (
+            loss,
+            recipe,
+            _described(logits),
+            tuple(_described(t) for t in operands),
+            tree_map(lambda x: _described(x) if isinstance(x, Tensor) else x, (args, tuple(kwargs.items()))),
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.amp.is_autocast_available(device)
+            and torch.is_autocast_enabled(device)
+            and torch.get_autocast_dtype(device),
+        )
+        try:
+            if key not in self.known:
+                self.known[key] = self._make(recipe, logits, operands, loss, args, kwargs)
+                if len(self.known) > self.capacity:
+                    self.known.popitem(last=False)
+        except TypeError:  # an argument without a hash: nothing that a fused loss takes
+            return NotImplemented
+        self.known.move_to_end(key)
+        compute = self.known[key]
+        if compute is None:
+            return NotImplemented
+        return compute(*operands, *others)[0]
+
+    def _make(
+        self, recipe: Recipe, logits: DeferredLogits, operands: Sequence[Tensor], loss: Callable, args: Any, kwargs: Any
+    ) -> Callable | None:
+        """The rewritten graph of one call, as a function of the operands and the call's other tensors."""
+        mode = FakeTensorMode()
+        grad = torch.is_grad_enabled()
+        gm, entry_inputs = _call_graph(mode, logits, loss, args, kwargs)
+        fakes = [
+            mode.from_tensor(t.detach(), static_shapes=True).requires_grad_(need and grad)
+            for t, need in zip(operands, recipe.needs, strict=True)
+        ]
+        try:
+            entry = _entry(gm, entry_inputs, {0: logits}, {0: (recipe, fakes)})
+        except _NotRecordableError as reason:
+            log.info("a loss called on deferred logits reads them: %s", reason)
+            return None
+        result = self.settle(entry)
+        return result.graph_module.forward if entry.accepts(result) else None
+
+
+def _described(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def _call_graph(
+    mode: FakeTensorMode, logits: DeferredLogits, loss: Callable, args: tuple, kwargs: dict[str, Any]
+) -> tuple[GraphModule, list[Any]]:
+    """``loss(*args, **kwargs)`` as a graph of its tensors, the logits first."""
+    graph = Graph()
+    inputs: list[Any] = []
+
+    def placeholder(name: str, fake: Tensor) -> Node:
+        node = graph.placeholder(name)
+        node.meta["example_value"] = fake
+        inputs.append(fake)
+        return node
+
+    with mode:
+        fake = torch.empty_strided(logits.size(), logits.stride(), dtype=logits.dtype, device=logits.device)
+    first = placeholder("logits", fake.requires_grad_(logits.requires_grad and torch.is_grad_enabled()))
+
+    def node_of(x: Any) -> Any:
+        if x is logits:
+            return first
+        if not isinstance(x, Tensor):
+            return x
+        return placeholder(f"given_{len(inputs)}", mode.from_tensor(x, static_shapes=True))
+
+    new_args, new_kwargs = tree_map(node_of, (args, kwargs))
+    node = graph.call_function(loss, new_args, new_kwargs)
+    fake_args, fake_kwargs = torch.fx.node.map_arg((new_args, new_kwargs), lambda n: n.meta["example_value"])
+    with mode:
+        node.meta["example_value"] = loss(*fake_args, **fake_kwargs)
+    node.meta["stack_trace"] = compat.python_stack()
+    graph.output((node,))
+    return GraphModule(torch.nn.Module(), graph), inputs
