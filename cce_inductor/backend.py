@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from . import compat, config, elsewhere, record, version
 from .config import Settings
-from .deferred import defer
+from .deferred import computed, defer
 from .lowering import register as lowering
 from .lowering.choose import choose
 from .ops import library, with_gradients  # noqa: F401 - they register the operators
@@ -63,10 +63,14 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], settings: Sett
     # compile_fx calls itself, and enable() wraps it: the mark keeps the pass from running twice on one graph.
     # The parts of a graph that DDPOptimizer has cut share one `meta`.
     result.graph_module.meta = {**result.graph_module.meta, _MARK: True}
-    compiled = result.graph_module.forward if entry.as_it_is else compiler(result.graph_module, entry.inputs)
+    nothing_to_do = entry.as_it_is or not compat.outputs(result.graph_module)
+    compiled = result.graph_module.forward if nothing_to_do else compiler(result.graph_module, entry.inputs)
     if result.deferrals:
         compiled = _with_deferred(compiled, result, settings)
-    return _with_logits(compiled, entry) if entry.inlined or entry.read else compiled
+    if entry.inlined or entry.read:
+        compiled = _with_logits(compiled, entry)
+    # The parts of a graph that DDPOptimizer has cut are compiled before anybody knows what the others return.
+    return elsewhere.reading(compiled) if compat.is_part_of_a_graph() else compiled
 
 
 def _settle(
@@ -76,7 +80,7 @@ def _settle(
     unfused = None
     for entry in forms:
         result = rewrite(entry.graph_module, settings, version.source_hash(), choose)
-        if not result.sites and not compat.is_part_of_a_graph():
+        if not result.sites:
             result = defer_heads(entry.graph_module, settings)
         if entry.accepts(result):
             break
@@ -117,26 +121,32 @@ def _count(result: Rewritten) -> None:
 def _with_deferred(compiled: Callable, result: Rewritten, settings: Settings) -> Callable:
     """Wraps a compiled function whose graph gives hidden states where the user's graph gave logits."""
     deferrals, n = result.deferrals, result.user_outputs
+    positions = {deferral.position for deferral in deferrals}
     # A loss called eagerly runs the operators' eager implementation.
     fuse = elsewhere.EagerLosses(lambda entry: _settle([entry], settings, None)[1])
 
     def run(*args: Any) -> tuple:
-        everything = compiled(*args)
-        outputs, extra = list(everything[:n]), everything[n:]
+        everything = iter(compiled(*args))
+        outputs = [None if i in positions else next(everything) for i in range(n)]
+        extra = list(everything)
         made: dict[int, Any] = {}
         for deferral in deferrals:
             # An output that stands twice in the user's graph is one tensor.
             key = id(deferral.compute)
             if key not in made:
                 operands = [source.get(args, extra) for source in deferral.operands]
-                made[key] = defer(
-                    deferral.compute,
-                    operands,
-                    shape=deferral.shape(operands),
-                    dtype=deferral.dtype,
-                    requires_grad=deferral.requires_grad,
-                    fuse=fuse,
-                )
+                # A weight that may be gone when the loss comes is of no use for a loss that is elsewhere.
+                if not result.fused and any(map(compat.is_freed_after_forward, operands)):
+                    made[key] = computed(deferral.compute, operands)
+                else:
+                    made[key] = defer(
+                        deferral.compute,
+                        operands,
+                        shape=deferral.shape(operands),
+                        dtype=deferral.dtype,
+                        requires_grad=deferral.requires_grad,
+                        fuse=fuse,
+                    )
             outputs[deferral.position] = made[key]
         return tuple(outputs)
 

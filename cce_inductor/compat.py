@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils.weak import WeakIdKeyDictionary
 
 SUPPORTED = ((2, 11), (2, 13))
 
@@ -209,6 +210,11 @@ def is_part_of_a_graph() -> bool:
     return context is not None and context.ddp_optimizer_ctx is not None
 
 
+def outputs(gm: GraphModule) -> tuple:
+    """What a Dynamo graph returns: nodes and constants."""
+    return tuple(next(n for n in reversed(gm.graph.nodes) if n.op == "output").args[0])  # type: ignore[arg-type]
+
+
 def python_stack() -> str:
     """The innermost Python frame outside of PyTorch and of this package, as in a traceback; "" if there is none."""
     ours = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
@@ -217,3 +223,29 @@ def python_stack() -> str:
         if not code.co_filename.startswith(ours):
             return f'  File "{code.co_filename}", line {line}, in {code.co_name}\n'
     return ""
+
+
+def is_freed_after_forward(parameter: torch.Tensor) -> bool:
+    """Whether FSDP gives this to a module in the place of a parameter, and takes it back when the forward is over."""
+    if parameter not in _freed:
+        _freed[parameter] = _by_fsdp2(parameter) or _by_fsdp1(parameter)
+    return _freed[parameter]
+
+
+_freed: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _by_fsdp2(parameter: torch.Tensor) -> bool:
+    states = sys.modules.get("torch.distributed._composable_state")
+    for reference in list(states._module_state_mapping.values()) if states is not None else ():
+        state = reference()
+        # torch 2.11 has one group per module, later ones several.
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for group in groups:
+            if any(getattr(p, "_unsharded_param", None) is parameter for p in getattr(group, "fsdp_params", ())):
+                return getattr(group, "_reshard_after_forward", True)
+    return False
+
+
+def _by_fsdp1(parameter: torch.Tensor) -> bool:
+    return any(getattr(t, "_fsdp_flattened", False) for t in (parameter, parameter._base) if t is not None)

@@ -35,6 +35,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd.function import BackwardCFunction
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -86,6 +87,12 @@ def defer(
         return _root(head, shape)
     with torch.enable_grad():  # the caller may have left a no_grad region that the logits were not computed in
         return DeferLogits.apply(head, compute, shape, *operands)
+
+
+def computed(compute: Compute, operands: Sequence[Tensor]) -> Tensor:
+    """What :func:`defer` stands for, at once: a plain tensor, differentiable by ordinary autograd."""
+    with _surroundings(operands[0].device, grad=True):
+        return compute(operands).contiguous()
 
 
 def _root(head: _Head, shape: torch.Size) -> DeferredLogits:
@@ -203,6 +210,7 @@ class _Head:
         self.compute, self.shape, self.dtype, self.fuse = compute, shape, dtype, fuse
         self.operands = [_Operand.record(i, t) for i, t in enumerate(operands)]
         self.device = operands[0].device
+        self.watched = False  # a hook, or retain_grad(), waits for the gradient of the logits
 
     def check(self) -> list[Tensor]:
         """The operands, detached, which are still what they were; else a :class:`DeferredLogitsError`."""
@@ -409,12 +417,19 @@ class DeferredLogits(torch.Tensor):
         return self._given() or tuple(aliases)
 
     def _given(self) -> tuple[Tensor, ...] | None:
-        """The operands that autograd leads to from here, or None where it does not lead to the head's own."""
+        """The operands that autograd leads to from here, or None where a gradient must take the way that it leads.
+
+        That is so if it does not lead to the head's own operands, if anybody watches the logits' gradient (FSDP's
+        pre-backward hooks are on a model's outputs), or if something other than the lazy operators is on the way
+        (DDP puts a function with side effects behind a model's outputs).
+        """
         origin, node = self._value.origin, self.grad_fn
         assert origin is not None
-        while node is not None:
+        while node is not None and not origin.head.watched:
             if getattr(node, "head", None) is origin.head:
                 return node.operands  # type: ignore[attr-defined]
+            if isinstance(node, BackwardCFunction):
+                return None
             behind = [n for n, _ in node.next_functions if n is not None]
             node = behind[0] if len(behind) == 1 else None
         return None
@@ -476,6 +491,8 @@ class DeferredLogits(torch.Tensor):
             out = _fused(func, args, kwargs)
             if out is not NotImplemented:
                 return out
+        if func in _WATCHING and (origin := args[0]._value.origin) is not None:
+            origin.head.watched = True
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -564,6 +581,8 @@ for _name in _THROUGH_VALUE:
 
 # Functions of torch that may be computed without the logits, above autograd, where the operands can be reached.
 _LOSSES = frozenset((F.cross_entropy, F.nll_loss))
+# What waits for a gradient that would go around the logits then.
+_WATCHING = frozenset((Tensor.register_hook, Tensor.retain_grad))
 
 
 def _fused(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -571,7 +590,7 @@ def _fused(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     if not isinstance(logits, DeferredLogits) or logits._value.origin is None:
         return NotImplemented
     fuse = logits._value.origin.head.fuse
-    if fuse is None or logits._backward_hooks or logits.retains_grad or compat.is_transforming():
+    if fuse is None or compat.is_transforming():
         return NotImplemented
     return fuse(logits, func, args, kwargs)
 

@@ -142,6 +142,15 @@ def entries(gm: GraphModule, inputs: Sequence[Any]) -> Iterator[Entry]:
     yield entry
 
 
+def reading(compiled: Callable) -> Callable:
+    """`compiled`, with logits that it was not compiled for computed on the way in."""
+
+    def run(*args: Any) -> Any:
+        return compiled(*(a.materialize() if isinstance(a, DeferredLogits) else a for a in args))
+
+    return run
+
+
 def _usable(logits: DeferredLogits) -> Recipe | None:
     recipe = logits.recipe()
     return recipe if recipe is not None and recipe.connected and isinstance(recipe.compute, Logits) else None

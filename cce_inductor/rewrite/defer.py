@@ -137,6 +137,7 @@ class Outputs:
         self.node = next(n for n in reversed(graph.nodes) if n.op == "output")
         self.outputs = list(self.node.args[0])  # type: ignore[arg-type]
         self.placeholders = {n: i for i, n in enumerate(p for p in graph.nodes if p.op == "placeholder")}
+        self.deferred: set[int] = set()
         self.extra: list[Node] = []
 
     def source(self, node: Node) -> Source:
@@ -174,8 +175,7 @@ class Outputs:
             value.steps,
         )
         requires_grad = value.fake.requires_grad
-        for i in positions:
-            self.outputs[i] = None
+        self.deferred.update(positions)
         return [
             Deferral(
                 i,
@@ -196,6 +196,7 @@ class Outputs:
         return Source(False, self.extra.index(node))
 
     def finish(self) -> int:
-        """Writes the outputs back; gives the number of the user's own."""
-        self.node.args = ((*self.outputs, *self.extra),)
+        """Writes the outputs back, without those that were deferred; gives the number of the user's own."""
+        kept = [out for i, out in enumerate(self.outputs) if i not in self.deferred]
+        self.node.args = ((*kept, *self.extra),)
         return len(self.outputs)
