@@ -63,8 +63,8 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], settings: Sett
     # compile_fx calls itself, and enable() wraps it: the mark keeps the pass from running twice on one graph.
     # The parts of a graph that DDPOptimizer has cut share one `meta`.
     result.graph_module.meta = {**result.graph_module.meta, _MARK: True}
-    nothing_to_do = entry.as_it_is or not compat.outputs(result.graph_module)
-    compiled = result.graph_module.forward if nothing_to_do else compiler(result.graph_module, entry.inputs)
+    as_it_is = entry.as_it_is or result.uncompiled or not compat.outputs(result.graph_module)
+    compiled = result.graph_module.forward if as_it_is else compiler(result.graph_module, entry.inputs)
     if result.deferrals:
         compiled = _with_deferred(compiled, result, settings)
     if entry.inlined or entry.read:

@@ -28,7 +28,6 @@ from .rewrite import vocabulary
 from .rewrite.builder import Builder
 from .rewrite.defer import RECORDED, Logits
 from .rewrite.rewrite import Rewritten, copy_graph
-from .rewrite.trace import descendants
 from .rewrite.values import example
 
 log = logging.getLogger(__name__)
@@ -128,7 +127,8 @@ def entries(gm: GraphModule, inputs: Sequence[Any]) -> Iterator[Entry]:
     if not logits:
         yield Entry(gm, list(inputs))
         return
-    pending = {i: recipe for i, x in logits.items() if (recipe := _usable(x)) is not None}
+    edited = any(_edited(placeholders[i]) for i in logits)  # and with one of them perhaps the others, its views
+    pending = {i: recipe for i, x in logits.items() if (recipe := _usable(x)) is not None} if not edited else {}
     if pending:
         operands = {i: _fake_operands(logits[i], recipe) for i, recipe in pending.items()}
         try:
@@ -136,9 +136,8 @@ def entries(gm: GraphModule, inputs: Sequence[Any]) -> Iterator[Entry]:
         except _NotRecordableError as reason:
             log.info("logits given to a compiled graph are read there: %s", reason)
     # Two inputs in the same memory, one of them edited: fake tensors of our own would not show that.
-    edited = len(logits) > 1 and any(_edited(placeholders[i]) for i in logits)
     entry = _entry(gm, inputs, logits, {})
-    entry.as_it_is = edited
+    entry.as_it_is = len(logits) > 1 and edited
     yield entry
 
 
@@ -161,8 +160,40 @@ def _fake_operands(logits: DeferredLogits, recipe: Recipe) -> list[Tensor]:
     return [t.detach().requires_grad_(need) for t, need in zip(logits.operands(), recipe.needs, strict=True)]
 
 
+# Ops whose result has memory of its own.
+_FRESH = frozenset(
+    [
+        "cross_entropy",
+        "nll_loss",
+        "log_softmax",
+        "softmax",
+        "logsumexp",
+        "exp",
+        "tanh",
+        "neg",
+        "mul",
+        "div",
+        "sum",
+        "mean",
+        "argmax",
+        "gather",
+        "take_along_dim",
+    ]
+)
+
+
 def _edited(placeholder: Node) -> bool:
-    return any(vocabulary.mutated(node) is not None for node in descendants(placeholder))
+    """Whether a tensor that may share the memory of `placeholder` is edited in place."""
+    seen, stack = {placeholder}, [placeholder]
+    while stack:
+        for user in stack.pop().users:
+            if vocabulary.mutated(user) in seen:
+                return True
+            op = vocabulary.read(user)
+            if user not in seen and (op is None or op.inplace or op.name not in _FRESH):
+                seen.add(user)
+                stack.append(user)
+    return False
 
 
 def _entry(

@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import compat
 from ..config import Settings
-from . import emit, rules, vocabulary
+from . import emit
 from .defer import Outputs
-from .rewrite import Rewritten, copy_graph
-from .trace import Trace, trace, written_between
-from .values import Refused, fake
+from .rewrite import Rewritten, copy_graph, differentiated_again
+from .trace import Interpreter, Trace, written_between
+from .values import fake
 
 # Linear layers inside a model (an MLP of four times the width) end a graph too where it breaks behind them.
 _WIDENING = 4
@@ -23,7 +23,8 @@ _WIDENING = 4
 
 def defer_heads(gm: GraphModule, settings: Settings) -> Rewritten:
     """Defers the logits of a graph without a loss; a copy of `gm`, or `gm` itself where there are none."""
-    if not settings.defer_logits or not settings.defer_without_loss or not _heads(gm.graph, settings):
+    wanted = settings.defer_logits and settings.defer_without_loss and not differentiated_again(gm)
+    if not wanted or not _heads(gm.graph, settings):
         return Rewritten(gm, [])
     copy = copy_graph(gm)
     traces = _heads(copy.graph, settings)
@@ -40,26 +41,20 @@ def defer_heads(gm: GraphModule, settings: Settings) -> Rewritten:
 
 def _heads(graph: Graph, settings: Settings) -> list[Trace]:
     """The heads whose logits have no other use than to leave the graph."""
-    found = []
-    for node in graph.nodes:
-        op = vocabulary.read(node)
-        if op is None or op.name not in rules.HEADS:
-            continue
-        try:
-            head = rules.HEADS[op.name](node, op.args)
-            if not fake(node).requires_grad or not _large(head.vocab, head.width, settings):
-                continue
-            traced = trace(head)
-            plain = not any(is_traceable_wrapper_subclass(fake(n)) for n in head.operands())
-            if not traced.outputs or traced.escapes or traced.losses or not plain:
-                continue
-            if not all(value.fake.requires_grad for value in traced.outputs):
-                continue
-            if written_between(graph, head.operands(), node, None) is None:
-                found.append(traced)
-        except Refused:
-            continue
-    return found
+    interpreter = Interpreter(graph)
+    interpreter.run()
+    return [trace for trace in interpreter.traces.values() if _only_leaves(graph, trace, settings)]
+
+
+def _only_leaves(graph: Graph, trace: Trace, settings: Settings) -> bool:
+    head = trace.head
+    if not trace.outputs or trace.escapes or trace.readings or not _large(head.vocab, head.width, settings):
+        return False
+    if not all(value.fake.requires_grad for value in trace.outputs):
+        return False
+    if any(is_traceable_wrapper_subclass(fake(n)) for n in head.operands()):
+        return False
+    return written_between(graph, head.operands(), head.node, None) is None
 
 
 def _large(vocab: int | torch.SymInt, width: int | torch.SymInt, settings: Settings) -> bool:
