@@ -125,7 +125,8 @@ def entries(gm: GraphModule, inputs: Sequence[Any]) -> Iterator[Entry]:
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     logits = {i: x for i, n in enumerate(placeholders) if isinstance(x := example(n), DeferredLogits)}
     if not logits:
-        yield Entry(gm, list(inputs))
+        # A part of a graph that is given what another part, already compiled, gives for fake inputs: see `reading`.
+        yield Entry(gm, [_plain(x) if isinstance(x, DeferredLogits) else x for x in inputs])
         return
     edited = any(_edited(placeholders[i]) for i in logits)  # and with one of them perhaps the others, its views
     pending = {i: recipe for i, x in logits.items() if (recipe := _usable(x)) is not None} if not edited else {}
@@ -142,7 +143,7 @@ def entries(gm: GraphModule, inputs: Sequence[Any]) -> Iterator[Entry]:
 
 
 def reading(compiled: Callable) -> Callable:
-    """`compiled`, with logits that it was not compiled for computed on the way in."""
+    """`compiled`, with pending logits, for which it was not compiled, computed on the way in."""
 
     def run(*args: Any) -> Any:
         return compiled(*(a.materialize() if isinstance(a, DeferredLogits) else a for a in args))
