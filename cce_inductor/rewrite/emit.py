@@ -53,10 +53,10 @@ class Group:
     def target(self) -> Node | None:
         return next((r.target for r in self.members if r.target is not None), None)
 
-    def given(self, hoist: Hoist) -> Node | None:
-        """The target in the form that takes least: as a vector where the program has made one."""
+    def given(self, hoist: Hoist, anchor: Node) -> Node | None:
+        """The target in the form that takes least: as a vector where the program has made one before `anchor`."""
         for r in self.members:
-            if r.given is not None and fake(r.given).dim() == 1 and hoist.before(r.given, self.anchor):
+            if r.given is not None and fake(r.given).dim() == 1 and hoist.before(r.given, anchor):
                 return r.given
         return self.target
 
@@ -370,7 +370,9 @@ class _Call:
         self.target: Proxy | None = None
         self.targets: list[Proxy] = []
         if group.target is not None:
-            self.targets = [_flat(builder, given) for g in bundle.groups if (given := g.given(hoist)) is not None]
+            self.targets = [
+                _flat(builder, given) for g in bundle.groups if (given := g.given(hoist, group.anchor)) is not None
+            ]
             self.target = builder.call(torch.cat, self.targets) if len(self.targets) > 1 else self.targets[0]
             if group.ignored is not None:
                 self.active = self.target.ne(group.ignored)
@@ -427,10 +429,10 @@ def _rows(p: Proxy) -> Any:
 
 def _without_ignored(builder: Builder, target: Proxy, bundle: Bundle) -> Proxy:
     """The target with a class that there is in rows that a loss ignores and another reading does not."""
-    ignoring = [r for r in bundle.members if isinstance(r, Loss) and r.ignores]
-    if not ignoring:
-        return target
-    return builder.call(torch.where, target.ne(ignoring[0].arguments.ignore_index), target, 0)
+    ignored = next((r.arguments.ignore_index for r in bundle.members if isinstance(r, Loss) and r.ignores), 0)
+    if ignored >= 0 and not (isinstance(bundle.first.value.vocab, int) and ignored >= bundle.first.value.vocab):
+        return target  # it is a class itself
+    return builder.call(torch.where, target.ne(ignored), target, 0)
 
 
 def _with_gradients(builder: Builder, loss: Loss, call: _Call) -> Proxy:
@@ -466,6 +468,9 @@ class Statistics:
         self.builder, self.reading, self.group = builder, reading, group
         self.value = reading.value
         self.parts = parts
+        # A loss reads differences only; what masked columns are filled with is as large as the logits are.
+        cancels = isinstance(reading, Loss) and not self.value.masks
+        self.constant = 0.0 if cancels else self.value.affine.constant
         self.detach = group.members[0].differentiated and not reading.differentiated
 
     def _part(self, name: str) -> Proxy:
@@ -490,15 +495,20 @@ class Statistics:
     def target_logit(self) -> Any:
         result = self._shifted(self._part("target_logit"))
         for mask in self.value.masks:
-            held = _mask(self.builder, mask, self.value)[self._part("target")]
+            held = _mask(self.builder, mask, self.value)[self.classes]
             result = self.builder.call(torch.where, held, mask.fill, result)
         return result
 
     @property
+    def classes(self) -> Any:
+        """The target, and some class in rows without one."""
+        target, active = self.parts["target"], self.parts.get("active")
+        return target if active is None else self.builder.call(torch.where, active, target, 0)
+
+    @property
     def logit_sum(self) -> Any:
-        constant = self.value.affine.constant
         total = self._part("logit_sum")
-        return total + self.vocab * constant if constant else total
+        return total + self.vocab * self.constant if self.constant else total
 
     @property
     def entropy(self) -> Any:
@@ -509,8 +519,7 @@ class Statistics:
         return self._part("argmax")
 
     def _shifted(self, p: Any) -> Any:
-        constant = self.value.affine.constant
-        return p + constant if constant else p
+        return p + self.constant if self.constant else p
 
 
 def _result(builder: Builder, reading: Reading, statistics: Statistics) -> Proxy:
@@ -544,7 +553,7 @@ def _loss(builder: Builder, loss: Loss, statistics: Statistics) -> Proxy:
         stats = {name: builder.call(torch.where, active, p, 0) for name, p in stats.items()}
     elif active is None:
         active = target.ge(0)
-    elif loss.value.affine.constant or loss.value.masks:
+    elif loss.value.masks:
         stats = {name: builder.call(torch.where, active, p, 0) for name, p in stats.items()}
     result = cross_entropy(stats, target, active, weight, statistics.vocab, loss.arguments)
     lead = loss.value.lead_shape

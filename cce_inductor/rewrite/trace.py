@@ -247,6 +247,8 @@ class Interpreter:
         if rule is None:
             raise Refused(f"{vocabulary.describe(node)} reads the logits themselves", "use the hidden states instead")
         values = self._all(lambda v: rule(v, node, op.args), entry.values)
+        if _gains_gradient(entry.values[0], node):
+            raise Refused("detached logits are combined with a tensor that requires grad", "detach them afterwards")
         if inplace:
             self._edit(node, op, source, entry, values)
             return
@@ -360,6 +362,15 @@ class Interpreter:
 
 _METADATA = ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout")
 _SYMMETRIC = ("mul", "add", "sub", "div", "where")
+
+
+def _gains_gradient(value: Value, node: Node) -> bool:
+    """Whether a node has a gradient and the logits in it have none, though their operands do."""
+    made = example(node)
+    if value.fake.requires_grad or not isinstance(made, Tensor) or not made.requires_grad:
+        return False
+    others = [*(s.node for s in value.affine.shifts), *(f.node for f in value.affine.factors)]
+    return any(fake(n).requires_grad for n in [*value.head.operands(), *others])
 
 
 def _read(value: Value, node: Node, op: Op) -> Reading | None:

@@ -80,7 +80,6 @@ FOUND = {
 }
 
 
-@pytest.mark.xfail(strict=False, reason="wrong numbers of the pass, not mended yet")
 @pytest.mark.parametrize("name", FOUND)
 def test_found(name):
     for seed in range(10):  # with and without ignored targets and spare columns
