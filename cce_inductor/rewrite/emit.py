@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.fx import Graph, Node, Proxy
 
 from ..ops.call import SEEDS, Attributes, filtered, sampled
@@ -339,15 +340,17 @@ def emit(
     if gradients:
         ((loss,),) = (group.members for group in bundle.groups)
         assert isinstance(loss, Loss)
-        loss.node.replace_all_uses_with(builder.run(_with_gradients, builder, loss, call).node)
+        loss.node.replace_all_uses_with(builder.run(_with_gradients, builder, loss, call, hoist).node)
         return
     results = builder.run(call.statistics, builder)
     for i, group in enumerate(bundle.groups):
         parts = builder.run(call.part, builder, results, i)
         for reading in group.members:
             after = Builder(graph, reading.node)
-            again = Statistics(after, reading, group, {name: after.proxy(p.node) for name, p in parts.items()})
-            reading.node.replace_all_uses_with(after.run(_result, after, reading, again).node)
+            again = Statistics(after, reading, group, {name: after.proxy(p.node) for name, p in parts.items()}, hoist)
+            made = after.run(_result, after, reading, again).node
+            hoist.replaced[reading.node] = made
+            reading.node.replace_all_uses_with(made)
 
 
 class _Call:
@@ -435,7 +438,7 @@ def _without_ignored(builder: Builder, target: Proxy, bundle: Bundle) -> Proxy:
     return builder.call(torch.where, target.ne(ignored), target, 0)
 
 
-def _with_gradients(builder: Builder, loss: Loss, call: _Call) -> Proxy:
+def _with_gradients(builder: Builder, loss: Loss, call: _Call, hoist: Hoist) -> Proxy:
     """Records the operator that forms the gradients as well, and the loss they are attached to."""
     weight = None if loss.weight is None else builder.proxy(loss.weight)
     known = tangents(call.target, call.active, weight, _vocab(builder, loss.value), loss.arguments)
@@ -453,7 +456,7 @@ def _with_gradients(builder: Builder, loss: Loss, call: _Call) -> Proxy:
     )
     stats = {name: out[i] for i, name in enumerate(call.names)}
     parts = call.part(builder, stats, 0)
-    result = _result(builder, loss, Statistics(builder, loss, Group([loss]), parts))
+    result = _result(builder, loss, Statistics(builder, loss, Group([loss]), parts, hoist))
     gradients = [out[len(call.names) + i] for i in range(len(needs))]
     return builder.call(ATTACH, result, [call.operands[name] for name in needs], gradients)
 
@@ -464,10 +467,11 @@ def _with_gradients(builder: Builder, loss: Loss, call: _Call) -> Proxy:
 class Statistics:
     """The statistics of a group as one reading sees them, (N,): of the logits with all that was done to them."""
 
-    def __init__(self, builder: Builder, reading: Reading, group: Group, parts: dict[str, Proxy]):
+    def __init__(self, builder: Builder, reading: Reading, group: Group, parts: dict[str, Proxy], hoist: Hoist) -> None:
         self.builder, self.reading, self.group = builder, reading, group
         self.value = reading.value
         self.parts = parts
+        self.replaced = hoist.replaced
         # A loss reads differences only; what masked columns are filled with is as large as the logits are.
         cancels = isinstance(reading, Loss) and not self.value.masks
         self.constant = 0.0 if cancels else self.value.affine.constant
@@ -508,7 +512,22 @@ class Statistics:
     @property
     def logit_sum(self) -> Any:
         total = self._part("logit_sum")
-        return total + self.vocab * self.constant if self.constant else total
+        total = total + self.vocab * self.constant if self.constant else total
+        return self._with_terms(total, self.vocab)
+
+    @property
+    def maximum(self) -> Any:
+        """The logit of the class that is argmax: a product of one row with one row of the weight."""
+        value, detach = self.group.value, not self.reading.differentiated
+        scale, softcap, _, _ = value.affine.operator()
+        exact = torch.float64 if value.head.dtype == torch.float64 else torch.float32
+        x = _input(self.builder, value, detach).to(exact)
+        classes = self._part("argmax")
+        w = self.builder.call(F.embedding, classes, _weight(self.builder, value, detach)).to(exact)
+        z = (x * w).sum(-1)
+        bias = _biases(self.builder, value, detach)
+        z = (z if bias is None else z + bias.to(exact)[classes]) * scale
+        return self._shifted((z / softcap).tanh() * softcap if softcap else z)
 
     @property
     def entropy(self) -> Any:
@@ -519,7 +538,17 @@ class Statistics:
         return self._part("argmax")
 
     def _shifted(self, p: Any) -> Any:
-        return p + self.constant if self.constant else p
+        return self._with_terms(p + self.constant if self.constant else p)
+
+    def _with_terms(self, p: Any, times: Any = 1) -> Any:
+        """With what was added to the rows. A loss reads differences only."""
+        for term in () if isinstance(self.reading, Loss) else self.value.terms:
+            t = self.builder.proxy(self.replaced.get(term.node, term.node))
+            for _, row_map in self.value.rows[term.start :]:
+                t = row_map(t, 1)
+            t = t.detach() if self.detach else t
+            p = p + _flat_rows(t, self.value.fake.dim(), self.value.class_dim).squeeze(-1) * (term.factor * times)
+        return p
 
 
 def _result(builder: Builder, reading: Reading, statistics: Statistics) -> Proxy:

@@ -16,7 +16,7 @@ from torch.fx import Node
 from . import vocabulary
 from .heads import is_vocabulary_vector, same
 from .rows import columns, full, positions
-from .values import Factor, Mask, Refused, Shift, Value, example, fake
+from .values import Factor, Mask, Refused, Shift, Term, Value, example, fake
 
 Args = dict[str, Any]
 
@@ -60,7 +60,8 @@ def _scale(value: Value, node: Node, factor: float, step: Any) -> Value:
     if value.masks and not (factor > 0 and math.isfinite(factor)):
         raise Refused("masked logits are multiplied by a number that is not positive", "mask them afterwards")
     masks = tuple(replace(m, fill=m.fill * factor) for m in value.masks)
-    return value.then(node, step, affine=value.affine.scaled(factor), masks=masks)
+    terms = tuple(replace(t, factor=t.factor * factor) for t in value.terms)
+    return value.then(node, step, affine=value.affine.scaled(factor), masks=masks, terms=terms)
 
 
 def _tensor_scale(value: Value, node: Node, other: Node, divides: bool) -> Value:
@@ -70,7 +71,7 @@ def _tensor_scale(value: Value, node: Node, other: Node, divides: bool) -> Value
     if fake(node).shape != value.fake.shape or not scale.is_floating_point():
         raise Refused("logits multiplied by a tensor", "multiply by a number, or scale the hidden states instead")
     value.need("logits", "log-probabilities are multiplied by a tensor before the loss", "scale the loss instead")
-    if value.affine.capped or value.affine.inner or value.masks:
+    if value.affine.capped or value.affine.inner or value.masks or value.terms:
         raise Refused("logits are multiplied by a tensor behind a softcap, a mask or a constant", "multiply before it")
     if scale.dtype == torch.float64 and value.head.dtype != torch.float64:
         raise Refused("logits multiplied by a float64 tensor", "cast it to float32")
@@ -118,8 +119,10 @@ def _neg(value: Value, node: Node, args: Args) -> Value:
 
 def _squashed(value: Value, node: Node, function: Callable[[Tensor], Tensor], name: str) -> Value:
     value.need("logits", f"{name} of probabilities", "use one softcap, cap * tanh(logits / cap)")
-    if value.affine.capped or value.masks:
-        raise Refused(f"{name} of logits that were capped or masked", "use one softcap, cap * tanh(logits / cap)")
+    if value.affine.capped or value.masks or value.terms:
+        raise Refused(
+            f"{name} of logits that were capped, masked or shifted", "use one softcap, cap * tanh(logits / cap)"
+        )
     return value.then(node, lambda z, _: function(z), affine=replace(value.affine, capped=True))
 
 
@@ -146,6 +149,8 @@ def _add(value: Value, node: Node, args: Args, sign: float = 1.0) -> Value:
         return value.then(node, lambda z, _: z + sign * other, affine=affine, masks=masks)
     if not is_tensor(other):
         raise Refused("something that is no tensor is added to the logits", "add a bias over the vocabulary")
+    if is_row_vector(other, value) and fake(node).shape == value.fake.shape:
+        return _add_term(value, node, other, sign)
     if value.affine.capped:
         raise Refused("a prior is added behind the softcap", "add it in front of the softcap")
     if not is_vocabulary_vector(fake(other), value.fake, value.class_dim) or fake(node).shape != value.fake.shape:
@@ -167,6 +172,26 @@ def _add(value: Value, node: Node, args: Args, sign: float = 1.0) -> Value:
 
     affine = replace(value.affine, shifts=(*value.affine.shifts, Shift(other, sign)))
     return value.then(node, step, affine=affine, extra=(*value.extra, other))
+
+
+def is_row_vector(node: Node, value: Value) -> bool:
+    """Whether a tensor holds one number for each row of `value`, in its shape but for a single class."""
+    shape = list(value.fake.shape)
+    shape[value.class_dim] = 1
+    given = fake(node).shape
+    # One class of a single row could as well be a bias: it does not matter, both are constants.
+    return len(given) == len(shape) and all(same(a, b) for a, b in zip(given, shape, strict=True))
+
+
+def _add_term(value: Value, node: Node, other: Node, sign: float) -> Value:
+    """A constant of the row: it cancels in a softmax."""
+    if not fake(other).is_floating_point() or fake(other).dtype == torch.float64 != value.head.dtype:
+        raise Refused(f"a tensor of dtype {fake(other).dtype} is added to the rows", "cast it to the logits' dtype")
+    if any(math.isfinite(m.fill) for m in value.masks):
+        raise Refused("a tensor is added to the rows of masked logits", "add it in front of the mask")
+    return replace(
+        value, node=node, terms=(*value.terms, Term(other, sign, len(value.rows))), steps=(*value.steps, _no_step)
+    )
 
 
 def _sub(value: Value, node: Node, args: Args) -> Value:
@@ -208,10 +233,9 @@ def _softmax(value: Value, node: Node, args: Args) -> Value:
 
 
 def _exp(value: Value, node: Node, args: Args) -> Value:
-    value.need("log_softmax", "exp of the logits", "take softmax, or the logsumexp")
-    if value.factor != 1.0:
+    if value.kind not in ("log_softmax", "logits") or value.factor != 1.0 or value.picked is not None:
         raise Refused("exp of scaled log-probabilities", "scale the logits instead")
-    return value.then(node, lambda z, _: z.exp(), kind="softmax")
+    return value.then(node, lambda z, _: z.exp(), kind="softmax" if value.kind == "log_softmax" else "exp")
 
 
 def _log(value: Value, node: Node, args: Args) -> Value:
@@ -236,8 +260,8 @@ def _masked(value: Value, node: Node, mask: Mask, step: Any, extra: tuple[Node, 
     value.need("logits", "log-probabilities are masked", "mask the logits instead")
     if math.isnan(mask.fill) or mask.fill == math.inf:
         raise Refused(f"logits are replaced by {mask.fill}", "use -inf")
-    if value.affine.capped:
-        raise Refused("capped logits are masked", "slice the weight instead")
+    if value.affine.capped or (value.terms and math.isfinite(mask.fill)):
+        raise Refused("capped or shifted logits are masked", "slice the weight instead")
     return value.then(node, step, masks=(*value.masks, mask), extra=(*value.extra, *extra))
 
 
@@ -332,8 +356,8 @@ def product(a: Value, b: Value, node: Node) -> Value:
         raise Refused("the logits are multiplied by themselves", "compute it from the hidden states")
     if a.source != b.source or a.affine != b.affine or a.class_dim != b.class_dim or fake(node).shape != a.fake.shape:
         raise Refused("the softmax of some logits is multiplied by others", "use the same logits in both")
-    if a.masks:
-        raise Refused("the entropy of masked logits", "slice the weight instead of masking")
+    if a.masks or a.terms or b.terms:
+        raise Refused("the entropy of masked or shifted logits", "slice the weight instead of masking")
     factor = a.factor * b.factor
     return replace(b, node=node, kind=kinds[b.kind], factor=factor, steps=(*b.steps, _no_step))
 

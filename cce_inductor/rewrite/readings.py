@@ -193,6 +193,8 @@ def _entry(value: Value) -> tuple[tuple[str, ...], Callable[[Any], Any]]:
         return ("lse", "target_logit"), lambda s: _times(s.target_logit - s.lse, factor)
     if value.kind == "softmax":
         return ("lse", "target_logit"), lambda s: _times((s.target_logit - s.lse).exp(), factor)
+    if value.kind == "exp":
+        return ("target_logit",), lambda s: _times(s.target_logit.exp(), factor)
     raise Refused("one entry of the product of the softmax and its logarithm", "compute it from log_softmax")
 
 
@@ -205,6 +207,8 @@ def _total(value: Value) -> tuple[tuple[str, ...], Callable[[Any], Any]]:
     factor = value.factor
     if value.picked is not None:
         return _entry(value)
+    if value.kind == "exp":
+        return ("lse",), lambda s: _times(s.lse.exp(), factor)
     if value.kind == "p log p":
         return ("lse", "entropy"), lambda s: s.entropy * -factor
     if value.kind == "p z":
@@ -292,7 +296,7 @@ def _take_along_dim(value: Value, node: Node, args: Args) -> Reading:
 
 def _getitem(value: Value, node: Node, args: Args) -> Reading | None:
     """logits[arange(N), target], or None for an index that takes no classes out."""
-    entries = positions(value, args["index"])
+    entries = positions(value, args["index"], lists=True)
     own = next((i for dim, i in entries if dim == value.class_dim), None)
     if not is_tensor(own) or fake(own).dtype in (torch.bool, torch.uint8):
         return None
@@ -300,15 +304,19 @@ def _getitem(value: Value, node: Node, args: Args) -> Reading | None:
     lead = [i for dim, i in entries if dim != value.class_dim]
     if value.class_dim != value.fake.dim() - 1 or any(dim is None for dim, _ in entries):
         raise Refused("classes are picked with new dimensions", ONE)
-    counts = all(is_tensor(i) and _is_arange(i, d, value) for d, i in enumerate(lead))
+    counts = all(_is_arange(i, d, value) for d, i in enumerate(lead))
     if not counts or not same_rows(target, value):
         raise Refused("classes are picked out of some rows of the logits", "use gather, with " + ONE)
     return _picked(value, node, target, True, _as_it_is)
 
 
-def _is_arange(index: Node, dim: int, value: Value) -> bool:
+def _is_arange(index: Any, dim: int, value: Value) -> bool:
     """Whether `index` holds 0, 1, 2, ... along dimension `dim` of the rows, and is broadcast along the others."""
     lead = value.lead_shape
+    if isinstance(index, (list, tuple, range)):
+        return len(lead) == 1 and same(len(index), lead[0]) and list(index) == list(range(len(index)))
+    if not is_tensor(index):
+        return False
     shape = fake(index).shape
     at = dim - (len(lead) - len(shape))  # dimensions are aligned from the right
     if at < 0 or not all(same(s, lead[dim] if i == at else 1) for i, s in enumerate(shape)):
@@ -328,6 +336,19 @@ def _is_arange(index: Node, dim: int, value: Value) -> bool:
     return len(given) in (1, 2) and start == 0 and step == 1 and set(node.kwargs) <= {"device", "dtype"}
 
 
+def maximum(value: Value, node: Node, keepdim: bool) -> Reading:
+    """The largest logit: that of the class that argmax finds."""
+    value.need("logits", "the largest probability", "take it of the logits")
+    _readable(value, node)
+    _no_finite_mask(value)
+    return Reading(node, value, ("argmax",), flat=lambda s: s.maximum, shape=_keep(value, keepdim))
+
+
+def _amax(value: Value, node: Node, args: Args) -> Reading:
+    over_classes(value, "amax", _single(args["dim"]))
+    return maximum(value, node, args["keepdim"])
+
+
 READINGS: dict[str, Callable[[Value, Node, Args], Reading | None]] = {
     "cross_entropy": _cross_entropy,
     "nll_loss": _nll_loss,
@@ -335,6 +356,7 @@ READINGS: dict[str, Callable[[Value, Node, Args], Reading | None]] = {
     "sum": _sum,
     "mean": _mean,
     "argmax": _argmax,
+    "amax": _amax,
     "take_along_dim": _take_along_dim,
 }
 

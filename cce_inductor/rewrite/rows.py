@@ -242,13 +242,15 @@ def full(i: Any) -> bool:
     return isinstance(i, slice) and i.start in (None, 0) and i.stop is None and i.step in (None, 1)
 
 
-def positions(value: Value, index: Any) -> list[tuple[int | None, Any]]:
+def positions(value: Value, index: Any, lists: bool = False) -> list[tuple[int | None, Any]]:
     """The entries of an index with the dimension that each stands at, None for a new one; ellipses spelled out.
+
+    lists: whether lists and ranges may stand in it.
 
     A bool tensor stands at the first of the dimensions that it takes.
     """
     given = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(i, (list, bool)) for i in given):
+    if any(isinstance(i, bool) or (isinstance(i, (list, tuple, range)) and not lists) for i in given):
         raise Refused("the logits are indexed by a list", "index by a tensor")
 
     def taken(i: Any) -> int:

@@ -17,8 +17,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import vocabulary
 from .heads import HEADS
-from .pointwise import INPLACE, VALUES, is_tensor, product
-from .readings import LOSSES, Loss, Reading, reading
+from .pointwise import INPLACE, VALUES, is_row_vector, is_tensor, over_classes, product
+from .readings import LOSSES, Loss, Reading, maximum, reading
 from .rows import PARTS, ROWS, join
 from .values import Head, Refusal, Refused, Value, example, fake
 from .vocabulary import Op
@@ -104,6 +104,7 @@ class _Parts:
     makers: list[list[Callable[[Node], Value]]]
     source: Node
     stale: bool = False
+    readings: Callable[[Node, int], Reading] | None = None  # of a maximum and where it is
 
 
 class Interpreter:
@@ -116,6 +117,7 @@ class Interpreter:
         self.parts: dict[Node, _Parts] = {}
         self.originals: dict[Node, Node] = {}  # of nodes that give the very tensor of another one
         self.lse: dict[Node, Reading] = {}  # log-sum-exps, by nodes that hold them in the logits' rank
+        self.sums: dict[Node, Reading] = {}  # of their exponentials
         self.refused: dict[Node, tuple[Refusal, Trace | None]] = {}
         self.records_gradients = True
 
@@ -178,10 +180,11 @@ class Interpreter:
             seen.add(n)
             if isinstance(entry, _Parts) or entry.stale:
                 entry.trace.escapes.append(Refusal(node, "parts of the logits leave the graph", "return the logits"))
-            elif entry.values[0].kind != "logits" or entry.values[0].picked is not None:
+            elif entry.values[0].kind != "logits" or entry.values[0].picked is not None or entry.values[0].terms:
                 reason = f"the {entry.values[0].kind.replace('_', '-')} leaves the graph"
                 cure = "return the logits instead"
-                if entry.values[0].kind == "log_softmax" and entry.values[0].picked is None:
+                plain = entry.values[0].picked is None and not entry.values[0].terms
+                if entry.values[0].kind == "log_softmax" and plain:
                     entry.trace.outputs.append(entry.values[0])
                 else:
                     entry.trace.escapes.append(Refusal(n, reason, cure))
@@ -231,12 +234,18 @@ class Interpreter:
         if op.name == "sub" and op.args["other"] in self.lse and not op.inplace:
             self._set(node, entry.trace, self._all(lambda v: self._minus_lse(v, node, op), entry.values))
             return
+        if op.name == "div" and op.args["other"] in self.sums and not op.inplace:
+            self._set(node, entry.trace, self._all(lambda v: self._over_sum(v, node, op), entry.values))
+            return
         if op.name not in _SYMMETRIC and op.args.get("input") is not source:
             raise Refused("the logits are the target or the weight of a loss", "use class indices as target")
         readings = self._all(lambda v: _read(v, node, op), entry.values)
         if readings[0] is not None:
             entry.trace.readings.append(readings[0])
             self._follow_lse(node, op, readings[0])
+            return
+        if op.name == "max":
+            self._maximum(node, op, entry)
             return
         if op.name in PARTS:
             made = self._all(lambda v: PARTS[op.name](v, node, op.args), entry.values)
@@ -272,7 +281,30 @@ class Interpreter:
 
     def _take(self, node: Node, op: Op, source: Node) -> None:
         parts, index = self.parts[source], op.args["index"]
+        if parts.readings is not None:
+            parts.trace.readings.append(parts.readings(node, index))
+            return
         self._set(node, parts.trace, self._all(lambda makers: makers[index](node), parts.makers))
+
+    def _maximum(self, node: Node, op: Op, entry: _Entry) -> None:
+        """The largest logit of each row, and its class."""
+        dim, keepdim = op.args["dim"], bool(op.args["keepdim"])
+
+        def checked(value: Value) -> Value:
+            over_classes(value, "max", dim)
+            return value
+
+        values = self._all(checked, entry.values)
+
+        def taken(part: Node, index: int) -> Reading:
+            if index == 0:
+                return maximum(values[0], part, keepdim)
+            made = reading(values[0], part, Op("argmax", {"dim": dim, "keepdim": keepdim}))
+            assert made is not None
+            return made
+
+        self.parts[node] = _Parts(entry.trace, [], node, readings=taken)
+        entry.trace.values[node] = []
 
     def _join(self, node: Node, op: Op) -> None:
         tensors = op.args["tensors"]
@@ -315,24 +347,39 @@ class Interpreter:
         """Remembers the log-sum-exps of rows, in the rank of the logits."""
         if made is not None:
             if made.statistics == ("lse",) and isinstance(example(node), Tensor):
-                self.lse[node] = made
+                (self.lse if op.name == "logsumexp" else self.sums)[node] = made
             return
         source = op.args.get("input")
-        if source in self.lse and op.name in ("unsqueeze", "getitem") and not op.inplace:
-            self.lse[node] = self.lse[source]
+        for known in (self.lse, self.sums):
+            if source in known and op.name in ("unsqueeze", "getitem") and not op.inplace:
+                known[node] = known[source]
+        if source in self.sums and op.name == "log" and not op.inplace:
+            self.lse[node] = self.sums[source]
 
     def _minus_lse(self, value: Value, node: Node, op: Op) -> Value:
-        """The logits minus their log-sum-exp: log_softmax."""
-        other = op.args["other"]
-        lse = self.lse[other]
-        shape = list(value.fake.shape)
-        shape[value.class_dim] = 1
+        """The logits minus their log-sum-exp: log_softmax. Minus another one, they are shifted by row."""
         value.need("logits", "a log-sum-exp is subtracted from log-probabilities", "subtract it once")
-        if op.args["alpha"] != 1 or tuple(fake(other).shape) != tuple(shape) or fake(node).shape != value.fake.shape:
-            raise Refused("a log-sum-exp of other rows is subtracted from the logits", "keep its dimension")
-        if value.source != lse.value.source or value.affine != lse.value.affine or value.masks:
-            raise Refused("the log-sum-exp of other logits is subtracted", "subtract their own")
-        return value.then(node, lambda z, _: z - z.logsumexp(-1, keepdim=True), kind="log_softmax")
+        if not self._is_own(value, self.lse[op.args["other"]], node, op) or op.args["alpha"] != 1:
+            return VALUES["sub"](value, node, op.args)
+        return value.then(node, lambda z, _: z - z.logsumexp(-1, keepdim=True), kind="log_softmax", terms=())
+
+    def _over_sum(self, value: Value, node: Node, op: Op) -> Value:
+        """The exponentials over their sum: softmax."""
+        value.need("exp", "something is divided by a sum of exponentials", "use softmax")
+        if not self._is_own(value, self.sums[op.args["other"]], node, op) or value.factor != 1.0:
+            raise Refused("exponentials of logits are divided by the sum of others", "use softmax")
+        return value.then(node, lambda z, _: z / z.sum(-1, keepdim=True), kind="softmax", terms=())
+
+    @staticmethod
+    def _is_own(value: Value, made: Reading, node: Node, op: Op) -> bool:
+        """Whether a reading is of these very logits, and stands where it is broadcast along the classes."""
+        whole = is_row_vector(op.args["other"], value) and fake(node).shape == value.fake.shape
+        same_rows = (value.source, value.affine, value.terms) == (
+            made.value.source,
+            made.value.affine,
+            made.value.terms,
+        )
+        return whole and same_rows and not value.masks
 
     # ---- reasons
 

@@ -116,6 +116,18 @@ class Mask:
     vocab: Any = field(default=None, compare=False)  # of the logits when they were masked
 
 
+@dataclass(frozen=True)
+class Term:
+    """A number for each row that was added to all its logits: the tensor of `node`, 1 wide, times `factor`.
+
+    start: how many of `Value.rows` had been applied to the logits by then; the others apply to it as well.
+    """
+
+    node: Node
+    factor: float
+    start: int
+
+
 # (hidden, D) -> hidden, on FX proxies: does to the hidden states what an op did to the logits' leading dimensions.
 RowMap = Callable[[Any, Any], Any]
 # One op on values, with the class dimension last; the list holds the tensors of `Value.extra`.
@@ -170,9 +182,9 @@ class Affine:
         return self.offset if self.capped else self.inner
 
 
-# "logits"; "log_softmax" of them; "softmax"; "p log p" and "p z": the softmax times its logarithm or the logits, entry
-# by entry; "picked": of a kind, all but the target's entry is 0.
-KINDS = ("logits", "log_softmax", "softmax", "p log p", "p z")
+# "logits"; "log_softmax" of them; "softmax"; "exp"; "p log p" and "p z": the softmax times its logarithm or the logits,
+# entry by entry.
+KINDS = ("logits", "log_softmax", "softmax", "exp", "p log p", "p z")
 
 
 @dataclass(frozen=True)
@@ -181,9 +193,9 @@ class Value:
 
     class_dim: where the classes are. kind: which function of the logits `affine` describes (KINDS), times `factor`
     where it is not the logits themselves. picked: the class (the node of a tensor with one for each row) of the only
-    entry that is not 0, or None. columns, masks: of the vocabulary. rows: what happened to the leading dimensions.
-    order: the last node that changed which rows there are, or their order; None if none did. rounded: cast to a dtype
-    narrower than the head's.
+    entry that is not 0, or None. columns, masks: of the vocabulary. terms: of the rows. rows: what happened to the
+    leading dimensions. order: the last node that changed which rows there are, or their order; None if none did.
+    rounded: cast to a dtype narrower than the head's.
     """
 
     head: Head
@@ -194,6 +206,7 @@ class Value:
     affine: Affine = Affine()
     columns: Columns = ()
     masks: tuple[Mask, ...] = ()
+    terms: tuple[Term, ...] = ()
     picked: Node | None = None
     rounded: bool = False
     rows: tuple[tuple[Node, RowMap], ...] = ()

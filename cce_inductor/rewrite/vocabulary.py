@@ -137,6 +137,8 @@ SPELLINGS = (
     Spelling("sum", _REDUCE, (torch.sum,), ("sum",)),
     Spelling("mean", _REDUCE, (torch.mean,), ("mean",)),
     Spelling("argmax", "input dim=None keepdim=False", (torch.argmax,), ("argmax",)),
+    Spelling("amax", "input dim keepdim=False", (torch.amax,), ("amax",)),
+    Spelling("max", "input dim keepdim=False", (torch.max,), ("max",)),
     Spelling("gather", "input dim index sparse_grad=False", (torch.gather,), ("gather",)),
     Spelling("take_along_dim", "input indices dim=None", (torch.take_along_dim,), ("take_along_dim",)),
     Spelling("one_hot", "input num_classes=-1", (F.one_hot, torch._C._nn.one_hot)),

@@ -247,6 +247,30 @@ STATISTICS = {
     "mean of all logits": lambda z, t: ce(z, t) + 0.1 * z.mean(),
     "sum over classes and rows": lambda z, t: ce(z, t) + 0.1 * z.log_softmax(-1).sum((1, 2)).square().mean(),
     "constants in the statistics": lambda z, t: (LSE(z + 2, -1) * (z + 2).gather(-1, t[..., None])[..., 0]).mean(),
+    "exp, sum and log": lambda z, t: (z.exp().sum(-1).log() - z.gather(-1, t[..., None])[..., 0]).mean(),
+    "exp over its sum": lambda z, t: -(z.exp() / z.exp().sum(-1, keepdim=True)).log().gather(-1, t[..., None]).mean(),
+    "exp over its sum, once": lambda z, t: (
+        lambda e: -(e / e.sum(-1)[..., None]).gather(-1, t[..., None]).log().mean()
+    )(z.exp()),
+    "shifted by the logsumexp of other rows": lambda z, t: (
+        ce(z - z.flip(0).logsumexp(-1, keepdim=True), t)
+        - (z - z.flip(0).logsumexp(-1, keepdim=True)).gather(-1, t[..., None]).mean()
+    ),
+    "shifted by the maximum": lambda z, t: (
+        lambda s: (s.exp().sum(-1).log() - s.gather(-1, t[..., None])[..., 0]).mean()
+    )(z - z.max(-1, keepdim=True).values),
+    "shifted by the maximum, detached": lambda z, t: (
+        lambda s: (LSE(s, -1) - s.gather(-1, t[..., None])[..., 0]).mean()
+    )(z - z.amax(-1, keepdim=True).detach()),
+    "the maximum put back": lambda z, t: (
+        lambda m: (m[..., 0] + (z - m).exp().sum(-1).log() - z.gather(-1, t[..., None])[..., 0]).square().mean()
+    )(z.max(dim=-1, keepdim=True)[0]),
+    "shifted, then reshaped and scaled": lambda z, t: (
+        lambda s: (LSE(s, -1) * s.gather(-1, t.view(-1, 1))[:, 0]).mean()
+    )(((z - z.amax(-1, keepdim=True)) * 0.5).transpose(0, 1).reshape(-1, V)),
+    "cross-entropy of shifted logits": lambda z, t: ce(z - z.detach().max(-1, keepdim=True).values, t),
+    "the largest logit": lambda z, t: ce(z, t) + (5 * torch.tanh((z * 0.5 + 1) / 5) - 2).amax(-1).square().mean(),
+    "indices of a range": lambda z, t: -z.view(-1, V).log_softmax(1)[range(B * S), t.view(-1)].mean(),
     "softcapped statistics": lambda z, t: (lambda c: (LSE(c, -1) * c.gather(-1, t[..., None])[..., 0]).mean())(
         6 * torch.sigmoid(z / 3)
     ),

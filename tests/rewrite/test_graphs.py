@@ -122,7 +122,7 @@ getitem = getitem(%linear_statistics_default, 0)
 getitem_1 = getitem(%linear_statistics_default, 1)
 sub = sub(%getitem, %getitem_1)
 sum_1 = sum(%sub)
-return (%sum_1, None, %x)""",
+return (%sum_1, %x)""",
         )
 
     def test_transposed_weight_and_class_weights(self):

@@ -148,6 +148,11 @@ ENTRIES = {
     "inf added": lambda z, t: ce(z + float("inf"), t),
     "a float64 bias": lambda z, t: ce(z + torch.ones(V, dtype=torch.float64), t),
     "an integer bias": lambda z, t: ce(z + torch.arange(V), t),
+    "integers added to rows": lambda z, t: ce(z + t[..., None], t),
+    "rows shifted behind a mask": lambda z, t: ce(z.masked_fill(EVEN, -3.0) + torch.rand(B, S, 1), t),
+    "exp over the sum of others": lambda z, t: (
+        ce(z, t) + (z.exp() / (2 * z).exp().sum(-1, keepdim=True)).sum(-1).mean()
+    ),
     "a bias behind a mask": lambda z, t: ce(z.masked_fill(EVEN, -3.0) + torch.ones(V), t),
     "softmax in float64": lambda z, t: F.nll_loss(z.log_softmax(-1, torch.float64).view(-1, V), t.view(-1)),
     "exp of scaled log-probabilities": lambda z, t: (2 * z.log_softmax(-1)).exp().gather(-1, t[..., None]).mean(),
@@ -194,9 +199,6 @@ STATISTICS = {
     ),
     "classes of some rows": lambda z, t: ce(z, t) - z.log_softmax(-1).view(-1, V)[t.view(-1) % 3, t.view(-1)].mean(),
     "logits as a target": lambda z, t: ce(z, t) + F.cross_entropy(torch.zeros(B * S, V), z.view(-1, V)),
-    "the logsumexp of other rows": lambda z, t: (
-        -(z - z.flip(0).logsumexp(-1, keepdim=True)).gather(-1, t[..., None]).mean()
-    ),
     "half a logsumexp": lambda z, t: (
         -torch.sub(z, z.logsumexp(-1, keepdim=True), alpha=0.5).gather(-1, t[..., None]).mean()
     ),
