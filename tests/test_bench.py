@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from cce_inductor.bench import (
     arguments,
     calibrated,
+    compile_time,
     contenders,
     docs,
     gemm,
@@ -559,6 +560,16 @@ class TestRun:
         monkeypatch.setattr(rounds, "_run_group", lambda result, rows, *rest, gemm: ran.append((len(rows), gemm)))
         result = rounds.run_case(CASE, rounds.Options(tmp_path, tmp_path, ("eager", "compile", "ours")))
         assert ran == [(2, True), (1, False)] and not result.interleaved
+
+    def test_the_pass_takes_a_small_part_of_the_compile_time(self, tmp_path, capsys):
+        pytest.importorskip("transformers")
+        argv = ["--compile-time", "--quick", "--repeat=1", "--threads=1", "--output", str(tmp_path)]
+        assert main(argv) == 0
+        (one,) = json.loads((tmp_path / "cpu-compile-time.json").read_text())["compile-time"]
+        assert one["fused"] == 1 and one["nodes"] > 50 and 0 < one["trace"] < one["total"]
+        # So small a model compiles fast, and the pass looks at its few nodes all the same.
+        assert one["trace"] < compile_time.LIMIT * one["total"]
+        assert f"{one['trace'] / one['total']:.2%} of the time to compile" in capsys.readouterr().out
 
     def test_from_arguments_to_report(self, tmp_path, capsys):
         argv = [

@@ -1,4 +1,5 @@
-"""Compile caches across processes: warm where nothing changed, cold where our sources or options did."""
+"""Compiling once: across processes warm where nothing changed, cold where our sources or options did; within one, again
+only where PyTorch itself would."""
 
 import json
 import os
@@ -8,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.utils import counters
 
 import cce_inductor
 from cce_inductor.version import hash_files, templates_dir
@@ -58,6 +62,14 @@ def test_second_process_is_warm_and_an_edit_is_not(tmp_path, copied_package):
     assert edited["aot"].get("autograd_cache_miss") == 1 and edited["inductor"]["fxgraph_cache_miss"] >= 1
 
 
+def test_dynamic_rows_are_warm_for_other_numbers_of_rows(tmp_path):
+    cold = train(tmp_path / "cache", dynamic=True)
+    warm = train(tmp_path / "cache", dynamic=True, rows=40)
+    assert cold["aot"]["autograd_cache_miss"] == 1 and cold["inductor"]["fxgraph_cache_miss"] == 2
+    assert warm["aot"].get("autograd_cache_hit") == 1 and "fxgraph_cache_miss" not in warm["inductor"]
+    assert warm["cce"] == cold["cce"] and warm["error"] < 1e-5
+
+
 def test_numbers_of_a_filter_are_left_by_a_warm_graph_too(tmp_path):
     cold, warm = (train(tmp_path / "cache", grad_filter=0.1, diagnostics=True) for _ in range(2))
     assert warm["aot"].get("autograd_cache_hit") == 1 and cold["aot"]["autograd_cache_miss"] == 1
@@ -77,3 +89,106 @@ def test_hash_sees_names_and_contents(tmp_path):
     second = hash_files(tmp_path)
     (tmp_path / "a.py").rename(tmp_path / "b.py")
     assert len({first, second, hash_files(tmp_path)}) == 3
+
+
+V, D = 96, 16
+
+
+def shifted(h, w, t):
+    """What Hugging Face's models end with: labels shifted, the logits returned."""
+    z = F.linear(h, w)
+    labels = F.pad(t, (0, 1), value=-100)[..., 1:].contiguous()
+    return F.cross_entropy(z.float().view(-1, V), labels.view(-1)), z
+
+
+def batch(rows, length):
+    return torch.randn(rows, length, D).requires_grad_(), torch.randint(0, V, (rows, length))
+
+
+def compiled(fn, compiler, **kwargs):
+    torch._dynamo.reset()
+    counters.clear()
+    return torch.compile(fn, backend="cce", options={"min_vocab": 0, "compiler": compiler}, **kwargs)
+
+
+def assert_same_step(fn, h, w, t):
+    loss, _ = fn(h, w, t)
+    want, _ = shifted(h, w, t)
+    torch.testing.assert_close(loss, want)
+    for got, expected in zip(torch.autograd.grad(loss, (h, w)), torch.autograd.grad(want, (h, w)), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_marked_batch_and_sequence_lengths_compile_once(compiler):
+    step, w = compiled(shifted, compiler), torch.randn(V, D).requires_grad_()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows, length in ((2, 6), (3, 9), (5, 4), (130, 3)):
+            h, t = batch(rows, length)
+            for x in (h, t):
+                torch._dynamo.mark_dynamic(x, 0)
+                torch._dynamo.mark_dynamic(x, 1)
+            assert_same_step(step, h, w, t)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["cce_inductor"]["fused"] == 1 and counters["cce_inductor"]["deferred_materialized"] == 0
+
+
+def test_lengths_that_change_compile_as_often_as_without_the_pass():
+    """Automatic dynamic shapes: a size that changes becomes symbolic, and then no more compilations."""
+    w = torch.randn(V, D).requires_grad_()
+    batches = [batch(rows, length) for rows, length in ((2, 6), (3, 6), (4, 6), (4, 7), (5, 8), (9, 3))]
+
+    def graphs(step):
+        number = []
+        for h, t in batches:
+            assert_same_step(step, h, w, t)
+            number.append(counters["stats"]["unique_graphs"])
+        return number
+
+    plain = compiled(shifted, "aot_eager")
+    ours = graphs(plain)
+    torch._dynamo.reset()
+    counters.clear()
+    assert ours == graphs(torch.compile(shifted, backend="aot_eager"))
+    assert ours[-1] == ours[-3] <= 3
+
+
+def test_training_does_not_compile_again():
+    """Other data, more or fewer ignored labels, new weights, logits that are read, evaluation in between."""
+    torch.manual_seed(0)
+    embedding, trunk = torch.nn.Embedding(V, D), torch.nn.Linear(D, D)
+    parameters = [*embedding.parameters(), *trunk.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+    def model(ids, labels):
+        return shifted(torch.tanh(trunk(embedding(ids))), embedding.weight, labels)
+
+    step = compiled(model, "aot_eager")
+    losses = []
+
+    def train(ignored):
+        ids = torch.randint(0, V, (4, 12))
+        labels = ids.clone()
+        labels[:, :ignored] = -100
+        loss, logits = step(ids, labels)
+        if ignored % 2:
+            losses.append(logits.argmax(-1).eq(ids).float().mean().item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+
+    def evaluate():
+        ids = torch.randint(0, V, (4, 12))
+        with torch.no_grad():
+            assert step(ids, ids)[0].isfinite()
+
+    train(0), evaluate()
+    before = dict(counters["stats"])
+    assert before["unique_graphs"] == 2  # with gradients and without
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for ignored in (3, 12, 0, 5, 1):
+            train(ignored), evaluate()
+    assert counters["stats"]["unique_graphs"] == 2 and counters["cce_inductor"]["fused"] == 2
+    assert counters["cce_inductor"]["deferred_materialized"] == len(losses) == 3

@@ -13,6 +13,7 @@ torch.manual_seed(0)
 torch.set_num_threads(1)
 trunk, head = torch.nn.Linear(16, 16), torch.nn.Linear(16, 96, bias=False)
 options = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
+rows, dynamic = options.pop("rows", 24), options.pop("dynamic", None)
 
 
 def step(x, t):
@@ -20,8 +21,8 @@ def step(x, t):
     return F.cross_entropy(logits, t), logits
 
 
-x, t = torch.randn(24, 16), torch.randint(0, 96, (24,))
-loss, logits = torch.compile(step, backend="cce", options={"min_vocab": 0, **options})(x, t)
+x, t = torch.randn(rows, 16), torch.randint(0, 96, (rows,))
+loss, logits = torch.compile(step, backend="cce", dynamic=dynamic, options={"min_vocab": 0, **options})(x, t)
 loss.backward()
 want = step(x, t)[0]
 print(
