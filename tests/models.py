@@ -259,9 +259,7 @@ FAMILIES = {
         {},
         "similarities of both towers, learned temperature, both directions",
         pairs,
-        fused=0,
-        declined=2,
-        reason="multiplied by a tensor",
+        fused=2,
         configure=_towers("CLIPConfig"),
     ),
     "vit": Family("ViTForImageClassification", {**VIT, "num_labels": V}, f"bias, {VIEWED}", images),
@@ -296,9 +294,6 @@ FAMILIES = {
         {**GROUPED, "num_labels": V},
         "one row of each sequence, by two indices",
         lambda: dict(input_ids=torch.randint(4, V, (40, 3)), labels=classes(40)),
-        fused=0,
-        declined=1,
-        reason="indexed by a tensor",
     ),
     # looks like a head, and is none
     "bert, questions": Family(
@@ -308,7 +303,7 @@ FAMILIES = {
         lambda: dict(input_ids=tokens(), start_positions=torch.tensor([1, 2]), end_positions=torch.tensor([3, 4])),
         fused=0,
         declined=2,
-        reason="no fused form",
+        reason="the vocabulary is taken apart",
     ),
     "bert, multiple choice": Family(
         "BertForMultipleChoice",
