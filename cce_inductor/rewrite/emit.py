@@ -21,6 +21,7 @@ from ..ops.library import FORWARD
 from ..ops.losses import cross_entropy, tangents
 from ..ops.statistics import TABLE
 from ..ops.with_gradients import ATTACH, WITH_GRADIENTS
+from . import vocabulary
 from .builder import Builder
 from .hoist import Hoist
 from .readings import Loss, Reading
@@ -613,6 +614,8 @@ def _same_shape(builder: Builder, value: Value) -> Proxy:
 def erase_dead(graph: Graph, trace: Trace, findings: list[Node]) -> None:
     """Erases losses and logits without a use. Only nodes of the trace: they are known to be pure, or to edit logits."""
     dead = set(findings) | set(trace.values)
+    # Views of what was broadcast together with the logits.
+    dead |= {n for n in descendants(trace.first.node) if (op := vocabulary.read(n)) and op.name == "getitem"}
     for node in reversed(list(graph.nodes)):
         if node in dead and not node.users:
             graph.erase_node(node)

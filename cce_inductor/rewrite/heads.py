@@ -85,10 +85,13 @@ def _matmul(node: Node, args: dict[str, Any]) -> list[Value]:
     x, w = args["input"], args["other"]
     if fake(w).dim() > 2:
         w = _stored_once(w)
-    values = [_value(node, x, w, None, True)] if fake(w).dim() == 2 else []
-    if fake(x).dim() == 2 and fake(w).dim() == 2:
-        # W @ x.T: the classes are the rows.
-        values.append(_value(node, w, x, None, False, 0, 0, lambda h, _: h))
+    whole = fake(x).dim() == fake(node).dim()
+    values = [_value(node, x, w, None, True)] if fake(w).dim() == 2 and whole else []
+    if fake(x).dim() == 2:
+        # W @ x.T, for one matrix, a batch of them or a vector: the classes are where W's rows go.
+        h, rank = args["other"], fake(args["other"]).dim()
+        at = max(rank - 2, 0)
+        values.append(_value(node, h, x, None, False, at, at, lambda h, _: h))
     if not values:
         raise Refused(f"the head's weight has {fake(w).dim()} dimensions, not 2", "flatten the weight to (V, D)")
     return values
@@ -105,7 +108,13 @@ def _addmm(node: Node, args: dict[str, Any]) -> list[Value]:
 
 
 def _inner(node: Node, args: dict[str, Any]) -> list[Value]:
-    return [_value(node, args["input"], args["other"])]
+    x, w = args["input"], args["other"]
+    values = [_value(node, x, w)] if fake(w).dim() == 2 else []
+    if fake(x).dim() == 2:
+        values.append(_value(node, w, x, class_dim=0, row_map=lambda h, _: h.movedim(-1, 0)))
+    if not values:
+        raise Refused(f"the head's weight has {fake(w).dim()} dimensions, not 2", "flatten the weight to (V, D)")
+    return values
 
 
 def _contraction(node: Node, x: Node, w: Node, x_labels: str, w_labels: str, out: str) -> list[Value]:
@@ -151,7 +160,11 @@ def _einsum(node: Node, args: dict[str, Any]) -> list[Value]:
     operands = operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
     if not isinstance(args["equation"], str) or len(operands) != 2 or not all(isinstance(o, Node) for o in operands):
         raise Refused("an einsum of other than two tensors by an equation", "use F.linear for the head")
-    labels, out = _subscripts(args["equation"], [fake(o).dim() for o in operands])
+    return _contractions(node, operands, *_subscripts(args["equation"], [fake(o).dim() for o in operands]))
+
+
+def _contractions(node: Node, operands: Sequence[Node], labels: Sequence[str], out: str) -> list[Value]:
+    """A contraction of two tensors, either of which may be the weight."""
     values, refused = [], None
     for i, j in ((0, 1), (1, 0)):
         try:
@@ -173,7 +186,7 @@ def _tensordot(node: Node, args: dict[str, Any]) -> list[Value]:
     x_labels, w_labels = LETTERS[: fake(x).dim()], list(LETTERS[-fake(w).dim() :])
     w_labels[b[0]] = x_labels[a[0]]
     out = "".join(c for c in (*x_labels, *w_labels) if c != x_labels[a[0]])
-    return _contraction(node, x, w, x_labels, "".join(w_labels), out)
+    return _contractions(node, [x, w], [x_labels, "".join(w_labels)], out)
 
 
 def _convolution(node: Node, args: dict[str, Any]) -> list[Value]:
@@ -196,6 +209,7 @@ def _convolution(node: Node, args: dict[str, Any]) -> list[Value]:
 HEADS: dict[str, Callable[[Node, dict[str, Any]], list[Value]]] = {
     "linear": _linear,
     "matmul": _matmul,
+    "mv": _matmul,
     "addmm": _addmm,
     "inner": _inner,
     "einsum": _einsum,

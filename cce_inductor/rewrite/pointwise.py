@@ -216,12 +216,14 @@ def over_classes(value: Value, name: str, dim: Any) -> None:
 
 
 def _normalised(value: Value, node: Node, args: Args, name: str, function: Callable) -> Value:
-    value.need("logits", f"{name} of log-probabilities", "take it once")
+    # The softmax of log_softmax is that of the logits.
+    if value.kind not in ("logits", "log_softmax") or value.factor != 1.0 or value.picked is not None:
+        raise Refused(f"{name} of probabilities", "take it once")
     over_classes(value, name, args["dim"])
     dtype = fake(node).dtype
     if dtype == torch.float64 and value.head.dtype != torch.float64:
         raise Refused(f"{name} in float64 of logits in a narrower dtype", "use dtype=torch.float32")
-    return value.then(node, lambda z, _: function(z, -1, dtype=dtype), kind=name)
+    return value.then(node, lambda z, _: function(z, -1, dtype=dtype), kind=name, terms=())
 
 
 def _log_softmax(value: Value, node: Node, args: Args) -> Value:

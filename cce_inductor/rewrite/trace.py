@@ -101,7 +101,7 @@ class _Parts:
     """A tuple of values: for every alternative, the value of each part as a function of the node that takes it."""
 
     trace: Trace
-    makers: list[list[Callable[[Node], Value]]]
+    makers: list[list[Callable[[Node], Value] | None]]
     source: Node
     stale: bool = False
     readings: Callable[[Node, int], Reading] | None = None  # of a maximum and where it is
@@ -215,6 +215,9 @@ class Interpreter:
             entry = self.values[source]
             entry.trace.metadata.append((node, source, entry.values[0]))
             return
+        if op.name == "broadcast_tensors":
+            self._broadcast(node, op, source)
+            return
         if op.name in ("cat", "stack") and all(n in self.values for n in touched):
             self._join(node, op)
             return
@@ -284,7 +287,22 @@ class Interpreter:
         if parts.readings is not None:
             parts.trace.readings.append(parts.readings(node, index))
             return
-        self._set(node, parts.trace, self._all(lambda makers: makers[index](node), parts.makers))
+        if parts.makers[0][index] is not None:
+            self._set(node, parts.trace, self._all(lambda makers: makers[index](node), parts.makers))
+
+    def _broadcast(self, node: Node, op: Op, source: Node) -> None:
+        """Tensors expanded to the logits' shape: those that are not logits are followed no further."""
+        entry = self.values[source]
+        own = [i for i, n in enumerate(op.args["tensors"]) if n is source]
+        if len(own) != 1 or example(node)[own[0]].shape != fake(source).shape:
+            raise Refused("the logits are expanded to the shape of another tensor", "expand the other one only")
+
+        def makers(value: Value) -> list[Callable[[Node], Value] | None]:
+            return [value.at if i in own else None for i in range(len(example(node)))]
+
+        made = [makers(value) for value in entry.values]
+        self.parts[node] = _Parts(entry.trace, made, source)
+        entry.trace.values[node] = []
 
     def _maximum(self, node: Node, op: Op, entry: _Entry) -> None:
         """The largest logit of each row, and its class."""

@@ -56,6 +56,7 @@ SPELLINGS = (
         ("matmul", "mm", "bmm", "__matmul__"),
     ),
     Spelling("addmm", "bias input other beta=1 alpha=1", (torch.addmm, torch.baddbmm), ("addmm", "baddbmm")),
+    Spelling("mv", "input other", (torch.mv,), ("mv",)),
     Spelling("inner", "input other", (torch.inner,), ("inner",)),
     Spelling("tensordot", "input other dims=2 out=None", (torch.tensordot,)),
     Spelling("einsum", "equation *operands", (torch.einsum, torch.functional.einsum)),
@@ -121,6 +122,7 @@ SPELLINGS = (
     Spelling("chunk", "input chunks dim=0", (torch.chunk,), ("chunk",)),
     Spelling("tensor_split", "input indices_or_sections dim=0", (torch.tensor_split,), ("tensor_split",)),
     Spelling("unbind", "input dim=0", (torch.unbind,), ("unbind",)),
+    Spelling("broadcast_tensors", "*tensors", (torch.broadcast_tensors, torch.functional.broadcast_tensors)),
     Spelling("cat", "tensors dim=0", (torch.cat, torch.concat, torch.concatenate)),
     Spelling("stack", "tensors dim=0", (torch.stack,)),
     # metadata

@@ -53,6 +53,9 @@ HEADS = {
     "baddbmm": lambda h, w: torch.baddbmm(torch.ones(V), h, w.t().expand(B, D, V)),
     "W @ x.T": lambda h, w: (w @ h.reshape(-1, D).t()).t().reshape(B, S, V),
     "F.linear(W, x).T": lambda h, w: F.linear(w, h.reshape(-1, D)).T.reshape(B, S, V),
+    "W @ a batch": lambda h, w: (w @ h.mT).mT,
+    "inner, the weight first": lambda h, w: torch.inner(w, h).movedim(0, -1),
+    "tensordot, the weight first": lambda h, w: torch.tensordot(w, h, dims=([1], [2])).permute(1, 2, 0),
     "convolution of one point": lambda h, w: F.conv1d(h.transpose(1, 2), w[:, :, None]).transpose(1, 2),
     "two-dimensional convolution": lambda h, w: (
         F.conv2d(h.transpose(1, 2)[..., None], w[:, :, None, None], torch.ones(V))[..., 0].mT
@@ -68,6 +71,15 @@ def test_heads(name):
         return ce(HEADS[name](h, w), t)
 
     assert_same_as_eager(fn, (rand(B, S, D), rand(V, D), labels(-100)), fused=1)
+
+
+@pytest.mark.parametrize("head", [lambda h, w: w @ h, torch.matmul, lambda h, w: torch.mv(w, h)])
+def test_one_row(head):
+    def fn(h, w, t):
+        z = head(h[0, -1], w.t()) if head is torch.matmul else head(h[0, -1], w)
+        return F.cross_entropy(z, t[0, -1])
+
+    assert_same_as_eager(fn, (rand(B, S, D), rand(V, D), labels()), fused=1)
 
 
 def test_both_directions_of_a_similarity_matrix():
@@ -271,6 +283,9 @@ STATISTICS = {
     "cross-entropy of shifted logits": lambda z, t: ce(z - z.detach().max(-1, keepdim=True).values, t),
     "the largest logit": lambda z, t: ce(z, t) + (5 * torch.tanh((z * 0.5 + 1) / 5) - 2).amax(-1).square().mean(),
     "indices of a range": lambda z, t: -z.view(-1, V).log_softmax(1)[range(B * S), t.view(-1)].mean(),
+    "Categorical": lambda z, t: (lambda d: -(d.log_prob(t) + 0.1 * d.entropy()).mean())(
+        torch.distributions.Categorical(logits=z, validate_args=False)
+    ),
     "softcapped statistics": lambda z, t: (lambda c: (LSE(c, -1) * c.gather(-1, t[..., None])[..., 0]).mean())(
         6 * torch.sigmoid(z / 3)
     ),
@@ -423,3 +438,21 @@ def test_logits_that_leave_a_checkpoint_are_real():
         return loss + z.square().mean(), z
 
     assert_same_as_eager(fn, (rand(B, S, D), rand(V, D), labels()), fused=1)
+
+
+def test_a_batch_of_equal_weights_for_one_matrix():
+    """(N, D) @ (B, D, V): the rows are repeated, and nothing of that is a head."""
+
+    def fn(h, w, t):
+        return ce(h[0] @ w.t().expand(B, D, V), t)
+
+    assert_same_as_eager(fn, (rand(B, S, D), rand(V, D), labels()), fused=0)
+
+
+def test_a_batch_of_equal_weights_for_one_matrix():
+    """(N, D) @ (B, D, V): the rows are repeated, and nothing of that is a head."""
+
+    def fn(h, w, t):
+        return ce(h[0] @ w.t().expand(B, D, V), t)
+
+    assert_same_as_eager(fn, (rand(B, S, D), rand(V, D), labels()), fused=0)

@@ -82,6 +82,7 @@ HEADS = {
     "a bias on detached logits": lambda h, w, b, t: ce(F.linear(h, w).detach() + b, t),
     "a batch of weights": lambda h, w, b, t: ce(torch.bmm(h, torch.stack([w.t(), w.t() * 2])), t),
     "a batch of weights, einsum": lambda h, w, b, t: ce(torch.einsum("bsd,bvd->bsv", h, torch.stack([w, w])), t),
+    "inner of batches": lambda h, w, b, t: ce(torch.inner(h, torch.stack([w, w])).flatten(2), t),
     "addmm with alpha": lambda h, w, b, t: ce(torch.addmm(b, h.view(-1, D), w.t(), alpha=2), t),
     "addmm of a matrix": lambda h, w, b, t: ce(torch.addmm(b.expand(B * S, V) * 1, h.view(-1, D), w.t()), t),
     "baddbmm of a batch": lambda h, w, b, t: ce(torch.baddbmm(b, h, torch.stack([w.t(), w.t()])), t),
@@ -125,6 +126,10 @@ ROWS = {
     "the classes split": lambda z, t: ce(z.chunk(2, -1)[0], t % 20),
     "vocabularies put together": lambda z, t: ce(torch.cat([z, z], -1), t),
     "rows of different scales": lambda z, t: ce(torch.cat([z[:, :3], 2 * z[:, 3:]], 1), t),
+    "broadcast to more rows": lambda z, t: ce(
+        torch.broadcast_tensors(torch.zeros(3, B, S, V), z)[1], t.expand(3, B, S)
+    ),
+    "softmax of scaled log-probabilities": lambda z, t: ce((2 * z.log_softmax(-1)).log_softmax(-1), t),
     "rows of others": lambda z, t: ce(torch.cat([z, torch.zeros(1, S, V)]), torch.cat([t, t[:1]])),
     "the class dimension expanded": lambda z, t: ce(z[..., :1].expand(B, S, V), t),
     "probabilities of some classes": lambda z, t: -z.log_softmax(-1)[..., :20].gather(-1, t[..., None] % 20).mean(),
