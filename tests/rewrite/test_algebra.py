@@ -447,12 +447,3 @@ def test_a_batch_of_equal_weights_for_one_matrix():
         return ce(h[0] @ w.t().expand(B, D, V), t)
 
     assert_same_as_eager(fn, (rand(B, S, D), rand(V, D), labels()), fused=0)
-
-
-def test_a_batch_of_equal_weights_for_one_matrix():
-    """(N, D) @ (B, D, V): the rows are repeated, and nothing of that is a head."""
-
-    def fn(h, w, t):
-        return ce(h[0] @ w.t().expand(B, D, V), t)
-
-    assert_same_as_eager(fn, (rand(B, S, D), rand(V, D), labels()), fused=0)
