@@ -136,7 +136,7 @@ def _with_deferred(compiled: Callable, result: Rewritten, settings: Settings) ->
             if key not in made:
                 operands = [source.get(args, extra) for source in deferral.operands]
                 # A weight that may be gone when the loss comes is of no use for a loss that is elsewhere.
-                if not result.fused and any(map(compat.is_freed_after_forward, operands)):
+                if not result.fused and any(map(compat.is_freed_after_forward, operands[1:])):
                     made[key] = computed(deferral.compute, operands)
                 else:
                     made[key] = defer(

@@ -225,11 +225,14 @@ def python_stack() -> str:
     return ""
 
 
-def is_freed_after_forward(parameter: torch.Tensor) -> bool:
-    """Whether FSDP gives this to a module in the place of a parameter, and takes it back when the forward is over."""
-    if parameter not in _freed:
-        _freed[parameter] = _by_fsdp2(parameter) or _by_fsdp1(parameter)
-    return _freed[parameter]
+def is_freed_after_forward(weight: torch.Tensor) -> bool:
+    """Whether FSDP lends this to a module as its parameter, or a view of it, and takes it back after the forward."""
+    owner = weight if weight._base is None else weight._base
+    if not isinstance(owner, torch.nn.Parameter):
+        return _by_fsdp1(owner)
+    if owner not in _freed:
+        _freed[owner] = _by_fsdp2(owner) or _by_fsdp1(owner)
+    return _freed[owner]
 
 
 _freed: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -248,4 +251,4 @@ def _by_fsdp2(parameter: torch.Tensor) -> bool:
 
 
 def _by_fsdp1(parameter: torch.Tensor) -> bool:
-    return any(getattr(t, "_fsdp_flattened", False) for t in (parameter, parameter._base) if t is not None)
+    return bool(getattr(parameter, "_fsdp_flattened", False))

@@ -96,7 +96,11 @@ def computed(compute: Compute, operands: Sequence[Tensor]) -> Tensor:
 
 
 def _root(head: _Head, shape: torch.Size) -> DeferredLogits:
-    return DeferredLogits(_Value(head, _Origin(head)), torch.empty(shape, dtype=head.dtype, device="meta"), head.device)
+    return DeferredLogits(
+        _Value(head, _Origin(head), memory=_Memory(head)),
+        torch.empty(shape, dtype=head.dtype, device="meta"),
+        head.device,
+    )
 
 
 # ------------------------------------------------------------------------------------------------- the operands
@@ -210,7 +214,11 @@ class _Head:
         self.compute, self.shape, self.dtype, self.fuse = compute, shape, dtype, fuse
         self.operands = [_Operand.record(i, t) for i, t in enumerate(operands)]
         self.device = operands[0].device
-        self.watched = False  # a hook, or retain_grad(), waits for the gradient of the logits
+        self.watched = False  # somebody, such as a hook, waits for the gradient of the logits
+        self.needs: tuple[bool, ...] = ()  # which operands a gradient reaches, if any
+        # What the logits came out as under grad mode, and from what: for the first backward through them.  Nobody may
+        # edit that tensor, which is the value itself: see `_Value.expose`.
+        self.graph: tuple[Tensor, list[Tensor]] | None = None
 
     def check(self) -> list[Tensor]:
         """The operands, detached, which are still what they were; else a :class:`DeferredLogitsError`."""
@@ -219,9 +227,12 @@ class _Head:
         return [operand.alias for operand in self.operands]
 
     def __call__(self) -> Tensor:
-        aliases = self.check()
-        with _surroundings(self.device, grad=False):
-            out = self.compute(aliases).contiguous()  # the strides that the program has been told
+        operands = self.check()
+        grad = torch.is_grad_enabled() and any(self.needs)
+        if grad:
+            operands = [t.detach().requires_grad_(need) for t, need in zip(operands, self.needs, strict=True)]
+        with _surroundings(self.device, grad=grad):
+            out = self.compute(operands).contiguous()  # the strides that the program has been told
         if self.shape is not None and (out.shape != self.shape or out.dtype != self.dtype):
             raise AssertionError(
                 f"deferred logits came out as {tuple(out.shape)} {out.dtype} where the graph has "
@@ -229,6 +240,9 @@ class _Head:
             )
         if not isinstance(out, (FakeTensor, FunctionalTensor)):
             counters["cce_inductor"]["deferred_materialized"] += 1
+        if grad:
+            self.graph = out, operands
+            out = out.detach()
         return out
 
 
@@ -284,24 +298,31 @@ class _Origin:
         return _Origin(self.head, (*self.steps, step), None)
 
 
-class _Value:
-    """One value, pending or remembered.  Tensors that share all their elements (``detach``) share one.
+class _Memory:
+    """What values share that are views of each other.
 
-    Values that are views of each other share their memory and ``_readers``: the pending values that are to be computed
-    before that memory is edited.
+    readers: pending values that are to be computed before it is edited. head: whose own value it holds, if any.
     """
+
+    def __init__(self, head: _Head | None = None) -> None:
+        self.readers: weakref.WeakSet[_Value] = weakref.WeakSet()
+        self.head = head
+
+
+class _Value:
+    """One value, pending or remembered.  Tensors that share all their elements (``detach``) share one."""
 
     def __init__(
         self,
         make: Callable[[], Tensor],
         origin: _Origin | None = None,
         source: _Value | None = None,
-        readers: weakref.WeakSet[_Value] | None = None,
+        memory: _Memory | None = None,
     ) -> None:
         self._make: Callable[[], Tensor] | None = make
         self._tensor: Tensor | None = None
         self._origin, self._source = origin, source
-        self._readers: weakref.WeakSet[_Value] = weakref.WeakSet() if readers is None else readers
+        self._memory = _Memory() if memory is None else memory
 
     @property
     def pending(self) -> bool:
@@ -328,12 +349,12 @@ class _Value:
     def copy(self, step: Step) -> _Value:
         """The value ``step`` of this one, in memory of its own: pending, and computed from this one as it is now."""
         child = _Value(self._after(step), self._origin and self._origin.then(step), self)
-        self._readers.add(child)
+        self._memory.readers.add(child)
         return child
 
     def view(self, step: Step) -> _Value:
         """The value ``step`` of this one, in the same memory."""
-        return _Value(self._after(step), self._origin and self._origin.then(step), self, self._readers)
+        return _Value(self._after(step), self._origin and self._origin.then(step), self, self._memory)
 
     def _after(self, step: Step) -> Callable[[], Tensor]:
         def make() -> Tensor:
@@ -347,9 +368,11 @@ class _Value:
         """The tensor for uses that may edit its memory, now (``mul_``) or later and unseen (a view, ``numpy()``):
         whatever derives from its present state is computed first."""
         tensor = self.get()
-        for child in list(self._readers):
+        for child in list(self._memory.readers):
             child.get()
-        self._readers.clear()
+        self._memory.readers.clear()
+        if self._memory.head is not None:
+            self._memory.head.graph = None
         return tensor
 
 
@@ -423,11 +446,13 @@ class DeferredLogits(torch.Tensor):
         pre-backward hooks are on a model's outputs), or if something other than the lazy operators is on the way
         (DDP puts a function with side effects behind a model's outputs).
         """
-        origin, node = self._value.origin, self.grad_fn
+        origin = self._value.origin
         assert origin is not None
+        with torch._C.DisableTorchFunctionSubclass():  # looking for it is not watching
+            node: Any = self.grad_fn
         while node is not None and not origin.head.watched:
             if getattr(node, "head", None) is origin.head:
-                return node.operands  # type: ignore[attr-defined]
+                return node.operands
             if isinstance(node, BackwardCFunction):
                 return None
             behind = [n for n, _ in node.next_functions if n is not None]
@@ -491,7 +516,7 @@ class DeferredLogits(torch.Tensor):
             out = _fused(func, args, kwargs)
             if out is not NotImplemented:
                 return out
-        if func in _WATCHING and (origin := args[0]._value.origin) is not None:
+        if func in _WATCHING and (origin := args[0]._value.origin) is not None and not compat.is_tracing():
             origin.head.watched = True
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -581,8 +606,8 @@ for _name in _THROUGH_VALUE:
 
 # Functions of torch that may be computed without the logits, above autograd, where the operands can be reached.
 _LOSSES = frozenset((F.cross_entropy, F.nll_loss))
-# What waits for a gradient that would go around the logits then.
-_WATCHING = frozenset((Tensor.register_hook, Tensor.retain_grad))
+# What waits for a gradient that would go around the logits then: hooks, also on the node of the autograd graph.
+_WATCHING = frozenset((Tensor.register_hook, Tensor.retain_grad, Tensor.grad_fn.__get__))  # type: ignore[attr-defined]
 
 
 def _fused(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -727,7 +752,8 @@ class DeferLogits(torch.autograd.Function):
     """Gives deferred logits their ``grad_fn``.
 
     It saves the operands and not the value, and is not part of a backward that does not come through the logits.
-    One that does computes the head a second time, since the value was computed below autograd.
+    One that does goes through the graph that a read under grad mode has left; without one, or for the second time, it
+    computes the head anew, since the value was computed below autograd.
     """
 
     @staticmethod
@@ -736,6 +762,7 @@ class DeferLogits(torch.autograd.Function):
         # For a loss that goes around the logits: inputs, not outputs, so this is no cycle, and nothing is kept alive
         # that is not an input of the graph behind them.
         ctx.head, ctx.operands = head, operands
+        head.needs = tuple(ctx.needs_input_grad[3:])
         ctx.save_for_backward(*operands)
         ctx.set_materialize_grads(False)
         return _root(head, shape)
@@ -752,9 +779,13 @@ class DeferLogits(torch.autograd.Function):
             _check_allocated(_operand_name(i), operand)
         create_graph = torch.is_grad_enabled()
         with _surroundings(operands[0].device, grad=True):
-            # Aliases, not detached for the sake of create_graph; the operands' own hooks must not run here.
-            inputs = [t.view_as(t) if need else t.detach() for t, need in zip(operands, needed, strict=True)]
-            out = ctx.compute(inputs)
+            graph, ctx.head.graph = ctx.head.graph, None
+            if graph is not None and not create_graph:
+                out, inputs = graph
+            else:
+                # Aliases, not detached for the sake of create_graph; the operands' own hooks must not run here.
+                inputs = [t.view_as(t) if need else t.detach() for t, need in zip(operands, needed, strict=True)]
+                out = ctx.compute(inputs)
             wanted = [i for i, need in enumerate(needed) if need]
             found = torch.autograd.grad(
                 out, [inputs[i] for i in wanted], grad, create_graph=create_graph, allow_unused=True

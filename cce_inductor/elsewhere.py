@@ -131,11 +131,10 @@ def entries(gm: GraphModule, inputs: Sequence[Any]) -> Iterator[Entry]:
     edited = any(_edited(placeholders[i]) for i in logits)  # and with one of them perhaps the others, its views
     pending = {i: recipe for i, x in logits.items() if (recipe := _usable(x)) is not None} if not edited else {}
     if pending:
-        operands = {i: _fake_operands(logits[i], recipe) for i, recipe in pending.items()}
-        try:
-            yield _entry(gm, inputs, logits, {i: (recipe, operands[i]) for i, recipe in pending.items()})
-        except _NotRecordableError as reason:
-            log.info("logits given to a compiled graph are read there: %s", reason)
+        operands = {i: (recipe, _fake_operands(logits[i], recipe)) for i, recipe in pending.items()}
+        inlined = _inlined(gm, inputs, logits, operands)
+        if inlined is not None:
+            yield inlined
     # Two inputs in the same memory, one of them edited: fake tensors of our own would not show that.
     entry = _entry(gm, inputs, logits, {})
     entry.as_it_is = len(logits) > 1 and edited
@@ -195,6 +194,22 @@ def _edited(placeholder: Node) -> bool:
                 seen.add(user)
                 stack.append(user)
     return False
+
+
+def _inlined(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    logits: dict[int, DeferredLogits],
+    operands: dict[int, tuple[Recipe, list[Tensor]]],
+) -> Entry | None:
+    """The form that takes the operands of some of its `logits`; None, and a word in the log, where there is none."""
+    try:
+        return _entry(gm, inputs, logits, operands)
+    except _NotRecordableError as reason:
+        log.info("deferred logits are read where their loss is: %s", reason)
+    except Exception:
+        log.exception("cce_inductor could not put a head in front of its loss, and reads the logits there")
+    return None
 
 
 def _entry(
@@ -288,12 +303,13 @@ class EagerLosses:
             and torch.get_autocast_dtype(device),
         )
         try:
-            if key not in self.known:
-                self.known[key] = self._make(recipe, logits, operands, loss, args, kwargs)
-                if len(self.known) > self.capacity:
-                    self.known.popitem(last=False)
+            hash(key)
         except TypeError:  # an argument without a hash: nothing that a fused loss takes
             return NotImplemented
+        if key not in self.known:
+            self.known[key] = self._make(recipe, logits, operands, loss, args, kwargs)
+            if len(self.known) > self.capacity:
+                self.known.popitem(last=False)
         self.known.move_to_end(key)
         compute = self.known[key]
         if compute is None:
@@ -306,15 +322,16 @@ class EagerLosses:
         """The rewritten graph of one call, as a function of the operands and the call's other tensors."""
         mode = FakeTensorMode()
         grad = torch.is_grad_enabled()
-        gm, entry_inputs = _call_graph(mode, logits, loss, args, kwargs)
+        try:
+            gm, entry_inputs = _call_graph(mode, logits, loss, args, kwargs)
+        except Exception:  # what is wrong with the call is for the call to say
+            return None
         fakes = [
             mode.from_tensor(t.detach(), static_shapes=True).requires_grad_(need and grad)
             for t, need in zip(operands, recipe.needs, strict=True)
         ]
-        try:
-            entry = _entry(gm, entry_inputs, {0: logits}, {0: (recipe, fakes)})
-        except _NotRecordableError as reason:
-            log.info("a loss called on deferred logits reads them: %s", reason)
+        entry = _inlined(gm, entry_inputs, {0: logits}, {0: (recipe, fakes)})
+        if entry is None:
             return None
         result = self.settle(entry)
         return result.graph_module.forward if entry.accepts(result) else None

@@ -556,6 +556,47 @@ def test_retain_grad_hooks_and_parameter_hooks_fire_once() -> None:
     same(*seen)
 
 
+@pytest.mark.parametrize("compute", [linear, capped, lambda o: torch.tanh(capped(o))], ids=["linear", "capped", "tanh"])
+def test_a_read_under_grad_mode_serves_the_backward_too(compute: Callable) -> None:
+    runs: list[int] = []
+
+    def counted(operands: Sequence[Tensor]) -> Tensor:
+        runs.append(len(operands))
+        return compute(operands)
+
+    def edited(y: Tensor) -> Tensor:
+        y = y + 0 if compute is not linear else y
+        return y.mul_(2)
+
+    def through(x: Tensor) -> Tensor:
+        return x.exp().sum() + x.argmax()
+
+    for use, n in (
+        (through, 1),
+        (lambda x: (x.detach().sum(), through(x))[1], 1),
+        (lambda x: through(edited(x)), None),
+    ):
+        got, expected = build(True, counted), build(False, compute)
+        runs.clear()
+        for side in (got, expected):
+            y = use(side.logits)
+            y.backward(retain_graph=True)
+        same(got.grads(), expected.grads())
+        assert n is None or len(runs) == n
+        for side in (got, expected):
+            y = use(build(side is got, compute).logits)
+            y.backward(retain_graph=True)
+            y.backward()
+
+
+def test_edits_of_values_that_a_backward_would_have_needed() -> None:
+    got, expected = build(True, lambda o: torch.tanh(linear(o))), build(False, lambda o: torch.tanh(linear(o)) * 1)
+    for side in (got, expected):
+        side.logits.mul_(3)
+        side.logits.exp().sum().backward()
+    same(got.grads(), expected.grads())
+
+
 def test_two_backwards_and_a_freed_graph() -> None:
     got, expected = both()
     for side in (got, expected):

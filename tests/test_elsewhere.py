@@ -375,6 +375,23 @@ def test_hooks_on_the_logits_see_their_gradient() -> None:
     same(seen[True], seen[False])
 
 
+def test_hooks_on_the_node_behind_the_logits_see_their_gradient() -> None:
+    from torch.autograd.graph import get_gradient_edge, register_multi_grad_hook
+
+    model, (x, t) = Model(), data()
+    lazy = compiled(model)
+    seen: dict[bool, list[Any]] = {}
+    for is_lazy in (False, True):
+        logits = (lazy if is_lazy else model)(x)
+        seen[is_lazy] = []
+        register_multi_grad_hook((logits,), lambda g, to=seen[is_lazy]: to.extend(g))
+        F.cross_entropy(logits.mT, t).backward()
+        logits = (lazy if is_lazy else model)(x)
+        edge = get_gradient_edge(logits)
+        seen[is_lazy] += torch.autograd.grad(F.cross_entropy(logits.mT, t), [edge])
+    same(seen[True], seen[False])
+
+
 def test_a_loss_after_the_logits_were_read_uses_them() -> None:
     model, (x, t) = Model(), data()
     logits = compiled(model)(x)

@@ -5,6 +5,8 @@ the logits are for. Where they are likely to be trained on they are deferred all
 fused where it stands (`cce_inductor.elsewhere`), and any other use computes them.
 """
 
+import logging
+
 import torch
 from torch.fx import Graph, GraphModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -17,12 +19,22 @@ from .rewrite import Rewritten, copy_graph, differentiated_again
 from .trace import Interpreter, Trace, written_between
 from .values import fake
 
+log = logging.getLogger(__name__)
+
 # Linear layers inside a model (an MLP of four times the width) end a graph too where it breaks behind them.
 _WIDENING = 4
 
 
 def defer_heads(gm: GraphModule, settings: Settings) -> Rewritten:
-    """Defers the logits of a graph without a loss; a copy of `gm`, or `gm` itself where there are none."""
+    """Defers the logits of a graph without a loss: a copy of `gm`, or `gm` where there are none. Never raises."""
+    try:
+        return _defer_heads(gm, settings)
+    except Exception:
+        log.exception("cce_inductor could not defer the logits of a graph and left it as it was")
+        return Rewritten(gm, [])
+
+
+def _defer_heads(gm: GraphModule, settings: Settings) -> Rewritten:
     wanted = settings.defer_logits and settings.defer_without_loss and not differentiated_again(gm)
     if not wanted or not _heads(gm.graph, settings):
         return Rewritten(gm, [])
