@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,12 @@ from unittest import mock
 from .protocol import Handlers, main
 
 TOKENS = (2, 64)
+
+
+def spent() -> float:
+    """CPU seconds of this process and of the compilers that it has run: a busy machine does not change them."""
+    now = os.times()
+    return now.user + now.system + now.children_user + now.children_system
 
 
 @dataclass
@@ -37,15 +42,15 @@ def timed_pass() -> Iterator[Clock]:
 
         def timed_compiler(*args: Any) -> Callable:
             nonlocal behind
-            start = time.perf_counter()
+            start = spent()
             try:
                 return compiler(*args)
             finally:
-                behind += time.perf_counter() - start
+                behind += spent() - start
 
-        start = time.perf_counter()
+        start = spent()
         result = original(gm, inputs, settings, timed_compiler, *rest, **more)
-        clock.seconds += time.perf_counter() - start - behind
+        clock.seconds += spent() - start - behind
         clock.nodes += len(gm.graph.nodes)
         return result
 
@@ -66,12 +71,14 @@ def handlers(job: dict[str, Any]) -> Handlers:
         torch.manual_seed(0)
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**job["shape"], use_cache=False))
         ids = torch.randint(0, job["shape"]["vocab_size"], TOKENS)
+        # Inductor asks the C++ compiler about the CPU once, for its first graph, whoever is the first to want to know.
+        torch.compile(torch.sin)(torch.ones(64))
         compiled = torch.compile(model, backend="cce")
 
         def step() -> float:
-            start = time.perf_counter()
+            start = spent()
             compiled(input_ids=ids, labels=ids).loss.backward()
-            return time.perf_counter() - start
+            return spent() - start
 
         with timed_pass() as clock:
             first = step()

@@ -65,6 +65,10 @@ FOUND = {
         "z = F.linear(h, w).masked_fill(pad, float('-inf'))",
         "r0 = F.cross_entropy(z.view(-1, z.shape[-1]), F.pad(t, (0, 1), value=-100)[..., 1:].reshape(-1))",
     ),
+    "masked columns of negated logits": (
+        "z = (-F.linear(h, w)).masked_fill(pad, -1e4)",
+        "r0 = F.cross_entropy(z.view(-1, z.shape[-1]), t.view(-1))",
+    ),
     "one reading ignores a class, another does not": (
         "z = F.linear(h, w)",
         "s = t.clamp(min=0)",
@@ -80,8 +84,14 @@ FOUND = {
 }
 
 
+# The -inf that stands for a masked class is put inside the scale: a negative one makes it +inf. Not mended yet.
+WRONG = "masked columns of negated logits"
+
+
 @pytest.mark.parametrize("name", FOUND)
-def test_found(name):
+def test_found(name, request):
+    if name == WRONG:
+        request.applymarker(pytest.mark.xfail(strict=False, reason="a wrong number of the pass"))
     for seed in range(10):  # with and without ignored targets and spare columns
         draft = Draft(Choices(seed, torch.float64))
         draft.write(*FOUND[name])
@@ -92,13 +102,14 @@ def test_found(name):
 
 @pytest.mark.parametrize("first", [0, 100])
 def test_random_programs(first):
-    check(range(first, first + 100))
+    tally = check(range(first, first + 100))
+    assert tally.fused >= 0.3 * tally.programs > 15
 
 
 def test_what_fuses_alone_fuses_together():
     """The trace is an algebra: programs of what it has a rule for fuse whole, but for few pairs without a form."""
     tally = check(range(500, 620), only=fusing())
-    assert tally.fused >= 0.85 * tally.programs > 80
+    assert tally.fused >= 0.9 * tally.programs > 80
 
 
 def test_dynamic_shapes():
