@@ -265,7 +265,7 @@ def _number(builder: Builder, node: Node, detach: bool) -> Proxy:
 
 def _biases(builder: Builder, value: Value, detach: bool) -> Proxy | None:
     """The sum of all that is added inside the scale, (V,), in fp32 where there is anything to compute."""
-    _, _, shifts, constant = value.affine.operator()
+    scale, _, shifts, constant = value.affine.operator()
     exact = torch.float64 if value.head.dtype == torch.float64 else torch.float32
     total: Any = None
     plain = len(shifts) == 1 and not constant and not value.masks
@@ -280,7 +280,7 @@ def _biases(builder: Builder, value: Value, detach: bool) -> Proxy | None:
         held = _mask(builder, mask, value)
         if total is None:
             total = builder.call(torch.zeros, (value.vocab,), **_like(value, exact))
-        total = total.masked_fill(held, -torch.inf)
+        total = total.masked_fill(held, -torch.inf if scale > 0 else torch.inf)
     return total
 
 
