@@ -39,11 +39,27 @@ HERE = Path(__file__).parent
 NO_PRODUCT = {"linear_statistics_dacc, kept", "linear_statistics_early"} | {
     f"budget_{name}" for name in ("select", "mask", "bits", "tiles", "plan", "list", "check")
 }
+# Variants of what the others show.
+RARE = [
+    "budget, float16",
+    "budget, peaked",
+    "budget, flat",
+    "budget, softcap and scale",
+    "budget, every row ignored",
+    "budget, smoothing",
+    "blocks in float16",
+    "every row ignored, float16",
+    "every statistic, splits",
+    "TMA, in blocks",
+]
+OFTEN = [name for name in CASES if name not in RARE]
 # A third of the cases to a process: interpreting costs some seconds each.
-GROUPS = [list(CASES)[i::3] for i in range(3)]
+GROUPS = [OFTEN[i::3] for i in range(3)]
 
 
-@pytest.mark.parametrize("group", GROUPS, ids=["1", "2", "3"])
+@pytest.mark.parametrize(
+    "group", [*GROUPS, pytest.param(RARE, marks=pytest.mark.slow)], ids=["1", "2", "3", "variants"]
+)
 def test_interpreted_kernels_obey_the_error_rule(group):
     """Whole training graphs, forward and backward, with every kernel that Inductor generates for them."""
     folders = [HERE, HERE.parent, HERE.parent / "ops", *filter(None, [os.environ.get("PYTHONPATH")])]
