@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 # Before transformers: the order that is harder to get right.
 from cce_inductor import backend, config, record
+from cce_inductor.compat import torch_version
 from cce_inductor.ops import reference
 
 models = pytest.importorskip("models")
@@ -85,7 +86,9 @@ def test_family(name):
     sites = [site for graph in graphs for site in graph.sites]
     assert [site.reason for site in sites if not site.fused] == [Containing(family.reason)] * family.declined
     assert sum(site.fused for site in sites) == family.fused
-    assert counters["stats"]["unique_graphs"] == family.graphs
+    # Older versions break the graph of some encoders and decoders: never behind the head.
+    made = counters["stats"]["unique_graphs"]
+    assert made == family.graphs if torch_version() >= (2, 13) else made >= family.graphs
     assert counters["cce_inductor"]["deferred"] == family.fused
     assert counters["cce_inductor"]["deferred_materialized"] == 0
     if family.fused and "labels" in inputs:
