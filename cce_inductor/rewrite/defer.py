@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from . import emit, vocabulary
+from . import operands, vocabulary
 from .builder import Builder
 from .values import Columns, Refused, Step, Value, fake
 
@@ -161,10 +161,10 @@ class Outputs:
             raise Refused("the logits leave the graph inside a structure", "return them as a tensor")
         head = value.head
         builder = Builder(self.graph, self.node)
-        h = builder.run(emit.hidden, builder, value, False).node
+        h = builder.run(operands.hidden, builder, value, False).node
         hidden = Source(True, self.placeholders[h]) if h in self.placeholders else self._own_output(h)
         others = [n for n in (head.weight, head.bias, *value.extra) if n is not None]
-        operands = (hidden, *(self.source(n) for n in others))
+        sources = (hidden, *(self.source(n) for n in others))
         compute = Logits(
             head.dtype,
             head.transposed,
@@ -179,7 +179,7 @@ class Outputs:
         return [
             Deferral(
                 i,
-                operands,
+                sources,
                 compute,
                 value.class_dim,
                 head.transposed,

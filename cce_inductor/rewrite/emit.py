@@ -21,12 +21,12 @@ from ..ops.library import FORWARD
 from ..ops.losses import cross_entropy, tangents
 from ..ops.statistics import TABLE
 from ..ops.with_gradients import ATTACH, WITH_GRADIENTS
-from . import vocabulary
+from . import operands, vocabulary
 from .builder import Builder
 from .hoist import Hoist
 from .readings import Loss, Reading
 from .trace import Trace, descendants
-from .values import Head, Mask, Range, Shift, Value, example, fake
+from .values import Value, example, fake
 
 EXACT = Filter()
 
@@ -193,130 +193,6 @@ def bundles(found: list[Group], hoist: Hoist) -> list[Bundle]:
     return made
 
 
-# ---- what an operator reads
-
-
-def _width(builder: Builder, head: Head) -> Any:
-    """D as a number, or as a proxy where it is symbolic."""
-    d = head.width
-    return d if isinstance(d, int) else builder.proxy(head.input).size(head.width_dim)
-
-
-def _vocab(builder: Builder, value: Value) -> Any:
-    """The number of classes as a number, or as a proxy where it is symbolic."""
-    v = value.vocab
-    if isinstance(v, int):
-        return v
-    return _weight(builder, value, False).size(0)
-
-
-def _range(part: Range) -> slice:
-    return slice(*part)
-
-
-def _weight(builder: Builder, value: Value, detach: bool) -> Proxy:
-    """The (V, D) weight of the classes that are left."""
-    weight = builder.proxy(value.head.weight)
-    weight = value.head.matrix(weight.detach() if detach else weight)
-    for part in value.columns:
-        weight = weight[_range(part)]
-    return weight
-
-
-def hidden(builder: Builder, value: Value, detach: bool) -> Proxy:
-    """The hidden states with the value's row maps replayed: its shape, with D where the classes are."""
-    h = builder.proxy(value.head.input)
-    if detach:
-        h = h.detach()
-    for _, row_map in value.rows:
-        h = row_map(h, _width(builder, value.head))
-    return h
-
-
-def _flat_rows(h: Proxy, rank: int, class_dim: int) -> Proxy:
-    """(N, D) from hidden states of `rank` dimensions with D at `class_dim`."""
-    if class_dim != rank - 1:
-        h = h.movedim(class_dim, -1)
-    if rank == 1:
-        return h.unsqueeze(0)
-    return h.flatten(0, -2) if rank > 2 else h
-
-
-def _flat(builder: Builder, node: Node) -> Proxy:
-    p = builder.proxy(node)
-    return p.reshape(-1) if fake(node).dim() != 1 else p
-
-
-def _input(builder: Builder, value: Value, detach: bool) -> Proxy:
-    """(N, D), multiplied by the tensors that the logits are multiplied with."""
-    h = _flat_rows(hidden(builder, value, detach), value.fake.dim(), value.class_dim)
-    for factor in value.affine.factors:
-        f = _number(builder, factor.node, detach)
-        h = h / f if factor.divides else h * f
-    return h
-
-
-def _number(builder: Builder, node: Node, detach: bool) -> Proxy:
-    """A tensor of one element without dimensions: it does not change the dtype of what it is multiplied with."""
-    f = builder.proxy(node)
-    f = f.detach() if detach else f
-    return f.reshape(()) if fake(node).dim() else f
-
-
-def _biases(builder: Builder, value: Value, detach: bool) -> Proxy | None:
-    """The sum of all that is added inside the scale, (V,), in fp32 where there is anything to compute."""
-    scale, _, shifts, constant = value.affine.operator()
-    exact = torch.float64 if value.head.dtype == torch.float64 else torch.float32
-    total: Any = None
-    plain = len(shifts) == 1 and not constant and not value.masks
-    for shift in shifts:
-        b = _bias(builder, shift, detach, exact, plain)
-        total = b if total is None else total + b
-    if constant:
-        if total is None:
-            total = builder.call(torch.zeros, (value.vocab,), **_like(value, exact))
-        total = total + constant
-    for mask in value.masks:
-        held = _mask(builder, mask, value)
-        if total is None:
-            total = builder.call(torch.zeros, (value.vocab,), **_like(value, exact))
-        total = total.masked_fill(held, -torch.inf if scale > 0 else torch.inf)
-    return total
-
-
-def _like(value: Value, dtype: torch.dtype) -> dict[str, Any]:
-    return {"dtype": dtype, "device": value.fake.device}
-
-
-def _bias(builder: Builder, shift: Shift, detach: bool, exact: torch.dtype, plain: bool) -> Proxy:
-    b = builder.proxy(shift.node)
-    b = b.detach() if detach else b
-    b = b.reshape(-1) if fake(shift.node).dim() != 1 else b
-    for part in shift.columns:
-        b = b[_range(part)]
-    if shift.factor == 1.0 and plain and not shift.factors:
-        return b
-    b = b.to(exact) * shift.factor
-    for factor in shift.factors:
-        f = _number(builder, factor.node, detach).to(exact)
-        b = b / f if factor.divides else b * f
-    return b
-
-
-def _mask(builder: Builder, mask: Mask, value: Value) -> Proxy:
-    """(V,) bool: the classes that are left and masked."""
-    if mask.node is not None:
-        held = _flat(builder, mask.node)
-    else:
-        assert mask.range is not None
-        held = builder.call(torch.zeros, (mask.vocab,), **_like(value, torch.bool))
-        places = builder.call(torch.arange, mask.vocab, device=value.fake.device)
-        held = held.index_fill(0, places[_range(mask.range)], True)
-    for part in mask.columns:
-        held = held[_range(part)]
-    return held
-
-
 # ---- the operator
 
 
@@ -364,29 +240,31 @@ class _Call:
         # The loss of logits that eager computed without a graph must have none either.
         tensors = [*head.operands(), *(s.node for s in value.affine.shifts), *(f.node for f in value.affine.factors)]
         detach = not value.fake.requires_grad and any(fake(n).requires_grad for n in tensors)
-        inputs = [_input(builder, g.value, detach) for g in bundle.groups]
+        inputs = [operands.input_rows(builder, g.value, detach) for g in bundle.groups]
         self.sizes = [_rows(p) for p in inputs]
         self.operands: dict[str, Proxy] = {
             "input": builder.call(torch.cat, inputs) if len(inputs) > 1 else inputs[0],
-            "weight": _weight(builder, value, detach),
+            "weight": operands.weight(builder, value, detach),
         }
         self.active: Proxy | None = None
         self.target: Proxy | None = None
         self.targets: list[Proxy] = []
         if group.target is not None:
             self.targets = [
-                _flat(builder, given) for g in bundle.groups if (given := g.given(hoist, group.anchor)) is not None
+                operands.flat(builder, given)
+                for g in bundle.groups
+                if (given := g.given(hoist, group.anchor)) is not None
             ]
             self.target = builder.call(torch.cat, self.targets) if len(self.targets) > 1 else self.targets[0]
             if group.ignored is not None:
                 self.active = self.target.ne(group.ignored)
             elif group.wraps:
-                wrapped = self.target + _vocab(builder, value)
+                wrapped = self.target + operands.vocab(builder, value)
                 self.target = builder.call(torch.where, self.target < 0, wrapped, self.target)
             else:
                 self.target = _without_ignored(builder, self.target, bundle)
             self.operands["target"] = self.target
-        bias = _biases(builder, value, detach)
+        bias = operands.biases(builder, value, detach)
         if bias is not None:
             self.operands["bias"] = bias
         if group.column_weight is not None:
@@ -442,7 +320,7 @@ def _without_ignored(builder: Builder, target: Proxy, bundle: Bundle) -> Proxy:
 def _with_gradients(builder: Builder, loss: Loss, call: _Call, hoist: Hoist) -> Proxy:
     """Records the operator that forms the gradients as well, and the loss they are attached to."""
     weight = None if loss.weight is None else builder.proxy(loss.weight)
-    known = tangents(call.target, call.active, weight, _vocab(builder, loss.value), loss.arguments)
+    known = tangents(call.target, call.active, weight, operands.vocab(builder, loss.value), loss.arguments)
     needs = [name for name, p in call.operands.items() if example(p.node).requires_grad]
     out = builder.call(
         WITH_GRADIENTS,
@@ -484,14 +362,14 @@ class Statistics:
 
     @property
     def vocab(self) -> Any:
-        return _vocab(self.builder, self.value)
+        return operands.vocab(self.builder, self.value)
 
     @property
     def lse(self) -> Any:
         result = self._shifted(self._part("lse"))
         for mask in self.value.masks:
             if mask.fill != -torch.inf:
-                count = _mask(self.builder, mask, self.value).sum()
+                count = operands.masked(self.builder, mask, self.value).sum()
                 other = count.to(example(result.node).dtype).log() + mask.fill
                 result = self.builder.call(torch.logaddexp, result, other)
         return result
@@ -500,7 +378,7 @@ class Statistics:
     def target_logit(self) -> Any:
         result = self._shifted(self._part("target_logit"))
         for mask in self.value.masks:
-            held = _mask(self.builder, mask, self.value)[self.classes]
+            held = operands.masked(self.builder, mask, self.value)[self.classes]
             result = self.builder.call(torch.where, held, mask.fill, result)
         return result
 
@@ -522,11 +400,11 @@ class Statistics:
         value, detach = self.group.value, not self.reading.differentiated
         scale, softcap, _, _ = value.affine.operator()
         exact = torch.float64 if value.head.dtype == torch.float64 else torch.float32
-        x = _input(self.builder, value, detach).to(exact)
+        x = operands.input_rows(self.builder, value, detach).to(exact)
         classes = self._part("argmax")
-        w = self.builder.call(F.embedding, classes, _weight(self.builder, value, detach)).to(exact)
+        w = self.builder.call(F.embedding, classes, operands.weight(self.builder, value, detach)).to(exact)
         z = (x * w).sum(-1)
-        bias = _biases(self.builder, value, detach)
+        bias = operands.biases(self.builder, value, detach)
         z = (z if bias is None else z + bias.to(exact)[classes]) * scale
         return self._shifted((z / softcap).tanh() * softcap if softcap else z)
 
@@ -548,7 +426,9 @@ class Statistics:
             for _, row_map in self.value.rows[term.start :]:
                 t = row_map(t, 1)
             t = t.detach() if self.detach else t
-            p = p + _flat_rows(t, self.value.fake.dim(), self.value.class_dim).squeeze(-1) * (term.factor * times)
+            p = p + operands.flat_rows(t, self.value.fake.dim(), self.value.class_dim).squeeze(-1) * (
+                term.factor * times
+            )
         return p
 
 
@@ -569,7 +449,7 @@ def _in_rows(builder: Builder, value: Value, flat: Any) -> Any:
         return flat
     if all(isinstance(s, int) for s in lead):
         return flat.reshape(tuple(lead))
-    return flat.reshape_as(hidden(builder, value, True).select(value.class_dim, 0))
+    return flat.reshape_as(operands.hidden(builder, value, True).select(value.class_dim, 0))
 
 
 def _loss(builder: Builder, loss: Loss, statistics: Statistics) -> Proxy:
@@ -579,7 +459,7 @@ def _loss(builder: Builder, loss: Loss, statistics: Statistics) -> Proxy:
     stats = {name: getattr(statistics, name) for name in loss.statistics}
     if active is None and loss.ignores and statistics.group.target is not None:
         # Others read every row: what is ignored was computed as well.
-        active = _flat(builder, loss.target).ne(loss.arguments.ignore_index)  # type: ignore[arg-type]
+        active = operands.flat(builder, loss.target).ne(loss.arguments.ignore_index)  # type: ignore[arg-type]
         stats = {name: builder.call(torch.where, active, p, 0) for name, p in stats.items()}
     elif active is None:
         active = target.ge(0)
@@ -604,10 +484,10 @@ def replace_metadata(graph: Graph, trace: Trace) -> None:
 
 def _same_shape(builder: Builder, value: Value) -> Proxy:
     """A tensor of the logits' shape that takes no memory of its own: one column of the hidden states, expanded."""
-    h = hidden(builder, value, detach=True).narrow(value.class_dim, 0, 1)
+    h = operands.hidden(builder, value, detach=True).narrow(value.class_dim, 0, 1)
     h = h if value.fake.dtype == h.node.meta["example_value"].dtype else h.to(value.fake.dtype)
     sizes = [-1] * value.fake.dim()
-    sizes[value.class_dim] = _vocab(builder, value)
+    sizes[value.class_dim] = operands.vocab(builder, value)
     return h.expand(*sizes)
 
 
