@@ -5,7 +5,7 @@ backend makes a lazy tensor of them and of the head's weight, which is a graph i
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,7 +55,8 @@ class Logits:
     """The logits as eager computes them: the head in its dtype, then every step the user wrote.
 
     Of (hidden states, weight, bias if `biased`, and what `steps` read besides). The hidden states have `rank`
-    dimensions, with D at `class_dim`; the result has V there.
+    dimensions, with D at `class_dim`; the result has V there. With `terms` the logits are the sum of others, each times
+    a factor; their operands stand in the head's place, one after the other.
     """
 
     dtype: torch.dtype
@@ -65,10 +66,15 @@ class Logits:
     rank: int
     class_dim: int
     steps: tuple[Step, ...]
+    reads: int  # how many operands, those of `steps` included
+    terms: tuple[tuple[float, "Logits"], ...] = ()
 
     def __call__(self, operands: Sequence[Tensor]) -> Tensor:
-        x, w, *bias = [t.to(self.dtype) for t in operands[: 2 + self.biased]]
-        return self._behind(self._head(x, w, *bias), operands)
+        return self._in_place(self._classes_last(operands, recorded=False))
+
+    def _computed(self, operands: Sequence[Tensor]) -> Tensor:
+        x, w, *bias = [t.to(self.dtype) for t in operands]
+        return self._head(x, w, *bias)
 
     def record(self, operands: Sequence[fx.Proxy]) -> fx.Proxy:
         """The same as nodes of a graph, with a head whose operands keep their dtypes, as under autocast.
@@ -76,10 +82,12 @@ class Logits:
         It is marked: the pass erases it where nothing but what it fuses needs the logits.
         """
         given: Any = operands
-        z: Any = self._head(given[0], given[1], given[2] if self.biased else None, self._recorded)
-        return self._behind(z, given)  # type: ignore[return-value]
+        return self._in_place(self._classes_last(given, recorded=True))  # type: ignore[return-value]
 
-    def _recorded(self, z: Any) -> Any:
+    def _recorded(self, operands: Sequence[Any]) -> Any:
+        return self._head(operands[0], operands[1], operands[2] if self.biased else None, self._marked)
+
+    def _marked(self, z: Any) -> Any:
         z.node.meta["example_value"] = z.node.meta["example_value"].to(self.dtype)
         z.node.meta[RECORDED] = True
         return z
@@ -96,10 +104,23 @@ class Logits:
         z = product(torch.matmul(x, w))
         return z if bias is None else z + bias
 
-    def _behind(self, z: Tensor, operands: Sequence[Tensor]) -> Tensor:
-        extra = list(operands[2 + self.biased :])
+    def _classes_last(self, operands: Sequence[Tensor], recorded: bool) -> Tensor:
+        """The logits with the classes in the last dimension."""
+        z: Any = None
+        used = 0
+        for factor, term in self.terms:
+            part = term._classes_last(operands[used : used + term.reads], recorded)
+            z = part if z is None else z + part if factor == 1.0 else z + factor * part
+            used += term.reads
+        if z is None:
+            used = 2 + self.biased
+            z = (self._recorded if recorded else self._computed)(operands[:used])
         for step in self.steps:
-            z = step(z, extra)
+            z = step(z, list(operands[used:]))
+        return z
+
+    def _in_place(self, z: Tensor) -> Tensor:
+        """With the classes at `class_dim`."""
         if self.class_dim == self.rank - 1:
             return z
         order = list(range(self.rank - 1))
@@ -159,36 +180,56 @@ class Outputs:
         positions = [i for i, out in enumerate(self.outputs) if out is value.node]
         if not positions or not all(n is None or isinstance(n, Node) for n in self.outputs):
             raise Refused("the logits leave the graph inside a structure", "return them as a tensor")
-        head = value.head
-        builder = Builder(self.graph, self.node)
-        h = builder.run(operands.hidden, builder, value, False).node
-        hidden = Source(True, self.placeholders[h]) if h in self.placeholders else self._own_output(h)
-        others = [n for n in (head.weight, head.bias, *value.extra) if n is not None]
-        sources = (hidden, *(self.source(n) for n in others))
-        compute = Logits(
-            head.dtype,
-            head.transposed,
-            fake(head.weight).dim() > 2,
-            head.bias is not None,
-            value.fake.dim(),
-            value.class_dim,
-            value.steps,
-        )
+        compute, sources = self._recipe(Builder(self.graph, self.node), value, value.fake.dim(), value.class_dim)
+        first, cut = value, value.columns
+        while first.head.sum_of:
+            first = first.head.sum_of[0][1]
+            cut = (*first.columns, *cut)
         requires_grad = value.fake.requires_grad
         self.deferred.update(positions)
         return [
             Deferral(
                 i,
-                sources,
+                tuple(sources),
                 compute,
                 value.class_dim,
-                head.transposed,
-                value.columns,
+                first.head.transposed,
+                cut,
                 fake(value.node).dtype,
                 requires_grad,
             )
             for i in positions
         ]
+
+    def _recipe(self, builder: Builder, value: Value, rank: int, class_dim: int) -> tuple[Logits, list[Source]]:
+        """How to compute a value whose hidden states have `rank` dimensions, and the operands that takes."""
+        head = value.head
+        sources: list[Source] = []
+        terms = []
+        for factor, part in head.sum_of:
+            # What was done to the rows of the sum is done to those of each term.
+            of_rows = replace(part, rows=(*part.rows, *value.rows))
+            term, given = self._recipe(builder, of_rows, rank, class_dim)
+            terms.append((factor, term))
+            sources += given
+        if not terms:
+            h = builder.run(operands.hidden, builder, value, False).node
+            sources.append(Source(True, self.placeholders[h]) if h in self.placeholders else self._own_output(h))
+            sources += [self.source(n) for n in (head.weight, head.bias) if n is not None]
+        sources += [self.source(n) for n in value.extra]
+        pointwise, biased = fake(head.weight).dim() > 2, head.bias is not None
+        compute = Logits(
+            head.dtype,
+            head.transposed,
+            pointwise,
+            biased,
+            rank,
+            class_dim,
+            value.steps,
+            len(sources),
+            tuple(terms),
+        )
+        return compute, sources
 
     def _own_output(self, node: Node) -> Source:
         if node not in self.extra:

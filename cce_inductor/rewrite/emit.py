@@ -124,6 +124,7 @@ def groups(trace: Trace, hoist: Hoist, exact: bool) -> list[Group]:
     for reading in sorted(trace.readings, key=lambda r: hoist.position(r.node)):
         group = next((g for g in found if g.takes(reading, hoist, exact)), None)
         if group is None:
+            reading.value.affine.operator()  # refused here, not where it is emitted
             found.append(Group([reading]))
         else:
             group.members.append(reading)
@@ -493,9 +494,11 @@ def _same_shape(builder: Builder, value: Value) -> Proxy:
 
 def erase_dead(graph: Graph, trace: Trace, findings: list[Node]) -> None:
     """Erases losses and logits without a use. Only nodes of the trace: they are known to be pure, or to edit logits."""
-    dead = set(findings) | set(trace.values)
-    # Views of what was broadcast together with the logits.
-    dead |= {n for n in descendants(trace.first.node) if (op := vocabulary.read(n)) and op.name == "getitem"}
+    dead = set(findings)
+    for part in trace.with_parts:
+        dead |= set(part.values)
+        # Views of what was broadcast together with the logits.
+        dead |= {n for n in descendants(part.first.node) if (op := vocabulary.read(n)) and op.name == "getitem"}
     for node in reversed(list(graph.nodes)):
         if node in dead and not node.users:
             graph.erase_node(node)

@@ -5,8 +5,10 @@ its columns, and as well in its rows. A rule that cannot take a node raises `Ref
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -45,11 +47,28 @@ def _value(
         raise Refused(f"the head's weight has {fake(w).dim()} dimensions, not 2", "flatten the weight to (V, D)")
     if not fake(node).is_floating_point():
         raise Refused(f"the head computes in {fake(node).dtype}", "use a floating dtype")
+    while fake(w).dim() == 2 and (source := _transpose_of(w)) is not None:
+        w, transposed = source, not transposed
     head = Head(node, x, w, bias, transposed, width_dim)
     class_dim = fake(node).dim() - 1 if class_dim is None else class_dim
     affine = Affine() if bias is None else Affine(shifts=(Shift(bias, 1.0),))
     rows = () if row_map is None else ((node, row_map),)
     return Value(head, node, class_dim, affine=affine, rows=rows)
+
+
+def _transpose_of(w: Node) -> Node | None:
+    """The matrix that `w` is the transposed view of: heads may have that in common, each with a view of its own."""
+    op = vocabulary.read(w)
+    source = op.args.get("input") if op is not None and not op.inplace else None
+    if op is None or not isinstance(source, Node) or not isinstance(made := example(source), Tensor) or made.dim() != 2:
+        return None
+    swaps = op.name == "t" or (op.name == "getattr" and op.args["name"] in ("T", "mT"))
+    if op.name == "transpose":
+        swaps = op.args["dim0"] % 2 != op.args["dim1"] % 2
+    if op.name == "permute":
+        dims = op.args["dims"][0] if isinstance(op.args["dims"][0], (tuple, list)) else op.args["dims"]
+        swaps = [d % 2 for d in dims] == [1, 0]
+    return source if swaps else None
 
 
 def _linear(node: Node, args: dict[str, Any]) -> list[Value]:
@@ -98,13 +117,22 @@ def _matmul(node: Node, args: dict[str, Any]) -> list[Value]:
 
 
 def _addmm(node: Node, args: dict[str, Any]) -> list[Value]:
-    if args["beta"] != 1 or args["alpha"] != 1:
-        raise Refused("addmm with beta or alpha other than 1", "scale the logits behind the head")
-    w = _stored_once(args["other"])
-    value = _value(node, args["input"], w, args["bias"], True)
-    if not is_vocabulary_vector(fake(args["bias"]), fake(node), fake(node).dim() - 1):
+    w, bias, beta, alpha = _stored_once(args["other"]), args["bias"], args["beta"], args["alpha"]
+    if not is_vocabulary_vector(fake(bias), fake(node), fake(node).dim() - 1):
         raise Refused("addmm adds a matrix, not one bias per class", "add a (V,) bias")
-    return [value]
+    if (beta, alpha) == (1, 1):
+        return [_value(node, args["input"], w, bias, True)]
+    if not all(isinstance(f, (int, float)) for f in (beta, alpha)):
+        raise Refused("addmm with a computed beta or alpha", "use Python numbers")
+
+    if beta == 0:
+        raise Refused("addmm with beta=0, which does not read its bias", "use matmul")
+
+    def step(z: Tensor, extra: list[Tensor]) -> Tensor:
+        return alpha * z + beta * extra[0].reshape(-1)
+
+    affine = Affine(scale=float(alpha), shifts=(Shift(bias, float(beta)),))
+    return [replace(_value(node, args["input"], w, None, True), affine=affine, steps=(step,), extra=(bias,))]
 
 
 def _inner(node: Node, args: dict[str, Any]) -> list[Value]:

@@ -64,7 +64,11 @@ def flat(builder: Builder, node: Node) -> Proxy:
 
 def input_rows(builder: Builder, value: Value, detach: bool) -> Proxy:
     """(N, D), multiplied by the tensors that the logits are multiplied with."""
-    h = flat_rows(hidden(builder, value, detach), value.fake.dim(), value.class_dim)
+    return scaled(builder, value, flat_rows(hidden(builder, value, detach), value.fake.dim(), value.class_dim), detach)
+
+
+def scaled(builder: Builder, value: Value, h: Proxy, detach: bool) -> Proxy:
+    """Hidden states, multiplied by the tensors that the logits are multiplied with."""
     for factor in value.affine.factors:
         f = _number(builder, factor.node, detach)
         h = h / f if factor.divides else h * f

@@ -20,7 +20,7 @@ from .defer import Deferral, Outputs
 from .hoist import Hoist
 from .readings import Loss, Reading
 from .site import Site
-from .trace import Finding, Trace, find, losses, written_between
+from .trace import Finding, Interpreter, Trace, losses, written_between
 from .values import Head, Refusal, Refused, fake
 
 log = logging.getLogger(__name__)
@@ -122,12 +122,14 @@ def _checkpointed(gm: GraphModule) -> list[tuple[str, GraphModule]]:
 
 
 def _rewrite_graph(gm: GraphModule, settings: Settings, version: str, choose: Chooser | None) -> Rewritten:
-    if not find(gm.graph):
-        return Rewritten(gm, [])
     copy = copy_graph(gm)
     graph = copy.graph
-    findings = find(graph)
-    if findings and (again := differentiated_again(gm)):
+    interpreter = Interpreter(graph)
+    interpreter.run()
+    findings = interpreter.findings()
+    if not findings:
+        return Rewritten(gm, [])
+    if again := differentiated_again(gm):
         reason = f"the loss is differentiated with create_graph=True ({again}): compiled code has no second derivative"
         cure = "compile the model without the penalty, or compute the penalty from another loss"
         sites = [site.make(f.loss, f.trace.head if f.trace else None, Refusal(f.loss, reason, cure)) for f in findings]
@@ -136,6 +138,7 @@ def _rewrite_graph(gm: GraphModule, settings: Settings, version: str, choose: Ch
     attributes = Attributes(grad_filter=settings.grad_filter, workspace=settings.workspace_bytes, version=version)
     traces = {f.trace.first.node: f.trace for f in findings if f.trace is not None}
     plans = {node: _plan(graph, trace, hoist, settings, choose) for node, trace in traces.items()}
+    _refuse_together(list(plans.values()))
     fused = [plan for plan in plans.values() if plan.refusal is None]
     calls = emit.bundles([group for plan in fused for group in plan.groups], hoist)
     # The numbers that diagnostics are made of are a gradient that no loss may scale.
@@ -150,7 +153,8 @@ def _rewrite_graph(gm: GraphModule, settings: Settings, version: str, choose: Ch
         gradients = early and fused[0].choice.gradients_in_forward
         emit.emit(graph, call, attributes, hoist, gradients, settings.diagnostics)
     for plan in fused:
-        emit.replace_metadata(graph, plan.trace)
+        for trace in plan.trace.with_parts:
+            emit.replace_metadata(graph, trace)
     # The outputs are read after the losses were replaced: a loss is one of them.
     outputs = Outputs(graph)
     for plan in fused:
@@ -159,6 +163,7 @@ def _rewrite_graph(gm: GraphModule, settings: Settings, version: str, choose: Ch
     user_outputs = outputs.finish()
     for plan in fused:
         emit.erase_dead(graph, plan.trace, [reading.node for reading in plan.trace.readings])
+    interpreter.erase_unused()
     graph.lint()
     copy.recompile()
     return Rewritten(copy, sites, deferrals, user_outputs)
@@ -190,6 +195,22 @@ def _plan(graph: Graph, trace: Trace, hoist: Hoist, settings: Settings, choose: 
         return Plan(trace, groups, _late_write(graph, trace, groups, settings), choice)
     except Refused as refused:
         return Plan(trace, refusal=Refusal(trace.head.node, refused.reason, refused.cure))
+
+
+def _refuse_together(plans: list[Plan]) -> None:
+    """Heads that were combined are fused together, or none of them is."""
+    refused = True
+    while refused:
+        refused = False
+        for plan in plans:
+            for other in plans:
+                if plan.refusal is None and other.refusal is not None and _combined(plan.trace, other.trace):
+                    plan.refusal = other.refusal
+                    refused = True
+
+
+def _combined(a: Trace, b: Trace) -> bool:
+    return any(a is t for t in b.with_parts) or any(b is t for t in a.with_parts)
 
 
 def _problem(head: Head, settings: Settings) -> Problem:
@@ -234,14 +255,30 @@ def _refusal(graph: Graph, trace: Trace, settings: Settings) -> Refusal | None:
             f"{head.vocab} classes are fewer than min_vocab={settings.min_vocab}: there is little to save",
             "lower cce_inductor.config.min_vocab",
         )
-    transform = _transform_around(graph, {head.node, *(reading.node for reading in trace.readings)})
+    if (reason := _copies(head, settings)) is not None:
+        return Refusal(head.node, reason, "merge the weights, or compute the sum of the hidden states instead")
+    heads = [h.node for h in trace.heads]
+    transform = _transform_around(graph, {*heads, *(reading.node for reading in trace.readings)})
     if transform is not None:
         return Refusal(transform, "the head or the loss is inside a torch.func transform", "compute it outside")
-    subclass = next((n for n in head.operands() if is_traceable_wrapper_subclass(fake(n))), None)
+    read = [n for h in (head, *trace.heads) for n in h.operands()]
+    subclass = next((n for n in read if is_traceable_wrapper_subclass(fake(n))), None)
     if subclass is not None:
         kind = type(fake(subclass)).__name__
         return Refusal(subclass, f"an operand of the head is a {kind}", "give the head plain tensors")
     return trace.escapes[0] if trace.escapes else None
+
+
+def _copies(head: Head, settings: Settings) -> str | None:
+    """Why the weights of several heads are not put together in one, or None. Sizes are those at capture."""
+    if not head.sum_of:
+        return None
+    problem = _problem(head, settings)
+    size = compat.size_hint(head.vocab) * compat.size_hint(head.width) * fake(head.weight).element_size()
+    size *= 1 + fake(head.weight).requires_grad
+    if size <= max(settings.workspace_bytes, 2 * problem.logits_bytes):
+        return None
+    return f"the weights of the heads put together take {size >> 20} MiB, more than the logits and their gradient"
 
 
 def _transform_around(graph: Graph, nodes: set[Node]) -> Node | None:
@@ -265,7 +302,10 @@ def _late_write(graph: Graph, trace: Trace, groups: list[emit.Group], settings: 
     readings = {reading.node for group in groups for reading in group.members}
     last = next((n for n in reversed(graph.nodes) if n in readings), None)
     deferred = bool(trace.outputs) and settings.defer_logits
-    writer = written_between(graph, [*head.operands(), *others], head.node, None if deferred else last)
+    writer = None
+    for h in trace.heads:
+        read = [*head.operands(), *h.operands(), *others]
+        writer = writer or written_between(graph, read, h.node, None if deferred else last)
     for group in groups:
         first, final = group.members[0].node, group.members[-1].node
         targets = [reading.target for reading in group.members if reading.target is not None]

@@ -72,8 +72,10 @@ def _view_as(value: Value, node: Node, args: Args) -> Value:
     other = args["other"]
     class_dim = _output_class_dim(value, node)
 
+    sizes = [_size(other, i) if i != class_dim else -1 for i in range(fake(node).dim())]
+
     def replay(h: Any, width: Any) -> Any:
-        return h.reshape(*(width if i == class_dim else _size(other, i) for i in range(fake(node).dim())))
+        return h.reshape(*(width if i == class_dim else s for i, s in enumerate(sizes)))
 
     return value.mapped(node, replay, class_dim)
 

@@ -3,8 +3,10 @@
 A small abstract interpretation, node by node in the graph's order: each node made from logits has a `Value` (or
 several: a product of two matrices can be read as logits in two ways), given by the rules of `rows` and `pointwise`. It
 ends at readings of row statistics, at graph outputs, and at reads of metadata; any other use is an escape, recorded
-with its reason. An in-place edit gives the node a new value from there on. The graph is only read.
+with its reason. An in-place edit gives the node a new value from there on. What the graph computes is left as it is.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,8 +18,10 @@ from torch.fx.node import map_arg
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import vocabulary
+from .builder import Builder
+from .combine import added, rows
 from .heads import HEADS
-from .pointwise import INPLACE, VALUES, is_row_vector, is_tensor, over_classes, product
+from .pointwise import INPLACE, VALUES, is_number, is_row_vector, is_tensor, over_classes, product
 from .readings import LOSSES, Loss, Reading, maximum, reading
 from .rows import PARTS, ROWS, join
 from .values import Head, Refusal, Refused, Value, example, fake
@@ -26,9 +30,13 @@ from .vocabulary import Op
 
 @dataclass
 class Trace:
-    """One head and every use of its logits. `values` are all nodes made from them, and what they are."""
+    """One head and every use of its logits. `values` are all nodes made from them, and what they are.
+
+    parts: the traces of the heads that were combined in this one.
+    """
 
     first: Value
+    parts: list[Trace] = field(default_factory=list)
     values: dict[Node, list[Value]] = field(default_factory=dict)
     readings: list[Reading] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
@@ -39,6 +47,16 @@ class Trace:
     def head(self) -> Head:
         """As its losses read it."""
         return self.sites[0].value.head if self.sites else self.first.head
+
+    @property
+    def heads(self) -> list[Head]:
+        """The heads as the program computes them: this one, or those that were combined in it."""
+        return [head for part in self.parts for head in part.heads] or [self.first.head]
+
+    @property
+    def with_parts(self) -> list[Trace]:
+        """This trace, and those of everything that was combined in it."""
+        return [self, *(trace for part in self.parts for trace in part.with_parts)]
 
     @property
     def sites(self) -> list[Reading]:
@@ -65,25 +83,6 @@ class Finding:
     refusal: Refusal | None
 
 
-def find(graph: Graph) -> list[Finding]:
-    """Every loss over classes in the graph, in order, each with its head's trace or the reason it has none."""
-    interpreter = Interpreter(graph)
-    interpreter.run()
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    findings = []
-    for trace in interpreter.traces.values():
-        sites = trace.sites
-        # What is not written as a loss is one only if it can be served, or reads the entry of a target.
-        if trace.escapes and not any(isinstance(s, Loss) or (s.target and s.differentiated) for s in sites):
-            continue
-        findings += [Finding(site.node, trace, None) for site in sites]
-    found = {finding.loss for finding in findings}
-    for node in losses(graph):
-        if node not in found:
-            findings.append(Finding(node, *interpreter.why(node)))
-    return sorted(findings, key=lambda finding: order[finding.loss])
-
-
 def losses(graph: Graph) -> list[Node]:
     """The calls of a loss function over classes."""
     return [n for n in graph.nodes if (op := vocabulary.read(n)) is not None and op.name in LOSSES]
@@ -102,13 +101,15 @@ class _Parts:
 
     trace: Trace
     makers: list[list[Callable[[Node], Value] | None]]
-    source: Node
     stale: bool = False
     readings: Callable[[Node, int], Reading] | None = None  # of a maximum and where it is
 
 
 class Interpreter:
-    """The state of a walk over a graph: what every node is that is made from logits."""
+    """The state of a walk over a graph: what every node is that is made from logits.
+
+    It adds nodes to the graph where heads are combined, which nothing reads: `erase_unused` takes them out again.
+    """
 
     def __init__(self, graph: Graph):
         self.graph = graph
@@ -120,9 +121,10 @@ class Interpreter:
         self.sums: dict[Node, Reading] = {}  # of their exponentials
         self.refused: dict[Node, tuple[Refusal, Trace | None]] = {}
         self.records_gradients = True
+        self.given = list(graph.nodes)
 
     def run(self) -> None:
-        for node in self.graph.nodes:
+        for node in self.given:
             op = vocabulary.read(node)
             self._grad_mode(node)
             touched = [n for n in node.all_input_nodes if n in self.values or n in self.parts]
@@ -134,6 +136,42 @@ class Interpreter:
                 self._head(node, op)
         for trace in self.traces.values():
             _check_independence(trace)
+        self._settle_parts()
+
+    def _settle_parts(self) -> None:
+        """Heads that were combined are fused together, or none of them is."""
+        for trace in self.traces.values():
+            trace.escapes += [part.escapes[0] for part in trace.parts if part.escapes]
+        for node, trace in reversed(self.traces.items()):
+            for part in trace.parts:
+                if trace.escapes:
+                    part.escapes.append(trace.escapes[0])
+                elif not trace.readings:
+                    reason = "logits of several heads are combined, and no loss reads them"
+                    part.escapes.append(Refusal(node, reason, "compute a loss of each"))
+
+    def findings(self) -> list[Finding]:
+        """Every loss over classes in the graph, in order, each with its head's trace or the reason it has none."""
+        order = {node: i for i, node in enumerate(self.given)}
+        findings = []
+        for trace in self.traces.values():
+            sites = trace.sites
+            # What is not written as a loss is one only if it can be served, or reads the entry of a target.
+            if trace.escapes and not any(isinstance(s, Loss) or (s.target and s.differentiated) for s in sites):
+                continue
+            findings += [Finding(site.node, trace, None) for site in sites]
+        found = {finding.loss for finding in findings}
+        for node in losses(self.graph):
+            if node not in found:
+                findings.append(Finding(node, *self.why(node)))
+        return sorted(findings, key=lambda finding: order[finding.loss])
+
+    def erase_unused(self) -> None:
+        """Erases the nodes that were added and that nothing reads."""
+        given = set(self.given)
+        for node in reversed(list(self.graph.nodes)):
+            if node not in given and not node.users and node.op != "output":
+                self.graph.erase_node(node)
 
     def _grad_mode(self, node: Node) -> None:
         if node.op == "call_function" and getattr(node.target, "__name__", "") == "_set_grad_enabled":
@@ -158,7 +196,7 @@ class Interpreter:
         entries: list[_Entry | _Parts] = [self.values.get(n) or self.parts[n] for n in touched]
         traces = list({id(e.trace): e.trace for e in entries}.values())
         if node.op == "output":
-            self._output(node, traces)
+            self._output(node)
             return
         try:
             if any(e.stale for e in entries):
@@ -170,7 +208,7 @@ class Interpreter:
             for trace in traces:
                 trace.escapes.append(refusal)
 
-    def _output(self, node: Node, traces: list[Trace]) -> None:
+    def _output(self, node: Node) -> None:
         seen: set[Node] = set()
 
         def leave(n: Node) -> Node:
@@ -221,6 +259,9 @@ class Interpreter:
         if op.name in ("cat", "stack") and all(n in self.values for n in touched):
             self._join(node, op)
             return
+        if op.name in ("add", "sub") and all(n in self.values for n in self._added(op)):
+            self._add(node, op)
+            return
         if len(touched) == 2 and op.name == "mul" and not op.inplace:
             a, b = (self.values[n] for n in touched)
             if a.trace is not b.trace:
@@ -242,7 +283,7 @@ class Interpreter:
             return
         if op.name not in _SYMMETRIC and op.args.get("input") is not source:
             raise Refused("the logits are the target or the weight of a loss", "use class indices as target")
-        readings = self._all(lambda v: _read(v, node, op), entry.values)
+        readings = self._all(lambda v: reading(v, node, op), entry.values)
         if readings[0] is not None:
             entry.trace.readings.append(readings[0])
             self._follow_lse(node, op, readings[0])
@@ -252,7 +293,7 @@ class Interpreter:
             return
         if op.name in PARTS:
             made = self._all(lambda v: PARTS[op.name](v, node, op.args), entry.values)
-            self.parts[node] = _Parts(entry.trace, made, source)
+            self.parts[node] = _Parts(entry.trace, made)
             entry.trace.values[node] = []
             return
         rule = ROWS.get(op.name) or VALUES.get(op.name)
@@ -301,7 +342,7 @@ class Interpreter:
             return [value.at if i in own else None for i in range(len(example(node)))]
 
         made = [makers(value) for value in entry.values]
-        self.parts[node] = _Parts(entry.trace, made, source)
+        self.parts[node] = _Parts(entry.trace, made)
         entry.trace.values[node] = []
 
     def _maximum(self, node: Node, op: Op, entry: _Entry) -> None:
@@ -321,21 +362,57 @@ class Interpreter:
             assert made is not None
             return made
 
-        self.parts[node] = _Parts(entry.trace, [], node, readings=taken)
+        self.parts[node] = _Parts(entry.trace, [], readings=taken)
         entry.trace.values[node] = []
+
+    # ---- several heads
+
+    @staticmethod
+    def _added(op: Op) -> list[Any]:
+        return [op.args["input"], op.args["other"]]
+
+    def _add(self, node: Node, op: Op) -> None:
+        """A sum of logits: one head, or the same logits twice."""
+        a, b = (self.values[n] for n in self._added(op))
+        alpha = op.args["alpha"]
+        if not is_number(alpha):
+            raise Refused("logits are added with a computed factor", "multiply them by it")
+        factor = -alpha if op.name == "sub" else alpha
+        builder = Builder(self.graph, node)
+        pairs = [(x, y) for x in a.values for y in b.values]
+        values = self._all(lambda pair: added(builder, pair[0], pair[1], node, factor), pairs)
+        entry = a
+        if all(values[0].head is not v.head for v in a.values):
+            trace = self.traces[node] = Trace(values[0], parts=_distinct([a.trace, b.trace]))
+            entry = _Entry(trace, values)
+        if op.inplace:
+            self._edit(node, op, op.args["input"], a, values, entry.trace)
+        else:
+            self._set(node, entry.trace, values)
 
     def _join(self, node: Node, op: Op) -> None:
         tensors = op.args["tensors"]
-        entries = [self.values.get(n) for n in tensors] if isinstance(tensors, (list, tuple)) else [None]
-        if any(e is None or e.trace is not entries[0].trace for e in entries):  # type: ignore[union-attr]
+        found = [self.values.get(n) for n in tensors] if isinstance(tensors, (list, tuple)) else [None]
+        entries = [e for e in found if e is not None]
+        if len(entries) != len(found):
             raise Refused("logits are put together with other tensors", "compute a loss of each")
-        lists = [e.values for e in entries if e is not None]
-        rows = list(zip(*lists, strict=False))
-        trace = entries[0].trace  # type: ignore[union-attr]
-        self._set(node, trace, self._all(lambda v: join(list(v), node, op.args, op.name == "stack"), rows))
+        lists = list(zip(*(e.values for e in entries), strict=False))
+        stacked = op.name == "stack"
+        if all(e.trace is entries[0].trace for e in entries):
+            self._set(node, entries[0].trace, self._all(lambda v: join(list(v), node, op.args, stacked), lists))
+            return
+        builder = Builder(self.graph, node)
+        values = self._all(lambda v: rows(builder, v, node, op.args["dim"], stacked), lists)
+        self.traces[node] = Trace(values[0], parts=_distinct([e.trace for e in entries]))
+        self._set(node, self.traces[node], values)
 
-    def _edit(self, node: Node, op: Op, source: Node, entry: _Entry, values: list[Value]) -> None:
-        """`source` holds other values from here on, and so do its aliases, which nothing may read any more."""
+    def _edit(
+        self, node: Node, op: Op, source: Node, entry: _Entry, values: list[Value], trace: Trace | None = None
+    ) -> None:
+        """`source` holds other values from here on, and so do its aliases, which nothing may read any more.
+
+        trace: which those values belong to, if not to that of `entry`.
+        """
         if entry.values[0].fake.requires_grad and not self.records_gradients:
             raise Refused("the logits are edited in place without recording gradients", "use the out-of-place form")
         memory = storages(source)
@@ -351,7 +428,7 @@ class Interpreter:
         else:
             entry.trace.values[node] = []
         for n in selves:
-            self._set(n, entry.trace, [v.at(n) for v in values])
+            self._set(n, trace or entry.trace, [v.at(n) for v in values])
 
     def _itself(self, node: Node) -> Node:
         """The first node that gave the same tensor: an edit in place returns it, as does a cast to its own dtype."""
@@ -438,8 +515,8 @@ def _gains_gradient(value: Value, node: Node) -> bool:
     return any(fake(n).requires_grad for n in [*value.head.operands(), *others])
 
 
-def _read(value: Value, node: Node, op: Op) -> Reading | None:
-    return reading(value, node, op)
+def _distinct(traces: list[Trace]) -> list[Trace]:
+    return list({id(trace): trace for trace in traces}.values())
 
 
 def _unknown(node: Node) -> Refusal:
@@ -457,7 +534,7 @@ def _check_independence(trace: Trace) -> None:
     """An operand made from the logits themselves (z + z.mean(0), pseudo-labels) is no operand."""
     if not trace.readings:
         return
-    behind = set(descendants(trace.first.node))
+    behind = {n for part in trace.with_parts for n in descendants(part.first.node)}
     for r in trace.readings:
         affine = r.value.affine
         others: list[Any] = [r.target, *(s.node for s in affine.shifts), *(f.node for f in affine.factors)]

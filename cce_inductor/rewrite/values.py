@@ -47,6 +47,9 @@ class Head:
 
     weight: a node of shape (V, D), or (D, V) if `transposed`, as in ``x @ w``, or (V, D, 1, ...) of a convolution with
     a kernel of one point. bias: a (V,)-like node or None. width_dim: the dimension of `input` that is contracted.
+
+    Several heads may be one (`combine`): `node` is then where their logits were put together, `product_dtype` what each
+    was computed in, and `sum_of` the logits that it is the sum of, each with its factor.
     """
 
     node: Node
@@ -55,11 +58,13 @@ class Head:
     bias: Node | None
     transposed: bool
     width_dim: int = -1
+    product_dtype: torch.dtype | None = None
+    sum_of: tuple[tuple[float, Value], ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
         """What the logits were computed in: under autocast not the dtype of the operands."""
-        return fake(self.node).dtype
+        return self.product_dtype or fake(self.node).dtype
 
     @property
     def vocab(self) -> Any:

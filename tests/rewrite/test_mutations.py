@@ -15,11 +15,11 @@ from capture import graphs_of
 from test_refusals import REFUSED
 
 from cce_inductor import config
-from cce_inductor.rewrite import heads, pointwise, readings, rows, trace
+from cce_inductor.rewrite import combine, heads, pointwise, readings, rows, trace
 from cce_inductor.rewrite.rewrite import rewrite
 
 B, S, D, V = 2, 6, 8, 40
-MODULES = (heads, rows, pointwise, readings, trace)
+MODULES = (heads, rows, combine, pointwise, readings, trace)
 
 
 def is_guard(node: ast.AST) -> bool:
@@ -83,7 +83,13 @@ HEADS = {
     "a batch of weights": lambda h, w, b, t: ce(torch.bmm(h, torch.stack([w.t(), w.t() * 2])), t),
     "a batch of weights, einsum": lambda h, w, b, t: ce(torch.einsum("bsd,bvd->bsv", h, torch.stack([w, w])), t),
     "inner of batches": lambda h, w, b, t: ce(torch.inner(h, torch.stack([w, w])).flatten(2), t),
-    "addmm with alpha": lambda h, w, b, t: ce(torch.addmm(b, h.view(-1, D), w.t(), alpha=2), t),
+    "addmm without its bias": lambda h, w, b, t: ce(torch.addmm(b, h.view(-1, D), w.t(), beta=0), t),
+    "capped, then added": lambda h, w, b, t: ce(F.linear(h, w).tanh() + F.linear(h, w.tanh()), t),
+    "rounded, then added": lambda h, w, b, t: ce(F.linear(h, w).bfloat16() + F.linear(h, w.tanh()).bfloat16(), t),
+    "expanded by a sum": lambda h, w, b, t: ce(F.linear(h, w) + F.linear(h[:1], w.tanh()), t),
+    "a sum of two dtypes": lambda h, w, b, t: ce(F.linear(h, w) + F.linear(h.bfloat16(), w.tanh().bfloat16()), t),
+    "vocabularies of one weight": lambda h, w, b, t: ce(torch.cat([F.linear(h, w), F.linear(h * 2, w)], -1), t),
+    "rows of two weights": lambda h, w, b, t: ce(torch.cat([F.linear(h[:, :3], w), F.linear(h[:, 3:], w * 2)], 1), t),
     "addmm of a matrix": lambda h, w, b, t: ce(torch.addmm(b.expand(B * S, V) * 1, h.view(-1, D), w.t()), t),
     "baddbmm of a batch": lambda h, w, b, t: ce(torch.baddbmm(b, h, torch.stack([w.t(), w.t()])), t),
     "einsum of three": lambda h, w, b, t: ce(torch.einsum("bsd,vd,v->bsv", h, w, b), t),
@@ -166,6 +172,7 @@ ENTRIES = {
     "masked with a tensor": lambda z, t: ce(z.masked_fill(EVEN, torch.tensor(-3.0)), t),
     "a mask that is the logits": lambda z, t: ce(torch.ones(B, S, V).masked_fill(z > 0, 0.0) * z, t),
     "where keeps the logits": lambda z, t: ce(torch.where(EVEN, z, -3.0), t),
+    "where of two logits": lambda z, t: ce(torch.where(EVEN, z * 2, z), t),
     "where of integers": lambda z, t: ce(torch.where(EVEN.byte().bool() & (t[..., None] > 3), -3.0, z), t),
     "written into another": lambda z, t: (lambda a: (a.__setitem__(0, z[0]), ce(a, t))[1])(torch.zeros(B, S, V)),
     "computed columns set": lambda z, t: (z.__setitem__((..., torch.arange(3)), -1.0), ce(z, t))[1],
@@ -227,6 +234,10 @@ DYNAMIC = {
     "divided by a symbolic size": lambda z, t: ce(z / t.shape[1], t),
     "a symbolic class is ignored": lambda z, t: ce(z, t, ignore_index=t.shape[1]),
     "symbolic columns set": lambda z, t: (z.__setitem__((..., slice(t.shape[1])), -1.0), ce(z, t))[1],
+    "addmm with a symbolic alpha": lambda z, t: ce(
+        torch.addmm(torch.zeros(V), z.flatten(0, 1), torch.eye(V), alpha=t.shape[1]), t
+    ),
+    "added a symbolic number of times": lambda z, t: ce(torch.add(z, z, alpha=t.shape[1]), t),
     "a symbolic row": lambda z, t: ce(z[:, t.shape[1] - 2 :], t[:, t.shape[1] - 2 :]) + z.square().mean(),
 }
 # No program that runs reaches them on a CPU.
