@@ -24,7 +24,7 @@ from .values import Affine, Factor, Head, Refused, Shift, Step, Value, fake
 def _plain(value: Value) -> None:
     """Refused for logits that more was done to than a scale and a bias."""
     value.need("logits", "log-probabilities of two heads are combined", "combine the logits")
-    if value.masks or value.terms or value.affine.capped:
+    if value.masks or value.terms or value.affine.capped or value.head.members:
         raise Refused("capped, masked or shifted logits are combined with others", "combine them before")
     if value.rounded:
         raise Refused("logits that were rounded to a narrower dtype are combined with others", "leave the cast out")
@@ -38,9 +38,7 @@ def _same_shape(a: Value, b: Value) -> bool:
 
 def _detached(value: Value) -> bool:
     """Whether no gradient goes through logits that are made of tensors which have one."""
-    affine = value.affine
-    tensors = [*value.head.operands(), *(s.node for s in affine.shifts), *(f.node for f in affine.factors)]
-    return not value.fake.requires_grad and any(fake(n).requires_grad for n in tensors)
+    return not value.fake.requires_grad and any(fake(n).requires_grad for n in value.operands())
 
 
 # ---- sums
@@ -80,7 +78,7 @@ def _twice(a: Value, b: Value, node: Node, factor: float) -> Value:
     def step(z: Tensor, extra: list[Tensor]) -> Tensor:
         return _through(a.steps, z, extra[:count]) + factor * _through(b.steps, z, extra[count:])
 
-    return replace(a, node=node, affine=affine, steps=(step,), extra=(*a.extra, *b.extra))
+    return replace(a, node=node, affine=affine, steps=(step,), plain=1, extra=(*a.extra, *b.extra))
 
 
 def _through(steps: Sequence[Step], z: Tensor, extra: list[Tensor]) -> Tensor:
@@ -127,12 +125,8 @@ def _without_gradient(builder: Builder, shift: Shift) -> Shift:
 
 
 def rows(builder: Builder, values: Sequence[Value], node: Node, dim: int, stacked: bool) -> Value:
-    """The value of cat or stack over logits of other hidden states and the same weight."""
+    """The value of cat, along other than the classes, or stack over logits of other hidden states and one weight."""
     first = values[0]
-    rank = first.fake.dim()
-    dim %= rank + stacked
-    if not stacked and dim == first.class_dim:
-        raise Refused("vocabularies are put together", "put the weights together")
     if not all(_alike(first, value) for value in values[1:]):
         raise Refused("logits of different heads, or treated differently, are put together", "compute a loss of each")
     class_dim = first.class_dim + (stacked and dim <= first.class_dim)
@@ -150,7 +144,7 @@ def _alike(a: Value, b: Value) -> bool:
     """Whether the rows of two values can be rows of one head: the same weight, and the same done to the logits."""
     one = {"node": a.node, "input": a.head.input, "width_dim": a.head.width_dim}
     other = replace(b, node=a.node, head=replace(b.head, **one), rows=(), order=None)
-    both_plain = a.picked is None and not a.terms and not a.head.sum_of
+    both_plain = a.picked is None and not a.terms and not a.head.sum_of and not a.head.members
     shapes = a.fake.dim() == b.fake.dim() and a.fake.requires_grad == b.fake.requires_grad
     of_dtypes = (a.fake.dtype, a.head.dtype, fake(a.head.input).dtype)
     same_dtypes = of_dtypes == (b.fake.dtype, b.head.dtype, fake(b.head.input).dtype)

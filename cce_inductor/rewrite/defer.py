@@ -4,7 +4,7 @@ The graph gives back the hidden states (with the logits' row maps replayed) wher
 backend makes a lazy tensor of them and of the head's weight, which is a graph input as a rule.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,7 +56,8 @@ class Logits:
 
     Of (hidden states, weight, bias if `biased`, and what `steps` read besides). The hidden states have `rank`
     dimensions, with D at `class_dim`; the result has V there. With `terms` the logits are the sum of others, each times
-    a factor; their operands stand in the head's place, one after the other.
+    a factor, or their concatenation; their operands stand in the head's place, one after the other. columns: of the
+    vocabulary, what `steps` leave.
     """
 
     dtype: torch.dtype
@@ -67,7 +68,9 @@ class Logits:
     class_dim: int
     steps: tuple[Step, ...]
     reads: int  # how many operands, those of `steps` included
+    columns: Columns = ()
     terms: tuple[tuple[float, "Logits"], ...] = ()
+    concatenated: bool = False
 
     def __call__(self, operands: Sequence[Tensor]) -> Tensor:
         return self._in_place(self._classes_last(operands, recorded=False))
@@ -106,18 +109,36 @@ class Logits:
 
     def _classes_last(self, operands: Sequence[Tensor], recorded: bool) -> Tensor:
         """The logits with the classes in the last dimension."""
-        z: Any = None
-        used = 0
-        for factor, term in self.terms:
-            part = term._classes_last(operands[used : used + term.reads], recorded)
-            z = part if z is None else z + part if factor == 1.0 else z + factor * part
-            used += term.reads
-        if z is None:
-            used = 2 + self.biased
-            z = (self._recorded if recorded else self._computed)(operands[:used])
+        parts = [(factor, term._classes_last(given, recorded)) for factor, term, given in self._given(operands)]
+        used = sum(term.reads for _, term in self.terms) or 2 + self.biased
+        if not parts:
+            z: Any = (self._recorded if recorded else self._computed)(operands[:used])
+        elif self.concatenated:
+            z = torch.cat([part for _, part in parts], -1)
+        else:
+            z = parts[0][1]
+            for factor, part in parts[1:]:
+                z = z + part if factor == 1.0 else z + factor * part
         for step in self.steps:
             z = step(z, list(operands[used:]))
         return z
+
+    def _given(self, operands: Sequence[Tensor]) -> Iterator[tuple[float, "Logits", Sequence[Tensor]]]:
+        """The terms, each with its factor and its operands."""
+        used = 0
+        for factor, term in self.terms:
+            yield factor, term, operands[used : used + term.reads]
+            used += term.reads
+
+    def classes(self, operands: Sequence[Tensor]) -> int:
+        """How many there are, from the operands of one run."""
+        each = [term.classes(given) for _, term, given in self._given(operands)]
+        if not each:
+            each = [operands[1].shape[1 if self.transposed else 0]]
+        count = range(sum(each) if self.concatenated else each[0])
+        for part in self.columns:
+            count = count[slice(*part)]
+        return len(count)
 
     def _in_place(self, z: Tensor) -> Tensor:
         """With the classes at `class_dim`."""
@@ -134,19 +155,13 @@ class Deferral:
     position: int
     operands: tuple[Source, ...]
     compute: Logits
-    class_dim: int
-    transposed: bool
-    columns: Columns
     dtype: torch.dtype
     requires_grad: bool
 
     def shape(self, operands: Sequence[Tensor]) -> tuple[int, ...]:
         """The shape of the logits, from the operands of one run."""
         sizes = list(operands[0].shape)
-        classes = range(operands[1].shape[1 if self.transposed else 0])
-        for part in self.columns:
-            classes = classes[slice(*part)]
-        sizes[self.class_dim] = len(classes)
+        sizes[self.compute.class_dim] = self.compute.classes(operands)
         return tuple(sizes)
 
 
@@ -181,10 +196,6 @@ class Outputs:
         if not positions or not all(n is None or isinstance(n, Node) for n in self.outputs):
             raise Refused("the logits leave the graph inside a structure", "return them as a tensor")
         compute, sources = self._recipe(Builder(self.graph, self.node), value, value.fake.dim(), value.class_dim)
-        first, cut = value, value.columns
-        while first.head.sum_of:
-            first = first.head.sum_of[0][1]
-            cut = (*first.columns, *cut)
         requires_grad = value.fake.requires_grad
         self.deferred.update(positions)
         return [
@@ -192,9 +203,6 @@ class Outputs:
                 i,
                 tuple(sources),
                 compute,
-                value.class_dim,
-                first.head.transposed,
-                cut,
                 fake(value.node).dtype,
                 requires_grad,
             )
@@ -206,8 +214,8 @@ class Outputs:
         head = value.head
         sources: list[Source] = []
         terms = []
-        for factor, part in head.sum_of:
-            # What was done to the rows of the sum is done to those of each term.
+        for factor, part in head.sum_of or [(1.0, member) for member in head.members]:
+            # What was done to the rows of the whole is done to those of each term.
             of_rows = replace(part, rows=(*part.rows, *value.rows))
             term, given = self._recipe(builder, of_rows, rank, class_dim)
             terms.append((factor, term))
@@ -227,7 +235,9 @@ class Outputs:
             class_dim,
             value.steps,
             len(sources),
+            value.columns,
             tuple(terms),
+            bool(head.members),
         )
         return compute, sources
 

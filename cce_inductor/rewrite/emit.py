@@ -239,8 +239,7 @@ class _Call:
         head = value.head
         scale, softcap, _, _ = value.affine.operator()
         # The loss of logits that eager computed without a graph must have none either.
-        tensors = [*head.operands(), *(s.node for s in value.affine.shifts), *(f.node for f in value.affine.factors)]
-        detach = not value.fake.requires_grad and any(fake(n).requires_grad for n in tensors)
+        detach = not value.fake.requires_grad and any(fake(n).requires_grad for n in value.operands())
         inputs = [operands.input_rows(builder, g.value, detach) for g in bundle.groups]
         self.sizes = [_rows(p) for p in inputs]
         self.operands: dict[str, Proxy] = {

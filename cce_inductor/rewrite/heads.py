@@ -132,7 +132,7 @@ def _addmm(node: Node, args: dict[str, Any]) -> list[Value]:
         return alpha * z + beta * extra[0].reshape(-1)
 
     affine = Affine(scale=float(alpha), shifts=(Shift(bias, float(beta)),))
-    return [replace(_value(node, args["input"], w, None, True), affine=affine, steps=(step,), extra=(bias,))]
+    return [replace(_value(node, args["input"], w, None, True), affine=affine, steps=(step,), plain=1, extra=(bias,))]
 
 
 def _inner(node: Node, args: dict[str, Any]) -> list[Value]:

@@ -7,8 +7,7 @@ from torch.fx import Graph, Node
 
 from . import vocabulary
 from .rows import PARTS, ROWS
-from .trace import storages
-from .values import example
+from .values import example, storages
 
 _ARITHMETIC = ("cast", "clamp", "where", "masked_fill", "cat", "stack", "add", "sub", "mul", "neg", "detach")
 _PURE = frozenset((*ROWS, *PARTS, *_ARITHMETIC)) - {"getattr"}

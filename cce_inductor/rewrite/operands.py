@@ -93,12 +93,12 @@ def biases(builder: Builder, value: Value, detach: bool) -> Proxy | None:
         total = b if total is None else total + b
     if constant:
         if total is None:
-            total = builder.call(torch.zeros, (value.vocab,), **like(value, exact))
+            total = builder.call(torch.zeros, (vocab(builder, value),), **like(value, exact))
         total = total + constant
     for mask in value.masks:
         held = masked(builder, mask, value)
         if total is None:
-            total = builder.call(torch.zeros, (value.vocab,), **like(value, exact))
+            total = builder.call(torch.zeros, (vocab(builder, value),), **like(value, exact))
         total = total.masked_fill(held, -torch.inf if scale > 0 else torch.inf)
     return total
 

@@ -13,20 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from . import vocabulary
-from .heads import is_vocabulary_vector, same
-from .rows import columns, full, positions
-from .values import Factor, Mask, Refused, Shift, Term, Value, example, fake
+from .heads import is_vocabulary_vector
+from .one_hot import is_number, is_row_vector, is_tensor, mixture, one_hot_target
+from .rows import full, positions
+from .values import Factor, Mask, Refused, Shift, Term, Value, fake
 
 Args = dict[str, Any]
-
-
-def is_number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
-
-
-def is_tensor(x: Any) -> bool:
-    return isinstance(x, Node) and isinstance(example(x), Tensor)
 
 
 def _cast(value: Value, node: Node, args: Args) -> Value:
@@ -95,6 +87,9 @@ def _mul(value: Value, node: Node, args: Args) -> Value:
         if value.picked is not None:
             raise Refused("logits multiplied by two masks", "use class indices")
         return replace(value, node=node, picked=target, steps=(*value.steps, _no_step))
+    mixed = mixture(factor, value)
+    if mixed is not None and value.picked is None:
+        return replace(value, node=node, picked=replace(mixed, source=value), steps=(*value.steps, _no_step))
     return _tensor_scale(value, node, factor, False)
 
 
@@ -172,15 +167,6 @@ def _add(value: Value, node: Node, args: Args, sign: float = 1.0) -> Value:
 
     affine = replace(value.affine, shifts=(*value.affine.shifts, Shift(other, sign)))
     return value.then(node, step, affine=affine, extra=(*value.extra, other))
-
-
-def is_row_vector(node: Node, value: Value) -> bool:
-    """Whether a tensor holds one number for each row of `value`, in its shape but for a single class."""
-    shape = list(value.fake.shape)
-    shape[value.class_dim] = 1
-    given = fake(node).shape
-    # One class of a single row could as well be a bias: it does not matter, both are constants.
-    return len(given) == len(shape) and all(same(a, b) for a, b in zip(given, shape, strict=True))
 
 
 def _add_term(value: Value, node: Node, other: Node, sign: float) -> Value:
@@ -312,13 +298,12 @@ def _setitem(value: Value, node: Node, args: Args) -> Value:
     if isinstance(part, int):
         part = slice(part, part + 1 if part != -1 else None)
     bounds = (part.start, part.stop, part.step) if isinstance(part, slice) else (None, None, object())
-    if not all(s is None or isinstance(s, int) for s in bounds):
+    if not all(s is None or isinstance(s, int) for s in (*bounds, value.vocab)):
         raise Refused("logits of computed columns are written to in place", "use masked_fill with a mask")
 
     def step(z: Tensor, extra: list[Tensor]) -> Tensor:
-        z = z.clone()
-        z[..., slice(*bounds)] = number
-        return z
+        # Not in place: where deferred logits are read, autograd does not see a write through a view.
+        return z.slice_scatter(torch.full_like(z[..., slice(*bounds)], number), -1, *bounds[:2], bounds[2] or 1)
 
     return _masked(value, node, Mask(None, bounds, number, (), value.vocab), step)
 
@@ -362,33 +347,3 @@ def product(a: Value, b: Value, node: Node) -> Value:
         raise Refused("the entropy of masked or shifted logits", "slice the weight instead of masking")
     factor = a.factor * b.factor
     return replace(b, node=node, kind=kinds[b.kind], factor=factor, steps=(*b.steps, _no_step))
-
-
-# ---- one-hot tensors
-
-
-def same_rows(node: Any, value: Value) -> bool:
-    """Whether a tensor has one element for each row of `value`, in its leading shape."""
-    if not is_tensor(node) or fake(node).dim() != len(value.lead_shape):
-        return False
-    return all(same(a, b) for a, b in zip(fake(node).shape, value.lead_shape, strict=True))
-
-
-def one_hot_target(node: Node, value: Value) -> Node | None:
-    """The class indices of a one-hot tensor of the logits' shape with the classes last, cast or not; else None."""
-    seen = node
-    while True:
-        op = vocabulary.read(seen)
-        if op is None or op.inplace or op.name not in ("cast", "one_hot", "copy"):
-            return None
-        if op.name == "one_hot":
-            break
-        seen = op.args["input"]
-    target = op.args["input"]
-    rank = value.fake.dim()
-    if fake(seen).shape != value.fake.shape or value.class_dim != rank - 1 or not same_rows(target, value):
-        return None
-    return target
-
-
-__all__ = ["INPLACE", "VALUES", "columns", "is_number", "is_tensor", "not_rounded", "one_hot_target", "over_classes"]

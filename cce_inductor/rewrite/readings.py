@@ -14,9 +14,10 @@ from torch.fx import Node
 from ..ops.losses import CrossEntropy
 from . import vocabulary
 from .heads import same
-from .pointwise import is_number, is_tensor, not_rounded, one_hot_target, over_classes, same_rows
+from .one_hot import Mixture, is_number, is_tensor, one_hot_target, same_rows
+from .pointwise import not_rounded, over_classes
 from .rows import full, positions
-from .values import Refused, Value, example, fake
+from .values import Refused, Value, fake
 
 Args = dict[str, Any]
 
@@ -73,7 +74,7 @@ class Loss(Reading):
 # ---- losses over classes
 
 
-def _arguments(args: Args, **changes: Any) -> CrossEntropy:
+def arguments_of(args: Args) -> CrossEntropy:
     """The arguments of cross_entropy or nll_loss, or Refused where they ask for more than row statistics."""
     if args["size_average"] is not None or args["reduce"] is not None:
         raise Refused("the deprecated arguments size_average or reduce", "use reduction=")
@@ -83,7 +84,7 @@ def _arguments(args: Args, **changes: Any) -> CrossEntropy:
     return CrossEntropy(args["ignore_index"], args["reduction"], float(smoothing))
 
 
-def _reads_the_classes(name: str, value: Value) -> None:
+def reads_the_classes(name: str, value: Value) -> None:
     """Refused unless the classes are where the loss expects them."""
     expected = 1 if value.fake.dim() > 1 else 0
     if value.class_dim != expected:
@@ -96,7 +97,7 @@ def _reads_the_classes(name: str, value: Value) -> None:
 
 def _loss(value: Value, node: Node, args: Args, name: str) -> Loss:
     target, weight = args["target"], args["weight"]
-    arguments = _arguments(args)
+    arguments = arguments_of(args)
     indices, ignores = target, True
     if fake(target).is_floating_point():
         found = one_hot_target(target, value) if weight is None else None
@@ -110,7 +111,7 @@ def _loss(value: Value, node: Node, args: Args, name: str) -> Loss:
         kind = value.kind.replace("_", "-")
         raise Refused(f"{name} reads {kind}, not {wanted[0]}", "use cross_entropy on logits")
     not_rounded(value)
-    _reads_the_classes(name, value)
+    reads_the_classes(name, value)
     if not same_rows(indices, value):
         shape = tuple(fake(indices).shape)
         raise Refused(f"targets of shape {shape} for logits with rows {value.lead_shape}", "give each row one target")
@@ -251,12 +252,22 @@ def _mean(value: Value, node: Node, args: Args) -> Reading:
 
 def _reduced(value: Value, node: Node, args: Args, mean: bool) -> Reading:
     _readable(value, node)
+    statistics, total = _total(value)
+
+    def flat(s: Any) -> Any:
+        return total(s) / s.vocab if mean else total(s)
+
+    assert not isinstance(value.picked, Mixture)
+    return Reading(node, value, statistics, value.picked, flat=flat, shape=dimensions(value, args, mean))
+
+
+def dimensions(value: Value, args: Args, mean: bool) -> Callable[[Any], Any]:
+    """What a sum or mean over the classes, and perhaps over rows, makes of the sums over the classes."""
     rank, dim, c = value.fake.dim(), args["dim"], value.class_dim
     listed = range(rank) if dim is None else [dim] if isinstance(dim, int) else dim
     dims = sorted(d % rank for d in listed)
     if c not in dims:
         raise Refused("the logits are summed over rows", "sum the hidden states instead")
-    statistics, total = _total(value)
     others = [d for d in dims if d != c]
     keepdim = bool(args["keepdim"])
 
@@ -268,10 +279,7 @@ def _reduced(value: Value, node: Node, args: Args, mean: bool) -> Reading:
             r = r.squeeze(d)
         return r
 
-    def flat(s: Any) -> Any:
-        return total(s) / s.vocab if mean else total(s)
-
-    return Reading(node, value, statistics, value.picked, flat=flat, shape=shape)
+    return shape
 
 
 # ---- the entry of a target
@@ -390,6 +398,3 @@ def reading(value: Value, node: Node, op: vocabulary.Op) -> Reading | None:
         return _getitem(value, node, op.args)
     rule = READINGS.get(op.name)
     return None if rule is None else rule(value, node, op.args)
-
-
-__all__ = ["LOSSES", "READINGS", "Loss", "Reading", "base", "example", "reading"]

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,7 +20,7 @@ from .defer import Deferral, Outputs
 from .hoist import Hoist
 from .readings import Loss, Reading
 from .site import Site
-from .trace import Finding, Interpreter, Trace, losses, written_between
+from .trace import Finding, Interpreter, Trace, WrittenOut, losses, written_between
 from .values import Head, Refusal, Refused, fake
 
 log = logging.getLogger(__name__)
@@ -137,15 +137,17 @@ def _rewrite_graph(gm: GraphModule, settings: Settings, version: str, choose: Ch
     hoist = Hoist(graph)
     attributes = Attributes(grad_filter=settings.grad_filter, workspace=settings.workspace_bytes, version=version)
     traces = {f.trace.first.node: f.trace for f in findings if f.trace is not None}
+    for written in interpreter.written_out:
+        traces |= {trace.first.node: trace for trace in written.traces if not trace.first.head.members}
     plans = {node: _plan(graph, trace, hoist, settings, choose) for node, trace in traces.items()}
-    _refuse_together(list(plans.values()))
+    _refuse_together(list(plans.values()), interpreter.written_out)
     fused = [plan for plan in plans.values() if plan.refusal is None]
     calls = emit.bundles([group for plan in fused for group in plan.groups], hoist)
     # The numbers that diagnostics are made of are a gradient that no loss may scale.
     numbers = settings.diagnostics and settings.grad_filter != "exact"
     early = settings.gradients_in_forward and not numbers and _one_linear_loss(calls)
     _name(calls)
-    sites = [_site(f, plans, calls, settings, early, attributes) for f in findings]
+    sites = [_site(f, plans, calls, settings, early, attributes, interpreter.source) for f in findings]
     if not fused:
         return Rewritten(gm, sites)
     deferrals: list[Deferral] = []
@@ -155,12 +157,20 @@ def _rewrite_graph(gm: GraphModule, settings: Settings, version: str, choose: Ch
     for plan in fused:
         for trace in plan.trace.with_parts:
             emit.replace_metadata(graph, trace)
+    refused = {id(plan.trace) for plan in plans.values() if plan.refusal is not None}
+    done = [w for w in interpreter.written_out if not any(id(t) in refused or t.escapes for t in w.traces)]
+    for written in done:
+        written.node.replace_all_uses_with(written.result)
+        graph.erase_node(written.node)
     # The outputs are read after the losses were replaced: a loss is one of them.
     outputs = Outputs(graph)
-    for plan in fused:
-        for value in plan.trace.outputs if settings.defer_logits else []:
+    several = {id(trace): trace for written in done for trace in written.traces if trace.first.head.members}
+    for trace in (*(plan.trace for plan in fused), *several.values()):
+        for value in trace.outputs if settings.defer_logits else []:
             deferrals += outputs.defer(value)
     user_outputs = outputs.finish()
+    for trace in (trace for written in done for trace in written.traces):
+        emit.erase_dead(graph, trace, [])
     for plan in fused:
         emit.erase_dead(graph, plan.trace, [reading.node for reading in plan.trace.readings])
     interpreter.erase_unused()
@@ -197,20 +207,20 @@ def _plan(graph: Graph, trace: Trace, hoist: Hoist, settings: Settings, choose: 
         return Plan(trace, refusal=Refusal(trace.head.node, refused.reason, refused.cure))
 
 
-def _refuse_together(plans: list[Plan]) -> None:
+def _refuse_together(plans: list[Plan], written_out: list[WrittenOut]) -> None:
     """Heads that were combined are fused together, or none of them is."""
+    bound = [{id(trace) for trace in plan.trace.with_parts} for plan in plans]
+    bound += [{id(trace) for trace in written.traces} for written in written_out]
     refused = True
     while refused:
         refused = False
-        for plan in plans:
-            for other in plans:
-                if plan.refusal is None and other.refusal is not None and _combined(plan.trace, other.trace):
-                    plan.refusal = other.refusal
+        for traces in bound:
+            together = [plan for plan in plans if id(plan.trace) in traces]
+            refusal = next((plan.refusal for plan in together if plan.refusal is not None), None)
+            for plan in together:
+                if refusal is not None and plan.refusal is None:
+                    plan.refusal = refusal
                     refused = True
-
-
-def _combined(a: Trace, b: Trace) -> bool:
-    return any(a is t for t in b.with_parts) or any(b is t for t in a.with_parts)
 
 
 def _problem(head: Head, settings: Settings) -> Problem:
@@ -301,7 +311,7 @@ def _late_write(graph: Graph, trace: Trace, groups: list[emit.Group], settings: 
     others = [n for reading in trace.readings for n in _operands(reading)]
     readings = {reading.node for group in groups for reading in group.members}
     last = next((n for n in reversed(graph.nodes) if n in readings), None)
-    deferred = bool(trace.outputs) and settings.defer_logits
+    deferred = (bool(trace.outputs) or trace.leaves) and settings.defer_logits
     writer = None
     for h in trace.heads:
         read = [*head.operands(), *h.operands(), *others]
@@ -339,12 +349,13 @@ def _site(
     settings: Settings,
     early: bool,
     attributes: Attributes,
+    source: Callable[[Node], Node],
 ) -> Site:
     if finding.trace is None:
         return site.make(finding.loss, None, finding.refusal)
     plan = plans[finding.trace.first.node]
     refusal = finding.refusal or plan.refusal
-    reading = next((r for r in plan.trace.readings if r.node is finding.loss), None)
+    reading = next((r for r in plan.trace.readings if source(r.node) is finding.loss), None)
     if refusal is None and reading is None:
         reason = "the loss reads the logits in a way the trace did not follow"
         refusal = Refusal(finding.loss, reason, "please report it")

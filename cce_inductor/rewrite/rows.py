@@ -396,20 +396,15 @@ PARTS: dict[str, Callable[[Value, Node, Args], list[Callable[[Node], Value]]]] =
 # ---- several values in one
 
 
-def join(values: list[Value], node: Node, args: Args, stacked: bool) -> Value:
-    """Rows of one head put together again by cat or stack."""
+def join(values: Sequence[Value], node: Node, dim: int, stacked: bool) -> Value:
+    """Rows of one head put together again by cat, along other than the classes, or by stack."""
     first = values[0]
-    dim = args["dim"]
     rank = first.fake.dim()
     alike = {"node": node, "rows": (), "order": None, "steps": (), "extra": ()}
-    same_map = all(
+    if not all(
         v.picked is None and v.fake.dim() == rank and replace(v, **alike) == replace(first, **alike) for v in values
-    )
-    if not isinstance(dim, int) or not same_map:
+    ):
         raise Refused("logits of different heads, or treated differently, are put together", "compute a loss of each")
-    dim %= rank + stacked
-    if not stacked and dim == first.class_dim:
-        raise Refused("vocabularies are put together", "put the weights together")
     class_dim = first.class_dim + (stacked and dim <= first.class_dim)
     pieces = [v.rows for v in values]
 

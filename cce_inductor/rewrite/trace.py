@@ -8,24 +8,27 @@ with its reason. An in-place edit gives the node a new value from there on. What
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Graph, Node, Proxy
 from torch.fx.node import map_arg
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import vocabulary
 from .builder import Builder
 from .combine import added, rows
 from .heads import HEADS
-from .pointwise import INPLACE, VALUES, is_number, is_row_vector, is_tensor, over_classes, product
+from .one_hot import Mixture, is_number, is_row_vector, is_tensor, mixture, one_hot_target
+from .pointwise import INPLACE, VALUES, over_classes, product
 from .readings import LOSSES, Loss, Reading, maximum, reading
 from .rows import PARTS, ROWS, join
-from .values import Head, Refusal, Refused, Value, example, fake
+from .values import Head, Refusal, Refused, Value, example, fake, storages
 from .vocabulary import Op
+from .written_out import concatenated, mixed_loss, mixed_sum, of_members
+from .written_out import stacked as several_heads
 
 
 @dataclass
@@ -42,6 +45,7 @@ class Trace:
     outputs: list[Value] = field(default_factory=list)
     metadata: list[tuple[Node, Node, Value]] = field(default_factory=list)  # the read, what it reads, its value
     escapes: list[Refusal] = field(default_factory=list)
+    leaves: bool = False  # a tensor of several heads' logits that leaves the graph holds this one's
 
     @property
     def head(self) -> Head:
@@ -89,6 +93,16 @@ def losses(graph: Graph) -> list[Node]:
 
 
 @dataclass
+class WrittenOut:
+    """A node that is replaced by `result` if all of `traces` are fused. added: what that needs, put into the graph."""
+
+    node: Node
+    result: Node
+    traces: list[Trace]
+    added: list[Node]
+
+
+@dataclass
 class _Entry:
     trace: Trace
     values: list[Value]
@@ -122,33 +136,50 @@ class Interpreter:
         self.refused: dict[Node, tuple[Refusal, Trace | None]] = {}
         self.records_gradients = True
         self.given = list(graph.nodes)
+        self.written_out: list[WrittenOut] = []
+        self.members: dict[Node, list[_Entry]] = {}  # of values that are made of several heads', when they were
 
     def run(self) -> None:
         for node in self.given:
-            op = vocabulary.read(node)
-            self._grad_mode(node)
-            touched = [n for n in node.all_input_nodes if n in self.values or n in self.parts]
-            if touched:
-                self._use(node, op, touched)
-            elif op is not None and node not in self.values:
-                self._follow_lse(node, op)
-            if op is not None and op.name in HEADS:
-                self._head(node, op)
+            self._visit(node)
         for trace in self.traces.values():
             _check_independence(trace)
         self._settle_parts()
 
+    def _visit(self, node: Node) -> None:
+        op = vocabulary.read(node)
+        self._grad_mode(node)
+        touched = [n for n in node.all_input_nodes if n in self.values or n in self.parts]
+        if touched:
+            self._use(node, op, touched)
+        elif op is not None and node not in self.values:
+            self._follow_lse(node, op)
+        if op is not None and op.name in HEADS:
+            self._head(node, op)
+
     def _settle_parts(self) -> None:
         """Heads that were combined are fused together, or none of them is."""
         for trace in self.traces.values():
-            trace.escapes += [part.escapes[0] for part in trace.parts if part.escapes]
-        for node, trace in reversed(self.traces.items()):
-            for part in trace.parts:
-                if trace.escapes:
-                    part.escapes.append(trace.escapes[0])
-                elif not trace.readings:
-                    reason = "logits of several heads are combined, and no loss reads them"
-                    part.escapes.append(Refusal(node, reason, "compute a loss of each"))
+            if trace.outputs and trace.first.head.members:
+                for part in trace.with_parts:
+                    part.leaves = True
+        read = {id(trace) for trace in self.traces.values() if trace.readings}
+        for traces in (*(t.parts for t in self.traces.values()), *(w.traces for w in self.written_out)):
+            read |= {id(trace) for trace in traces}
+        for node, trace in self.traces.items():
+            if trace.parts and not trace.escapes and id(trace) not in read:
+                reason = "logits of several heads are combined, and no loss reads them"
+                trace.escapes.append(Refusal(node, reason, "compute a loss of each"))
+        bound = [[trace, *trace.parts] for trace in self.traces.values()] + [w.traces for w in self.written_out]
+        settled = False
+        while not settled:
+            settled = True
+            for traces in bound:
+                refusal = next((trace.escapes[0] for trace in traces if trace.escapes), None)
+                for trace in traces:
+                    if refusal is not None and not trace.escapes:
+                        trace.escapes.append(refusal)
+                        settled = False
 
     def findings(self) -> list[Finding]:
         """Every loss over classes in the graph, in order, each with its head's trace or the reason it has none."""
@@ -159,12 +190,25 @@ class Interpreter:
             # What is not written as a loss is one only if it can be served, or reads the entry of a target.
             if trace.escapes and not any(isinstance(s, Loss) or (s.target and s.differentiated) for s in sites):
                 continue
-            findings += [Finding(site.node, trace, None) for site in sites]
+            findings += [Finding(self.source(site.node), trace, None) for site in sites]
+        for written in self.written_out:
+            op = vocabulary.read(written.node)
+            if op is not None and op.name in LOSSES:
+                trace = next(t for t in written.traces if not t.first.head.members)
+                findings.append(Finding(self.source(written.node), trace, None))
+        findings = list({finding.loss: finding for finding in reversed(findings)}.values())
         found = {finding.loss for finding in findings}
         for node in losses(self.graph):
             if node not in found:
                 findings.append(Finding(node, *self.why(node)))
         return sorted(findings, key=lambda finding: order[finding.loss])
+
+    def source(self, node: Node) -> Node:
+        """The node of the program that `node` is part of, where that was written out."""
+        for written in reversed(self.written_out):
+            if node in written.added:
+                node = written.node
+        return node
 
     def erase_unused(self) -> None:
         """Erases the nodes that were added and that nothing reads."""
@@ -218,6 +262,9 @@ class Interpreter:
             seen.add(n)
             if isinstance(entry, _Parts) or entry.stale:
                 entry.trace.escapes.append(Refusal(node, "parts of the logits leave the graph", "return the logits"))
+            elif entry.values[0].head.stacked_at is not None:
+                reason = "the logits of several heads leave the graph in one tensor"
+                entry.trace.escapes.append(Refusal(n, reason, "return the logits of each head"))
             elif entry.values[0].kind != "logits" or entry.values[0].picked is not None or entry.values[0].terms:
                 reason = f"the {entry.values[0].kind.replace('_', '-')} leaves the graph"
                 cure = "return the logits instead"
@@ -249,8 +296,11 @@ class Interpreter:
         if source in self.parts:
             self._take(node, op, source)
             return
-        if op.name in ("size", "metadata") or (op.name == "getattr" and op.args["name"] in _METADATA):
+        shape_only = op.name in ("size", "metadata", "full", "zeros")
+        if shape_only or (op.name == "getattr" and op.args["name"] in _METADATA):
             entry = self.values[source]
+            if entry.values[0].head.members:
+                raise Refused("the shape of several heads' logits in one tensor is read", "read that of each of them")
             entry.trace.metadata.append((node, source, entry.values[0]))
             return
         if op.name == "broadcast_tensors":
@@ -283,6 +333,8 @@ class Interpreter:
             return
         if op.name not in _SYMMETRIC and op.args.get("input") is not source:
             raise Refused("the logits are the target or the weight of a loss", "use class indices as target")
+        if self._write_out(node, op, entry):
+            return
         readings = self._all(lambda v: reading(v, node, op), entry.values)
         if readings[0] is not None:
             entry.trace.readings.append(readings[0])
@@ -365,6 +417,53 @@ class Interpreter:
         self.parts[node] = _Parts(entry.trace, [], readings=taken)
         entry.trace.values[node] = []
 
+    # ---- what is written out
+
+    def _write_out(self, node: Node, op: Op, entry: _Entry) -> bool:
+        """Whether a use was written out, as nodes that rules have a form for."""
+        value = entry.values[0]
+        traces = [entry.trace]
+        if op.name == "cross_entropy" and (mixed := self._probabilities(op, value)) is not None:
+            self._add_nodes(node, traces, lambda b: mixed_loss(b, value, node, op.args, mixed))
+        elif op.name in ("sum", "mean") and isinstance(value.picked, Mixture):
+            self._add_nodes(node, traces, lambda b: mixed_sum(b, value, node, op.args, op.name == "mean"))
+        elif value.head.members:
+            made = reading(value, node, op)
+            if made is None:
+                return False
+            entries = self.members[value.head.node]
+            if any(e.stale or self.values[e.values[0].node] is not e for e in entries):
+                raise Refused("logits were edited after they had been put together", "edit them before")
+            self._add_nodes(node, traces, lambda b: of_members(b, made))
+        else:
+            return False
+        return True
+
+    @staticmethod
+    def _probabilities(op: Op, value: Value) -> Mixture | None:
+        target = op.args["target"]
+        if not is_tensor(target) or not fake(target).is_floating_point():
+            return None
+        # One plain one-hot tensor is as good as indices.
+        plain = value.head.members or one_hot_target(target, value) is None or op.args["weight"] is not None
+        return mixture(target, value) if plain else None
+
+    def _add_nodes(self, node: Node, traces: list[Trace], record: Callable[[Builder], Proxy]) -> None:
+        builder = Builder(self.graph, node)
+        before = node.prev
+        result = builder.run(record, builder)
+        assert fake(result.node).shape == fake(node).shape, f"{node} was written out in another shape"
+        added: list[Node] = []
+        while before.next is not node:
+            before = before.next
+            added.append(before)
+        every = _distinct([part for trace in traces for part in trace.with_parts])
+        self.written_out.append(WrittenOut(node, result.node, every, added))
+        for n in added:
+            self._visit(n)
+        for trace in self.traces.values():
+            trace.escapes = [replace(e, node=node) if e.node in added else e for e in trace.escapes]
+
     # ---- several heads
 
     @staticmethod
@@ -396,15 +495,25 @@ class Interpreter:
         entries = [e for e in found if e is not None]
         if len(entries) != len(found):
             raise Refused("logits are put together with other tensors", "compute a loss of each")
-        lists = list(zip(*(e.values for e in entries), strict=False))
-        stacked = op.name == "stack"
-        if all(e.trace is entries[0].trace for e in entries):
-            self._set(node, entries[0].trace, self._all(lambda v: join(list(v), node, op.args, stacked), lists))
-            return
-        builder = Builder(self.graph, node)
-        values = self._all(lambda v: rows(builder, v, node, op.args["dim"], stacked), lists)
-        self.traces[node] = Trace(values[0], parts=_distinct([e.trace for e in entries]))
-        self._set(node, self.traces[node], values)
+        stacked, dim, traces = op.name == "stack", op.args["dim"], _distinct([e.trace for e in entries])
+
+        def together(values: tuple[Value, ...]) -> Value:
+            at = dim % (values[0].fake.dim() + stacked)
+            if not stacked and at == values[0].class_dim:
+                return concatenated(values, node, at)
+            if len(traces) == 1:
+                with contextlib.suppress(Refused):
+                    return join(values, node, at, stacked)
+            with contextlib.suppress(Refused):
+                return rows(Builder(self.graph, node), values, node, at, stacked)
+            return several_heads(values, node, at, stacked)
+
+        values = self._all(together, list(zip(*(e.values for e in entries), strict=False)))
+        trace = traces[0]
+        if values[0].head.node is node:
+            trace = self.traces[node] = Trace(values[0], parts=traces)
+            self.members[node] = entries
+        self._set(node, trace, values)
 
     def _edit(
         self, node: Node, op: Op, source: Node, entry: _Entry, values: list[Value], trace: Trace | None = None
@@ -511,8 +620,7 @@ def _gains_gradient(value: Value, node: Node) -> bool:
     made = example(node)
     if value.fake.requires_grad or not isinstance(made, Tensor) or not made.requires_grad:
         return False
-    others = [*(s.node for s in value.affine.shifts), *(f.node for f in value.affine.factors)]
-    return any(fake(n).requires_grad for n in [*value.head.operands(), *others])
+    return any(fake(n).requires_grad for n in value.operands())
 
 
 def _distinct(traces: list[Trace]) -> list[Trace]:
@@ -555,11 +663,6 @@ def descendants(node: Node) -> Iterator[Node]:
                 seen.add(user)
                 stack.append(user)
                 yield user
-
-
-def storages(node: Node) -> set[StorageWeakRef]:
-    value = example(node)
-    return {StorageWeakRef(value.untyped_storage())} if isinstance(value, Tensor) else set()
 
 
 def written_between(graph: Graph, operands: list[Node], start: Node, end: Node | None) -> Node | None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.multiprocessing.reductions import StorageWeakRef
+
+if TYPE_CHECKING:
+    from .one_hot import Mixture
 
 
 class Refused(Exception):
@@ -41,6 +45,12 @@ def fake(node: Node) -> Tensor:
     return value
 
 
+def storages(node: Node) -> set[StorageWeakRef]:
+    """The memory that a node's tensor lies in."""
+    value = example(node)
+    return {StorageWeakRef(value.untyped_storage())} if isinstance(value, Tensor) else set()
+
+
 @dataclass(frozen=True)
 class Head:
     """A linear map onto the vocabulary: logits = input @ weight.T + bias.
@@ -49,7 +59,9 @@ class Head:
     a kernel of one point. bias: a (V,)-like node or None. width_dim: the dimension of `input` that is contracted.
 
     Several heads may be one (`combine`): `node` is then where their logits were put together, `product_dtype` what each
-    was computed in, and `sum_of` the logits that it is the sum of, each with its factor.
+    was computed in, and `sum_of` the logits that it is the sum of, each with its factor. Or they are the `members` of a
+    tensor that is read by the statistics of each (`written_out`): concatenated over the classes, or, along dimension
+    `stacked_at`, put together by stack (`stacked`) or cat. The operands then mean nothing.
     """
 
     node: Node
@@ -60,6 +72,9 @@ class Head:
     width_dim: int = -1
     product_dtype: torch.dtype | None = None
     sum_of: tuple[tuple[float, Value], ...] = ()
+    members: tuple[Value, ...] = ()
+    stacked_at: int | None = None
+    stacked: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -198,9 +213,9 @@ class Value:
 
     class_dim: where the classes are. kind: which function of the logits `affine` describes (KINDS), times `factor`
     where it is not the logits themselves. picked: the class (the node of a tensor with one for each row) of the only
-    entry that is not 0, or None. columns, masks: of the vocabulary. terms: of the rows. rows: what happened to the
-    leading dimensions. order: the last node that changed which rows there are, or their order; None if none did.
-    rounded: cast to a dtype narrower than the head's.
+    entry that is not 0, or what it was multiplied with over all classes, or None. columns, masks: of the vocabulary.
+    terms: of the rows. rows: what happened to the leading dimensions. order: the last node that changed which rows
+    there are, or their order; None if none did. rounded: cast to a dtype narrower than the head's.
     """
 
     head: Head
@@ -212,12 +227,14 @@ class Value:
     columns: Columns = ()
     masks: tuple[Mask, ...] = ()
     terms: tuple[Term, ...] = ()
-    picked: Node | None = None
+    picked: Node | Mixture | None = None
     rounded: bool = False
     rows: tuple[tuple[Node, RowMap], ...] = ()
     order: Node | None = None
-    # How eager computed the values, for deferred logits: ops in order, and tensors they read besides the head's.
+    # How eager computed the values, for deferred logits: ops in order, and tensors they read besides the head's. The
+    # first `plain` of them gave logits still.
     steps: tuple[Step, ...] = field(default=(), compare=False)
+    plain: int = field(default=0, compare=False)
     extra: tuple[Node, ...] = ()
 
     @property
@@ -228,6 +245,11 @@ class Value:
     def vocab(self) -> Any:
         """How many classes are left of the head's, an int or a SymInt."""
         return self.fake.shape[self.class_dim]
+
+    def operands(self) -> list[Node]:
+        """The floating tensors that it is made of."""
+        affine = self.affine
+        return [*self.head.operands(), *(s.node for s in affine.shifts), *(f.node for f in affine.factors)]
 
     @property
     def lead_shape(self) -> tuple:
@@ -244,7 +266,9 @@ class Value:
         return replace(self, node=node, **changes)
 
     def then(self, node: Node, step: Step, **changes: Any) -> Value:
-        return replace(self, node=node, steps=(*self.steps, step), **changes)
+        steps = (*self.steps, step)
+        plain = len(steps) if changes.get("kind", self.kind) == "logits" else self.plain
+        return replace(self, node=node, steps=steps, plain=plain, **changes)
 
     def mapped(self, node: Node, row_map: RowMap, class_dim: int, order: Node | None = None) -> Value:
         """Rows rearranged; `order` is given where they are others now, or in another order."""

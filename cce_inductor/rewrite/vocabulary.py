@@ -18,7 +18,10 @@ from torch.fx import Node
 
 @dataclass(frozen=True)
 class Spelling:
-    """`parameters` in order, as in a signature: ``"input dim=None"``; a leading ``*`` collects the rest in a tuple."""
+    """`parameters` in order, as in a signature: ``"input dim=None"``; a leading ``*`` collects the rest in a tuple.
+
+    What stands behind that is given by keyword only.
+    """
 
     name: str
     parameters: str
@@ -29,13 +32,14 @@ class Spelling:
     def signature(self) -> inspect.Signature:
         kinds = inspect.Parameter
         parameters = []
+        kind: Any = kinds.POSITIONAL_OR_KEYWORD
         for text in self.parameters.split():
             name, _, default = text.partition("=")
             if name.startswith("*"):
                 parameters.append(kinds(name[1:], kinds.VAR_POSITIONAL))
+                kind = kinds.KEYWORD_ONLY
             else:
-                value = eval(default) if default else kinds.empty
-                parameters.append(kinds(name, kinds.POSITIONAL_OR_KEYWORD, default=value))
+                parameters.append(kinds(name, kind, default=eval(default) if default else kinds.empty))
         return inspect.Signature(parameters)
 
 
@@ -45,6 +49,7 @@ _CROSS_ENTROPY = (
 _NLL = "input target weight=None size_average=None ignore_index=-100 reduce=None reduction='mean'"
 _CAST_METHODS = ("to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda")
 _REDUCE = "input dim=None keepdim=False dtype=None"
+_FACTORY = "dtype=None layout=None device=None requires_grad=False memory_format=None pin_memory=False out=None"
 
 SPELLINGS = (
     # heads
@@ -144,6 +149,12 @@ SPELLINGS = (
     Spelling("gather", "input dim index sparse_grad=False", (torch.gather,), ("gather",)),
     Spelling("take_along_dim", "input indices dim=None", (torch.take_along_dim,), ("take_along_dim",)),
     Spelling("one_hot", "input num_classes=-1", (F.one_hot, torch._C._nn.one_hot)),
+    Spelling("scatter", "input dim index src=None value=None reduce=None", (torch.scatter,), ("scatter",)),
+    Spelling("full", f"size fill_value {_FACTORY}", (torch.full,)),
+    Spelling("full", f"input fill_value {_FACTORY}", (torch.full_like,)),
+    Spelling("full", f"input size fill_value {_FACTORY}", (), ("new_full",)),
+    Spelling("zeros", f"*size {_FACTORY}", (torch.zeros,)),
+    Spelling("zeros", f"input *size {_FACTORY}", (torch.zeros_like,), ("new_zeros",)),
     Spelling("cross_entropy", _CROSS_ENTROPY, (F.cross_entropy,)),
     Spelling("nll_loss", _NLL, (F.nll_loss,)),
 )

@@ -15,11 +15,11 @@ from capture import graphs_of
 from test_refusals import REFUSED
 
 from cce_inductor import config
-from cce_inductor.rewrite import combine, heads, pointwise, readings, rows, trace
+from cce_inductor.rewrite import combine, heads, pointwise, readings, rows, trace, written_out
 from cce_inductor.rewrite.rewrite import rewrite
 
 B, S, D, V = 2, 6, 8, 40
-MODULES = (heads, rows, combine, pointwise, readings, trace)
+MODULES = (heads, rows, combine, pointwise, readings, written_out, trace)
 
 
 def is_guard(node: ast.AST) -> bool:
@@ -88,8 +88,23 @@ HEADS = {
     "rounded, then added": lambda h, w, b, t: ce(F.linear(h, w).bfloat16() + F.linear(h, w.tanh()).bfloat16(), t),
     "expanded by a sum": lambda h, w, b, t: ce(F.linear(h, w) + F.linear(h[:1], w.tanh()), t),
     "a sum of two dtypes": lambda h, w, b, t: ce(F.linear(h, w) + F.linear(h.bfloat16(), w.tanh().bfloat16()), t),
-    "vocabularies of one weight": lambda h, w, b, t: ce(torch.cat([F.linear(h, w), F.linear(h * 2, w)], -1), t),
-    "rows of two weights": lambda h, w, b, t: ce(torch.cat([F.linear(h[:, :3], w), F.linear(h[:, 3:], w * 2)], 1), t),
+    "vocabularies of two dtypes": lambda h, w, b, t: ce(
+        torch.cat([F.linear(h, w), F.linear(h.bfloat16(), w.bfloat16())], -1), t
+    ),
+    "two heads, one without gradient": lambda h, w, b, t: ce(
+        torch.stack([F.linear(h, w), F.linear(h, w * 2).detach()]), torch.stack([t, t])
+    ),
+    "masked vocabularies": lambda h, w, b, t: ce(two(h, w).masked_fill(torch.arange(2 * V) > 70, -torch.inf), t),
+    "argmax over two vocabularies": lambda h, w, b, t: ce(z := two(h, w), t) + (z.argmax(-1) * t).float().mean(),
+    "weighted smoothing over two vocabularies": lambda h, w, b, t: ce(
+        two(h, w), t, weight=torch.cat([b, b]).detach(), label_smoothing=0.1
+    ),
+    "heads expanded": lambda h, w, b, t: ce(
+        torch.stack([F.linear(h, w), F.linear(h, w * 2)])[None].expand(2, 2, B, S, V), t.expand(2, 2, B, S)
+    ),
+    "no head of two": lambda h, w, b, t: ce(torch.stack([F.linear(h, w), F.linear(h, w * 2)])[:0], t.expand(0, B, S)),
+    "edited after it was put together": lambda h, w, b, t: edited_member(h, w, t),
+    "zeros like two vocabularies": lambda h, w, b, t: ce(z := two(h, w), t) + (torch.zeros_like(z) + t[0, 0]).mean(),
     "addmm of a matrix": lambda h, w, b, t: ce(torch.addmm(b.expand(B * S, V) * 1, h.view(-1, D), w.t()), t),
     "baddbmm of a batch": lambda h, w, b, t: ce(torch.baddbmm(b, h, torch.stack([w.t(), w.t()])), t),
     "einsum of three": lambda h, w, b, t: ce(torch.einsum("bsd,vd,v->bsv", h, w, b), t),
@@ -130,8 +145,6 @@ ROWS = {
     "indices apart": lambda z, t: ce(z[torch.tensor([0, 1]), None, torch.tensor([0, 2])], t[:, :1]),
     "a list": lambda z, t: ce(z[[1, 0]], t),
     "the classes split": lambda z, t: ce(z.chunk(2, -1)[0], t % 20),
-    "vocabularies put together": lambda z, t: ce(torch.cat([z, z], -1), t),
-    "rows of different scales": lambda z, t: ce(torch.cat([z[:, :3], 2 * z[:, 3:]], 1), t),
     "broadcast to more rows": lambda z, t: ce(
         torch.broadcast_tensors(torch.zeros(3, B, S, V), z)[1], t.expand(3, B, S)
     ),
@@ -149,6 +162,11 @@ ENTRIES = {
     "a tensor behind a softcap": lambda z, t: ce(torch.tanh(z) * torch.tensor(3.0), t),
     "a float64 tensor": lambda z, t: ce(z * torch.tensor(3.0, dtype=torch.float64), t),
     "a float64 vector": lambda z, t: ce(z * torch.ones(1, dtype=torch.float64), t),
+    "a mixture and class weights": lambda z, t: (
+        ce(z, mixed(t, V).view(-1, V).unbind(1)[0].long())
+        + F.cross_entropy(z.view(-1, V), mixed(t, V).view(-1, V), weight=torch.rand(V))
+    ),
+    "a product with a mixture, transposed": lambda z, t: ce(z, t) - (z.log_softmax(-1) * mixed(t, V)).mT.sum(1).mean(),
     "two one-hot masks": lambda z, t: (z.log_softmax(-1) * F.one_hot(t, V) * F.one_hot(t, V)).sum(-1).mean(),
     "a divisor": lambda z, t: ce(1.0 / z, t),
     "divided with rounding": lambda z, t: ce(torch.div(z, 2.0, rounding_mode="floor"), t),
@@ -219,6 +237,21 @@ STATISTICS = {
 }
 
 
+def two(h, w):
+    return torch.cat([F.linear(h, w), F.linear(h, w * 2)], -1)
+
+
+def mixed(t, classes):
+    return 0.4 * F.one_hot(t, classes) + 0.6 * F.one_hot(t.flip(0), classes)
+
+
+def edited_member(h, w, t):
+    a = F.linear(h, w)
+    z = torch.cat([a, F.linear(h, w * 2)], -1)
+    a.mul_(2)
+    return ce(z, t)
+
+
 def edited_without_gradient(z, t):
     with torch.no_grad():
         z.mul_(2)
@@ -234,6 +267,14 @@ DYNAMIC = {
     "divided by a symbolic size": lambda z, t: ce(z / t.shape[1], t),
     "a symbolic class is ignored": lambda z, t: ce(z, t, ignore_index=t.shape[1]),
     "symbolic columns set": lambda z, t: (z.__setitem__((..., slice(t.shape[1])), -1.0), ce(z, t))[1],
+    "a smoothed mixture over symbolic classes": lambda z, t: F.cross_entropy(
+        z.mT.mT.flatten(0, 1), mixed(t, V).flatten(0, 1), label_smoothing=0.1
+    ),
+    "a one-hot tensor in another shape, of symbolic size": lambda z, t: (
+        ce(z, t) - (z.log_softmax(-1) * F.one_hot(t.flatten(), V).view(z.shape)).sum(-1).mean()
+    ),
+    "two symbolic vocabularies": lambda z, t: ce(torch.cat([z, z * 2], -1), t),
+    "two heads of symbolic sizes": lambda z, t: ce(torch.stack([z, z * 2]), torch.stack([t, t])),
     "addmm with a symbolic alpha": lambda z, t: ce(
         torch.addmm(torch.zeros(V), z.flatten(0, 1), torch.eye(V), alpha=t.shape[1]), t
     ),

@@ -75,6 +75,45 @@ FOUND = {
         "r0 = F.cross_entropy(z.view(-1, z.shape[-1]), s.view(-1), ignore_index=1)",
         "r1 = z.log_softmax(-1).gather(-1, s.unsqueeze(-1)).squeeze(-1)",
     ),
+    "logits with columns filled in place, returned": (
+        "z = F.linear(h, w)",
+        "z[..., 3:] = -1e4",
+        "r0 = F.cross_entropy(z.view(-1, z.shape[-1]), t.view(-1))",
+        "r1 = z.clone()",
+    ),
+    "log-probabilities over two vocabularies, returned": (
+        "z = torch.cat([F.linear(h, w), F.linear(h, few)], dim=-1)",
+        "r0 = z.log_softmax(2)",
+        "r1 = -z.log_softmax(-1).gather(-1, t.clamp(min=0)[..., None]).mean()",
+    ),
+    "negated log-probabilities over two vocabularies": (
+        "z = torch.cat([F.linear(h, w), F.linear(h, few)], dim=-1)",
+        "p = -F.log_softmax(z, dim=-1)",
+        "r0 = p.gather(-1, t.clamp(min=0)[..., None]).mean() + p.sum(-1).mean()",
+    ),
+    "one of two heads, detached": (
+        "z = torch.stack([F.linear(h, w), F.linear(h, w2)]).detach()[0]",
+        "r0 = F.cross_entropy(z.view(-1, z.shape[-1]), t.view(-1))",
+    ),
+    "a one-hot tensor written into": (
+        "z = F.linear(h, w)",
+        "q = F.one_hot(t.clamp(min=0), z.shape[-1]).to(z.dtype)",
+        "q[..., 1:3] = 0.25",
+        "r0 = -(z.log_softmax(-1) * q).sum(-1).mean()",
+    ),
+    "targets written into after they were made one-hot": (
+        "z = F.linear(h, w)",
+        "s = t.clamp(min=0)",
+        "q = F.one_hot(s, z.shape[-1]).to(z.dtype)",
+        "s.zero_()",
+        "r0 = -(z.log_softmax(-1) * q).sum(-1).mean()",
+    ),
+    "a mixture of a narrower dtype": (
+        "z = F.linear(h, w)",
+        "s = t.clamp(min=0)",
+        "q = 0.6 * F.one_hot(s, z.shape[-1]) + 0.4 * F.one_hot(s.flip(0), z.shape[-1])",
+        "r0 = -(z.log_softmax(-1) * q).sum(-1).mean()",
+    ),
     "targets made after the first loss": (
         "z = F.linear(h, w)",
         "r0 = F.cross_entropy(z.view(-1, z.shape[-1]), t.view(-1), reduction='sum')",

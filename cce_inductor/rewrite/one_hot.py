@@ -1,0 +1,215 @@
+"""One-hot tensors over the classes, and mixtures of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from . import vocabulary
+from .heads import same
+from .values import Factor, Value, example, fake, storages
+
+
+def is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def is_tensor(x: Any) -> bool:
+    return isinstance(x, Node) and isinstance(example(x), Tensor)
+
+
+def is_row_vector(node: Node, value: Value) -> bool:
+    """Whether a tensor holds one number for each row of `value`, in its shape but for a single class."""
+    shape = list(value.fake.shape)
+    shape[value.class_dim] = 1
+    given = fake(node).shape
+    # One class of a single row could as well be a bias: it does not matter, both are constants.
+    return len(given) == len(shape) and all(same(a, b) for a, b in zip(given, shape, strict=True))
+
+
+def same_rows(node: Any, value: Value) -> bool:
+    """Whether a tensor has one element for each row of `value`, in its leading shape."""
+    if not is_tensor(node) or fake(node).dim() != len(value.lead_shape):
+        return False
+    return all(same(a, b) for a, b in zip(fake(node).shape, value.lead_shape, strict=True))
+
+
+def written_after(node: Node) -> bool:
+    """Whether something is written into a tensor, or into what it was made from, after it was made."""
+    memory = set().union(storages(node), *(storages(n) for n in node.all_input_nodes))
+    later = node.next
+    while later.op != "root":
+        target = vocabulary.mutated(later)
+        if target is not None and storages(target) & memory:
+            return True
+        later = later.next
+    return False
+
+
+def one_hot_target(node: Node, value: Value) -> Node | None:
+    """The class indices of a one-hot tensor of the logits' shape with the classes last, cast or not; else None."""
+    seen = node
+    while True:
+        op = vocabulary.read(seen)
+        if op is None or op.inplace or op.name not in ("cast", "one_hot", "copy") or written_after(seen):
+            return None
+        if op.name == "one_hot":
+            break
+        seen = op.args["input"]
+    target = op.args["input"]
+    rank = value.fake.dim()
+    if fake(seen).shape != value.fake.shape or value.class_dim != rank - 1 or not same_rows(target, value):
+        return None
+    return target
+
+
+# ---- mixtures
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A tensor of the logits' shape: a constant, and a sum of one-hot tensors.
+
+    terms: for each of them a number, the tensors that it is multiplied with or divided by (of one element, or of one
+    for each row), and the class indices, in any shape. source: the logits that it was multiplied with, if it was.
+    """
+
+    terms: tuple[tuple[float, tuple[Factor, ...], Node], ...]
+    constant: float
+    source: Value | None = None
+
+    def times(self, number: float) -> Mixture:
+        terms = tuple((factor * number, weights, target) for factor, weights, target in self.terms)
+        return replace(self, terms=terms, constant=self.constant * number)
+
+    def plus(self, number: float) -> Mixture:
+        return replace(self, constant=self.constant + number)
+
+
+def mixture(node: Any, value: Value) -> Mixture | None:
+    """What a tensor is a mixture of, or None: with the logits' shape, and the classes last as in `value`."""
+    if not is_tensor(node) or not _same_shape(node, value) or value.class_dim != value.fake.dim() - 1:
+        return None
+    found = _mixed(node, value)
+    if found is None or not found.terms or not all(_as_many(target, value) for _, _, target in found.terms):
+        return None
+    return found
+
+
+def _same_shape(node: Node, value: Value) -> bool:
+    given, shape = fake(node).shape, value.fake.shape
+    return len(given) == len(shape) and all(same(a, b) for a, b in zip(given, shape, strict=True))
+
+
+def _as_many(target: Node, value: Value) -> bool:
+    rows: Any = 1
+    for size in value.lead_shape:
+        rows = rows * size
+    return same(fake(target).numel(), rows)
+
+
+def _mixed(node: Any, value: Value) -> Mixture | None:
+    if is_number(node):
+        return Mixture((), float(node))
+    op = vocabulary.read(node) if is_tensor(node) else None
+    if op is not None and op.name == "one_hot" and same(fake(node).shape[-1], value.vocab) and not written_after(node):
+        return Mixture(((1.0, (), op.args["input"]),), 0.0)
+    rule = _MIXED.get(op.name) if op is not None else None
+    if op is None or rule is None or (op.inplace and op.name != "scatter") or written_after(node):
+        return None
+    made = fake(node).dtype
+    if made.is_floating_point and torch.finfo(made).eps > torch.finfo(value.head.dtype).eps:
+        return None  # its numbers are rounded
+    return rule(op.args, value)
+
+
+def _same(args: dict[str, Any], value: Value) -> Mixture | None:
+    source = args["input"]
+    return None if is_tensor(source) and fake(source).dtype == torch.bool else _mixed(source, value)
+
+
+def _viewed(args: dict[str, Any], value: Value) -> Mixture | None:
+    """One-hot tensors of the logits' rows in another shape: as many classes, and so as many rows, in order."""
+    found = _mixed(args["input"], value)
+    if found is None or not found.terms or any(w for _, w, _ in found.terms):
+        return None
+    return found if same(fake(args["input"]).shape[-1], value.vocab) else None
+
+
+def _negative(args: dict[str, Any], value: Value) -> Mixture | None:
+    found = _mixed(args["input"], value)
+    return None if found is None else found.times(-1.0)
+
+
+def _sum(args: dict[str, Any], value: Value, sign: float = 1.0) -> Mixture | None:
+    a, b, alpha = _mixed(args["input"], value), _mixed(args["other"], value), args["alpha"]
+    if a is None or b is None or not is_number(alpha):
+        return None
+    b = b.times(sign * alpha)
+    return Mixture((*a.terms, *b.terms), a.constant + b.constant)
+
+
+def _difference(args: dict[str, Any], value: Value) -> Mixture | None:
+    return _sum(args, value, -1.0)
+
+
+def _scaled(args: dict[str, Any], value: Value, divides: bool = False) -> Mixture | None:
+    """A mixture times something else: a number, or a tensor that is the same for all classes."""
+    a, b = args["input"], args["other"]
+    if not divides and (is_number(a) or _mixed(a, value) is None):
+        a, b = b, a
+    found = _mixed(a, value)
+    if found is None:
+        return None
+    if is_number(b):
+        return found.times(1.0 / b if divides else b) if b or not divides else None
+    fits = is_tensor(b) and fake(b).is_floating_point() and (fake(b).numel() == 1 or is_row_vector(b, value))
+    if not fits or found.constant:
+        return None
+    return Mixture(tuple((f, (*w, Factor(b, divides)), t) for f, w, t in found.terms), 0.0)
+
+
+def _quotient(args: dict[str, Any], value: Value) -> Mixture | None:
+    return _scaled(args, value, divides=True) if args["rounding_mode"] is None else None
+
+
+def _scattered(args: dict[str, Any], value: Value) -> Mixture | None:
+    """A number put in the place of a constant, at one class of each row."""
+    base, index, dim = args["input"], args["index"], args["dim"]
+    number = args["src"] if args["value"] is None else args["value"]
+    constant = _constant(base) if args["reduce"] is None else None
+    if constant is None or not is_number(number) or not is_row_vector(index, value):
+        return None
+    if not isinstance(dim, int) or dim % value.fake.dim() != value.class_dim or fake(index).dtype != torch.int64:
+        return None
+    return Mixture(((number - constant, (), index),), constant)
+
+
+def _constant(node: Any) -> float | None:
+    """The number that a tensor is full of, made for what reads it only: an edit in place shows nowhere else."""
+    op = vocabulary.read(node) if is_tensor(node) and len(node.users) == 1 else None
+    if op is None or op.name not in ("full", "zeros") or not fake(node).is_floating_point():
+        return None
+    number = op.args.get("fill_value", 0.0)
+    return float(number) if is_number(number) else None
+
+
+_MIXED: dict[str, Callable[[dict[str, Any], Value], Mixture | None]] = {
+    "cast": _same,
+    "copy": _same,
+    "detach": _same,
+    "view": _viewed,
+    "reshape": _viewed,
+    "flatten": _viewed,
+    "neg": _negative,
+    "add": _sum,
+    "sub": _difference,
+    "mul": _scaled,
+    "div": _quotient,
+    "scatter": _scattered,
+}
