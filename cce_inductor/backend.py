@@ -94,6 +94,13 @@ def _settle(
     return entry, result
 
 
+def _settle_statistic(entry: elsewhere.Entry, settings: Settings) -> Rewritten:
+    """Rewrites the graph of one statistic: no loss, so the record and ``strict`` have nothing to say about it."""
+    result = rewrite(entry.graph_module, settings, version.source_hash(), statistics=True)
+    counters[COUNTERS]["statistics"] += entry.accepts(result)
+    return result
+
+
 def _left(site: Site) -> Site:
     """The record of a loss in a form of its graph that was not taken."""
     if not site.fused:
@@ -122,8 +129,12 @@ def _with_deferred(compiled: Callable, result: Rewritten, settings: Settings) ->
     """Wraps a compiled function whose graph gives hidden states where the user's graph gave logits."""
     deferrals, n = result.deferrals, result.user_outputs
     positions = {deferral.position for deferral in deferrals}
-    # A loss called eagerly runs the operators' eager implementation.
-    fuse = elsewhere.EagerLosses(lambda entry: _settle([entry], settings, None)[1])
+    # What is called eagerly runs the operators' eager implementation.
+    fuse = elsewhere.EagerCalls(
+        lambda entry: _settle([entry], settings, None)[1],
+        lambda entry: _settle_statistic(entry, settings),
+        settings.workspace_bytes,
+    )
 
     def run(*args: Any) -> tuple:
         everything = iter(compiled(*args))

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -75,8 +76,8 @@ def defer(
     head's weight.  It runs outside autocast and outside Dynamo: once for the value, and once more inside the backward
     if a gradient reaches the logits.  ``requires_grad`` says whether eager's logits would have required grad.
 
-    ``fuse`` is asked for the result when a loss of ``_LOSSES`` is called on the pending logits, or on a pending tensor
-    made from them; where it gives ``NotImplemented`` the loss reads the logits.
+    ``fuse`` is asked for the result when a function of ``LOSSES`` or ``STATISTICS`` is called on the pending logits, or
+    on a pending tensor made from them; where it gives ``NotImplemented`` the call reads the logits.
 
     The operands are referred to, not copied.  A read after they have changed raises
     :class:`DeferredLogitsError`; see :class:`_Operand` for what is recognised and what cannot be.
@@ -415,6 +416,13 @@ class DeferredLogits(torch.Tensor):
         self._value.get()
         return aten.view(self, self.shape)
 
+    def bytes_to_read(self) -> int:
+        """How large the head's logits are, which a read of these pending ones computes; 0 once they are computed."""
+        origin = self._value.origin
+        return (
+            0 if origin is None or origin.head.shape is None else origin.head.shape.numel() * origin.head.dtype.itemsize
+        )
+
     # ---- computing something else from what these are computed from
 
     def recipe(self) -> Recipe | None:
@@ -512,7 +520,7 @@ class DeferredLogits(torch.Tensor):
         kwargs = kwargs or {}
         if not all(issubclass(cls, kind) for kind in types):
             return NotImplemented
-        if func in _LOSSES:
+        if func in _FUSED:
             out = _fused(func, args, kwargs)
             if out is not NotImplemented:
                 return out
@@ -602,10 +610,18 @@ for _name in _THROUGH_VALUE:
     setattr(DeferredLogits, _name, _through_value(_name))
 
 
-# ------------------------------------------------------------------------------------------ losses on pending logits
+# --------------------------------------------------------------------------- losses and statistics of pending logits
 
 # Functions of torch that may be computed without the logits, above autograd, where the operands can be reached.
-_LOSSES = frozenset((F.cross_entropy, F.nll_loss))
+LOSSES = frozenset((F.cross_entropy, F.nll_loss))
+STATISTICS = frozenset(
+    (
+        *(torch.logsumexp, torch.special.logsumexp, Tensor.logsumexp),
+        *(torch.gather, Tensor.gather, torch.take_along_dim, Tensor.take_along_dim),
+        *(torch.argmax, Tensor.argmax, torch.max, Tensor.max, torch.amax, Tensor.amax),
+    )
+)
+_FUSED = LOSSES | STATISTICS
 # What waits for a gradient that would go around the logits then: hooks, also on the node of the autograd graph.
 _WATCHING = frozenset((Tensor.register_hook, Tensor.retain_grad, Tensor.grad_fn.__get__))  # type: ignore[attr-defined]
 
@@ -695,6 +711,19 @@ def _split(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[st
     return parts
 
 
+def _unbound(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    if self.is_materialized:
+        return NotImplemented
+    dim = args[0] if args else kwargs.get("dim", 0)
+    return [_viewed(self, aten.select.int, (dim, i), {}) for i in range(self.size(dim))]
+
+
+def _scaled(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    if type(args[0]) not in (int, float) or not math.isfinite(args[0]) or args[0] == 0:
+        return NotImplemented
+    return _copied(self, func, args, kwargs)
+
+
 def _copied(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if self.is_materialized or kwargs.get("pin_memory") or kwargs.get("layout") not in (None, torch.strided):
         return NotImplemented
@@ -720,6 +749,8 @@ _LAZY: dict[Any, _Rule] = {
     aten.clone.default: _copied,
     aten._to_copy.default: _copied,
     aten._log_softmax.default: _copied,
+    aten.mul.Tensor: _scaled,
+    aten.div.Tensor: _scaled,
     aten.view.default: _viewed,
     aten._unsafe_view.default: _viewed,
     aten.slice.Tensor: _viewed,
@@ -731,6 +762,7 @@ _LAZY: dict[Any, _Rule] = {
     aten.permute.default: _viewed,
     aten.split.Tensor: _split,
     aten.split_with_sizes.default: _split,
+    aten.unbind.int: _unbound,
     aten.empty_like.default: _from_shape,
     aten.zeros_like.default: _from_shape,
     aten.ones_like.default: _from_shape,

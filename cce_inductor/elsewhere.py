@@ -5,15 +5,20 @@ The model was compiled without its loss, or the graph broke between the two.  Wh
 into the graph of the loss, and the pass does the rest as if it had always been there:
 
 * a compiled graph that is given pending logits: the backend asks for its :func:`entries`;
-* a loss that is called eagerly on pending logits: :class:`EagerLosses` makes a graph of that one call.
+* a loss that is called eagerly on pending logits: :class:`EagerCalls` makes a graph of that one call.
 
 Where the pass does not fuse such a loss, the logits are read: they are computed once, and remembered.
+
+A statistic of the rows that is asked for eagerly (a log-sum-exp, the entry of one class, the largest one) is served as
+a loss is, where the logits are larger than the workspace. Each costs a product with the weight of its own, so several
+of them take longer than one read would, which is what they save the memory of.
 """
 
 import logging
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,7 +29,7 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import compat
-from .deferred import DeferredLogits, Recipe
+from .deferred import STATISTICS, DeferredLogits, Recipe
 from .rewrite import vocabulary
 from .rewrite.builder import Builder
 from .rewrite.defer import RECORDED, Logits
@@ -61,6 +66,8 @@ _WRITTEN: dict[Any, Callable[..., Any]] = {
     aten.detach.default: lambda z: z.detach(),
     aten.clone.default: lambda z, memory_format=None: z.clone(),
     aten._to_copy.default: _cast,
+    aten.mul.Tensor: lambda z, other: z * other,
+    aten.div.Tensor: lambda z, other: z / other,
     aten._log_softmax.default: lambda z, dim, half_to_float: z.log_softmax(
         dim, **({"dtype": torch.float32} if half_to_float else {})
     ),
@@ -151,8 +158,12 @@ def reading(compiled: Callable) -> Callable:
     return run
 
 
-def _usable(logits: DeferredLogits) -> Recipe | None:
+def _usable(logits: DeferredLogits, grad: bool = True) -> Recipe | None:
+    """The recipe of pending logits that can be put into a graph. grad: whether gradients are recorded there."""
     recipe = logits.recipe()
+    if recipe is not None and not grad:
+        # A view that was made under no_grad says that it requires grad, and leads nowhere.
+        recipe = replace(recipe, needs=(False,) * len(recipe.needs), connected=True)
     return recipe if recipe is not None and recipe.connected and isinstance(recipe.compute, Logits) else None
 
 
@@ -268,23 +279,28 @@ def _plain(fake: DeferredLogits) -> Tensor:
     return plain.requires_grad_(fake.requires_grad)
 
 
-# ------------------------------------------------------------------------------------------------------ eager losses
+# ----------------------------------------------------------------------------------------- eager losses and statistics
 
 
 @dataclass
-class EagerLosses:
-    """Computes losses that are called eagerly on pending logits, with the eager implementation of the operators.
+class EagerCalls:
+    """Computes what is called eagerly on pending logits, with the eager implementation of the operators.
 
-    settle: rewrites the graph of one call by the settings of the compilation that deferred the logits, and keeps the
-    record. What came out is kept for the next call of the same kind: a function, or None where the loss is not fused.
+    loss, statistic: they rewrite the graph of one call by the settings of the compilation that deferred the logits;
+    the former keeps the record. What came out is kept for the next call of the same kind: a function, or None where
+    the call is not fused. workspace: up to so many bytes, logits are read for a statistic, and then serve the next.
     """
 
-    settle: Callable[[Entry], Rewritten]
+    loss: Callable[[Entry], Rewritten]
+    statistic: Callable[[Entry], Rewritten]
+    workspace: int
     known: OrderedDict[Any, Callable | None] = field(default_factory=OrderedDict)
     capacity: int = 256  # of shapes, as a rule
 
-    def __call__(self, logits: DeferredLogits, loss: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        recipe = _usable(logits)
+    def __call__(self, logits: DeferredLogits, call: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if call in STATISTICS and logits.bytes_to_read() <= self.workspace:
+            return NotImplemented
+        recipe = _usable(logits, torch.is_grad_enabled())
         others = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x is not logits]
         if recipe is None or any(type(t) not in (Tensor, torch.nn.Parameter) for t in others):
             return NotImplemented
@@ -293,7 +309,7 @@ class EagerLosses:
             return NotImplemented
         device = logits.device.type
         key = (
-            loss,
+            call,
             recipe,
             _described(logits),
             tuple(_described(t) for t in operands),
@@ -306,26 +322,26 @@ class EagerLosses:
         )
         try:
             hash(key)
-        except TypeError:  # an argument without a hash: nothing that a fused loss takes
+        except TypeError:  # an argument without a hash: nothing that a fused call takes
             return NotImplemented
         if key not in self.known:
-            self.known[key] = self._make(recipe, logits, operands, loss, args, kwargs)
+            self.known[key] = self._make(recipe, logits, operands, call, args, kwargs)
             if len(self.known) > self.capacity:
                 self.known.popitem(last=False)
         self.known.move_to_end(key)
         compute = self.known[key]
         if compute is None:
             return NotImplemented
-        return compute(*operands, *others)[0]
+        return compute(*operands, *others)
 
     def _make(
-        self, recipe: Recipe, logits: DeferredLogits, operands: Sequence[Tensor], loss: Callable, args: Any, kwargs: Any
+        self, recipe: Recipe, logits: DeferredLogits, operands: Sequence[Tensor], call: Callable, args: Any, kwargs: Any
     ) -> Callable | None:
         """The rewritten graph of one call, as a function of the operands and the call's other tensors."""
         mode = FakeTensorMode()
         grad = torch.is_grad_enabled()
         try:
-            gm, entry_inputs = _call_graph(mode, logits, loss, args, kwargs)
+            gm, entry_inputs = _call_graph(mode, logits, call, args, kwargs)
         except Exception:  # what is wrong with the call is for the call to say
             return None
         fakes = [
@@ -335,8 +351,15 @@ class EagerLosses:
         entry = _inlined(gm, entry_inputs, {0: logits}, {0: (recipe, fakes)})
         if entry is None:
             return None
-        result = self.settle(entry)
-        return result.graph_module.forward if entry.accepts(result) else None
+        result = (self.statistic if call in STATISTICS else self.loss)(entry)
+        return _in_form(result.graph_module.forward, call) if entry.accepts(result) else None
+
+
+def _in_form(compute: Callable[..., tuple], call: Callable) -> Callable:
+    """`compute`, whose results are those of a graph, as `call` gives them."""
+    if call in (torch.max, Tensor.max):
+        return lambda *given: torch.return_types.max(compute(*given))
+    return lambda *given: compute(*given)[0]
 
 
 def _described(tensor: Tensor) -> tuple:
@@ -344,9 +367,9 @@ def _described(tensor: Tensor) -> tuple:
 
 
 def _call_graph(
-    mode: FakeTensorMode, logits: DeferredLogits, loss: Callable, args: tuple, kwargs: dict[str, Any]
+    mode: FakeTensorMode, logits: DeferredLogits, call: Callable, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[GraphModule, list[Any]]:
-    """``loss(*args, **kwargs)`` as a graph of its tensors, the logits first."""
+    """``call(*args, **kwargs)`` as a graph of its tensors, the logits first."""
     graph = Graph()
     inputs: list[Any] = []
 
@@ -368,10 +391,18 @@ def _call_graph(
         return placeholder(f"given_{len(inputs)}", mode.from_tensor(x, static_shapes=True))
 
     new_args, new_kwargs = tree_map(node_of, (args, kwargs))
-    node = graph.call_function(loss, new_args, new_kwargs)
+    if getattr(Tensor, call.__name__, None) is call:
+        node = graph.call_method(call.__name__, new_args, new_kwargs)
+    else:
+        node = graph.call_function(call, new_args, new_kwargs)
     fake_args, fake_kwargs = torch.fx.node.map_arg((new_args, new_kwargs), lambda n: n.meta["example_value"])
     with mode:
-        node.meta["example_value"] = loss(*fake_args, **fake_kwargs)
+        made = node.meta["example_value"] = call(*fake_args, **fake_kwargs)
     node.meta["stack_trace"] = compat.python_stack()
-    graph.output((node,))
+    results = [node]
+    if not isinstance(made, Tensor):
+        results = [graph.call_function(operator.getitem, (node, i)) for i in range(len(made))]
+        for result, part in zip(results, made, strict=True):
+            result.meta["example_value"] = part
+    graph.output(tuple(results))
     return GraphModule(torch.nn.Module(), graph), inputs

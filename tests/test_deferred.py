@@ -174,6 +174,10 @@ LAZY: dict[str, Callable[[Any], Any]] = {
     "split": lambda x: x.split(2, dim=1)[1],
     "split_with_sizes": lambda x: x.split([1, 2], dim=1)[1],
     "chunk": lambda x: x.chunk(2, -1)[1],
+    "unbind": lambda x: x.unbind(1)[1],
+    "unbind_rows": lambda x: torch.unbind(x)[-1],
+    "mul": lambda x: 2 * x,
+    "div": lambda x: x / 0.7,
     "view_of_view": lambda x: x.mT[:, 2:5].mT[0],
 }
 
@@ -294,7 +298,6 @@ READS: dict[str, Callable[[Any], Any]] = {
     "index": lambda x: x[:, torch.tensor([0, 2])],
     "mask": lambda x: x[x.detach() > 0],
     "iterate": lambda x: [row.sum() for row in x],
-    "unbind": lambda x: x.unbind(1),
     "cat": lambda x: torch.cat([x, x], 1),
     "arithmetic": lambda x: 2 * x + x.exp(),
     "softmax": lambda x: x.softmax(-1),

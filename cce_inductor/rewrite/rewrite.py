@@ -44,13 +44,16 @@ class Rewritten:
         return sum(s.fused for s in self.sites)
 
 
-def rewrite(gm: GraphModule, settings: Settings, version: str, choose: Chooser | None = None) -> Rewritten:
+def rewrite(
+    gm: GraphModule, settings: Settings, version: str, choose: Chooser | None = None, statistics: bool = False
+) -> Rewritten:
     """Fuses every loss that can be; never raises for a graph it cannot take, and never changes `gm` itself.
 
     `choose` is asked for the kernel of each head, and may refuse it; without one, the operators run as they are.
+    statistics: whether to serve any statistic of the rows, also where the graph has no loss.
     """
     try:
-        return _rewrite(gm, settings, version, choose)
+        return _rewrite(gm, settings, version, choose, statistics)
     except Exception as error:
         # A fault of ours must not cost the user the compilation: the graph stays as it was, and the record says why.
         log.exception("cce_inductor could not rewrite a graph and left it as it was")
@@ -93,12 +96,12 @@ def copy_graph(gm: GraphModule) -> GraphModule:
     return copy
 
 
-def _rewrite(gm: GraphModule, settings: Settings, version: str, choose: Chooser | None) -> Rewritten:
+def _rewrite(gm: GraphModule, settings: Settings, version: str, choose: Chooser | None, statistics: bool) -> Rewritten:
     """The pass over a graph, and over the regions in it that are checkpointed."""
     # A region is run again for the backward, by PyTorch: what is formed in its forward only must not leave it.
     inside = replace(settings, gradients_in_forward=False, diagnostics=False, defer_logits=False)
-    regions = {name: _rewrite(region, inside, version, choose) for name, region in _checkpointed(gm)}
-    result = _rewrite_graph(gm, settings, version, choose)
+    regions = {name: _rewrite(region, inside, version, choose, statistics) for name, region in _checkpointed(gm)}
+    result = _rewrite_graph(gm, settings, version, choose, statistics)
     sites = [site for region in regions.values() for site in region.sites]
     result.sites[:0] = sites
     if any(site.fused for site in sites):
@@ -121,12 +124,14 @@ def _checkpointed(gm: GraphModule) -> list[tuple[str, GraphModule]]:
     return list(found.items())
 
 
-def _rewrite_graph(gm: GraphModule, settings: Settings, version: str, choose: Chooser | None) -> Rewritten:
+def _rewrite_graph(
+    gm: GraphModule, settings: Settings, version: str, choose: Chooser | None, statistics: bool
+) -> Rewritten:
     copy = copy_graph(gm)
     graph = copy.graph
     interpreter = Interpreter(graph)
     interpreter.run()
-    findings = interpreter.findings()
+    findings = interpreter.findings(statistics)
     if not findings:
         return Rewritten(gm, [])
     if again := differentiated_again(gm):

@@ -49,8 +49,9 @@ class Trace:
 
     @property
     def head(self) -> Head:
-        """As its losses read it."""
-        return self.sites[0].value.head if self.sites else self.first.head
+        """As its losses read it, or else its statistics."""
+        read = self.sites or self.readings
+        return read[0].value.head if read else self.first.head
 
     @property
     def heads(self) -> list[Head]:
@@ -181,12 +182,15 @@ class Interpreter:
                         trace.escapes.append(refusal)
                         settled = False
 
-    def findings(self) -> list[Finding]:
-        """Every loss over classes in the graph, in order, each with its head's trace or the reason it has none."""
+    def findings(self, statistics: bool = False) -> list[Finding]:
+        """Every loss over classes in the graph, in order, each with its head's trace or the reason it has none.
+
+        statistics: also a statistic of each head that has no loss.
+        """
         order = {node: i for i, node in enumerate(self.given)}
         findings = []
         for trace in self.traces.values():
-            sites = trace.sites
+            sites = trace.sites or (trace.readings[:1] if statistics else [])
             # What is not written as a loss is one only if it can be served, or reads the entry of a target.
             if trace.escapes and not any(isinstance(s, Loss) or (s.target and s.differentiated) for s in sites):
                 continue
