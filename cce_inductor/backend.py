@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -133,7 +134,6 @@ def _with_deferred(compiled: Callable, result: Rewritten, settings: Settings) ->
     fuse = elsewhere.EagerCalls(
         lambda entry: _settle([entry], settings, None)[1],
         lambda entry: _settle_statistic(entry, settings),
-        settings.workspace_bytes,
     )
 
     def run(*args: Any) -> tuple:
@@ -150,13 +150,16 @@ def _with_deferred(compiled: Callable, result: Rewritten, settings: Settings) ->
                 if not result.fused and any(map(compat.is_freed_after_forward, operands[1:])):
                     made[key] = computed(deferral.compute, operands)
                 else:
+                    shape = deferral.shape(operands)
                     made[key] = defer(
                         deferral.compute,
                         operands,
-                        shape=deferral.shape(operands),
+                        shape=shape,
                         dtype=deferral.dtype,
                         requires_grad=deferral.requires_grad,
                         fuse=fuse,
+                        # Smaller ones are read for a statistic, and then serve the next.
+                        statistics=math.prod(shape) * deferral.dtype.itemsize > settings.workspace_bytes,
                     )
             outputs[deferral.position] = made[key]
         return tuple(outputs)

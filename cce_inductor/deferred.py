@@ -68,6 +68,7 @@ def defer(
     dtype: torch.dtype,
     requires_grad: bool,
     fuse: Fuse | None = None,
+    statistics: bool = False,
 ) -> Tensor:
     """A tensor of this shape and dtype that stands for ``compute(operands)`` and computes it on first touch.
 
@@ -76,14 +77,15 @@ def defer(
     head's weight.  It runs outside autocast and outside Dynamo: once for the value, and once more inside the backward
     if a gradient reaches the logits.  ``requires_grad`` says whether eager's logits would have required grad.
 
-    ``fuse`` is asked for the result when a function of ``LOSSES`` or ``STATISTICS`` is called on the pending logits, or
-    on a pending tensor made from them; where it gives ``NotImplemented`` the call reads the logits.
+    ``fuse`` is asked for the result when a function of ``LOSSES`` is called on the pending logits, or on a pending
+    tensor made from them; where it gives ``NotImplemented`` the call reads the logits. With ``statistics`` it is asked
+    for functions of ``STATISTICS`` as well, and what their arguments are made with stays lazy (``_ARITHMETIC``).
 
     The operands are referred to, not copied.  A read after they have changed raises
     :class:`DeferredLogitsError`; see :class:`_Operand` for what is recognised and what cannot be.
     """
     shape = torch.Size(shape)
-    head = _Head(compute, operands, shape, dtype, fuse)
+    head = _Head(compute, operands, shape, dtype, fuse, statistics)
     if not requires_grad:
         return _root(head, shape)
     with torch.enable_grad():  # the caller may have left a no_grad region that the logits were not computed in
@@ -211,8 +213,9 @@ class _Head:
         shape: torch.Size | None,
         dtype: torch.dtype,
         fuse: Fuse | None = None,
+        statistics: bool = False,
     ) -> None:
-        self.compute, self.shape, self.dtype, self.fuse = compute, shape, dtype, fuse
+        self.compute, self.shape, self.dtype, self.fuse, self.statistics = compute, shape, dtype, fuse, statistics
         self.operands = [_Operand.record(i, t) for i, t in enumerate(operands)]
         self.device = operands[0].device
         self.watched = False  # somebody, such as a hook, waits for the gradient of the logits
@@ -357,6 +360,21 @@ class _Value:
         """The value ``step`` of this one, in the same memory."""
         return _Value(self._after(step), self._origin and self._origin.then(step), self, self._memory)
 
+    def meet(self, other: _Value) -> tuple[_Value | None, tuple[Step, ...], tuple[Step, ...]]:
+        """The last value that this pending one and another one both follow from, if any, and the steps of each."""
+        if self.origin is None or other.origin is None:
+            return None, (), ()
+        behind = list(self._behind())
+        source = next((v for v in other._behind() if v in behind), None)
+        n = 0 if source is None or source.origin is None else len(source.origin.steps)
+        return source, self.origin.steps[n:], other.origin.steps[n:]
+
+    def _behind(self) -> Iterator[_Value]:
+        value: _Value | None = self
+        while value is not None:
+            yield value
+            value = value._source
+
     def _after(self, step: Step) -> Callable[[], Tensor]:
         def make() -> Tensor:
             tensor = self.get()
@@ -416,12 +434,11 @@ class DeferredLogits(torch.Tensor):
         self._value.get()
         return aten.view(self, self.shape)
 
-    def bytes_to_read(self) -> int:
-        """How large the head's logits are, which a read of these pending ones computes; 0 once they are computed."""
+    def whole_shape(self) -> torch.Size:
+        """The shape of the logits that these pending ones come from."""
         origin = self._value.origin
-        return (
-            0 if origin is None or origin.head.shape is None else origin.head.shape.numel() * origin.head.dtype.itemsize
-        )
+        assert origin is not None and origin.head.shape is not None
+        return origin.head.shape
 
     # ---- computing something else from what these are computed from
 
@@ -457,15 +474,20 @@ class DeferredLogits(torch.Tensor):
         origin = self._value.origin
         assert origin is not None
         with torch._C.DisableTorchFunctionSubclass():  # looking for it is not watching
-            node: Any = self.grad_fn
-        while node is not None and not origin.head.watched:
+            stack: list[Any] = [self.grad_fn]
+        seen: set[Any] = set()
+        found: Any = None
+        while stack:
+            node = stack.pop()
             if getattr(node, "head", None) is origin.head:
-                return node.operands
-            if isinstance(node, BackwardCFunction):
+                found = node
+                continue
+            behind = [n for n, _ in node.next_functions if n is not None] if node is not None else []
+            if not behind or isinstance(node, BackwardCFunction):
                 return None
-            behind = [n for n, _ in node.next_functions if n is not None]
-            node = behind[0] if len(behind) == 1 else None
-        return None
+            stack += [n for n in behind if n not in seen]  # more than one behind a product
+            seen.update(behind)
+        return found.operands if found is not None and not origin.head.watched else None
 
     # What Dynamo and AOTAutograd make of us as an input of a graph: the operands of the head, or the computed values.
 
@@ -619,6 +641,7 @@ STATISTICS = frozenset(
         *(torch.logsumexp, torch.special.logsumexp, Tensor.logsumexp),
         *(torch.gather, Tensor.gather, torch.take_along_dim, Tensor.take_along_dim),
         *(torch.argmax, Tensor.argmax, torch.max, Tensor.max, torch.amax, Tensor.amax),
+        *(torch.sum, Tensor.sum),
     )
 )
 _FUSED = LOSSES | STATISTICS
@@ -630,10 +653,10 @@ def _fused(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     logits = args[0] if args else kwargs.get("input")
     if not isinstance(logits, DeferredLogits) or logits._value.origin is None:
         return NotImplemented
-    fuse = logits._value.origin.head.fuse
-    if fuse is None or compat.is_transforming():
+    head = logits._value.origin.head
+    if head.fuse is None or compat.is_transforming() or (func in STATISTICS and not head.statistics):
         return NotImplemented
-    return fuse(logits, func, args, kwargs)
+    return head.fuse(logits, func, args, kwargs)
 
 
 # ------------------------------------------------------------------------------------------- operators on the value
@@ -718,10 +741,54 @@ def _unbound(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[
     return [_viewed(self, aten.select.int, (dim, i), {}) for i in range(self.size(dim))]
 
 
+def _for_statistics(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    origin = self._value.origin
+    return _copied(self, func, args, kwargs) if origin is not None and origin.head.statistics else NotImplemented
+
+
 def _scaled(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    if type(args[0]) not in (int, float) or not math.isfinite(args[0]) or args[0] == 0:
+    if type(args[0]) not in (int, float) or not math.isfinite(args[0]):
         return NotImplemented
-    return _copied(self, func, args, kwargs)
+    return _for_statistics(self, func, args, kwargs)
+
+
+def times(tensor: Tensor, first: Sequence[Step], second: Sequence[Step]) -> Tensor:
+    """The step of a product of two tensors that both follow from `tensor`."""
+    a = b = tensor
+    for step in first:
+        a = step(a)
+    for step in second:
+        b = step(b)
+    return a * b
+
+
+# The steps of the factors of an entropy, behind what they share.
+_ENTROPIES = (
+    {(), (aten.exp.default,)},
+    {(aten._log_softmax.default,), (aten._log_softmax.default, aten.exp.default)},
+    {(aten._log_softmax.default,), (aten._softmax.default,)},
+)
+
+
+def _multiplied(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Logits times a number, or probabilities times their logarithm, as an entropy is written."""
+    other = args[0]
+    if not isinstance(other, DeferredLogits):
+        return _scaled(self, func, args, kwargs)
+    origin = self._value.origin
+    if origin is None or not origin.head.statistics:
+        return NotImplemented
+    # Steps do not say what has been computed without a gradient.
+    if torch.is_grad_enabled() and self.requires_grad != other.requires_grad:
+        return NotImplemented
+    source, first, second = self._value.meet(other._value)
+    if source is None:
+        return NotImplemented
+    pair = {tuple(step.op for step in steps) for steps in (first, second)}
+    if pair not in _ENTROPIES:
+        return NotImplemented
+    meta = func(_meta(self), _meta(other))
+    return DeferredLogits(source.copy(Step.of(times, (first, second), {})), meta, self.device)
 
 
 def _copied(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -749,8 +816,6 @@ _LAZY: dict[Any, _Rule] = {
     aten.clone.default: _copied,
     aten._to_copy.default: _copied,
     aten._log_softmax.default: _copied,
-    aten.mul.Tensor: _scaled,
-    aten.div.Tensor: _scaled,
     aten.view.default: _viewed,
     aten._unsafe_view.default: _viewed,
     aten.slice.Tensor: _viewed,
@@ -775,6 +840,16 @@ _LAZY: dict[Any, _Rule] = {
     aten.new_full.default: _from_shape,
     aten.new_empty_strided.default: _from_shape,
 }
+
+# What entropies and temperatures are written with.  Lazy only where a statistic of it would be asked for: the longer
+# something is pending, the more often it is read too late.
+EXPONENTIALS = frozenset((aten._softmax.default, aten.exp.default))
+_ARITHMETIC: dict[Any, _Rule] = {
+    **dict.fromkeys(EXPONENTIALS, _for_statistics),
+    aten.mul.Tensor: _multiplied,
+    aten.div.Tensor: _scaled,
+}
+_LAZY |= _ARITHMETIC
 
 
 # ------------------------------------------------------------------------------------------------------ autograd

@@ -9,8 +9,8 @@ into the graph of the loss, and the pass does the rest as if it had always been 
 
 Where the pass does not fuse such a loss, the logits are read: they are computed once, and remembered.
 
-A statistic of the rows that is asked for eagerly (a log-sum-exp, the entry of one class, the largest one) is served as
-a loss is, where the logits are larger than the workspace. Each costs a product with the weight of its own, so several
+A statistic of the rows that is asked for eagerly (a log-sum-exp, the entry of one class, the largest one, an entropy) is
+served as a loss is, where the logits are larger than the workspace. Each costs a product with the weight of its own, so several
 of them take longer than one read would, which is what they save the memory of.
 """
 
@@ -29,7 +29,7 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import compat
-from .deferred import STATISTICS, DeferredLogits, Recipe
+from .deferred import EXPONENTIALS, STATISTICS, DeferredLogits, Recipe, Step, times
 from .rewrite import vocabulary
 from .rewrite.builder import Builder
 from .rewrite.defer import RECORDED, Logits
@@ -66,6 +66,11 @@ _WRITTEN: dict[Any, Callable[..., Any]] = {
     aten.detach.default: lambda z: z.detach(),
     aten.clone.default: lambda z, memory_format=None: z.clone(),
     aten._to_copy.default: _cast,
+    aten.exp.default: lambda z: z.exp(),
+    aten._softmax.default: lambda z, dim, half_to_float: z.softmax(
+        dim, **({"dtype": torch.float32} if half_to_float else {})
+    ),
+    times: lambda z, first, second: _written(z, first) * _written(z, second),
     aten.mul.Tensor: lambda z, other: z * other,
     aten.div.Tensor: lambda z, other: z / other,
     aten._log_softmax.default: lambda z, dim, half_to_float: z.log_softmax(
@@ -86,13 +91,20 @@ _WRITTEN: dict[Any, Callable[..., Any]] = {
 def _record(recipe: Recipe, operands: Sequence[Proxy]) -> Proxy:
     """Records the logits of `recipe`."""
     assert isinstance(recipe.compute, Logits)
-    z = recipe.compute.record(operands)
-    for step in recipe.steps:
+    z = _written(recipe.compute.record(operands), recipe.steps)
+    return z if any(recipe.needs) else z.detach()
+
+
+def _written(z: Proxy, steps: Sequence[Step]) -> Proxy:
+    for step in steps:
         if step.op not in _WRITTEN:
             raise _NotRecordableError(f"{step.op} lies between the head and the loss")
         z = _WRITTEN[step.op](z, *step.args, **dict(step.kwargs))
-    return z if any(recipe.needs) else z.detach()
+    return z
 
+
+# Steps that do the same to every entry, wherever it stands.
+_ENTRYWISE = frozenset((aten.clone.default, aten._to_copy.default, aten.mul.Tensor, aten.div.Tensor))
 
 # ------------------------------------------------------------------------------------- graphs with logits as inputs
 
@@ -288,25 +300,26 @@ class EagerCalls:
 
     loss, statistic: they rewrite the graph of one call by the settings of the compilation that deferred the logits;
     the former keeps the record. What came out is kept for the next call of the same kind: a function, or None where
-    the call is not fused. workspace: up to so many bytes, logits are read for a statistic, and then serve the next.
+    the call is not fused.
     """
 
     loss: Callable[[Entry], Rewritten]
     statistic: Callable[[Entry], Rewritten]
-    workspace: int
     known: OrderedDict[Any, Callable | None] = field(default_factory=OrderedDict)
+    of_rank: dict[tuple[Logits, int], Logits] = field(default_factory=dict)
     capacity: int = 256  # of shapes, as a rule
 
     def __call__(self, logits: DeferredLogits, call: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if call in STATISTICS and logits.bytes_to_read() <= self.workspace:
-            return NotImplemented
         recipe = _usable(logits, torch.is_grad_enabled())
         others = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x is not logits]
         if recipe is None or any(type(t) not in (Tensor, torch.nn.Parameter) for t in others):
             return NotImplemented
+        if call not in (torch.argmax, Tensor.argmax) and any(step.op in EXPONENTIALS for step in recipe.steps):
+            return NotImplemented  # from a log-sum-exp in fp32 they have fewer digits than eager's
         operands = logits.operands()  # or an error if they have changed: then the logits could not be read either
         if any(type(t) not in (Tensor, torch.nn.Parameter) for t in operands):
             return NotImplemented
+        recipe, operands = self._of_rows(recipe, operands, logits.whole_shape()[-1])
         device = logits.device.type
         key = (
             call,
@@ -322,7 +335,7 @@ class EagerCalls:
         )
         try:
             hash(key)
-        except TypeError:  # an argument without a hash: nothing that a fused call takes
+        except TypeError:  # an argument without a hash, such as a list
             return NotImplemented
         if key not in self.known:
             self.known[key] = self._make(recipe, logits, operands, call, args, kwargs)
@@ -333,6 +346,31 @@ class EagerCalls:
         if compute is None:
             return NotImplemented
         return compute(*operands, *others)
+
+    def _of_rows(self, recipe: Recipe, operands: tuple[Tensor, ...], classes: int) -> tuple[Recipe, tuple[Tensor, ...]]:
+        """The same logits, with their rows viewed and cut before the head.
+
+        One graph then serves all pieces of one shape, where a program goes through the logits piece by piece.
+        """
+        compute, (hidden, _, *others) = recipe.compute, operands
+        assert isinstance(compute, Logits)
+        if compute.class_dim != compute.rank - 1 or any(t.dim() > 1 for t in others):
+            return recipe, operands
+        rows, kept = hidden, list(recipe.steps)
+        for step in recipe.steps:
+            if step.op in (aten.view.default, aten._unsafe_view.default) and step.args[0][-1:] == (classes,):
+                rows = rows.reshape(*step.args[0][:-1], hidden.shape[-1])
+            elif step.op in (aten.slice.Tensor, aten.select.int) and (*step.args, 0)[0] % rows.dim() < rows.dim() - 1:
+                rows = step(rows)
+            elif step.op in _ENTRYWISE:
+                continue
+            else:
+                break
+            kept.remove(step)
+        known = (compute, rows.dim())
+        if known not in self.of_rank:
+            self.of_rank[known] = replace(compute, rank=rows.dim(), class_dim=rows.dim() - 1)
+        return replace(recipe, compute=self.of_rank[known], steps=tuple(kept)), (rows, *operands[1:])
 
     def _make(
         self, recipe: Recipe, logits: DeferredLogits, operands: Sequence[Tensor], call: Callable, args: Any, kwargs: Any

@@ -56,7 +56,14 @@ class Logits:
         return [self.hidden.grad, self.weight.grad, self.bias.grad]
 
 
-def build(lazy: bool, compute: Callable = capped, *, grad: bool = True, dtype: torch.dtype = torch.float32) -> Logits:
+def build(
+    lazy: bool,
+    compute: Callable = capped,
+    *,
+    grad: bool = True,
+    dtype: torch.dtype = torch.float32,
+    statistics: bool = False,
+) -> Logits:
     gen = torch.Generator().manual_seed(0)
     hidden = torch.randn(B, S, D, generator=gen).to(dtype).requires_grad_(grad)
     weight = nn.Parameter(torch.randn(V, D, generator=gen).to(dtype), requires_grad=grad)
@@ -65,7 +72,8 @@ def build(lazy: bool, compute: Callable = capped, *, grad: bool = True, dtype: t
     operands = (trunk, weight, bias)
     out = compute(operands)
     if lazy:
-        out = defer(compute, operands, shape=out.shape, dtype=out.dtype, requires_grad=out.requires_grad)
+        given = {"shape": out.shape, "dtype": out.dtype, "requires_grad": out.requires_grad}
+        out = defer(compute, operands, fuse=lambda *_: NotImplemented, statistics=statistics, **given)
     return Logits(out, hidden, weight, bias, trunk)
 
 
@@ -176,18 +184,30 @@ LAZY: dict[str, Callable[[Any], Any]] = {
     "chunk": lambda x: x.chunk(2, -1)[1],
     "unbind": lambda x: x.unbind(1)[1],
     "unbind_rows": lambda x: torch.unbind(x)[-1],
-    "mul": lambda x: 2 * x,
-    "div": lambda x: x / 0.7,
     "view_of_view": lambda x: x.mT[:, 2:5].mT[0],
 }
 
 
+# Lazy where statistics are served.
+ARITHMETIC: dict[str, Callable[[Any], Any]] = {
+    "softmax": lambda x: x.softmax(-1),
+    "softmax_dtype": lambda x: F.softmax(x, 1, dtype=torch.float64),
+    "exp": lambda x: x.exp(),
+    "exp_view": lambda x: x.mT.exp()[1],
+    "mul": lambda x: 2 * x,
+    "mul_by_own_softmax": lambda x: x.softmax(-1) * x.log_softmax(-1),
+    "mul_by_own_logarithm": lambda x: x.log_softmax(-1) * x.log_softmax(-1).exp(),
+    "mul_in_parts": lambda x: (lambda y: torch.exp(y) * y)(x[:, 1].log_softmax(-1)),
+    "div": lambda x: x / 0.7,
+}
+
+
 @pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("name", LAZY)
+@pytest.mark.parametrize("name", [*LAZY, *ARITHMETIC])
 def test_copies_and_casts_stay_lazy_and_then_read_as_eager(name: str, grad: bool) -> None:
-    got, expected = both(upcast, grad=grad, dtype=torch.bfloat16)
+    got, expected = both(upcast, grad=grad, dtype=torch.bfloat16, statistics=name in ARITHMETIC)
     with Reads() as reads:
-        a, b = LAZY[name](got.logits), LAZY[name](expected.logits)
+        a, b = ({**LAZY, **ARITHMETIC}[name](side.logits) for side in (got, expected))
         assert isinstance(a, DeferredLogits) and not a.is_materialized
         for what in ("shape", "dtype", "requires_grad", "is_leaf"):
             assert getattr(a, what) == getattr(b, what), what
@@ -236,7 +256,12 @@ def test_tensors_made_in_its_image_need_no_values(name: str) -> None:
 
 
 def test_every_row_of_the_table_is_tested_above() -> None:
-    tested = set(LAZY) | set(FROM_SHAPE) | {"_to_copy", "_log_softmax", "_unsafe_view", "select"}
+    tested = (
+        set(LAZY)
+        | set(ARITHMETIC)
+        | set(FROM_SHAPE)
+        | {"_to_copy", "_log_softmax", "_softmax", "_unsafe_view", "select"}
+    )
     assert {op.overloadpacket.__name__ for op in deferred._LAZY} <= tested
 
 
@@ -300,7 +325,11 @@ READS: dict[str, Callable[[Any], Any]] = {
     "iterate": lambda x: [row.sum() for row in x],
     "cat": lambda x: torch.cat([x, x], 1),
     "arithmetic": lambda x: 2 * x + x.exp(),
-    "softmax": lambda x: x.softmax(-1),
+    "product": lambda x: x * x,
+    "softmax_read": lambda x: x.softmax(-1),
+    "exp_read": lambda x: x.exp(),
+    "scaled": lambda x: x / 2,
+    "own_softmax": lambda x: x.softmax(-1) * x,
     "topk": lambda x: x.topk(2)[1],
     "allclose": lambda x: torch.allclose(x, x),
     "item": lambda x: x[0, 0, 0].item(),

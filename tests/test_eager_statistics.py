@@ -27,14 +27,15 @@ assert B * S * V * 2 > MEBIBYTE  # in bf16
 
 
 class Model(nn.Module):
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32, behind: Callable[[Tensor], Tensor] = lambda z: z) -> None:
         super().__init__()
+        self.behind = behind
         torch.manual_seed(0)
         self.trunk = nn.Linear(D, D, dtype=dtype)
         self.head = nn.Linear(D, V, bias=False, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(2 * torch.tanh(self.trunk(x)))
+        return self.behind(self.head(2 * torch.tanh(self.trunk(x))))
 
 
 class Counted:
@@ -109,6 +110,19 @@ def selective_log_softmax(logits: Tensor, index: Tensor) -> Tensor:
     return torch.stack(per_token_logps)
 
 
+def entropy_from_logits(logits: Tensor, chunk_size: int = 16) -> Tensor:
+    """As TRL has it."""
+    original_shape = logits.shape[:-1]
+    num_classes = logits.shape[-1]
+    flat_logits = logits.reshape(-1, num_classes)
+    entropies = []
+    for chunk in flat_logits.split(chunk_size, dim=0):
+        logps = F.log_softmax(chunk, dim=-1)
+        chunk_entropy = -(torch.exp(logps) * logps).sum(-1)
+        entropies.append(chunk_entropy)
+    return torch.cat(entropies, dim=0).reshape(original_shape)
+
+
 # With how many graphs each takes.
 STATISTICS: dict[str, tuple[int, Callable[[Any], Any]]] = {
     "logsumexp": (1, lambda z: torch.logsumexp(z, -1)),
@@ -123,8 +137,14 @@ STATISTICS: dict[str, tuple[int, Callable[[Any], Any]]] = {
     "log_softmax_fp32": (1, lambda z: F.log_softmax(z.float(), -1).gather(-1, IDS[..., None]).squeeze(-1)),
     "shifted": (1, lambda z: z[:, :-1].log_softmax(-1).gather(2, IDS[:, 1:, None])),
     "difference": (2, lambda z: torch.gather(z, -1, IDS[..., None]) - torch.logsumexp(z, -1, keepdim=True)),
-    "temperature": (3, lambda z: selective_log_softmax((z[:, :-1] / 0.7).float(), IDS[:, 1:])),
-    "selective": (2, lambda z: selective_log_softmax(z, IDS)),
+    "temperature": (2, lambda z: selective_log_softmax((z[:, :-1] / 0.7).float(), IDS[:, 1:])),
+    "selective": (1, lambda z: selective_log_softmax(z, IDS)),
+    "entropy": (1, lambda z: entropy_from_logits(z)),
+    "entropy_shifted": (2, lambda z: entropy_from_logits(z[:, :-1])),  # in chunks of 16 rows, and the rest
+    "entropy_of_softmaxes": (1, lambda z: -(z.softmax(-1) * z.log_softmax(-1)).sum(-1)),
+    "entropy_of_logarithms": (1, lambda z: (z.log_softmax(-1) * z.log_softmax(-1).exp()).sum(-1)),
+    "entropy_shared": (1, lambda z: (lambda y: torch.sum(y * torch.exp(y), -1, keepdim=True))(z[0].log_softmax(-1))),
+    "sum": (1, lambda z: torch.sum(z, -1)),
     "amax": (1, lambda z: z.amax(-1, keepdim=True)),
     "amax_function": (1, lambda z: torch.amax((2 * z)[:, 1], dim=1)),
     "max": (1, lambda z: z.max(-1)),
@@ -133,10 +153,11 @@ STATISTICS: dict[str, tuple[int, Callable[[Any], Any]]] = {
     "argmax_keyword": (1, lambda z: z.argmax(dim=-1, keepdim=True)),
     "argmax_function": (1, lambda z: torch.argmax(z.view(-1, V), 1)),
     "argmax_shifted": (1, lambda z: z[..., :-1, :].contiguous().argmax(-1)),
+    "argmax_softmax": (1, lambda z: z.softmax(-1).argmax(-1)),
     "argmax_log_softmax": (1, lambda z: z.log_softmax(-1).argmax(-1)),
 }
-# TRL goes row by row in bf16, and row by row for the log-sum-exp in fp32.
-GRAPHS = {("selective", torch.float32): 1 + B}
+# In fp32 TRL goes row by row for the log-sum-exp only.
+GRAPHS = {("selective", torch.float32): 2}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -155,6 +176,69 @@ def test_an_eager_statistic_of_pending_logits_needs_no_logits(name: str, dtype: 
     for g, e in zip(got, eager, strict=True):
         if not e.is_floating_point() and dtype == torch.float32:
             assert torch.equal(g, e)
+
+
+FACTOR = torch.full((1, 1, 1), 1.5)
+
+# What a model puts behind its head, and a piece of that.
+PIECES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Any], Any]]] = {
+    "rows": (lambda z: z, lambda z: z[1, 3:9]),
+    "one_row": (lambda z: z, lambda z: z[1, 3]),
+    "every_other": (lambda z: z, lambda z: z[:, ::2].reshape(-1, V)[1:]),
+    "batch_of_rows": (lambda z: z, lambda z: z.view(-1, V)[S:].view(1, S, V)),
+    "cast": (lambda z: z, lambda z: z[0].bfloat16()[2:].float()),
+    "classes": (lambda z: z, lambda z: z[:, 1:, : V - 1]),
+    "some_classes_behind": (lambda z: z[..., : V - 1], lambda z: z.view(-1, V - 1)[3:]),
+    "groups": (lambda z: z, lambda z: z.view(-1, 2 * V)[1:].view(-1, V)),
+    "class_first": (lambda z: z.permute(2, 0, 1), lambda z: z[:, 0].t()),
+    "capped": (lambda z: 2 * torch.tanh(z / 2), lambda z: z[0, 1:]),
+    "biased": (lambda z: z + torch.linspace(0, 1, V), lambda z: z[0, 1:]),
+    "factor": (lambda z: z * FACTOR, lambda z: z[0, 1:]),
+    "row_factor": (lambda z: z * torch.linspace(1, 2, S)[:, None], lambda z: z[0, 1:]),
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_a_statistic_of_a_piece_of_the_logits(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    behind, piece = PIECES[name]
+
+    def fn(z: Any) -> Tensor:
+        return piece(z).logsumexp(-1)
+
+    expected = with_gradients(Model(behind=behind), fn, X)
+    with Counted() as c:
+        got = with_gradients(compiled(Model(behind=behind)), fn, X)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    # Rounded to bf16, in groups of two rows, or by factors of rows, they are no row statistics of a head.
+    served = name not in ("cast", "groups", "row_factor")
+    assert (c.graphs, c.reads) == ((1, 0) if served else (0, c.reads))
+    assert not [entry for entry in caplog.records if entry.levelname == "ERROR"]
+
+
+def test_pieces_of_one_shape_share_a_graph() -> None:
+    logits, eager = compiled(Model())(X), Model()(X)
+    with Counted() as c:
+        for i in range(0, B * S, 16):
+            got = logits.view(-1, V)[i : i + 16].logsumexp(-1)
+            torch.testing.assert_close(got, eager.view(-1, V)[i : i + 16].logsumexp(-1))
+    assert (c.graphs, c.reads) == (1, 0)
+
+
+def test_the_gradient_of_a_product_one_factor_of_which_has_none() -> None:
+    def no_grad(z: Any) -> Tensor:
+        with torch.no_grad():
+            p = z.softmax(-1)
+        return (p * z.log_softmax(-1)).sum(-1)
+
+    def detached(z: Any) -> Tensor:
+        return (z.softmax(-1) * z.detach().log_softmax(-1)).sum(-1)
+
+    def as_leaf(z: Any) -> Tensor:
+        return (z.softmax(-1) * z.detach().requires_grad_().log_softmax(-1)).sum(-1)
+
+    for fn in (no_grad, detached, as_leaf):
+        got, expected = with_gradients(compiled(Model()), fn, X), with_gradients(Model(), fn, X)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_max_is_a_named_tuple() -> None:
@@ -258,9 +342,17 @@ READS: dict[str, Callable[[Any], Any]] = {
     "gather_out": lambda z: torch.gather(z.detach(), -1, IDS[..., None], out=torch.empty(B, S, 1)),
     "of_probabilities": lambda z: z.softmax(-1).logsumexp(-1),
     "of_log_probabilities": lambda z: z.log_softmax(-1).logsumexp(-1),
+    "probability": lambda z: z.softmax(-1).gather(-1, IDS[..., None]),
+    "exponential": lambda z: (z / 3).exp().sum(-1),
+    "mean_logit": lambda z: (z.softmax(-1) * z).sum(-1),
+    "exponentials_of_exponentials": lambda z: (lambda y: (y * y.exp()).sum(-1))(z / 9),
+    "logit_of_exponentials": lambda z: (z.exp() * z).sum(-1),
+    "entropy_of_rows": lambda z: (z.softmax(1) * z.log_softmax(1)).sum(1),
+    "cross_entropy_of_parts": lambda z: (z[:, 1:].softmax(-1) * z[:, :-1].log_softmax(-1)).sum(-1),
+    "sum_of_rows": lambda z: z.sum(1),
     "scaled_by_a_tensor": lambda z: (z / torch.tensor(2.0)).logsumexp(-1),
     "scaled_to_nothing": lambda z: (z * 0).logsumexp(-1),
-    "scaled_beyond_numbers": lambda z: (z * float("inf")).nan_to_num(0, 1, 2).argmax(-1),
+    "scaled_beyond_numbers": lambda z: (z * float("inf")).argmax(-1),
     "as_leaf": lambda z: z.detach().requires_grad_().logsumexp(-1),
     "edited": lambda z: z.clone().mul_(2).logsumexp(-1),
     "double": lambda z: z.double().logsumexp(-1),
