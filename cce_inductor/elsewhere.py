@@ -9,9 +9,9 @@ into the graph of the loss, and the pass does the rest as if it had always been 
 
 Where the pass does not fuse such a loss, the logits are read: they are computed once, and remembered.
 
-A statistic of the rows that is asked for eagerly (a log-sum-exp, the entry of one class, the largest one, an entropy) is
-served as a loss is, where the logits are larger than the workspace. Each costs a product with the weight of its own, so several
-of them take longer than one read would, which is what they save the memory of.
+A statistic of the rows that is asked for eagerly (a log-sum-exp, the entry of one class, the largest one, an entropy)
+is served as a loss is, where the logits are larger than the workspace. Each costs a product with the weight of its own,
+so several of them take longer than one read would, which is what they save the memory of.
 """
 
 import logging
