@@ -252,3 +252,11 @@ def _by_fsdp2(parameter: torch.Tensor) -> bool:
 
 def _by_fsdp1(parameter: torch.Tensor) -> bool:
     return bool(getattr(parameter, "_fsdp_flattened", False))
+
+
+def is_of_replayed_cuda_graph(error: RuntimeError) -> bool:
+    """Whether an error says that a CUDA graph's output is read after the graph ran again (`cudagraph_trees`)."""
+    return OVERWRITTEN in str(error)
+
+
+OVERWRITTEN = "output of CUDAGraphs that has been overwritten"

@@ -121,6 +121,7 @@ class _Operand(NamedTuple):
     * What writes behind the counter's back shows in ``sample``, a few elements of all rows and columns that are
       compared bit for bit at the first read: edits of ``p.data``, ``AdamW(fused=True)`` on a CPU, FSDP2's next
       all-gather into the same buffer, flat parameter buffers, a CUDA graph's pool.
+    * A CUDA graph's pool may also have been invalidated: PyTorch then raises as soon as the elements are read.
 
     Replacing ``p.data`` by another tensor changes nothing here: the alias keeps the old storage, and the logits
     come out as eager's.  **Not recognised**: a write behind the counter's back that misses all sampled elements,
@@ -150,12 +151,20 @@ class _Operand(NamedTuple):
             )
         if self.sample is None or (self.alias.is_cuda and torch.cuda.is_current_stream_capturing()):
             return  # while a graph is captured nothing can be compared
-        if not torch.equal(_sample(self.alias), self.sample):
+        if not self._holds_its_sample():
             raise DeferredLogitsError(
                 f"deferred logits were read too late: {self.name} {tuple(self.alias.shape)} has been overwritten "
                 "since the forward pass without a change of its version (through .data, by a gather into the same "
                 "buffer, or by a replayed CUDA graph). " + _CURE
             )
+
+    def _holds_its_sample(self) -> bool:
+        try:
+            return torch.equal(_sample(self.alias), self.sample)
+        except RuntimeError as error:
+            if compat.is_of_replayed_cuda_graph(error):
+                return False
+            raise
 
 
 def _check_allocated(name: str, tensor: Tensor) -> None:
