@@ -780,13 +780,13 @@ _ENTROPIES = (
 
 
 def _multiplied(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Logits times a number, or probabilities times their logarithm, as an entropy is written."""
+    """Logits times a number, or probabilities times their logarithm, as an entropy is written.
+
+    The probabilities are pending only where statistics are served.
+    """
     other = args[0]
     if not isinstance(other, DeferredLogits):
         return _scaled(self, func, args, kwargs)
-    origin = self._value.origin
-    if origin is None or not origin.head.statistics:
-        return NotImplemented
     # Steps do not say what has been computed without a gradient.
     if torch.is_grad_enabled() and self.requires_grad != other.requires_grad:
         return NotImplemented
