@@ -117,6 +117,7 @@ def _constants(attributes: Attributes) -> dict[str, Any]:
     return {
         "scale": attributes.scale,
         "softcap": attributes.softcap,
+        "softcap_form": attributes.softcap_form,
         "workspace": attributes.workspace,
         # Of the bound: how many rows and columns share a code, and what it stands for.
         "code_rows": bound.BLOCK,

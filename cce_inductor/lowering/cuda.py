@@ -126,6 +126,7 @@ class Call:
             PRECISION=repr(self.precision),
             SCALE=float(self.attributes.scale),
             SOFTCAP=float(self.attributes.softcap),
+            SOFTCAP_FORM=repr(self.attributes.softcap_form),
             GROUP=8,
             **constants,
         )

@@ -16,10 +16,8 @@ from torch._inductor.virtualized import V
 from .. import compat, version
 
 # What stands for a piece in a template, and the file it is.
-PIECES = {
-    name.upper(): name
-    for name in ("sizes", "grouped", "product", "logit", "nothing", "block_rows", "slot", "kept_mass")
-}
+_NAMES = "sizes grouped product logit softcapped slope nothing block_rows slot kept_mass"
+PIECES = {name.upper(): name for name in _NAMES.split()}
 DTYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
 
 

@@ -13,13 +13,10 @@ from .losses import CrossEntropy, cross_entropy
 
 
 @torch.compiler.assume_constant_result
-def _settings() -> tuple:
+def _settings() -> tuple[str, int, str]:
     """The operators' attributes that the process-wide settings decide; a constant while torch.compile traces."""
     settings = config.current()
-    attributes = Attributes(
-        grad_filter=settings.grad_filter, workspace=settings.workspace_bytes, version=version.source_hash()
-    )
-    return attributes.args()[2:]
+    return settings.grad_filter, settings.workspace_bytes, version.source_hash()
 
 
 @torch.compiler.assume_constant_result
@@ -45,15 +42,18 @@ def _statistics(
 
     A filter that samples columns gets its seed here, and one whose numbers are wanted a slot for them.
     """
-    attributes = float(scale), _softcap(softcap), *_settings()
+    grad_filter, workspace, source = _settings()
+    attributes = Attributes(
+        float(scale), _softcap(softcap), grad_filter=grad_filter, workspace=workspace, version=source
+    )
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in operands.values())
-    if differentiated and sampled(statistics, Attributes(*attributes)):
+    if differentiated and sampled(statistics, attributes):
         operands["seed"] = torch.randint(SEEDS, (1,), device=operands["input"].device)
-    if differentiated and filtered(statistics, Attributes(*attributes)):
-        slot = _slot(name, attributes[3], operands["input"].device)
+    if differentiated and filtered(statistics, attributes):
+        slot = _slot(name, attributes.grad_filter, operands["input"].device)
         if slot is not None:
             operands["diagnostics"] = slot
-    out = FORWARD(list(operands.values()), " ".join(operands), active, statistics, False, *attributes)
+    out = FORWARD(list(operands.values()), " ".join(operands), active, statistics, False, *attributes.args())
     return dict(zip(statistics.split(), out, strict=True))
 
 

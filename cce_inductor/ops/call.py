@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .bound import group
 from .filters import Filter
+from .softcap import FORMS
 from .statistics import Statistic, parse
 
 OPERANDS = ("input", "weight", "bias", "target", "column_weight", "seed", "diagnostics")
@@ -25,7 +26,8 @@ DIFFERENTIABLE_OPERANDS = ("input", "weight", "bias", "diagnostics")
 class Attributes:
     """What is not a tensor: the same values go to the forward and to the backward operator.
 
-    scale: factor of the logits before the softcap. softcap: `cap` of cap * tanh(u / cap), 0.0 for none.
+    scale: factor of the logits before the softcap. softcap: `cap` of cap * tanh(u / cap), 0.0 for none. softcap_form:
+    "tanh", or another function in its place (softcap.py).
     compute_dtype: dtype the operands are rounded to before they are multiplied (accumulation is fp32, or fp64 for
     fp64); None means what `F.linear` would do: the autocast dtype if autocast is on, the operands' own otherwise.
     grad_filter: which columns the backward computes (filters.py). workspace: bytes of scratch. version: see
@@ -34,13 +36,15 @@ class Attributes:
 
     scale: float = 1.0
     softcap: float = 0.0
+    softcap_form: str = "tanh"
     compute_dtype: torch.dtype | None = None
     grad_filter: str = "exact"
     workspace: int = 64 << 20
     version: str = ""
 
     def args(self) -> tuple:
-        return self.scale, self.softcap, self.compute_dtype, self.grad_filter, self.workspace, self.version
+        softcap = self.softcap, self.softcap_form
+        return self.scale, *softcap, self.compute_dtype, self.grad_filter, self.workspace, self.version
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,8 @@ def check(call: Call, training: bool = False) -> None:
     training: for a forward that leaves what the backward reads, or the backward that reads it.
     """
     ops = call.operands
+    form = call.attributes.softcap_form
+    _check(form in FORMS, f"softcap_form must be one of {FORMS}, got {form!r}")
     unknown = set(ops) - set(OPERANDS)
     _check(not unknown, f"unknown operands {sorted(unknown)}; expected some of {OPERANDS}")
     _check("input" in ops and "weight" in ops, "the operands input and weight are needed")

@@ -37,6 +37,7 @@ from .reference import (
     empty_statistics,
     tile_shape,
 )
+from .softcap import capped
 from .statistics import Statistic, Tile, finish_lse
 
 TILE = 128  # columns of a tile under "eps"
@@ -85,8 +86,7 @@ def _target_logits(operands: Operands, x: Tensor, block: slice) -> Tensor | None
     if bias is not None:
         z += bias[target]
     z *= call.attributes.scale
-    cap = call.attributes.softcap
-    z = (z / cap).tanh() * cap if cap else z
+    z = capped(z, call.attributes.softcap, call.attributes.softcap_form)
     return z - LOWERING * z.abs()
 
 

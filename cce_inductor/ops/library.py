@@ -6,6 +6,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,10 @@ from . import filtered, reference
 from .bound import blocks, groups
 from .call import DIFFERENTIABLE_OPERANDS, Attributes, Call, check, saved_names
 
-ATTRIBUTES = "float scale, float softcap, ScalarType? compute_dtype, str grad_filter, int workspace, str version"
+ATTRIBUTES = (
+    "float scale, float softcap, str softcap_form, ScalarType? compute_dtype, str grad_filter, int workspace, "
+    "str version"
+)
 # `training` asks for what a backward reads besides the statistics; it comes behind them in the result.
 _FORWARD = (
     "linear_statistics(Tensor[] operands, str names, Tensor? active, str statistics, bool training, "
@@ -233,7 +237,7 @@ def _autocast_forward(device_type: str, key: str) -> None:
     def forward(operands, names, active, statistics, training, *attributes) -> list[Tensor]:
         attrs = Attributes(*attributes)
         if attrs.compute_dtype is None and all(t.dtype != torch.float64 for t in operands[:2]):
-            attributes = (*attributes[:2], torch.get_autocast_dtype(device_type), *attributes[3:])
+            attributes = replace(attrs, compute_dtype=torch.get_autocast_dtype(device_type)).args()
         with torch._C._ExcludeDispatchKeyGuard(exclude):
             return FORWARD(operands, names, active, statistics, training, *attributes)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import diagnostics
 from .call import Call
+from .softcap import capped, capped_and_inner, times_slope
 from .statistics import TABLE, Statistic, Tile
 
 # A tile at most: enough for a GEMM to run at its rate, and small enough for the passes over it to run in cache.
@@ -136,9 +137,7 @@ def forward(call: Call) -> list[Tensor]:
 def capped_tile(operands: Operands, x: Tensor, w: Tensor, block: slice, slab: Columns) -> Tile:
     """One tile of logits."""
     tile = operands.tile(x, w, block, slab)
-    cap = operands.call.attributes.softcap
-    if cap:
-        tile.z.div_(cap).tanh_().mul_(cap)
+    tile.z = capped(tile.z, operands.call.attributes.softcap, operands.call.attributes.softcap_form)
     return tile
 
 
@@ -238,12 +237,11 @@ def dacc(
     slab: Columns,
 ) -> Tensor:
     """d loss / d (x Wᵀ + b) of one tile, in accumulation dtype."""
-    scale, cap = operands.call.attributes.scale, operands.call.attributes.softcap
+    attributes = operands.call.attributes
     tile = operands.tile(x, w, block, slab)
-    tanh = None
-    if cap:
-        tanh = tile.z.div_(cap).tanh_()
-        tile.z = tanh * cap
+    inner = None
+    if attributes.softcap:
+        tile.z, inner = capped_and_inner(tile.z, attributes.softcap, attributes.softcap_form)
     known = {name: operands.rows(value, block) for name, value in saved.items()}
     if any(row.uses_softmax for row in rows):
         log_p = known["log_p"] = tile.z.sub_(known["lse"][:, None])
@@ -252,7 +250,7 @@ def dacc(
     dz: Tensor | None = None
     for row in rows:
         assert row.add_gradient is not None
-        dz = row.add_gradient(dz, tile, operands.rows(tangents[row.name], block) * scale, known)
+        dz = row.add_gradient(dz, tile, operands.rows(tangents[row.name], block) * attributes.scale, known)
     assert dz is not None
-    # d z / d acc = scale * (1 - tanh(u / cap)²); the scale is in the tangents already.
-    return dz if tanh is None else torch.ops.aten.tanh_backward.grad_input(dz, tanh, grad_input=dz)
+    # d z / d acc = scale * (d z / d u); the scale is in the tangents already.
+    return dz if inner is None else times_slope(dz, inner, attributes.softcap_form)

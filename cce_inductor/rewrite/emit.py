@@ -19,6 +19,7 @@ from ..ops.diagnostics import meter
 from ..ops.filters import Filter
 from ..ops.library import FORWARD
 from ..ops.losses import cross_entropy, tangents
+from ..ops.softcap import softcapped
 from ..ops.statistics import TABLE
 from ..ops.with_gradients import ATTACH, WITH_GRADIENTS
 from . import operands, vocabulary
@@ -271,7 +272,13 @@ class _Call:
             self.operands["column_weight"] = builder.proxy(group.column_weight).detach()
         self.names = bundle.statistics
         self.attributes = Attributes(
-            scale, softcap, head.dtype, attributes.grad_filter, attributes.workspace, attributes.version
+            scale,
+            softcap,
+            value.affine.form,
+            head.dtype,
+            attributes.grad_filter,
+            attributes.workspace,
+            attributes.version,
         )
         differentiated = group.members[0].differentiated
         if differentiated and sampled(" ".join(self.names), self.attributes):
@@ -406,7 +413,7 @@ class Statistics:
         z = (x * w).sum(-1)
         bias = operands.biases(self.builder, value, detach)
         z = (z if bias is None else z + bias.to(exact)[classes]) * scale
-        return self._shifted((z / softcap).tanh() * softcap if softcap else z)
+        return self._shifted(softcapped(z, softcap, value.affine.form, exact) if softcap else z)
 
     @property
     def entropy(self) -> Any:

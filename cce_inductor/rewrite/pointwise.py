@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
+from . import roots
 from .heads import is_vocabulary_vector
 from .one_hot import is_number, is_row_vector, is_tensor, mixture, one_hot_target
 from .rows import full, positions
-from .values import Factor, Mask, Refused, Shift, Term, Value, fake
+from .values import SQUARES, Factor, Mask, Refused, Shift, Term, Value, fake
 
 Args = dict[str, Any]
 
@@ -47,6 +48,8 @@ def not_rounded(value: Value) -> None:
 
 
 def _scale(value: Value, node: Node, factor: float, step: Any) -> Value:
+    if value.kind == "square":
+        return roots.scaled(value, node, factor, step)
     if value.kind != "logits" or value.picked is not None:
         return value.then(node, step, factor=value.factor * factor)
     if value.masks and not (factor > 0 and math.isfinite(factor)):
@@ -84,11 +87,11 @@ def _mul(value: Value, node: Node, args: Args) -> Value:
         raise Refused("logits multiplied by something computed", "multiply by a number, or scale the hidden states")
     target = one_hot_target(factor, value)
     if target is not None:
-        if value.picked is not None:
-            raise Refused("logits multiplied by two masks", "use class indices")
+        if value.picked is not None or value.kind in SQUARES:
+            raise Refused("logits multiplied by two masks, or their square by one", "use class indices")
         return replace(value, node=node, picked=target, steps=(*value.steps, _no_step))
     mixed = mixture(factor, value)
-    if mixed is not None and value.picked is None:
+    if mixed is not None and value.picked is None and value.kind not in SQUARES:
         return replace(value, node=node, picked=replace(mixed, source=value), steps=(*value.steps, _no_step))
     return _tensor_scale(value, node, factor, False)
 
@@ -99,6 +102,8 @@ def _no_step(z: Tensor, extra: list[Tensor]) -> Tensor:
 
 def _div(value: Value, node: Node, args: Args) -> Value:
     divisor = args["other"]
+    if value.kind == "root" and is_number(args["input"]) and args["rounding_mode"] is None:
+        return roots.reciprocal(value, node, float(args["input"]))
     if args["input"] is not value.node or args["rounding_mode"] is not None:
         raise Refused("logits are a divisor, or divided with rounding", "divide by a number")
     if is_number(divisor) and divisor != 0:
@@ -135,6 +140,8 @@ def _add(value: Value, node: Node, args: Args, sign: float = 1.0) -> Value:
     first = args["input"] is value.node
     other = args["other"] if first else args["input"]
     alpha = args["alpha"]
+    if value.kind == "square" and is_number(other) and alpha == 1:
+        return roots.plus(value, node, float(other))
     value.need("logits", "something is added to log-probabilities before the loss reads them", "add it to the loss")
     if not is_number(alpha) or alpha != 1 or (sign < 0 and not first):
         raise Refused("logits are subtracted from a tensor, or added with alpha", "write logits + bias")
@@ -326,6 +333,7 @@ VALUES: dict[str, Callable[[Value, Node, Args], Value]] = {
     "masked_fill": _masked_fill,
     "where": _where,
     "setitem": _setitem,
+    **roots.RULES,
 }
 # What may write its result into the logits: afterwards they are that.
 INPLACE = frozenset(("mul", "div", "neg", "tanh", "sigmoid", "add", "sub", "masked_fill", "setitem"))
@@ -335,7 +343,11 @@ INPLACE = frozenset(("mul", "div", "neg", "tanh", "sigmoid", "add", "sub", "mask
 
 
 def product(a: Value, b: Value, node: Node) -> Value:
-    """The softmax times its logarithm, or times the logits, entry by entry."""
+    """The softmax times its logarithm or times the logits, entry by entry; or logits times the root of their square."""
+    if b.kind in SQUARES:
+        a, b = b, a
+    if a.kind in SQUARES:
+        return roots.softcap(b, a, node, False)
     if a.kind != "softmax":
         a, b = b, a
     kinds = {"log_softmax": "p log p", "logits": "p z"}

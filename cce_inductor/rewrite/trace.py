@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import Graph, Node, Proxy
 from torch.fx.node import map_arg
 
-from . import vocabulary
+from . import roots, vocabulary
 from .builder import Builder
 from .combine import added, rows
 from .heads import HEADS
@@ -307,6 +307,9 @@ class Interpreter:
                 raise Refused("the shape of several heads' logits in one tensor is read", "read that of each of them")
             entry.trace.metadata.append((node, source, entry.values[0]))
             return
+        squares = any(n in self.values and self.values[n].values[0].kind in roots.SQUARES for n in touched)
+        if squares and op.name not in roots.READS:
+            raise Refused(f"{vocabulary.describe(node)} reads the square of the logits", roots.CURE)
         if op.name == "broadcast_tensors":
             self._broadcast(node, op, source)
             return
@@ -315,6 +318,15 @@ class Interpreter:
             return
         if op.name in ("add", "sub") and all(n in self.values for n in self._added(op)):
             self._add(node, op)
+            return
+        if op.name == "mul" and op.args["input"] is op.args["other"] and not op.inplace:
+            own = self.values[source]
+            self._set(node, own.trace, self._all(lambda v: roots.product_with_itself(v, node), own.values))
+            return
+        if squares and len(touched) == 2 and op.name == "div" and op.args["rounding_mode"] is None and not op.inplace:
+            a, b = (self.values[op.args[name]] for name in ("input", "other"))
+            pairs = list(zip(a.values, b.values, strict=False))
+            self._set(node, a.trace, self._all(lambda pair: roots.softcap(pair[0], pair[1], node, True), pairs))
             return
         if len(touched) == 2 and op.name == "mul" and not op.inplace:
             a, b = (self.values[n] for n in touched)

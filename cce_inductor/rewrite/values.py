@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -156,9 +157,10 @@ Step = Callable[[Tensor, list[Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class Affine:
-    """How logits come from a = input @ weight.T: tanh and `post` only if `capped`.
+    """How logits come from a = input @ weight.T: s and `post` only if `capped`.
 
-    z = post * tanh(scale * factors * a + sum of shifts + inner) + offset.
+    z = post * s(scale * factors * a + sum of shifts + inner) + offset, s(t) = tanh(t), or t / sqrt(1 + t²) for the form
+    "rsqrt" (ops/softcap.py).
     """
 
     scale: float = 1.0
@@ -166,6 +168,7 @@ class Affine:
     shifts: tuple[Shift, ...] = ()
     inner: float = 0.0
     capped: bool = False
+    form: str = "tanh"
     post: float = 1.0
     offset: float = 0.0
 
@@ -185,8 +188,25 @@ class Affine:
             return replace(self, offset=self.offset + constant)
         return replace(self, inner=self.inner + constant)
 
+    def multiple(self, other: Affine) -> float | None:
+        """What `other` is to be scaled by to be this, but for rounding; None if nothing is, or one has a softcap."""
+        if self.capped or other.capped or 0 in (self.scale, other.scale):
+            return None
+        ratio = self.scale / other.scale
+        scaled = other.scaled(ratio)
+        if self._without_numbers() != scaled._without_numbers():
+            return None
+        numbers = zip(self._numbers(), scaled._numbers(), strict=True)
+        return ratio if all(math.isclose(a, b, rel_tol=1e-12) for a, b in numbers) else None
+
+    def _numbers(self) -> list[float]:
+        return [self.inner, *(s.factor for s in self.shifts)]
+
+    def _without_numbers(self) -> Affine:
+        return replace(self, scale=1.0, inner=0.0, shifts=tuple(replace(s, factor=1.0) for s in self.shifts))
+
     def operator(self) -> tuple[float, float, tuple[Shift, ...], float]:
-        """(scale, softcap, biases, constant bias) of the operator: cap * tanh(scale * (a + biases + constant) / cap).
+        """(scale, softcap, biases, constant bias) of the operator: cap * s(scale * (a + biases + constant) / cap).
 
         The constant is 0 without a softcap: there, as behind one, it is added to the statistics (`constant`).
         """
@@ -202,9 +222,11 @@ class Affine:
         return self.offset if self.capped else self.inner
 
 
+# "square": k z² + c of the logits z; "root" and "inverse root": the root of it, and one over that.
+SQUARES = ("square", "root", "inverse root")
 # "logits"; "log_softmax" of them; "softmax"; "exp"; "p log p" and "p z": the softmax times its logarithm or the logits,
-# entry by entry.
-KINDS = ("logits", "log_softmax", "softmax", "exp", "p log p", "p z")
+# entry by entry; SQUARES.
+KINDS = ("logits", "log_softmax", "softmax", "exp", "p log p", "p z", *SQUARES)
 
 
 @dataclass(frozen=True)
@@ -212,10 +234,11 @@ class Value:
     """A tensor made from a head's logits: rows rearranged, values through an affine map and perhaps a softcap.
 
     class_dim: where the classes are. kind: which function of the logits `affine` describes (KINDS), times `factor`
-    where it is not the logits themselves. picked: the class (the node of a tensor with one for each row) of the only
-    entry that is not 0, or what it was multiplied with over all classes, or None. columns, masks: of the vocabulary.
-    terms: of the rows. rows: what happened to the leading dimensions. order: the last node that changed which rows
-    there are, or their order; None if none did. rounded: cast to a dtype narrower than the head's.
+    where it is not the logits themselves. quadratic: (k, c) of SQUARES. picked: the class (the node of a tensor with
+    one for each row) of the only entry that is not 0, or what it was multiplied with over all classes, or None.
+    columns, masks: of the vocabulary. terms: of the rows. rows: what happened to the leading dimensions. order: the
+    last node that changed which rows there are, or their order; None if none did. rounded: cast to a dtype narrower
+    than the head's.
     """
 
     head: Head
@@ -223,6 +246,7 @@ class Value:
     class_dim: int
     kind: str = "logits"
     factor: float = 1.0
+    quadratic: tuple[float, float] = (1.0, 0.0)
     affine: Affine = Affine()
     columns: Columns = ()
     masks: tuple[Mask, ...] = ()
@@ -259,8 +283,8 @@ class Value:
     @property
     def source(self) -> tuple:
         """Equal for values that are functions of the same rows of the same logits, a constant apart."""
-        scale, softcap, shifts, inner = self.affine.operator()
-        return self.head, self.order, scale, softcap, shifts, inner, self.affine.factors, self.columns, self.masks
+        affine = self.affine
+        return self.head, self.order, *affine.operator(), affine.form, affine.factors, self.columns, self.masks
 
     def at(self, node: Node, **changes: Any) -> Value:
         return replace(self, node=node, **changes)
@@ -277,5 +301,7 @@ class Value:
 
     def need(self, kind: str, what: str, cure: str) -> None:
         """Refused for a value of another kind."""
+        if self.kind in SQUARES and self.kind != kind:
+            raise Refused("the square of the logits is read by itself", "compute it from the hidden states")
         if self.kind != kind or self.picked is not None:
             raise Refused(what, cure)

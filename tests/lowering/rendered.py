@@ -29,6 +29,14 @@ class libdevice:
         return 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
 
     @triton.jit
+    def rsqrt(x):
+        return 1.0 / tl.sqrt(x)
+
+    @triton.jit
+    def sqrt(x):
+        return tl.sqrt(x)
+
+    @triton.jit
     def exp(x):
         return tl.exp(x)
 

@@ -19,9 +19,11 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def logits(
-    x: Tensor, w: Tensor, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None
+    x: Tensor, w: Tensor, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None, form="tanh"
 ) -> Tensor:
     z = F.linear(x, w, bias) * scale
+    if form == "rsqrt" and softcap:
+        return softcap * z * torch.rsqrt(z.square() + softcap**2)
     return z if softcap is None else torch.tanh(z / softcap) * softcap
 
 

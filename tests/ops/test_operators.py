@@ -15,8 +15,8 @@ from cce_inductor.ops.statistics import TABLE
 EVERY = "lse target_logit logit_sum entropy argmax"
 GROUPS = ("lse", "target_logit", "logit_sum", "lse entropy", "argmax", "argmax target_logit lse", EVERY)
 VARIANTS = list(
-    itertools.product((False, True), (1.0, 0.7), (None, 2.0), (False, True))
-)  # bias, scale, softcap, active
+    itertools.product((False, True), (1.0, 0.7), ((None, "tanh"), (2.0, "tanh"), (2.0, "rsqrt")), (False, True))
+)  # bias, scale, softcap and its form, active
 
 
 def test_the_table_is_covered():
@@ -28,19 +28,18 @@ def test_the_table_is_covered():
 def test_values(names, dtype, small_tiles):
     column_weight = torch.rand(131)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    for bias, scale, softcap, masked in VARIANTS:
+    for bias, scale, (softcap, form), masked in VARIANTS:
         head = Head.make(dtype=dtype, bias=bias)
         active = some_rows(37) if masked else None
-        result = call_forward(
-            head, names, bias=head.bias, active=active, column_weight=column_weight, scale=scale, softcap=softcap or 0.0
-        )
+        how = {"scale": scale, "softcap": softcap or 0.0, "softcap_form": form}
+        result = call_forward(head, names, bias=head.bias, active=active, column_weight=column_weight, **how)
         exact = head.to(torch.float64)
-        z = logits(exact.x, exact.w, exact.bias, scale, softcap)
+        z = logits(exact.x, exact.w, exact.bias, scale, softcap, form)
         for name, ours, want in zip(
             names.split(), result, statistics(names, z, head.target, column_weight), strict=True
         ):
             want = want if active is None else torch.where(active, want, 0)
-            case = f"{name}, bias={bias} scale={scale} softcap={softcap} masked={masked}"
+            case = f"{name}, bias={bias} scale={scale} softcap={softcap} {form} masked={masked}"
             assert ours.shape == (37,), case
             if name == "argmax":
                 assert torch.equal(ours, want), case
@@ -58,7 +57,7 @@ def test_argmax_is_the_first_of_equal_logits(small_tiles):
 
 
 @pytest.mark.parametrize("names", ["lse", "target_logit", "logit_sum", "lse entropy", EVERY])
-@pytest.mark.parametrize("bias,scale,softcap,masked", VARIANTS)
+@pytest.mark.parametrize("bias,scale,softcap,masked", VARIANTS, ids=str)
 def test_gradcheck(names, bias, scale, softcap, masked, monkeypatch):
     monkeypatch.setattr("cce_inductor.ops.reference.BLOCK_ROWS", 2)
     monkeypatch.setattr("cce_inductor.ops.reference.SLAB_COLUMNS", 4)
@@ -76,7 +75,8 @@ def test_gradcheck(names, bias, scale, softcap, masked, monkeypatch):
             column_weight=column_weight,
             active=active,
             scale=scale,
-            softcap=softcap or 0.0,
+            softcap=softcap[0] or 0.0,
+            softcap_form=softcap[1],
         )
         return tuple(t for t in out if t.is_floating_point())
 
@@ -137,6 +137,8 @@ def test_unknown_statistics_and_operands_are_errors():
         call_forward(head, "entropy")
     with pytest.raises(RuntimeError, match="needs target"):
         FORWARD([head.x, head.w], "input weight", None, "target_logit", False, *Attributes().args())
+    with pytest.raises(RuntimeError, match="softcap_form must be one of .*tanh.*, got 'sin'"):
+        call_forward(head, "lse", softcap=2.0, softcap_form="sin")
     with pytest.raises(RuntimeError, match="unknown operands"):
         FORWARD([head.x, head.w], "input heavy", None, "lse", False, *Attributes().args())
 
