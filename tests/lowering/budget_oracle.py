@@ -2,7 +2,7 @@
 
 import torch
 from gpu_cases import Case
-from head_oracle import check_error_rule, error
+from head_oracle import check_error_rule, error, logits
 
 from cce_inductor.ops import filtered, reference
 from cce_inductor.ops.bound import BLOCK, values
@@ -20,8 +20,8 @@ def check_budget(case: Case, data: list, out: tuple, ours: dict) -> None:
         return
     (bound,) = bounds
     wide = [tensor.to(case.compute).double() for tensor in (x, w)]
-    u = wide[0] @ wide[1].T + b.double()
-    z = 5.0 * torch.tanh(u * 0.7 / 5.0) if case.capped else u
+    how = {"scale": 0.7, "softcap": 5.0} if case.softcap else {}
+    z = logits(wide[0], wide[1], b.double(), **how, form=case.softcap)
     p = z.softmax(1)
     others = p.scatter(1, t.clamp(min=0)[:, None], 0)
     # What the backward reads, as the forward left it.
@@ -30,7 +30,7 @@ def check_budget(case: Case, data: list, out: tuple, ours: dict) -> None:
     near = {name: [v for v in floats if (v - value)[active].abs().max() < 1e-3] for name, value in wanted.items()}
     saved = {name: found[0] for name, found in near.items()}
     g = case.tangent(t)
-    how = {"scale": 0.7, "softcap": 5.0} if case.capped else {}
+    how |= {"softcap_form": case.softcap} if case.softcap else {}
     attributes = Attributes(grad_filter=f"budget {case.budget!r}", compute_dtype=case.compute, **how)
     given = dict(zip(["input", "weight", "bias", "target"], data, strict=True))
     call = Call(given, None if case.reference else active, "lse target_logit", attributes)
@@ -52,8 +52,8 @@ def check_budget(case: Case, data: list, out: tuple, ours: dict) -> None:
     dense = torch.zeros_like(p)
     dense[rows] = p[rows] * keep[torch.arange(len(rows)) // BLOCK] * g[rows, None]
     dense[rows, t[rows]] -= g[rows]
-    if case.capped:
-        dense *= (1 - (z / 5.0) ** 2) * 0.7
+    if case.softcap:
+        dense *= (1 - (z / 5.0) ** 2) ** {"tanh": 1.0, "rsqrt": 1.5}[case.softcap] * 0.7
     kept = {"loss": exact["loss"], "dx": dense @ wide[1], "dw": dense.T @ wide[0], "db": dense.sum(0)}
     # p is exp(logit - lse) with an lse of fp32: half a unit of its last place is an error that a row's entries share.
     shared = wanted["lse"][active].abs().max().item() * torch.finfo(torch.float32).eps / 2

@@ -76,8 +76,9 @@ class Case:
         return loss
 
     @property
-    def capped(self) -> bool:
-        return self.loss is capped
+    def softcap(self) -> str:
+        """Its form, of 5.0 and behind a scale of 0.7; "" for none."""
+        return {capped: "tanh", rooted: "rsqrt"}.get(self.loss, "")
 
     def tangent(self, t: torch.Tensor) -> torch.Tensor:
         """Of the log-sum-exp of each row, for the losses that a budget is tested with."""
@@ -115,6 +116,17 @@ def softcapped(x, w, b, t):
 
 def capped(x, w, b, t):
     return F.cross_entropy((5.0 * torch.tanh(F.linear(x, w, b) * 0.7 / 5.0)).float(), t)
+
+
+def rooted(x, w, b, t):
+    u = F.linear(x, w, b) * 0.7
+    return F.cross_entropy((5.0 * u * torch.rsqrt(u.square() + 25.0)).float(), t)
+
+
+def by_angles(x, w, b, t):
+    """`rooted` by sin(atan(t)) = t / sqrt(1 + t²), which infinite logits do not make NaN."""
+    u = (F.linear(x, w, b).float() if x.dtype != torch.float64 else F.linear(x, w, b)) * 0.7
+    return F.cross_entropy(5.0 * torch.sin(torch.atan(u / 5.0)), t)
 
 
 def weighted_rows(x, w, b, t):
@@ -179,6 +191,7 @@ CASES = {
     "float16": Case(scaled, dtype=torch.float16),
     "float32 in bfloat16": Case(plain, autocast=True),
     "softcap, scale and smoothing": Case(softcapped),
+    "softcap by a root, infinite logits": Case(rooted, by_angles, infinite=True),
     "tangents of both signs": Case(weighted_rows),
     "class weights": Case(class_weights),
     "peaked": Case(plain, sharp=8.0, dtype=torch.bfloat16),
@@ -218,6 +231,7 @@ CASES = {
     "gradients in the forward, bfloat16": Case(plain, dtype=torch.bfloat16, early=True, tiles=KEEPING),
     "gradients in the forward, peaked": Case(plain, dtype=torch.bfloat16, sharp=8.0, early=True, tiles=KEEPING),
     "gradients in the forward, autocast": Case(plain, autocast=True, early=True, tiles=KEEPING),
+    "gradients in the forward, softcap by a root": Case(rooted, dtype=torch.bfloat16, early=True, tiles=KEEPING),
     "gradients in the forward, infinite logits": Case(
         plain, from_logsumexp, dtype=torch.bfloat16, infinite=True, early=True, tiles=KEEPING
     ),
@@ -232,6 +246,7 @@ CASES = {
     "budget, tangents of both signs": replace(BUDGET, loss=weighted_rows),
     "budget, a row that loses too much": replace(BUDGET, confident=True),
     "budget, softcap and scale": replace(BUDGET, loss=capped, budget=0.05),
+    "budget, softcap by a root": replace(BUDGET, loss=rooted, budget=0.05),
     "budget, every row counts": replace(
         BUDGET, loss=each_counts, reference=each_counts, n=256, v=512, rounds=THREE[:1]
     ),

@@ -56,7 +56,7 @@ def from_logits(names: str, attributes: Attributes) -> Callable[..., Sequence[Te
     """The same statistics as `forward`'s, from all logits, and in the dtype of the operands."""
 
     def call(x, w, target, bias=None, column_weight=None, active=None):
-        z = logits(x, w, bias, attributes.scale, attributes.softcap or None)
+        z = logits(x, w, bias, attributes.scale, attributes.softcap or None, attributes.softcap_form)
         out = statistics(names, z, target, column_weight)
         return out if active is None else [torch.where(active, t, 0) for t in out]
 

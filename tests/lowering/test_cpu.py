@@ -35,6 +35,24 @@ def test_every_option_float32_and_any_number_of_rows():
     assert all(torch.equal(again[0][name], again[1][name]) for name in again[0])
 
 
+def test_the_softcap_by_a_root():
+    """Small logits, logits far beyond it, and infinite ones, which a program that squares them makes NaN."""
+    operator = Operator(EVERY, scale=0.7, softcap=5.0, softcap_form="rsqrt", workspace=1 << 18)
+    tensors = {"column_weight": torch.rand(1003), "active": some_rows(137)}
+    for times in (1.0, 50.0):
+        head = Head.make(137, 100, 1003, bias=True)
+        head.x *= times
+        operator.check(f"times {times}", head, **tensors)
+    head.bias[3], head.bias[700:] = torch.inf, -1e25
+    infinite = operator.run(head, **tensors)
+    head.bias[3], head.bias[700:] = 1e8, -1e8
+    finite = operator.run(head, **tensors)
+    for name, value in infinite.items():
+        assert value.isfinite().all() and error(value, finite[name]) < 1e-5, name
+    assert not infinite["db"][700:].any() and not infinite["db"][3]
+    assert kernels() == 2
+
+
 def test_bfloat16_transposed_weight():
     head = Head.make(130, 70, 2500, torch.bfloat16)
     head.w = head.w.t().contiguous().t()

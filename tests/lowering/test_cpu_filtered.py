@@ -61,7 +61,11 @@ class Configuration:
     needs: str = "input weight bias diagnostics"
     scale: float = 1.0
     softcap: float = 0.0
+    softcap_form: str = "tanh"
     compute_dtype: torch.dtype | None = None
+
+    def logits(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        return logits(x, w, bias, self.scale, self.softcap or None, self.softcap_form)
 
     @property
     def unbiased(self) -> bool:
@@ -70,8 +74,8 @@ class Configuration:
     @property
     def attributes(self) -> Attributes:
         return Attributes(
-            scale=self.scale, softcap=self.softcap, compute_dtype=self.compute_dtype, grad_filter=self.grad_filter,
-            workspace=self.workspace, version=source(),
+            scale=self.scale, softcap=self.softcap, softcap_form=self.softcap_form, compute_dtype=self.compute_dtype,
+            grad_filter=self.grad_filter, workspace=self.workspace, version=source(),
         )  # fmt: skip
 
     @property
@@ -188,7 +192,7 @@ class Case:
     def softmax(self, configuration: Configuration) -> Tensor:
         """(active rows, V) in float64, 0 at the rows' own targets: the dense gradient for tangents of 1."""
         wide = self.head.to(torch.float64)
-        p = logits(wide.x, wide.w, wide.bias, configuration.scale, configuration.softcap or None).softmax(1)[self.rows]
+        p = configuration.logits(wide.x, wide.w, wide.bias).softmax(1)[self.rows]
         return p.scatter(1, self.head.target[self.rows, None], 0) if "target" in configuration.operands else p
 
 
@@ -233,7 +237,7 @@ def exact_gradients(configuration: Configuration, case: Case, tangents: list[Ten
     leaves = {"input": wide.x, "weight": wide.w} | ({} if wide.bias is None else {"bias": wide.bias})
     leaves = {name: t.requires_grad_() for name, t in leaves.items()}
     bias = leaves.get("bias")
-    z = logits(leaves["input"], leaves["weight"], bias, configuration.scale, configuration.softcap or None)
+    z = configuration.logits(leaves["input"], leaves["weight"], bias)
     named = dict(zip(configuration.tangents.split(), tangents, strict=True))
     rows = case.rows
     target = case.head.target[rows] if "target" in configuration.operands else None
@@ -368,6 +372,7 @@ CAPPED = Configuration(
     torch.float16, statistics="lse target_logit argmax", operands="input weight target", needs="input diagnostics",
     scale=1.5, softcap=60.0,
 )  # fmt: skip
+ROOTED = Configuration(scale=1.5, softcap=150.0, softcap_form="rsqrt")
 
 
 def transposed(case: Case) -> Case:
@@ -397,6 +402,15 @@ def test_float16_with_a_softcap_and_a_frozen_head():
     mass = torch.stack([p.sum(0) for p in case.softmax(CAPPED).split(BLOCK)])
     assert (values(bound.device)[bound.long()][: len(mass)] >= mass).all()
     check("float16", CAPPED, case, loss_tangents(torch.rand(300)), saved)
+
+
+def test_the_softcap_by_a_root():
+    case = Case.of(peaked(300, 40, 3000), two_thirds(300))
+    case.head = replace(case.head, x=case.head.x * 2)
+    *_, bound = saved = saved_by(ROOTED, case)
+    mass = torch.stack([p.sum(0) for p in case.softmax(ROOTED).split(BLOCK)])
+    assert (values(bound.device)[bound.long()][: len(mass)] >= mass).all()
+    check("float32", ROOTED, case, loss_tangents(torch.rand(300)), saved)
 
 
 # ---- the contract ---------------------------------------------------------------------------------------------------

@@ -21,8 +21,13 @@ pytestmark = pytest.mark.usefixtures("lowerings")
 def test_float32_kept_in_full_in_chunks_and_not_at_all():
     """One chunk, several, and a workspace too small for any: the same numbers, within the rule."""
     weight = torch.rand(1003)
-    for workspace, case in ((64 << 20, "one chunk"), (1 << 20, "chunks"), (1 << 18, "nothing kept")):
-        operator = Operator(EVERY, at_once=True, dynamic=True, scale=0.7, softcap=5.0, workspace=workspace)
+    for workspace, case, form in (
+        (64 << 20, "one chunk", "tanh"),
+        (1 << 20, "chunks", "rsqrt"),
+        (1 << 18, "nothing kept", "tanh"),
+    ):
+        softcap = {"softcap": 5.0, "softcap_form": form}
+        operator = Operator(EVERY, at_once=True, dynamic=True, scale=0.7, **softcap, workspace=workspace)
         for n in (137, 500):
             head = Head.make(n, 90, 1003, bias=True, seed=n)
             operator.check(f"{case}, {n} rows", head, column_weight=weight, active=some_rows(n))

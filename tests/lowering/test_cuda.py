@@ -45,6 +45,7 @@ RARE = [
     "budget, peaked",
     "budget, flat",
     "budget, softcap and scale",
+    "budget, softcap by a root",
     "budget, every row ignored",
     "budget, smoothing",
     "blocks in float16",

@@ -91,6 +91,7 @@ OPCHECK_CASES = {
     "class weights": {"names": "lse logit_sum", "column_weight": True},
     "active": {"names": "lse target_logit", "active": True},
     "all at once": {"names": EVERY, "bias": True, "column_weight": True, "active": True, "scale": 0.7, "softcap": 3.0},
+    "the other softcap": {"names": "lse target_logit", "bias": True, "softcap": 3.0, "softcap_form": "rsqrt"},
     "compute dtype": {"names": "lse target_logit", "compute_dtype": torch.bfloat16},
 }
 
