@@ -88,8 +88,8 @@ def softcap(value: Value, root: Value, node: Node, divides: bool) -> Value:
     if root.kind != ("root" if divides else "inverse root"):
         raise Refused("logits are multiplied by their square, or divided by it", CURE)
     ratio = value.affine.multiple(root.affine)
-    places = [(v.head, v.order, v.columns, v.masks, v.terms, v.class_dim, v.fake.shape) for v in (value, root)]
-    if ratio is None or places[0] != places[1] or fake(node).shape != value.fake.shape or value.extra != root.extra:
+    places = [(v.head, v.order, v.columns, v.masks, v.terms, v.class_dim) for v in (value, root)]
+    if ratio is None or places[0] != places[1] or fake(node).shape != value.fake.shape:
         raise Refused("logits are multiplied by the root of the square of others", CURE)
     if value.fake.requires_grad != root.fake.requires_grad:
         raise Refused("the root of squared logits is detached", CURE)

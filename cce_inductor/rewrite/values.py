@@ -189,8 +189,8 @@ class Affine:
         return replace(self, inner=self.inner + constant)
 
     def multiple(self, other: Affine) -> float | None:
-        """What `other` is to be scaled by to be this, but for rounding; None if nothing is, or one has a softcap."""
-        if self.capped or other.capped or 0 in (self.scale, other.scale):
+        """What `other`, without a softcap, is to be scaled by to be this, but for rounding; None if nothing makes it."""
+        if other.scale == 0:
             return None
         ratio = self.scale / other.scale
         scaled = other.scaled(ratio)

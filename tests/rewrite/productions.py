@@ -407,6 +407,10 @@ VALUES = {
     "softcap by sigmoid": "6.0 * torch.sigmoid(z / 1.5)",
     "softcap by shifted sigmoid": "5.0 * torch.sigmoid((z + 1.0) / 2.0)",
     "softcap by rsqrt": "4.0 * z * torch.rsqrt(z.square() + 16.0)",
+    "softcap by rsqrt of methods": "z.mul((z.pow(2) + 9.0).rsqrt()).mul(3.0)",
+    "softcap by rsqrt of a ratio": "z * torch.rsqrt(1.0 + (z / 5.0) ** 2)",
+    "softcap by a root": "z / torch.sqrt(torch.add(z * z, 4.0)) * 2.0",
+    "softcap by the root of a shift": "(z + 1.0) / (1 + 0.1 * (z + 1.0).square()).sqrt()",
     "learned temperature": "z * temperature",
     "divided by a learned temperature": "z / temperature",
     "exponential of a learned temperature": "temperature.exp() * z",
@@ -840,6 +844,7 @@ for _name, _expression in {
     "probabilities returned": "z.softmax({c})",
     "some columns returned": "z.narrow({c}, 0, 2)",
     "capped and returned": "5.0 * torch.tanh(z / 5.0)",
+    "capped by rsqrt and returned": "5.0 * z * torch.rsqrt(z.square() + 25.0)",
     "sorted and returned": "z.sort(dim={c}).values",
     "size returned": "torch.tensor(float(z.size({c})))",
 }.items():

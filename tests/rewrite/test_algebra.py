@@ -139,6 +139,22 @@ BETWEEN = {
     "a constant inside a softcap": lambda z: 4 * torch.tanh((z + 1.5) / 4),
     "softcap as a sigmoid": lambda z: 6 * torch.sigmoid((z + 2) / 3),
     "softcap as a sigmoid of a scale": lambda z: 23.0 * torch.sigmoid(z * 0.3),
+    "softcap by rsqrt": lambda z: 15 * z * torch.rsqrt(z.square() + 225),
+    "softcap by rsqrt, the root first": lambda z: 2 * torch.rsqrt(torch.add(z * z, 4)) * z,
+    "softcap by rsqrt of methods": lambda z: z.mul(z.pow(2.0).add(9).rsqrt()).mul(3.0),
+    "softcap by rsqrt of a ratio": lambda z: z * torch.rsqrt(1 + (z / 3) ** 2),
+    "softcap by a root": lambda z: 3 * (z / torch.sqrt(z**2 + 9)),
+    "softcap by a multiple of the root": lambda z: z / (2 * (z.square() + 4).sqrt()),
+    "softcap by one over a root": lambda z: (1 / torch.sqrt(z**2 + 4)) * z * -2,
+    "softcap by a power": lambda z: z * (torch.pow(z, 2) + 4) ** -0.5,
+    "softcap over a power": lambda z: torch.div(z, (z.square() + 4) ** 0.5),
+    "softcap of another scale": lambda z: (30 * z) * (0.5 * torch.rsqrt((z / 2).square() * 3 + 7)) + 1,
+    "softcap by rsqrt of a shift": lambda z: (z + 1.5) * torch.rsqrt((z + 1.5).square() + 4),
+    "softcap by rsqrt of a bias, in another scale": lambda z: (
+        lambda b: (2 * (z * 0.7 + b)) * torch.rsqrt((z * 0.7 + b).square() + 4)
+    )(torch.linspace(-1, 1, V)),
+    "softcap by rsqrt, the sum in place": lambda z: z * z.square().add_(4).rsqrt(),
+    "columns behind a softcap by rsqrt": lambda z: (z * torch.rsqrt(z.square() + 4))[..., :30],
     "masked columns": lambda z: z.masked_fill(EVEN, -math.inf),
     "masked with a finite number": lambda z: z.masked_fill(EVEN, -2.0),
     "masked with a number, scaled": lambda z: z.masked_fill(EVEN[None], -2.0) * 0.5 + 1,
@@ -226,6 +242,7 @@ def test_an_edit_shows_in_what_reads_the_logits_afterwards():
 
 LSE = torch.logsumexp
 ONE_HOT = F.one_hot
+RSQRT = torch.rsqrt
 STATISTICS = {
     "logsumexp minus gather": lambda z, t: (LSE(z, -1) - z.gather(-1, t[..., None])[..., 0]).mean(),
     "log_softmax and gather": lambda z, t: -z.log_softmax(-1).gather(-1, t.unsqueeze(-1)).squeeze(-1).mean(),
@@ -282,6 +299,12 @@ STATISTICS = {
     )(((z - z.amax(-1, keepdim=True)) * 0.5).transpose(0, 1).reshape(-1, V)),
     "cross-entropy of shifted logits": lambda z, t: ce(z - z.detach().max(-1, keepdim=True).values, t),
     "the largest logit": lambda z, t: ce(z, t) + (5 * torch.tanh((z * 0.5 + 1) / 5) - 2).amax(-1).square().mean(),
+    "the largest logit behind rsqrt": lambda z, t: (
+        lambda u: ce(z, t) + (5 * u * RSQRT(u.square() + 9) - 2).amax(-1).square().mean()
+    )(z * 0.5 + 1),
+    "two softcaps of one head": lambda z, t: (
+        ce(3 * torch.tanh(z / 3), t) + LSE(3 * z * RSQRT(z.square() + 9), -1).square().mean()
+    ),
     "indices of a range": lambda z, t: -z.view(-1, V).log_softmax(1)[range(B * S), t.view(-1)].mean(),
     "Categorical": lambda z, t: (lambda d: -(d.log_prob(t) + 0.1 * d.entropy()).mean())(
         torch.distributions.Categorical(logits=z, validate_args=False)

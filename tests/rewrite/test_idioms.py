@@ -121,6 +121,17 @@ def test_bias_behind_a_scale_is_folded():
     assert_same_as_eager(fn, (hidden(), rand(V, D), rand(V), rand(V), labels()), fused=1)
 
 
+def test_the_softcap_of_modded_nanogpt():
+    """https://github.com/KellerJordan/modded-nanogpt in 2025: capped in fp32, a sum over all rows."""
+
+    def fn(h, w, t):
+        logits = F.linear(h, w).float()
+        logits = 15 * logits * torch.rsqrt(logits.square() + 225)
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), t.view(-1), reduction="sum")
+
+    assert_same_as_eager(fn, (hidden(), rand(V, D), labels()), fused=1)
+
+
 def test_bias_inside_a_softcap():
     def fn(h, w, b, t):
         logits = 4 * torch.tanh((F.linear(h, w) + b) / 4)
@@ -358,6 +369,7 @@ RETURNED = {
     "upcast and raw": (lambda z: z.float(), lambda z: z),
     "scaled": (lambda z: z * 0.25, None),
     "capped": (lambda z: 5 * torch.tanh(z / 5), None),
+    "capped by rsqrt": (lambda z: 5 * z.float() * torch.rsqrt(z.float().square() + 25), None),
     "upcast": (lambda z: z.float(), None),
     "viewed": (lambda z: z.view(-1, V), None),
     "shifted": (lambda z: z[:, :-1], lambda z: z),

@@ -6,6 +6,7 @@ graphs of REFUSED and PROGRAMS are rewritten: what becomes of one of them has to
 
 import ast
 import inspect
+import math
 import types
 
 import pytest
@@ -15,11 +16,11 @@ from capture import graphs_of
 from test_refusals import REFUSED
 
 from cce_inductor import config
-from cce_inductor.rewrite import combine, heads, pointwise, readings, rows, trace, written_out
+from cce_inductor.rewrite import combine, heads, pointwise, readings, roots, rows, trace, written_out
 from cce_inductor.rewrite.rewrite import rewrite
 
 B, S, D, V = 2, 6, 8, 40
-MODULES = (heads, rows, combine, pointwise, readings, written_out, trace)
+MODULES = (heads, rows, combine, pointwise, roots, readings, written_out, trace)
 
 
 def is_guard(node: ast.AST) -> bool:
@@ -122,6 +123,7 @@ HEADS = {
     ),
     "a strided convolution": lambda h, w, b, t: F.cross_entropy(F.conv1d(h.mT, w[:, :, None], stride=2), t[:, :3]),
     "a convolution without a batch": lambda h, w, b, t: F.cross_entropy(F.conv1d(h[0].mT, w[:, :, None]).mT, t[0]),
+    "a root of another head": lambda h, w, b, t: ce(F.linear(h, w) / (F.linear(h, 2 * w).square() + 4).sqrt(), t),
     "integers": lambda h, w, b, t: ce(F.linear(h.long(), w.long()).float() + h.sum() * 0, t),
 }
 ROWS = {
@@ -202,6 +204,68 @@ ENTRIES = {
     ),
     "an edit under no_grad": lambda z, t: edited_without_gradient(z, t),
 }
+RSQRT = torch.rsqrt
+ROOTS = {
+    "a mask times the square": lambda z, t: ce(z * RSQRT(z.square() * F.one_hot(t, V) + 4), t),
+    "a tensor times the square": lambda z, t: ce(z * RSQRT(z.square() * torch.tensor(2.0) + 4), t),
+    "the square of probabilities": lambda z, t: ce(z, t) + z.softmax(-1).square().sum(-1).mean(),
+    "the square of capped logits": lambda z, t: (lambda c: ce(c * RSQRT(c.square() + 4), t))(z.tanh()),
+    "the square of masked logits": lambda z, t: (lambda m: ce(m * RSQRT(m.square() + 4), t))(z.masked_fill(EVEN, -3.0)),
+    "the square of shifted logits": lambda z, t: (lambda m: ce(m * RSQRT(m.square() + 4), t))(z + torch.rand(B, S, 1)),
+    "the third power": lambda z, t: ce(z * RSQRT(z.pow(3) + 4), t),
+    "the root of logits": lambda z, t: ce(z * RSQRT(z + 4), t),
+    "the root of a root": lambda z, t: ce(z * (z.square() + 4).sqrt().rsqrt(), t),
+    "the root of a square alone": lambda z, t: ce(z * RSQRT(z.square()), t),
+    "the root of a negated square": lambda z, t: ce(z * RSQRT(4 + z.square() * -0.1), t),
+    "the root of an infinite number": lambda z, t: ce(z * RSQRT(z.square() + math.inf), t),
+    "an infinite multiple of the square": lambda z, t: ce(z * RSQRT(z.square() * 1e300 * 1e300 + 4), t),
+    "the root times zero as a divisor": lambda z, t: ce(z / ((z.square() + 4).sqrt() * 0), t),
+    "a number over zero times the root": lambda z, t: ce(z * (1 / ((z.square() + 4).sqrt() * 0)), t),
+    "probabilities times a root": lambda z, t: ce(z, t) + (z.softmax(-1) * RSQRT(z.square() + 4)).sum(-1).mean(),
+    "times the root, not over it": lambda z, t: ce(z * (z.square() + 4).sqrt(), t),
+    "over the inverse root": lambda z, t: ce(z / RSQRT(z.square() + 4), t),
+    "the root over the logits": lambda z, t: ce((z.square() + 4).sqrt() / z, t),
+    "times their square": lambda z, t: ce(z * z.square(), t),
+    "the square over its root": lambda z, t: ce(z.square() / (z.square() + 4).sqrt(), t),
+    "over the root, rounded": lambda z, t: ce(torch.div(z, (z.square() + 4).sqrt(), rounding_mode="floor"), t),
+    "a number over the root, rounded": lambda z, t: ce(
+        z * torch.div(9.0, (z.square() + 4).sqrt(), rounding_mode="floor"), t
+    ),
+    "over a number less than the root": lambda z, t: ce(z / (4 - z.square()).sqrt(), t),
+    "added to the square with alpha": lambda z, t: ce(z * RSQRT(torch.add(z.square(), 4, alpha=2)), t),
+    "a root of other rows": lambda z, t: ce(z * RSQRT(z.flip(1).square() + 4), t),
+    "a root of another order": lambda z, t: ce(z.flip(1) * RSQRT(z.flip(1).square() + 4), t),
+    "a root of shifted logits": lambda z, t: ce(z * RSQRT((z + 0.5).square() + 4), t),
+    "a root of biased logits": lambda z, t: ce(z * RSQRT((z + torch.ones(V)).square() + 4), t),
+    "two biases": lambda z, t: ce((z + torch.ones(V)) * RSQRT((z + torch.rand(V)).square() + 4), t),
+    "a bias twice": lambda z, t: (lambda b: ce((z + b + b) * RSQRT((z + b).square() + 4), t))(torch.rand(V)),
+    "a bias in another share": lambda z, t: (lambda b: ce((2 * z + b) * RSQRT((z + b).square() + 4), t))(torch.rand(V)),
+    "zero times the logits": lambda z, t: ce(z * RSQRT((0 * z).square() + 4), t),
+    "a root of other columns": lambda z, t: ce(z[..., :20] * RSQRT(z[..., 20:].square() + 4), t % 20),
+    "a root of other dimensions": lambda z, t: (
+        lambda a: F.cross_entropy(a.mT * RSQRT(a.square() + 4), t % S)  # S classes, of dimension 1 or 2
+    )(z[..., :S]),
+    "all rows times all roots": lambda z, t: ce(
+        z.view(-1, 1, V) * RSQRT(z.view(1, -1, V).square() + 4), t.view(-1, 1).expand(-1, B * S)
+    ),
+    "columns set, times a root": lambda z, t: (
+        lambda a: (a.__setitem__((..., slice(3)), -1.0), ce(a * RSQRT(z.square() + 4), t))[1]
+    )(z.clone()),
+    "one-hot logits times a root": lambda z, t: ce(z * F.one_hot(t, V) * RSQRT(z.square() + 4), t),
+    "a mask times the root": lambda z, t: ce(z * (RSQRT(z.square() + 4) * F.one_hot(t, V)), t),
+    "rounded logits times a root": lambda z, t: ce(z.bfloat16().float() * RSQRT(z.square() + 4), t),
+    "a root of logits without a factor": lambda z, t: (lambda a: ce((z * a) * RSQRT(z.square() + 4), t))(torch.ones(1)),
+    "masked logits times a root": lambda z, t: ce(z.masked_fill(EVEN, -3.0) * RSQRT(z.square() + 4), t),
+    "shifted rows times a root": lambda z, t: ce((z + torch.rand(B, S, 1)) * RSQRT(z.square() + 4), t),
+    "capped logits times a root": lambda z, t: ce(z.tanh() * RSQRT(z.square() + 4), t),
+    "more dimensions than the root": lambda z, t: ce(z[None] * RSQRT(z.square() + 4), t[None]),
+    "a root under no_grad": lambda z, t: ce(z * root_without_gradient(z), t),
+    "the square of the logits summed": lambda z, t: ce(z, t) + z.square().sum(-1).mean(),
+    "the root of columns": lambda z, t: ce(z[..., :20] * RSQRT(z.square() + 4)[..., :20], t % 20),
+    "a root, rounded": lambda z, t: ce(z * RSQRT(z.bfloat16().square().float() + 4), t),
+    "the square in place": lambda z, t: ce(z * RSQRT(z.clone().square_() + 4), t),
+    "divided in place": lambda z, t: ce(z.div_((z.square() + 4).sqrt().detach()), t),
+}
 STATISTICS = {
     "smoothing by a tensor": lambda z, t: (
         ce(z, t, ignore_index=3, label_smoothing=0.1, reduction="mean") + z.square().mean()
@@ -258,12 +322,19 @@ def edited_without_gradient(z, t):
     return ce(z, t)
 
 
+def root_without_gradient(z):
+    with torch.no_grad():
+        return RSQRT(z.square() + 4)
+
+
 # Captured with symbolic sizes.
 DYNAMIC = {
     "view_as a tensor of symbolic size": lambda z, t: ce(z.view_as(torch.empty(t.shape[0], t.shape[1], V)), t),
     "columns of a symbolic number": lambda z, t: ce(z.narrow(-1, 0, t.shape[1] + 20), t % 20),
     "a symbolic slice of the classes": lambda z, t: ce(z[..., : t.shape[1] + 20], t % 20),
     "times a symbolic size": lambda z, t: ce(z * t.shape[1], t),
+    "the root of a symbolic size": lambda z, t: ce(z * RSQRT(z.square() + t.shape[1]), t),
+    "the power of a symbolic size": lambda z, t: ce(z * RSQRT(z ** t.shape[1] + 1), t),
     "divided by a symbolic size": lambda z, t: ce(z / t.shape[1], t),
     "a symbolic class is ignored": lambda z, t: ce(z, t, ignore_index=t.shape[1]),
     "symbolic columns set": lambda z, t: (z.__setitem__((..., slice(t.shape[1])), -1.0), ce(z, t))[1],
@@ -289,7 +360,7 @@ UNREACHED = {
 PROGRAMS = {
     **{name: linear(f) for name, (f, _, _) in REFUSED.items()},
     **HEADS,
-    **{name: linear(f) for name, f in {**ROWS, **ENTRIES, **STATISTICS}.items()},
+    **{name: linear(f) for name, f in {**ROWS, **ENTRIES, **ROOTS, **STATISTICS}.items()},
 }
 
 

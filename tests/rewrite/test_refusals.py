@@ -96,6 +96,27 @@ REFUSED = {
         "slice",
     ),
     "deprecated arguments": (lambda z, t: ce(z, t, size_average=True), "deprecated", "reduction"),
+    "rows normalised": (
+        lambda z, t: ce(z * torch.rsqrt(z.square().mean(-1, keepdim=True) + 1e-6), t),
+        "multiplied by a tensor",
+        "hidden states",
+    ),
+    "the root of a learned number": (
+        lambda z, t: ce(z * torch.rsqrt(z.square() + torch.full((1,), 4.0)), t),
+        "multiplied by a tensor",
+        "hidden states",
+    ),
+    "the root of a square with a minus": (
+        lambda z, t: ce(z * torch.rsqrt(1e4 + z.square() * -0.1), t),
+        "multiplied by a tensor",
+        "hidden states",
+    ),
+    "the root of other logits": (
+        lambda z, t: ce(z * torch.rsqrt((z + 1).square() + 4), t),
+        "the square of others",
+        "softcap",
+    ),
+    "a detached root": (lambda z, t: ce(z * torch.rsqrt(z.detach().square() + 4), t), "detached", "softcap"),
     "pseudo-labels": (lambda z, t: ce(z, z.argmax(-1)), "computed from the logits", ""),
 }
 
