@@ -189,7 +189,7 @@ class Affine:
         return replace(self, inner=self.inner + constant)
 
     def multiple(self, other: Affine) -> float | None:
-        """What `other`, without a softcap, is to be scaled by to be this, but for rounding; None if nothing makes it."""
+        """What `other`, without a softcap, is to be scaled by to be this, but for rounding; None if nothing does it."""
         if other.scale == 0:
             return None
         ratio = self.scale / other.scale
