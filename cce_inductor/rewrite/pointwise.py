@@ -17,7 +17,7 @@ from . import roots
 from .heads import is_vocabulary_vector
 from .one_hot import is_number, is_row_vector, is_tensor, mixture, one_hot_target
 from .rows import full, positions
-from .values import SQUARES, Factor, Mask, Refused, Shift, Term, Value, fake
+from .values import SQUARES, Factor, Mask, Refused, Shift, Term, Value, differentiates, fake
 
 Args = dict[str, Any]
 
@@ -355,6 +355,8 @@ def product(a: Value, b: Value, node: Node) -> Value:
         raise Refused("the logits are multiplied by themselves", "compute it from the hidden states")
     if a.source != b.source or a.affine != b.affine or a.class_dim != b.class_dim or fake(node).shape != a.fake.shape:
         raise Refused("the softmax of some logits is multiplied by others", "use the same logits in both")
+    if not differentiates(node, a.node, b.node):
+        raise Refused("a softmax is multiplied by detached logits, or a detached one by logits", "detach both, or none")
     if a.masks or a.terms or b.terms:
         raise Refused("the entropy of masked or shifted logits", "slice the weight instead of masking")
     factor = a.factor * b.factor

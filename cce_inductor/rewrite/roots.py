@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .values import SQUARES, Refused, Step, Value, fake
+from .values import SQUARES, Refused, Step, Value, differentiates, fake
 
 Args = dict[str, Any]
 
@@ -91,7 +91,7 @@ def softcap(value: Value, root: Value, node: Node, divides: bool) -> Value:
     places = [(v.head, v.order, v.columns, v.masks, v.terms, v.class_dim) for v in (value, root)]
     if ratio is None or places[0] != places[1] or fake(node).shape != value.fake.shape:
         raise Refused("logits are multiplied by the root of the square of others", CURE)
-    if value.fake.requires_grad != root.fake.requires_grad:
+    if not differentiates(node, value.node, root.node):
         raise Refused("the root of squared logits is detached", CURE)
     k, c = root.quadratic
     factor = 1 / _factor(root) if divides else root.factor

@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from . import vocabulary
 from .heads import same
-from .values import Refused, Value, example, fake
+from .values import Refused, Value, differentiates, example, fake
 
 Args = dict[str, Any]
 
@@ -405,6 +405,8 @@ def join(values: Sequence[Value], node: Node, dim: int, stacked: bool) -> Value:
         v.picked is None and v.fake.dim() == rank and replace(v, **alike) == replace(first, **alike) for v in values
     ):
         raise Refused("logits of different heads, or treated differently, are put together", "compute a loss of each")
+    if not differentiates(node, *(v.node for v in values)):
+        raise Refused("detached rows are put together with others", "detach all of them, or none")
     class_dim = first.class_dim + (stacked and dim <= first.class_dim)
     pieces = [v.rows for v in values]
 

@@ -25,7 +25,7 @@ from .one_hot import Mixture, is_number, is_row_vector, is_tensor, mixture, one_
 from .pointwise import INPLACE, VALUES, over_classes, product
 from .readings import LOSSES, Loss, Reading, maximum, reading
 from .rows import PARTS, ROWS, join
-from .values import Head, Refusal, Refused, Value, example, fake, storages
+from .values import Head, Refusal, Refused, Value, differentiates, example, fake, storages
 from .vocabulary import Op
 from .written_out import concatenated, mixed_loss, mixed_sum, of_members
 from .written_out import stacked as several_heads
@@ -579,6 +579,8 @@ class Interpreter:
     def _minus_lse(self, value: Value, node: Node, op: Op) -> Value:
         """The logits minus their log-sum-exp: log_softmax. Minus another one, they are shifted by row."""
         value.need("logits", "a log-sum-exp is subtracted from log-probabilities", "subtract it once")
+        if _gains_gradient(value, node):
+            raise Refused("a log-sum-exp that requires grad is subtracted from detached logits", "detach both, or none")
         if not self._is_own(value, self.lse[op.args["other"]], node, op) or op.args["alpha"] != 1:
             return VALUES["sub"](value, node, op.args)
         return value.then(node, lambda z, _: z - z.logsumexp(-1, keepdim=True), kind="log_softmax", terms=())
@@ -599,7 +601,7 @@ class Interpreter:
             made.value.affine,
             made.value.terms,
         )
-        return whole and same_rows and not value.masks
+        return whole and same_rows and not value.masks and differentiates(node, value.node, op.args["other"])
 
     # ---- reasons
 

@@ -52,6 +52,11 @@ def storages(node: Node) -> set[StorageWeakRef]:
     return {StorageWeakRef(value.untyped_storage())} if isinstance(value, Tensor) else set()
 
 
+def differentiates(node: Node, *operands: Node) -> bool:
+    """Whether a gradient that comes back to `node`, if one does, goes on to every one of `operands`."""
+    return not fake(node).requires_grad or all(fake(n).requires_grad for n in operands)
+
+
 @dataclass(frozen=True)
 class Head:
     """A linear map onto the vocabulary: logits = input @ weight.T + bias.

@@ -117,6 +117,40 @@ REFUSED = {
         "softcap",
     ),
     "a detached root": (lambda z, t: ce(z * torch.rsqrt(z.detach().square() + 4), t), "detached", "softcap"),
+    "a detached softmax times logits": (
+        lambda z, t: ce(z, t) + (z.softmax(-1).detach() * z.log_softmax(-1)).sum(-1).mean(),
+        "detached",
+        "detach both",
+    ),
+    "a softmax times detached logits": (
+        lambda z, t: ce(z, t) + (z.softmax(-1) * z.detach()).sum(-1).mean(),
+        "detached",
+        "detach both",
+    ),
+    "detached logits minus their log-sum-exp": (
+        lambda z, t: ce(z, t) + (z.detach() - z.logsumexp(-1, keepdim=True)).gather(-1, t[..., None]).square().mean(),
+        "detached",
+        "detach both",
+    ),
+    "exponentials over a detached sum": (
+        lambda z, t: (
+            ce(z, t) + (z.exp() / z.detach().exp().sum(-1, keepdim=True)).gather(-1, t[..., None]).square().mean()
+        ),
+        "the sum of others",
+        "softmax",
+    ),
+    "detached exponentials over their sum": (
+        lambda z, t: (
+            ce(z, t) + (z.detach().exp() / z.exp().sum(-1, keepdim=True)).gather(-1, t[..., None]).square().mean()
+        ),
+        "the sum of others",
+        "softmax",
+    ),
+    "detached rows among others": (
+        lambda z, t: ce(torch.cat([z[:1].detach(), z[1:]]), t),
+        "detached rows",
+        "detach all",
+    ),
     "pseudo-labels": (lambda z, t: ce(z, z.argmax(-1)), "computed from the logits", ""),
 }
 
