@@ -158,6 +158,7 @@ MODELS: dict[str, Callable[[], Model]] = {
     "bias": lambda: Model(bias=True),
     "scaled": lambda: Model(lambda z: z / 8.0),
     "capped": lambda: Model(lambda z: 5 * torch.tanh(z / 5)),
+    "capped by rsqrt": lambda: Model(lambda z: 5 * z * torch.rsqrt(z.square() + 25)),
     "upcast": lambda: Model(lambda z: z.float()),
     "prior": lambda: Model(lambda z: z + WEIGHT.log()),
     "class_first": lambda: Model(lambda z: z.permute(2, 0, 1)),

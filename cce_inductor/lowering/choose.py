@@ -22,6 +22,15 @@ KEPT_SHARE = 0.75
 LARGE_LOGITS = 1 / 8
 
 
+def sixteen_bits_hold(softcap: float) -> bool:
+    """Whether 16 bits can keep logits for a second pass, behind a softcap if there is one (0.0 for none).
+
+    They hold how far below the largest a logit is, up to 64. What is further below has no p that counts, but behind a
+    softcap it has a slope.
+    """
+    return 2 * softcap < 63
+
+
 def choose(problem: Problem) -> Choice:
     """The answer of the lowerings to `Problem`."""
     if problem.device == "cuda" and not unsupported_dtype([*problem.dtypes, problem.compute_dtype]):

@@ -13,7 +13,7 @@ from ..ops import bound, diagnostics
 from ..ops import statistics as table
 from ..ops.call import Attributes
 from ..ops.filters import Filter
-from .choose import KEPT_SHARE, LEAST_CHUNK
+from .choose import KEPT_SHARE, LEAST_CHUNK, sixteen_bits_hold
 from .cpu_template import Spec, emit
 from .unsupported import Unsupported, unsupported_dtype
 
@@ -91,7 +91,7 @@ def with_gradients(
         "statistics": statistics,
         "tangents": list(tangents),
         "needs": needs,
-        "kept_share": KEPT_SHARE,
+        "kept_share": KEPT_SHARE if element == torch.float32 or sixteen_bits_hold(attributes.softcap) else 0.0,
         "least_chunk": LEAST_CHUNK[element],
         "bounded": bounded,
     }

@@ -25,6 +25,7 @@ from ..ops.filters import Filter
 from ..ops.library import BACKWARD, MM
 from . import budget
 from .buffers import in_memory, iota, numbers, op, own, part, zeros
+from .choose import sixteen_bits_hold
 from .schedule_choice import fastest
 from .schedules import Schedule, Sweep, rounds, schedules, whole_tiles
 from .triton_configs import KEPT_TILE, configurations
@@ -400,13 +401,18 @@ def with_gradients(
 ) -> list[Any]:
     call = Call(operands, active, attributes)
     pitch = whole_tiles(call.v)
-    kept = {"KEPT": call.empty([call.n, pitch], call.compute)}
-    if call.compute != torch.float32:
+    kept = None
+    if call.compute == torch.float32 or sixteen_bits_hold(attributes.softcap):
+        kept = {"KEPT": call.empty([call.n, pitch], call.compute)}
+    if kept is not None and call.compute != torch.float32:
         kept["TOPS"] = call.empty([math.ceil(call.v / KEPT_TILE) * call.n], torch.float32)
     # What the second pass reads is needed even if it is no result.
     wanted = list(statistics)
     wanted += [name for name in ("lse", "entropy") if name not in wanted and {name, "entropy"} & set(tangents)]
     stats = dict(zip(wanted, _statistics(call, wanted, kept, pitch), strict=True))
+    results = [stats[name] for name in statistics]
+    if kept is None:
+        return [*results, *backward(tangents, stats, operands, active, needs, attributes)]
     made = Backward(call, tangents, stats, needs)
     made.sweep(Sweep(0, pitch, tuple(needs)), kept)
-    return [*(stats[name] for name in statistics), *made.gradients()]
+    return [*results, *made.gradients()]

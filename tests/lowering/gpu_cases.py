@@ -118,6 +118,10 @@ def capped(x, w, b, t):
     return F.cross_entropy((5.0 * torch.tanh(F.linear(x, w, b) * 0.7 / 5.0)).float(), t)
 
 
+def widely_capped(x, w, b, t):
+    return F.cross_entropy((50.0 * torch.tanh(F.linear(x, w, b) / 50.0)).float(), t)
+
+
 def rooted(x, w, b, t):
     u = F.linear(x, w, b) * 0.7
     return F.cross_entropy((5.0 * u * torch.rsqrt(u.square() + 25.0)).float(), t)
@@ -232,6 +236,9 @@ CASES = {
     "gradients in the forward, peaked": Case(plain, dtype=torch.bfloat16, sharp=8.0, early=True, tiles=KEEPING),
     "gradients in the forward, autocast": Case(plain, autocast=True, early=True, tiles=KEEPING),
     "gradients in the forward, softcap by a root": Case(rooted, dtype=torch.bfloat16, early=True, tiles=KEEPING),
+    "gradients in the forward, a wide softcap": Case(
+        widely_capped, dtype=torch.bfloat16, sharp=60.0, early=True, tiles=KEEPING
+    ),
     "gradients in the forward, infinite logits": Case(
         plain, from_logsumexp, dtype=torch.bfloat16, infinite=True, early=True, tiles=KEEPING
     ),

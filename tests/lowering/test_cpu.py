@@ -284,3 +284,12 @@ def test_an_edited_template_is_not_served_from_the_cache(tmp_path):
     template.write_text(original)
     again = fresh()
     assert again["off"] < 1e-5 and again.get("fxgraph_cache_miss", 0) == 0 and again["fxgraph_cache_hit"] == 1
+
+
+def test_logits_far_apart_behind_a_wide_softcap_in_16_bits(as_on_avx512):
+    """What is kept for the second pass says of a logit 64 or more below the largest only that: its slope is lost."""
+    for form, names in (("tanh", LOSS), ("rsqrt", f"{LOSS} logit_sum")):
+        head = Head.make(133, 71, 1001, torch.bfloat16, bias=True)
+        head.w *= 16
+        operator = Operator(names, at_once=True, scale=1.5, softcap=60.0, softcap_form=form)
+        operator.check(form, head, active=some_rows(133))

@@ -46,6 +46,7 @@ RARE = [
     "budget, flat",
     "budget, softcap and scale",
     "budget, softcap by a root",
+    "gradients in the forward, a wide softcap",
     "budget, every row ignored",
     "budget, smoothing",
     "blocks in float16",
