@@ -99,7 +99,8 @@ def softcap(value: Value, root: Value, node: Node, divides: bool) -> Value:
         root.affine.scaled(math.sqrt(k / c)), capped=True, form="rsqrt", post=ratio * factor / math.sqrt(k)
     )
     rounded = value.rounded or root.rounded
-    return replace(value, node=node, affine=affine, rounded=rounded, steps=_both(value, root, divides))
+    steps = _both(value, root, divides)
+    return replace(value, node=node, affine=affine, rounded=rounded, steps=steps, plain=len(steps))
 
 
 def _both(value: Value, root: Value, divides: bool) -> tuple[Step, ...]:
