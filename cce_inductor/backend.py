@@ -15,7 +15,7 @@ from .config import Settings
 from .deferred import computed, defer
 from .lowering import register as lowering
 from .lowering.choose import choose
-from .ops import library, with_gradients  # noqa: F401 - they register the operators
+from .ops import library, ranking, with_gradients  # noqa: F401 - they register the operators
 from .ops.choice import Chooser
 from .rewrite.rewrite import Rewritten, rewrite
 from .rewrite.site import Site

@@ -93,12 +93,17 @@ def cut(stop: int, step: int, start: int = 0) -> Iterator[slice]:
 
 
 def check_targets(operands: Operands) -> None:
-    """Raises IndexError for a target of an active row outside the vocabulary, as F.cross_entropy does on a CPU.
+    """`check_classes` of the targets of active rows."""
+    if operands.target is not None:
+        check_classes(operands.target, operands.call.weight.shape[0])
+
+
+def check_classes(target: Tensor, v: int) -> None:
+    """Raises IndexError for a class outside the vocabulary, as F.cross_entropy does on a CPU.
 
     On an accelerator the check is a device-side assertion: reading the values would wait for the device.
     """
-    target, v = operands.target, operands.call.weight.shape[0]
-    if target is None or target.numel() == 0:
+    if target.numel() == 0:
         return
     if target.device.type != "cpu":
         torch._assert_async(((target >= 0) & (target < v)).all())

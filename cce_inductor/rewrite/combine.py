@@ -78,7 +78,8 @@ def _twice(a: Value, b: Value, node: Node, factor: float) -> Value:
     def step(z: Tensor, extra: list[Tensor]) -> Tensor:
         return _through(a.steps, z, extra[:count]) + factor * _through(b.steps, z, extra[count:])
 
-    return replace(a, node=node, affine=affine, steps=(step,), plain=1, extra=(*a.extra, *b.extra))
+    rounded = (*a.arithmetic, *b.arithmetic, fake(node).dtype)
+    return replace(a, node=node, affine=affine, steps=(step,), plain=1, extra=(*a.extra, *b.extra), arithmetic=rounded)
 
 
 def _through(steps: Sequence[Step], z: Tensor, extra: list[Tensor]) -> Tensor:
@@ -110,7 +111,8 @@ def _one_head(builder: Builder, a: Value, b: Value, node: Node, factor: float) -
         product_dtype=a.head.dtype,
         sum_of=((1.0, a), (factor, b)),
     )
-    return Value(head, node, a.class_dim, affine=Affine(shifts=tuple(shifts), inner=inner))
+    rounded = (fake(node).dtype,) * 2  # eager rounds each term, and their sum
+    return Value(head, node, a.class_dim, affine=Affine(shifts=tuple(shifts), inner=inner), arithmetic=rounded)
 
 
 def _without_gradient(builder: Builder, shift: Shift) -> Shift:

@@ -25,6 +25,7 @@ from ..ops.with_gradients import ATTACH, WITH_GRADIENTS
 from . import operands, vocabulary
 from .builder import Builder
 from .hoist import Hoist
+from .ranking import Ranking
 from .readings import Loss, Reading
 from .trace import Trace, descendants
 from .values import Value, example, fake
@@ -122,7 +123,8 @@ assert set(TABLE_ORDER) == set(TABLE)
 def groups(trace: Trace, hoist: Hoist, exact: bool) -> list[Group]:
     """The readings of a head in groups. `exact`: no filter is set that a statistic could keep from being applied."""
     found: list[Group] = []
-    for reading in sorted(trace.readings, key=lambda r: hoist.position(r.node)):
+    readings = [r for r in trace.readings if not isinstance(r, Ranking)]
+    for reading in sorted(readings, key=lambda r: hoist.position(r.node)):
         group = next((g for g in found if g.takes(reading, hoist, exact)), None)
         if group is None:
             reading.value.affine.operator()  # refused here, not where it is emitted
@@ -444,12 +446,12 @@ def _result(builder: Builder, reading: Reading, statistics: Statistics) -> Proxy
     if isinstance(reading, Loss):
         result = _loss(builder, reading, statistics)
     else:
-        result = reading.shape(_in_rows(builder, reading.value, reading.flat(statistics)))
+        result = reading.shape(in_rows(builder, reading.value, reading.flat(statistics)))
     dtype = fake(reading.node).dtype
     return result if dtype == result.node.meta["example_value"].dtype else result.to(dtype)
 
 
-def _in_rows(builder: Builder, value: Value, flat: Any) -> Any:
+def in_rows(builder: Builder, value: Value, flat: Any) -> Any:
     """(N,) in the leading shape of the logits."""
     lead = value.lead_shape
     if len(lead) == 1:
@@ -475,7 +477,7 @@ def _loss(builder: Builder, loss: Loss, statistics: Statistics) -> Proxy:
     result = cross_entropy(stats, target, active, weight, statistics.vocab, loss.arguments)
     lead = loss.value.lead_shape
     if loss.arguments.reduction == "none" and len(lead) != 1:
-        result = _in_rows(builder, loss.value, result)
+        result = in_rows(builder, loss.value, result)
     return result
 
 

@@ -10,8 +10,8 @@ from .rows import PARTS, ROWS
 from .values import example, storages
 
 _ARITHMETIC = ("cast", "clamp", "where", "masked_fill", "cat", "stack", "add", "sub", "mul", "neg", "detach")
-_PURE = frozenset((*ROWS, *PARTS, *_ARITHMETIC)) - {"getattr"}
-_COMPARISONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
+_PURE = frozenset((*ROWS, *PARTS, *_ARITHMETIC, "lt", "le", "gt", "ge")) - {"getattr"}
+_COMPARISONS = frozenset(("eq", "ne"))
 
 
 class Hoist:

@@ -70,12 +70,12 @@ def input_rows(builder: Builder, value: Value, detach: bool) -> Proxy:
 def scaled(builder: Builder, value: Value, h: Proxy, detach: bool) -> Proxy:
     """Hidden states, multiplied by the tensors that the logits are multiplied with."""
     for factor in value.affine.factors:
-        f = _number(builder, factor.node, detach)
+        f = number(builder, factor.node, detach)
         h = h / f if factor.divides else h * f
     return h
 
 
-def _number(builder: Builder, node: Node, detach: bool) -> Proxy:
+def number(builder: Builder, node: Node, detach: bool) -> Proxy:
     """A tensor of one element without dimensions: it does not change the dtype of what it is multiplied with."""
     f = builder.proxy(node)
     f = f.detach() if detach else f
@@ -89,8 +89,8 @@ def biases(builder: Builder, value: Value, detach: bool) -> Proxy | None:
     total: Any = None
     plain = len(shifts) == 1 and not constant and not value.masks
     for shift in shifts:
-        b = _bias(builder, shift, detach, exact, plain)
-        total = b if total is None else total + b
+        own = bias(builder, shift, detach, exact, plain)
+        total = own if total is None else total + own
     if constant:
         if total is None:
             total = builder.call(torch.zeros, (vocab(builder, value),), **like(value, exact))
@@ -107,7 +107,7 @@ def like(value: Value, dtype: torch.dtype) -> dict[str, Any]:
     return {"dtype": dtype, "device": value.fake.device}
 
 
-def _bias(builder: Builder, shift: Shift, detach: bool, exact: torch.dtype, plain: bool) -> Proxy:
+def bias(builder: Builder, shift: Shift, detach: bool, exact: torch.dtype, plain: bool) -> Proxy:
     b = builder.proxy(shift.node)
     b = b.detach() if detach else b
     b = b.reshape(-1) if fake(shift.node).dim() != 1 else b
@@ -117,7 +117,7 @@ def _bias(builder: Builder, shift: Shift, detach: bool, exact: torch.dtype, plai
         return b
     b = b.to(exact) * shift.factor
     for factor in shift.factors:
-        f = _number(builder, factor.node, detach).to(exact)
+        f = number(builder, factor.node, detach).to(exact)
         b = b / f if factor.divides else b * f
     return b
 

@@ -24,6 +24,8 @@ Args = dict[str, Any]
 
 def _cast(value: Value, node: Node, args: Args) -> Value:
     old, new = value.fake, fake(node)
+    if value.kind == "comparison" and new.device == old.device:
+        return value.at(node)
     if not new.is_floating_point():
         raise Refused(f"logits cast to {new.dtype}", "keep them floating")
     if new.device != old.device:
@@ -182,9 +184,8 @@ def _add_term(value: Value, node: Node, other: Node, sign: float) -> Value:
         raise Refused(f"a tensor of dtype {fake(other).dtype} is added to the rows", "cast it to the logits' dtype")
     if any(math.isfinite(m.fill) for m in value.masks):
         raise Refused("a tensor is added to the rows of masked logits", "add it in front of the mask")
-    return replace(
-        value, node=node, terms=(*value.terms, Term(other, sign, len(value.rows))), steps=(*value.steps, _no_step)
-    )
+    terms = (*value.terms, Term(other, sign, len(value.rows)))
+    return value.then(node, _no_step, terms=terms, affine=value.affine)
 
 
 def _sub(value: Value, node: Node, args: Args) -> Value:

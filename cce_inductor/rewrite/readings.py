@@ -49,6 +49,16 @@ class Reading:
         return None if self.given is None else base(self.given)
 
     @property
+    def others(self) -> tuple[Node, ...]:
+        """What it reads besides the logits and the target."""
+        return ()
+
+    @property
+    def since(self) -> Node:
+        """The node that read the target and `others`."""
+        return self.node
+
+    @property
     def differentiated(self) -> bool:
         """Whether a gradient comes back through it to the logits."""
         return fake(self.node).requires_grad and self.value.fake.requires_grad
@@ -191,7 +201,7 @@ def _single(dim: Any) -> Any:
     return dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
 
 
-def _argmax(value: Value, node: Node, args: Args) -> Reading:
+def argmax(value: Value, node: Node, args: Args) -> Reading:
     over_classes(value, "argmax", args["dim"])
     if value.picked is not None or value.kind not in ("logits", "log_softmax", "softmax") or value.factor <= 0:
         raise Refused("argmax of something that does not grow with the logits", "take it of the logits")
@@ -252,24 +262,24 @@ def _mean(value: Value, node: Node, args: Args) -> Reading:
 
 def _reduced(value: Value, node: Node, args: Args, mean: bool) -> Reading:
     _readable(value, node)
+    shape = over_rows(value, args["dim"], bool(args["keepdim"]), mean)
     statistics, total = _total(value)
 
     def flat(s: Any) -> Any:
         return total(s) / s.vocab if mean else total(s)
 
     assert not isinstance(value.picked, Mixture)
-    return Reading(node, value, statistics, value.picked, flat=flat, shape=dimensions(value, args, mean))
+    return Reading(node, value, statistics, value.picked, flat=flat, shape=shape)
 
 
-def dimensions(value: Value, args: Args, mean: bool) -> Callable[[Any], Any]:
-    """What a sum or mean over the classes, and perhaps over rows, makes of the sums over the classes."""
-    rank, dim, c = value.fake.dim(), args["dim"], value.class_dim
+def over_rows(value: Value, dim: Any, keepdim: bool, mean: bool) -> Callable[[Any], Any]:
+    """What a sum (or mean) over the classes, and perhaps some rows, makes of one over the classes alone."""
+    rank, c = value.fake.dim(), value.class_dim
     listed = range(rank) if dim is None else [dim] if isinstance(dim, int) else dim
     dims = sorted(d % rank for d in listed)
     if c not in dims:
         raise Refused("the logits are summed over rows", "sum the hidden states instead")
     others = [d for d in dims if d != c]
-    keepdim = bool(args["keepdim"])
 
     def shape(r: Any) -> Any:
         r = r.unsqueeze(c)
@@ -382,7 +392,7 @@ READINGS: dict[str, Callable[[Value, Node, Args], Reading | None]] = {
     "logsumexp": _logsumexp,
     "sum": _sum,
     "mean": _mean,
-    "argmax": _argmax,
+    "argmax": argmax,
     "amax": _amax,
     "take_along_dim": _take_along_dim,
 }

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,7 +15,7 @@ from ..config import Settings
 from ..ops.call import Attributes
 from ..ops.choice import Choice, Chooser, Problem
 from ..ops.filters import Filter
-from . import emit, site
+from . import emit, emit_ranking, site
 from .defer import Deferral, Outputs
 from .hoist import Hoist
 from .readings import Loss, Reading
@@ -159,6 +159,9 @@ def _rewrite_graph(
     for call in calls:
         gradients = early and fused[0].choice.gradients_in_forward
         emit.emit(graph, call, attributes, hoist, gradients, settings.diagnostics)
+    # Behind them: a comparison may be with what they gave.
+    for ranks in [ranks for plan in fused for ranks in plan.ranks]:
+        emit_ranking.emit(graph, ranks, attributes, hoist)
     for plan in fused:
         for trace in plan.trace.with_parts:
             emit.replace_metadata(graph, trace)
@@ -190,10 +193,11 @@ EAGER = Choice("eager implementation")
 
 @dataclass
 class Plan:
-    """What is to be done with one head: its losses in groups, or the reason to leave it alone."""
+    """What is to be done with one head: its losses and rankings in groups, or the reason to leave it alone."""
 
     trace: Trace
     groups: list[emit.Group] = field(default_factory=list)
+    ranks: list[emit_ranking.Group] = field(default_factory=list)
     refusal: Refusal | None = None
     choice: Choice = EAGER
 
@@ -204,10 +208,11 @@ def _plan(graph: Graph, trace: Trace, hoist: Hoist, settings: Settings, choose: 
         if refusal is not None:
             return Plan(trace, refusal=refusal)
         groups = emit.groups(trace, hoist, settings.grad_filter == "exact")
+        ranks = emit_ranking.groups(trace, hoist)
         choice = choose(_problem(trace.head, settings)) if choose else EAGER
         if choice.refusal:
             return Plan(trace, refusal=Refusal(trace.head.node, choice.refusal, choice.cure))
-        return Plan(trace, groups, _late_write(graph, trace, groups, settings), choice)
+        return Plan(trace, groups, ranks, _late_write(graph, trace, [*groups, *ranks], settings), choice)
     except Refused as refused:
         return Plan(trace, refusal=Refusal(trace.head.node, refused.reason, refused.cure))
 
@@ -310,7 +315,9 @@ def _transform_around(graph: Graph, nodes: set[Node]) -> Node | None:
     return None
 
 
-def _late_write(graph: Graph, trace: Trace, groups: list[emit.Group], settings: Settings) -> Refusal | None:
+def _late_write(
+    graph: Graph, trace: Trace, groups: Sequence[emit.Group | emit_ranking.Group], settings: Settings
+) -> Refusal | None:
     """A write to an operand between where the head read it and where the operator (or a deferred read) does."""
     head = trace.head
     others = [n for reading in trace.readings for n in _operands(reading)]
@@ -322,8 +329,10 @@ def _late_write(graph: Graph, trace: Trace, groups: list[emit.Group], settings: 
         read = [*head.operands(), *h.operands(), *others]
         writer = writer or written_between(graph, read, h.node, None if deferred else last)
     for group in groups:
-        first, final = group.members[0].node, group.members[-1].node
+        since, final = {reading.since for reading in group.members}, group.members[-1].node
+        first = next(n for n in graph.nodes if n in since)
         targets = [reading.target for reading in group.members if reading.target is not None]
+        targets += [n for reading in group.members for n in reading.others]
         writer = writer or written_between(graph, targets, first, final)
     if writer is None:
         return None

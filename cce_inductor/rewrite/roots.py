@@ -100,7 +100,16 @@ def softcap(value: Value, root: Value, node: Node, divides: bool) -> Value:
     )
     rounded = value.rounded or root.rounded
     steps = _both(value, root, divides)
-    return replace(value, node=node, affine=affine, rounded=rounded, steps=steps, plain=len(steps))
+    arithmetic = (*value.arithmetic, *root.arithmetic, fake(node).dtype)
+    return replace(
+        value,
+        node=node,
+        affine=affine,
+        rounded=rounded,
+        steps=steps,
+        plain=len(steps),
+        arithmetic=arithmetic,
+    )
 
 
 def _both(value: Value, root: Value, divides: bool) -> tuple[Step, ...]:

@@ -401,9 +401,8 @@ def join(values: Sequence[Value], node: Node, dim: int, stacked: bool) -> Value:
     first = values[0]
     rank = first.fake.dim()
     alike = {"node": node, "rows": (), "order": None, "steps": (), "extra": ()}
-    if not all(
-        v.picked is None and v.fake.dim() == rank and replace(v, **alike) == replace(first, **alike) for v in values
-    ):
+    plain = all(v.picked is None and v.comparison is None and v.fake.dim() == rank for v in values)
+    if not plain or not all(replace(v, **alike) == replace(first, **alike) for v in values):
         raise Refused("logits of different heads, or treated differently, are put together", "compute a loss of each")
     if not differentiates(node, *(v.node for v in values)):
         raise Refused("detached rows are put together with others", "detach all of them, or none")

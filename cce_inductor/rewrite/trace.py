@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import Graph, Node, Proxy
 from torch.fx.node import map_arg
 
-from . import roots, vocabulary
+from . import ranking, roots, vocabulary
 from .builder import Builder
 from .combine import added, rows
 from .heads import HEADS
@@ -74,7 +74,7 @@ class Trace:
             return losses
         picks: dict[Node, Reading] = {}
         for r in self.readings:
-            if r.target is not None:
+            if r.target is not None and r.statistics:
                 picks.setdefault(r.target, r)
         return list(picks.values()) or [next(r for r in self.readings if "lse" in r.statistics)]
 
@@ -144,6 +144,7 @@ class Interpreter:
         for node in self.given:
             self._visit(node)
         for trace in self.traces.values():
+            _drop_compared(trace)
             _check_independence(trace)
         self._settle_parts()
 
@@ -347,17 +348,24 @@ class Interpreter:
         if op.name == "div" and op.args["other"] in self.sums and not op.inplace:
             self._set(node, entry.trace, self._all(lambda v: self._over_sum(v, node, op), entry.values))
             return
+        if op.name in _COMPARISONS and not op.inplace:
+            known = {r.node: r for r in entry.trace.readings}
+            self._set(node, entry.trace, self._all(lambda v: ranking.compared(v, node, op, known), entry.values))
+            return
         if op.name not in _SYMMETRIC and op.args.get("input") is not source:
             raise Refused("the logits are the target or the weight of a loss", "use class indices as target")
         if self._write_out(node, op, entry):
             return
-        readings = self._all(lambda v: reading(v, node, op), entry.values)
+        readings = self._all(lambda v: _read(v, node, op), entry.values)
         if readings[0] is not None:
             entry.trace.readings.append(readings[0])
             self._follow_lse(node, op, readings[0])
             return
         if op.name == "max":
             self._maximum(node, op, entry)
+            return
+        if op.name == "topk":
+            self._largest(node, op, entry)
             return
         if op.name in PARTS:
             made = self._all(lambda v: PARTS[op.name](v, node, op.args), entry.values)
@@ -428,6 +436,16 @@ class Interpreter:
                 return maximum(values[0], part, keepdim)
             made = reading(values[0], part, Op("argmax", {"dim": dim, "keepdim": keepdim}))
             assert made is not None
+            return made
+
+        self.parts[node] = _Parts(entry.trace, [], readings=taken)
+        entry.trace.values[node] = []
+
+    def _largest(self, node: Node, op: Op, entry: _Entry) -> None:
+        """The largest logits of each row, and their classes."""
+
+        def taken(part: Node, index: int) -> Reading:
+            (made, *_) = self._all(lambda v: ranking.largest(v, part, index, op.args), entry.values)
             return made
 
         self.parts[node] = _Parts(entry.trace, [], readings=taken)
@@ -630,6 +648,7 @@ class Interpreter:
 
 
 _METADATA = ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout")
+_COMPARISONS = ("gt", "ge", "lt", "le")
 _SYMMETRIC = ("mul", "add", "sub", "div", "where")
 
 
@@ -645,6 +664,10 @@ def _distinct(traces: list[Trace]) -> list[Trace]:
     return list({id(trace): trace for trace in traces}.values())
 
 
+def _read(value: Value, node: Node, op: Op) -> Reading | None:
+    return ranking.reading(value, node, op) or reading(value, node, op)
+
+
 def _unknown(node: Node) -> Refusal:
     if node.op == "placeholder":
         return Refusal(
@@ -656,6 +679,17 @@ def _unknown(node: Node) -> Refusal:
     return Refusal(node, f"{vocabulary.describe(node)} between the head and the loss has no fused form", cure)
 
 
+def _drop_compared(trace: Trace) -> None:
+    """Leaves out the entries of targets that are for nothing but comparisons, which find them themselves."""
+    comparisons = {n: v[0].comparison for n, v in trace.values.items() if v and v[0].comparison is not None}
+    for r in list(trace.readings):
+        own = [n for n, made in comparisons.items() if made is not None and made.read is r.node]
+        dropped = ranking.only_compared(r.node, own) if own else None
+        if dropped is not None:
+            trace.readings.remove(r)
+            trace.values.update((n, []) for n in dropped)
+
+
 def _check_independence(trace: Trace) -> None:
     """An operand made from the logits themselves (z + z.mean(0), pseudo-labels) is no operand."""
     if not trace.readings:
@@ -664,11 +698,11 @@ def _check_independence(trace: Trace) -> None:
     for r in trace.readings:
         affine = r.value.affine
         others: list[Any] = [r.target, *(s.node for s in affine.shifts), *(f.node for f in affine.factors)]
-        others += [m.node for m in r.value.masks]
+        others += [*(m.node for m in r.value.masks), *r.others]
         if isinstance(r, Loss):
             others.append(r.weight)
         if any(isinstance(n, Node) and n in behind for n in others):
-            reason = "the target or a bias is computed from the logits"
+            reason = "the target, a bias or a threshold is computed from the logits"
             trace.escapes.append(Refusal(r.node, reason, "compute it from the hidden states, or outside"))
 
 

@@ -154,6 +154,24 @@ class Term:
     start: int
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Every logit of a row compared with one number: `name` is gt, ge, lt or le.
+
+    node: the numbers, 1 wide. target: where those are logits of these very rows, the node of their classes; else None.
+    wraps: whether a negative class counts from the end. read: the node that read the numbers, or those logits.
+    class_dim: where the classes were then. start: how many of `Value.rows` had been applied.
+    """
+
+    name: str
+    node: Node
+    target: Node | None
+    wraps: bool
+    read: Node
+    class_dim: int
+    start: int
+
+
 # (hidden, D) -> hidden, on FX proxies: does to the hidden states what an op did to the logits' leading dimensions.
 RowMap = Callable[[Any, Any], Any]
 # One op on values, with the class dimension last; the list holds the tensors of `Value.extra`.
@@ -230,8 +248,8 @@ class Affine:
 # "square": k z² + c of the logits z; "root" and "inverse root": the root of it, and one over that.
 SQUARES = ("square", "root", "inverse root")
 # "logits"; "log_softmax" of them; "softmax"; "exp"; "p log p" and "p z": the softmax times its logarithm or the logits,
-# entry by entry; SQUARES.
-KINDS = ("logits", "log_softmax", "softmax", "exp", "p log p", "p z", *SQUARES)
+# entry by entry; "comparison": true or 1 where they pass one; SQUARES.
+KINDS = ("logits", "log_softmax", "softmax", "exp", "p log p", "p z", "comparison", *SQUARES)
 
 
 @dataclass(frozen=True)
@@ -243,7 +261,7 @@ class Value:
     one for each row) of the only entry that is not 0, or what it was multiplied with over all classes, or None.
     columns, masks: of the vocabulary. terms: of the rows. rows: what happened to the leading dimensions. order: the
     last node that changed which rows there are, or their order; None if none did. rounded: cast to a dtype narrower
-    than the head's.
+    than the head's. arithmetic: the dtype of each result on the way from the head's.
     """
 
     head: Head
@@ -258,6 +276,8 @@ class Value:
     terms: tuple[Term, ...] = ()
     picked: Node | Mixture | None = None
     rounded: bool = False
+    comparison: Comparison | None = None
+    arithmetic: tuple[torch.dtype, ...] = field(default=(), compare=False)
     rows: tuple[tuple[Node, RowMap], ...] = ()
     order: Node | None = None
     # How eager computed the values, for deferred logits: ops in order, and tensors they read besides the head's. The
@@ -295,6 +315,8 @@ class Value:
         return replace(self, node=node, **changes)
 
     def then(self, node: Node, step: Step, **changes: Any) -> Value:
+        if "columns" not in changes and not {"affine", "kind", "factor"}.isdisjoint(changes):
+            changes["arithmetic"] = (*self.arithmetic, fake(node).dtype)
         steps = (*self.steps, step)
         plain = len(steps) if changes.get("kind", self.kind) == "logits" else self.plain
         return replace(self, node=node, steps=steps, plain=plain, **changes)

@@ -47,7 +47,7 @@ _CROSS_ENTROPY = (
     "input target weight=None size_average=None ignore_index=-100 reduce=None reduction='mean' label_smoothing=0.0"
 )
 _NLL = "input target weight=None size_average=None ignore_index=-100 reduce=None reduction='mean'"
-_CAST_METHODS = ("to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda")
+_CAST_METHODS = ("to", "float", "double", "half", "bfloat16", "long", "int", "type", "type_as", "cpu", "cuda")
 _REDUCE = "input dim=None keepdim=False dtype=None"
 _FACTORY = "dtype=None layout=None device=None requires_grad=False memory_format=None pin_memory=False out=None"
 
@@ -98,6 +98,10 @@ SPELLINGS = (
     Spelling("masked_fill", "input mask value", (torch.masked_fill,), ("masked_fill",)),
     Spelling("where", "condition input other", (torch.where,)),
     Spelling("setitem", "input index value", (operator.setitem,), ("__setitem__",)),
+    Spelling("gt", "input other", (operator.gt, torch.gt, torch.greater), ("gt", "greater", "__gt__")),
+    Spelling("ge", "input other", (operator.ge, torch.ge, torch.greater_equal), ("ge", "greater_equal", "__ge__")),
+    Spelling("lt", "input other", (operator.lt, torch.lt, torch.less), ("lt", "less", "__lt__")),
+    Spelling("le", "input other", (operator.le, torch.le, torch.less_equal), ("le", "less_equal", "__le__")),
     # rows
     Spelling("view", "input *size", (), ("view", "reshape")),
     Spelling("view_as", "input other", (), ("view_as", "reshape_as")),
@@ -150,6 +154,8 @@ SPELLINGS = (
     Spelling("argmax", "input dim=None keepdim=False", (torch.argmax,), ("argmax",)),
     Spelling("amax", "input dim keepdim=False", (torch.amax,), ("amax",)),
     Spelling("max", "input dim keepdim=False", (torch.max,), ("max",)),
+    Spelling("topk", "input k dim=-1 largest=True sorted=True", (torch.topk,), ("topk",)),
+    Spelling("count_nonzero", "input dim=None", (torch.count_nonzero,), ("count_nonzero",)),
     Spelling("gather", "input dim index sparse_grad=False", (torch.gather,), ("gather",)),
     Spelling("take_along_dim", "input indices dim=None", (torch.take_along_dim,), ("take_along_dim",)),
     Spelling("one_hot", "input num_classes=-1", (F.one_hot, torch._C._nn.one_hot)),

@@ -21,7 +21,7 @@ from . import vocabulary
 from .builder import Builder
 from .one_hot import Mixture
 from .operands import vocab
-from .readings import Loss, Reading, arguments_of, dimensions, reads_the_classes
+from .readings import Loss, Reading, arguments_of, over_rows, reads_the_classes
 from .values import Refused, Value, example, fake
 
 _WIDE = (torch.float32, torch.float64)
@@ -110,7 +110,7 @@ def mixed_sum(builder: Builder, value: Value, node: Node, args: dict[str, Any], 
         rows = rows + v.sum(c) * mixture.constant
     rows = rows if factor == 1.0 else rows * factor
     rows = rows / vocab(builder, value) if mean else rows
-    return _as(dimensions(value, args, mean)(rows), node)
+    return _as(over_rows(value, args["dim"], bool(args["keepdim"]), mean)(rows), node)
 
 
 # ---- several heads in one tensor

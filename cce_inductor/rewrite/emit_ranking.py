@@ -1,0 +1,211 @@
+"""Puts the operator of rankings in the place of the readings it serves: the largest logits, counts of comparisons."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node, Proxy
+
+from ..ops.call import Attributes
+from ..ops.ranking import RANKING, RESULTS
+from . import operands
+from .builder import Builder
+from .emit import in_rows
+from .hoist import Hoist
+from .ranking import Ranking
+from .trace import Trace
+from .values import Affine, Shift, Value, example, fake
+
+
+@dataclass
+class Group:
+    """Readings that share one operator call, in graph order."""
+
+    members: list[Ranking]
+
+    @property
+    def value(self) -> Value:
+        return self.members[0].value
+
+    @property
+    def anchor(self) -> Node:
+        """The operator stands in front of this node."""
+        return self.members[0].node
+
+    @property
+    def counted(self) -> Ranking | None:
+        """The first reading that counts."""
+        return next((r for r in self.members if r.value.comparison), None)
+
+    @property
+    def results(self) -> list[str]:
+        return [name for name in RESULTS if any(r.result == name for r in self.members)]
+
+    @property
+    def k(self) -> int:
+        return max(r.k for r in self.members)
+
+    def takes(self, reading: Ranking, hoist: Hoist) -> bool:
+        """Whether one operator can serve `reading` as well: of the same rows, compared with the same numbers."""
+        mine, other = ((r.value.source, r.value.affine.constant, r.dtype) for r in (self.members[0], reading))
+        if mine != other:
+            return False
+        if reading.value.comparison is None:
+            return True
+        if self.counted is None:
+            return reading.operand is not None and hoist.can(reading.operand, self.anchor)
+        return (reading.target, reading.others) == (self.counted.target, self.counted.others)
+
+
+def groups(trace: Trace, hoist: Hoist) -> list[Group]:
+    """The rankings of a head in groups: apart from its statistics, so that those are computed as without them."""
+    found: list[Group] = []
+    rankings = [r for r in trace.readings if isinstance(r, Ranking)]
+    for reading in sorted(rankings, key=lambda r: hoist.position(r.node)):
+        group = next((g for g in found if g.takes(reading, hoist)), None)
+        if group is None:
+            found.append(Group([reading]))
+        else:
+            group.members.append(reading)
+    return found
+
+
+@dataclass
+class Counts:
+    """What a reading of counts makes its result of."""
+
+    count: Proxy
+    vocab: Any
+
+
+def emit(graph: Graph, group: Group, attributes: Attributes, hoist: Hoist) -> None:
+    """Replaces the readings of one group."""
+    builder = Builder(graph, group.anchor)
+    if group.counted is not None and group.counted.operand is not None:
+        hoist.move(group.counted.operand, group.anchor)
+    results = builder.run(_call, builder, group, attributes, hoist)
+    for reading in group.members:
+        after = Builder(graph, reading.node)
+        made = after.run(_result, after, reading, results, hoist).node
+        hoist.replaced[reading.node] = made
+        reading.node.replace_all_uses_with(made)
+
+
+def _call(builder: Builder, group: Group, attributes: Attributes, hoist: Hoist) -> dict[str, Proxy]:
+    """Records the operator; gives its results by name."""
+    value, dtype = group.value, group.members[0].dtype
+    scale, softcap, _, _ = value.affine.operator()
+    given = _operands(builder, value)
+    if group.counted is not None:
+        given.update(_compared_with(builder, group.counted, hoist))
+    out = builder.call(
+        RANKING,
+        list(given.values()),
+        " ".join(given),
+        " ".join(group.results),
+        group.k,
+        scale,
+        softcap,
+        value.affine.form,
+        value.head.dtype,
+        dtype,
+        attributes.workspace,
+        attributes.version,
+    )
+    return {name: out[i] for i, name in enumerate(group.results)}
+
+
+def _operands(builder: Builder, value: Value) -> dict[str, Proxy]:
+    """What the logits are made of, detached."""
+    h = operands.hidden(builder, value, True)
+    given = {
+        "input": operands.flat_rows(h, value.fake.dim(), value.class_dim),
+        "weight": operands.weight(builder, value, True),
+    }
+    exact = torch.float64 if value.head.dtype == torch.float64 else torch.float32
+    bias, affine = _own_bias(value)
+    if bias is not None:
+        given["bias"] = operands.bias(builder, bias, True, exact, True)
+    factor: Any = None
+    for f in affine.factors:
+        p = operands.number(builder, f.node, True).to(exact)
+        p = p.reciprocal() if f.divides else p
+        factor = p if factor is None else factor * p
+    if factor is not None:
+        given["factor"] = factor
+    shift = operands.biases(builder, replace(value, affine=affine, masks=()), True)
+    if shift is not None:
+        given["shift"] = shift
+    if value.masks:
+        like = {"dtype": exact, "device": value.fake.device}
+        filled = builder.call(torch.full, (operands.vocab(builder, value),), torch.nan, **like)
+        for mask in value.masks:
+            held = operands.masked(builder, mask, value)
+            filled = filled.masked_fill(held, mask.fill - value.affine.constant)
+        given["filled"] = filled
+    return given
+
+
+def _own_bias(value: Value) -> tuple[Shift | None, Affine]:
+    """The bias that the head itself adds and that is scaled with all else, and the affine map without it."""
+    affine = value.affine
+    _, _, shifts, _ = affine.operator()
+    for own, shift in zip(affine.shifts, shifts, strict=True):
+        if own.node is value.head.bias and shift.factor == 1.0 and shift.factors == affine.factors:
+            left = tuple(s for s in affine.shifts if s is not own)
+            return replace(shift, factors=()), replace(affine, shifts=left)
+    return None, affine
+
+
+def _compared_with(builder: Builder, reading: Ranking, hoist: Hoist) -> dict[str, Proxy]:
+    """The operand that the logits are compared with, (N,)."""
+    value, comparison = reading.value, reading.value.comparison
+    assert comparison is not None and reading.operand is not None
+    p = builder.proxy(hoist.replaced.get(reading.operand, reading.operand)).detach()
+    if fake(reading.operand).dim() < fake(comparison.node).dim():
+        p = p.unsqueeze(comparison.class_dim)
+    p = _column(value, p, comparison.start).squeeze(-1)
+    if comparison.target is None:
+        return {"threshold": p}
+    if comparison.wraps:
+        p = builder.call(torch.where, p < 0, p + operands.vocab(builder, value), p)
+    return {"target": p}
+
+
+def _column(value: Value, p: Proxy, start: int) -> Proxy:
+    """(N, 1), in the order of the rows, from what was 1 wide in front of row map `start`."""
+    for _, row_map in value.rows[start:]:
+        p = row_map(p, 1)
+    return operands.flat_rows(p, value.fake.dim(), value.class_dim)
+
+
+def _result(builder: Builder, reading: Ranking, results: dict[str, Proxy], hoist: Hoist) -> Proxy:
+    """Records what the program gets for a reading, in eager's shape and dtype."""
+    value, result = reading.value, builder.proxy(results[reading.result].node)
+    if value.comparison is not None:
+        counts = Counts(result, operands.vocab(builder, value))
+        made = reading.shape(in_rows(builder, value, reading.flat(counts)))
+    else:
+        result = result[:, : reading.k]
+        if reading.result == "values":
+            result = result + value.affine.constant if value.affine.constant else result
+            for term in value.terms:
+                t = builder.proxy(hoist.replaced.get(term.node, term.node)).detach()
+                result = result + _column(value, t, term.start) * term.factor
+        made = _in_rows(builder, value, result)
+    dtype = fake(reading.node).dtype
+    return made if dtype == example(made.node).dtype else made.to(dtype)
+
+
+def _in_rows(builder: Builder, value: Value, largest: Proxy) -> Proxy:
+    """(N, k) in the shape of the logits, with k where the classes are."""
+    lead, rank = value.lead_shape, value.fake.dim()
+    if rank == 1:
+        return largest[0]
+    if all(isinstance(size, int) for size in lead):
+        made = largest.reshape(*lead, -1)
+    else:
+        h = operands.hidden(builder, value, True).movedim(value.class_dim, -1)
+        k = fake(largest.node).shape[1]
+        made = largest.reshape_as(h.narrow(-1, 0, 1).expand(*[-1] * (rank - 1), k))
+    return made if value.class_dim == rank - 1 else made.movedim(-1, value.class_dim)
