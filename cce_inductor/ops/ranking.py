@@ -13,7 +13,6 @@ equal, and they are counted. All is computed by PyTorch's own kernels, tile by t
     z_j = filled_j                                                 where that is not NaN
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,17 +147,14 @@ def _eager(*arguments: Any) -> list[Tensor]:
 
 def _block(call: Ranking, x: Tensor, block: slice, slabs: list[slice]) -> dict[str, Tensor]:
     """The results of some rows."""
-    whole = [call.logits(x, slabs[0])] if len(slabs) == 1 else None
-
-    def tiles() -> Iterator[tuple[slice, Tensor]]:
-        return zip(slabs, whole or (call.logits(x, slab) for slab in slabs), strict=True)
-
+    whole = call.logits(x, slabs[0]) if len(slabs) == 1 else None
     threshold = call.operands["threshold"][block] if "threshold" in call.operands else None
     if "target" in call.operands:
-        threshold = _logits_of(call.operands["target"][block], tiles())
+        threshold = _logits_of(call, x, call.operands["target"][block], slabs, whole)
     largest: tuple[Tensor, Tensor] | None = None
     counts = {name: x.new_zeros(x.shape[0], dtype=torch.int64) for name in call.counts}
-    for slab, z in tiles():
+    for slab in slabs:
+        z = call.logits(x, slab) if whole is None else whole
         if call.k:
             largest = _larger(largest, z, slab.start, call.k)
         for name in call.counts:
@@ -166,18 +162,20 @@ def _block(call: Ranking, x: Tensor, block: slice, slabs: list[slice]) -> dict[s
             passes = COMPARISONS[name](z, threshold[:, None], out=z if name == call.counts[-1] else torch.empty_like(z))
             # In fp32 and fp64 integers are added up exactly, up to 2^24 of them.
             counts[name] += passes.sum(1, dtype=torch.promote_types(z.dtype, torch.float32)).to(torch.int64)
+            del passes
+        del z  # in front of the next one
     return counts if largest is None else {**counts, **dict(zip(LARGEST, largest, strict=True))}
 
 
-def _logits_of(target: Tensor, tiles: Iterator[tuple[slice, Tensor]]) -> Tensor:
-    """The entry of each row's target."""
-    found = None
-    for slab, z in tiles:
+def _logits_of(call: Ranking, x: Tensor, target: Tensor, slabs: list[slice], whole: Tensor | None) -> Tensor:
+    """The entry of each row's target; NaN in rows without one."""
+    found = x.new_full((x.shape[0],), torch.nan, dtype=call.dtype)
+    for slab in slabs:
+        z = call.logits(x, slab) if whole is None else whole
         column = target - slab.start
         inside = (column >= 0) & (column < z.shape[1])
-        entry = z.gather(1, torch.where(inside, column, 0)[:, None])[:, 0]
-        found = entry if found is None else torch.where(inside, entry, found)
-    assert found is not None
+        found = torch.where(inside, z.gather(1, torch.where(inside, column, 0)[:, None])[:, 0], found)
+        del z
     return found
 
 

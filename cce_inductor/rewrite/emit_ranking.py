@@ -116,24 +116,24 @@ def _call(builder: Builder, group: Group, attributes: Attributes, hoist: Hoist) 
 
 
 def _operands(builder: Builder, value: Value) -> dict[str, Proxy]:
-    """What the logits are made of, detached."""
-    h = operands.hidden(builder, value, True)
+    """What the logits are made of. The operator has no gradient, so that nothing need be detached."""
+    h = operands.hidden(builder, value, False)
     given = {
         "input": operands.flat_rows(h, value.fake.dim(), value.class_dim),
-        "weight": operands.weight(builder, value, True),
+        "weight": operands.weight(builder, value, False),
     }
     exact = torch.float64 if value.head.dtype == torch.float64 else torch.float32
     bias, affine = _own_bias(value)
     if bias is not None:
-        given["bias"] = operands.bias(builder, bias, True, exact, True)
+        given["bias"] = operands.bias(builder, bias, False, exact, True)
     factor: Any = None
     for f in affine.factors:
-        p = operands.number(builder, f.node, True).to(exact)
+        p = operands.number(builder, f.node, False).to(exact)
         p = p.reciprocal() if f.divides else p
         factor = p if factor is None else factor * p
     if factor is not None:
         given["factor"] = factor
-    shift = operands.biases(builder, replace(value, affine=affine, masks=()), True)
+    shift = operands.biases(builder, replace(value, affine=affine, masks=()), False)
     if shift is not None:
         given["shift"] = shift
     if value.masks:
@@ -161,7 +161,7 @@ def _compared_with(builder: Builder, reading: Ranking, hoist: Hoist) -> dict[str
     """The operand that the logits are compared with, (N,)."""
     value, comparison = reading.value, reading.value.comparison
     assert comparison is not None and reading.operand is not None
-    p = builder.proxy(hoist.replaced.get(reading.operand, reading.operand)).detach()
+    p = builder.proxy(hoist.replaced.get(reading.operand, reading.operand))
     if fake(reading.operand).dim() < fake(comparison.node).dim():
         p = p.unsqueeze(comparison.class_dim)
     p = _column(value, p, comparison.start).squeeze(-1)
@@ -205,7 +205,7 @@ def _in_rows(builder: Builder, value: Value, largest: Proxy) -> Proxy:
     if all(isinstance(size, int) for size in lead):
         made = largest.reshape(*lead, -1)
     else:
-        h = operands.hidden(builder, value, True).movedim(value.class_dim, -1)
+        h = operands.hidden(builder, value, False).movedim(value.class_dim, -1)
         k = fake(largest.node).shape[1]
         made = largest.reshape_as(h.narrow(-1, 0, 1).expand(*[-1] * (rank - 1), k))
     return made if value.class_dim == rank - 1 else made.movedim(-1, value.class_dim)

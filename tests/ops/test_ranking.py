@@ -13,7 +13,7 @@ EVERY = " ".join(RESULTS)
 def call(operands, results=EVERY, k=3, scale=1.0, softcap=0.0, compute=None, dtype=None, workspace=64 * MIB):
     """The results by name."""
     compute = compute or operands["weight"].dtype
-    settings = scale, softcap, compute, dtype or compute, workspace, ""
+    settings = scale, softcap, "tanh", compute, dtype or compute, workspace, ""
     out = RANKING(list(operands.values()), " ".join(operands), results, k, *settings)
     return dict(zip(results.split(), out, strict=True))
 
@@ -124,7 +124,7 @@ def test_not_a_number():
     for workspace in (MIB, 1 << 9):
         got = call({**given, "threshold": numbers[:, 0]}, workspace=workspace)
         for name, want in expected(z, numbers).items():
-            assert torch.equal(got[name].nan_to_num(), want.nan_to_num()), name
+            torch.testing.assert_close(got[name], want, equal_nan=True)
 
 
 @pytest.mark.parametrize("results", ["values indices", "gt", "values indices gt ge"])
@@ -140,5 +140,5 @@ def test_scratch_stays_within_the_workspace(results, dtype, compute, n, d, v, wo
     call(given, results, compute=compute)  # warm up
     with Allocations() as used:
         out = call(given, results, compute=compute, workspace=workspace_mb * MIB)
-    rows = 8 * sum(x.nbytes for x in out.values()) + n * 64
+    rows = 8 * sum(x.nbytes for x in out.values()) + n * 256
     assert used.peak <= workspace_mb * MIB + rows, f"{used.peak} and {rows}"
