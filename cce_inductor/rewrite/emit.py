@@ -183,6 +183,9 @@ class Bundle:
         )
         if not alike:
             return False
+        operands = [*two.head.operands(), *(s.node for s in two.affine.shifts), *(f.node for f in two.affine.factors)]
+        if any(hoist.written(n, a.anchor, b.anchor) for n in (*b.reads(), *operands)):
+            return False
         return all(hoist.can(n, a.anchor) for n in b.reads())
 
 

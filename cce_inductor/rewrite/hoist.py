@@ -41,6 +41,13 @@ class Hoist:
     def before(self, node: Node, anchor: Node) -> bool:
         return self.order[node] < self.order[anchor]
 
+    def written(self, node: Node, start: Node, end: Node) -> bool:
+        """Whether something between `start` and `end` writes into the memory of `node`."""
+        memory = storages(node)
+        return any(
+            self.order[start] <= at < self.order[end] and (n is node or storages(n) & memory) for at, n in self.writes
+        )
+
     def can(self, node: Node, anchor: Node) -> bool:
         """Whether `node` is computed in front of `anchor`, or can be."""
         if self.before(node, anchor):

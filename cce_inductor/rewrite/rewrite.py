@@ -18,7 +18,7 @@ from ..ops.filters import Filter
 from . import emit, emit_ranking, site
 from .defer import Deferral, Outputs
 from .hoist import Hoist
-from .readings import Loss, Reading
+from .readings import Loss
 from .site import Site
 from .trace import Finding, Interpreter, Trace, WrittenOut, losses, written_between
 from .values import Head, Refusal, Refused, fake
@@ -212,7 +212,7 @@ def _plan(graph: Graph, trace: Trace, hoist: Hoist, settings: Settings, choose: 
         choice = choose(_problem(trace.head, settings)) if choose else EAGER
         if choice.refusal:
             return Plan(trace, refusal=Refusal(trace.head.node, choice.refusal, choice.cure))
-        return Plan(trace, groups, ranks, _late_write(graph, trace, [*groups, *ranks], settings), choice)
+        return Plan(trace, groups, ranks, _late_write(graph, trace, [*groups, *ranks], hoist, settings), choice)
     except Refused as refused:
         return Plan(trace, refusal=Refusal(trace.head.node, refused.reason, refused.cure))
 
@@ -316,35 +316,36 @@ def _transform_around(graph: Graph, nodes: set[Node]) -> Node | None:
 
 
 def _late_write(
-    graph: Graph, trace: Trace, groups: Sequence[emit.Group | emit_ranking.Group], settings: Settings
+    graph: Graph,
+    trace: Trace,
+    groups: Sequence[emit.Group | emit_ranking.Group],
+    hoist: Hoist,
+    settings: Settings,
 ) -> Refusal | None:
-    """A write to an operand between where the head read it and where the operator (or a deferred read) does."""
+    """A write to an operand between where the program read it and where the operator (or a deferred read) does."""
+    if not hoist.writes:
+        return None
     head = trace.head
-    others = [n for reading in trace.readings for n in _operands(reading)]
     readings = {reading.node for group in groups for reading in group.members}
     last = next((n for n in reversed(graph.nodes) if n in readings), None)
-    deferred = (bool(trace.outputs) or trace.leaves) and settings.defer_logits
+    returned = any(t.outputs for t in (trace, *trace.wholes))
+    end = None if returned and settings.defer_logits else last
     writer = None
     for h in trace.heads:
-        read = [*head.operands(), *h.operands(), *others]
-        writer = writer or written_between(graph, read, h.node, None if deferred else last)
+        writer = writer or written_between(graph, [*head.operands(), *h.operands()], h.node, end)
+    values = list(dict.fromkeys(node for t in (*trace.with_parts, *trace.wholes) for node in t.values))
+    for made in values:
+        others = [n for n in made.all_input_nodes if n not in values]
+        writer = writer or written_between(graph, others, made, end)
     for group in groups:
         since, final = {reading.since for reading in group.members}, group.members[-1].node
         first = next(n for n in graph.nodes if n in since)
-        targets = [reading.target for reading in group.members if reading.target is not None]
-        targets += [n for reading in group.members for n in reading.others]
+        targets = [n for reading in group.members for n in (reading.target, reading.given) if n is not None]
         writer = writer or written_between(graph, targets, first, final)
     if writer is None:
         return None
     reason = "an operand of the head or the target is written to in place before the loss is computed"
     return Refusal(writer, reason, "write to a copy")
-
-
-def _operands(reading: Reading) -> list[Node]:
-    """What a reading's logits are made with besides the head's operands."""
-    affine = reading.value.affine
-    masks = [m.node for m in reading.value.masks if m.node is not None]
-    return [*(s.node for s in affine.shifts), *(f.node for f in affine.factors), *masks]
 
 
 def _name(calls: Iterable[emit.Bundle]) -> None:

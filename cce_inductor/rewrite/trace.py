@@ -45,7 +45,7 @@ class Trace:
     outputs: list[Value] = field(default_factory=list)
     metadata: list[tuple[Node, Node, Value]] = field(default_factory=list)  # the read, what it reads, its value
     escapes: list[Refusal] = field(default_factory=list)
-    leaves: bool = False  # a tensor of several heads' logits that leaves the graph holds this one's
+    wholes: list[Trace] = field(default_factory=list)  # tensors of several heads' logits that hold this one's
 
     @property
     def head(self) -> Head:
@@ -162,9 +162,9 @@ class Interpreter:
     def _settle_parts(self) -> None:
         """Heads that were combined are fused together, or none of them is."""
         for trace in self.traces.values():
-            if trace.outputs and trace.first.head.members:
-                for part in trace.with_parts:
-                    part.leaves = True
+            if trace.first.head.members:
+                for part in trace.with_parts[1:]:
+                    part.wholes.append(trace)
         read = {id(trace) for trace in self.traces.values() if trace.readings}
         for traces in (*(t.parts for t in self.traces.values()), *(w.traces for w in self.written_out)):
             read |= {id(trace) for trace in traces}

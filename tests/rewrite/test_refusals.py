@@ -267,6 +267,86 @@ def test_operand_written_to_between_head_and_loss(inputs):
             assert_same_as_eager(fn, (h, w, t), fused=fused)
 
 
+def test_copies_of_targets_that_are_written_to(inputs):
+    """A copy is as good as the original only if neither is written to."""
+
+    def masked(h, w, t):
+        s = t.clone()
+        s[:, 0] = 3
+        return -F.linear(h, w).log_softmax(-1).gather(-1, s[..., None]).mean()
+
+    def beside_the_original(h, w, t):
+        z, s = F.linear(h, w), t.clone()
+        s[:, 0] = 3
+        return ce(z, t) - z.log_softmax(-1).gather(-1, s[..., None]).mean()
+
+    def classes_in_dimension_one(h, w, t):
+        s = t.clone()
+        s[:, 0] = 3
+        return F.cross_entropy(F.linear(h, w).transpose(1, 2), s)
+
+    def original_written_to(h, w, t):
+        t = t * 1
+        s = t.clone()
+        t.zero_()
+        return F.cross_entropy(F.linear(h, w).transpose(1, 2), s)
+
+    def behind_the_first_statistic(h, w, t):
+        z, s = F.linear(h, w), t.clone()
+        lse = z.logsumexp(-1)
+        s.fill_(3)
+        return (lse - z.gather(-1, s[..., None]).squeeze(-1)).mean()
+
+    for fn in (masked, beside_the_original, classes_in_dimension_one, original_written_to):
+        assert_same_as_eager(fn, inputs, fused=1)
+    assert_same_as_eager(behind_the_first_statistic, inputs, fused=0)
+
+
+def test_operands_written_to_between_two_losses(inputs):
+    """One operator for the chunks would read them too early."""
+
+    def target(h, w, t):
+        s = t[1].clone()
+        first = ce(F.linear(h[0], w), t[0])
+        s.fill_(3)
+        return first + ce(F.linear(h[1], w), s)
+
+    def hidden(h, w, t):
+        x = h[1] * 1
+        first = ce(F.linear(h[0], w), t[0])
+        x.mul_(2)
+        return first + ce(F.linear(x, w), t[1])
+
+    def weight(h, w, t):
+        w = w.detach() * 1
+        first = ce(F.linear(h[0], w), t[0])
+        w.mul_(2)
+        return first + ce(F.linear(h[1], w), t[1])
+
+    for fn in (target, hidden):
+        assert_same_as_eager(fn, inputs, fused=2)
+    with torch.no_grad():
+        assert_same_as_eager(weight, inputs, fused=2)
+
+
+def test_what_the_logits_were_made_with_is_written_to(inputs):
+    def shift(h, w, t):
+        s = torch.ones(B, S, 1)
+        z = F.linear(h, w) + s
+        s.zero_()
+        return ce(z, t) + z.logsumexp(-1).mean()
+
+    def index(h, w, t):
+        rows = torch.tensor([1, 0])
+        z = F.linear(h, w)[rows]
+        rows.zero_()
+        return ce(z, t)
+
+    assert_same_as_eager(shift, inputs, fused=0)
+    with torch.no_grad():  # with gradients, eager itself refuses the write
+        assert_same_as_eager(index, inputs, fused=0)
+
+
 def test_size_gate(inputs):
     def fn(h, w, t):
         return ce(F.linear(h, w), t)
