@@ -13,14 +13,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from capture import graphs_of
+from test_ranking import REFUSED as RANKINGS
+from test_ranking import rank
 from test_refusals import REFUSED
 
 from cce_inductor import config
-from cce_inductor.rewrite import combine, heads, pointwise, readings, roots, rows, trace, written_out
+from cce_inductor.rewrite import combine, heads, pointwise, ranking, readings, roots, rows, trace, written_out
 from cce_inductor.rewrite.rewrite import rewrite
 
 B, S, D, V = 2, 6, 8, 40
-MODULES = (heads, rows, combine, pointwise, roots, readings, written_out, trace)
+MODULES = (heads, rows, combine, pointwise, roots, readings, ranking, written_out, trace)
 
 
 def is_guard(node: ast.AST) -> bool:
@@ -76,6 +78,14 @@ def ce(z, t, **kwargs):
 def linear(f):
     """A program over the logits of a head."""
     return lambda h, w, b, t: f(F.linear(h, w), t)
+
+
+def in_16_bits(f):
+    return lambda h, w, b, t: f(F.linear(h.bfloat16(), w.bfloat16()), t)
+
+
+def beside_a_loss(metric):
+    return lambda z, t: (ce(z, t), metric(z, t))
 
 
 EVEN = torch.arange(V) % 2 == 0
@@ -316,6 +326,12 @@ def edited_member(h, w, t):
     return ce(z, t)
 
 
+RANKINGS_IN_16_BITS = {
+    "rank of log-probabilities": lambda z, t: ce(z, t) + rank(z.log_softmax(-1), t).sum(),
+    "rank of biased logits": lambda z, t: ce(z, t) + rank(z + torch.ones(V, dtype=z.dtype), t).sum(),
+}
+
+
 def edited_without_gradient(z, t):
     with torch.no_grad():
         z.mul_(2)
@@ -361,6 +377,8 @@ PROGRAMS = {
     **{name: linear(f) for name, (f, _, _) in REFUSED.items()},
     **HEADS,
     **{name: linear(f) for name, f in {**ROWS, **ENTRIES, **ROOTS, **STATISTICS}.items()},
+    **{f"ranking: {name}": linear(beside_a_loss(metric)) for name, (metric, _, _) in RANKINGS.items()},
+    **{name: in_16_bits(f) for name, f in RANKINGS_IN_16_BITS.items()},
 }
 
 
