@@ -794,6 +794,33 @@ _of_rows("largest logit", "{z}.detach().amax(-1)")
 _of_rows("largest logit with a gradient", "{z}.max(-1).values.mean()", verdict="may")
 _of_rows("top-k accuracy", "({z}.topk(2, dim=-1).indices == t.unsqueeze(-1)).any(-1).sum()")
 _of_rows("rank of the target", "with torch.no_grad(): q = ({z} > {z}.gather(-1, s[..., None])).sum(-1)", "q")
+_of_flat(
+    "cross_entropy and torchvision's accuracy",
+    "with torch.no_grad(): pred = {z}.topk(min(3, {v}), 1, True, True)[1].t()",
+    "correct = pred.eq({t}.view(1, -1).expand_as(pred))",
+    "hits = [correct[:k].flatten().sum(dtype=torch.float32) * (100.0 / {n}) for k in (1, 3)]",
+    "F.cross_entropy({z}, {t}) + hits[0] + 0.25 * hits[1]",
+)
+_of_flat(
+    "cross_entropy and the rank of the target",
+    "own = {z}.gather(-1, {t}.clamp(min=0).unsqueeze(-1))",
+    "rank = ({z} > own).sum(dim=-1) + 1",
+    "F.cross_entropy({z}, {t}) + (rank * torch.arange({n})).sum() + (rank < 4).float().mean()",
+)
+_of_flat(
+    "cross_entropy and mean reciprocal rank",
+    "with torch.no_grad(): worse = ({z}.detach() >= {z}[torch.arange({n}), {t}.clamp(min=0)][:, None]).float().sum(1)",
+    "F.cross_entropy({z}, {t}) + (1.0 / worse).mean()",
+)
+_of_flat(
+    "cross_entropy and the largest logits",
+    "top = {z}.detach().topk(2)",
+    "F.cross_entropy({z}, {t}) + top.values.square().sum() + top.indices[:, 0].sum()",
+)
+_of_flat(
+    "cross_entropy and how many are above a number",
+    "F.cross_entropy({z}, {t}) + ({z} > torch.linspace(-1, 1, {n}, dtype={z}.dtype)[:, None]).sum(-1).square().sum()",
+)
 _of_rows("log-sum-exp, detached", "{z}.detach().logsumexp(-1)")
 _of_rows("log-sum-exp without grad", "with torch.no_grad(): q = {z}.logsumexp(-1)", "q")
 _of_flat("cross_entropy without grad", "with torch.no_grad(): q = F.cross_entropy({z}, {t})", "q", weight=0.5)
