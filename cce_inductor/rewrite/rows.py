@@ -401,7 +401,9 @@ def join(values: Sequence[Value], node: Node, dim: int, stacked: bool) -> Value:
     first = values[0]
     rank = first.fake.dim()
     alike = {"node": node, "rows": (), "order": None, "steps": (), "extra": ()}
-    plain = all(v.picked is None and v.comparison is None and v.fake.dim() == rank for v in values)
+    # What belongs to rows that were rearranged before: afterwards nobody knows by how much.
+    behind = any(v.comparison is not None or any(term.start for term in v.terms) for v in values)
+    plain = not behind and all(v.picked is None and v.fake.dim() == rank for v in values)
     if not plain or not all(replace(v, **alike) == replace(first, **alike) for v in values):
         raise Refused("logits of different heads, or treated differently, are put together", "compute a loss of each")
     if not differentiates(node, *(v.node for v in values)):
