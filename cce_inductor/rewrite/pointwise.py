@@ -308,6 +308,8 @@ def _setitem(value: Value, node: Node, args: Args) -> Value:
     bounds = (part.start, part.stop, part.step) if isinstance(part, slice) else (None, None, object())
     if not all(s is None or isinstance(s, int) for s in (*bounds, value.vocab)):
         raise Refused("logits of computed columns are written to in place", "use masked_fill with a mask")
+    if not isinstance(value.vocab, int):
+        raise Refused("columns of a vocabulary of symbolic size are written to in place", "use masked_fill with a mask")
 
     def step(z: Tensor, extra: list[Tensor]) -> Tensor:
         # Not in place: where deferred logits are read, autograd does not see a write through a view.

@@ -474,3 +474,12 @@ def test_a_batch_of_equal_weights_for_one_matrix():
         return ce(h[0] @ w.t().expand(B, D, V), t)
 
     assert_same_as_eager(fn, (rand(B, S, D), rand(V, D), labels()), fused=0)
+
+
+def test_a_mask_over_a_vocabulary_of_symbolic_size():
+    def fn(h, w, mask):
+        z = torch.matmul(w[: mask.shape[0]], h.mT).transpose(-1, -2).masked_fill(mask, -1e4)
+        return z.detach().logsumexp(-1)
+
+    inputs = rand(B, 1, D), rand(V + 2, D), torch.arange(V) > 30
+    assert_same_as_eager(fn, inputs, fused=1, dynamic=True, compiler="eager")
