@@ -146,7 +146,7 @@ def _alike(a: Value, b: Value) -> bool:
     """Whether the rows of two values can be rows of one head: the same weight, and the same done to the logits."""
     one = {"node": a.node, "input": a.head.input, "width_dim": a.head.width_dim}
     other = replace(b, node=a.node, head=replace(b.head, **one), rows=(), order=None)
-    both_plain = a.picked is None and not a.terms and not a.head.sum_of and not a.head.members
+    both_plain = not (a.picked or a.comparison or a.terms or a.head.sum_of or a.head.members)
     shapes = a.fake.dim() == b.fake.dim() and a.fake.requires_grad == b.fake.requires_grad
     of_dtypes = (a.fake.dtype, a.head.dtype, fake(a.head.input).dtype)
     same_dtypes = of_dtypes == (b.fake.dtype, b.head.dtype, fake(b.head.input).dtype)

@@ -306,7 +306,7 @@ def _setitem(value: Value, node: Node, args: Args) -> Value:
     if isinstance(part, int):
         part = slice(part, part + 1 if part != -1 else None)
     bounds = (part.start, part.stop, part.step) if isinstance(part, slice) else (None, None, object())
-    if not all(s is None or isinstance(s, int) for s in (*bounds, value.vocab)):
+    if not all(s is None or isinstance(s, int) for s in bounds):
         raise Refused("logits of computed columns are written to in place", "use masked_fill with a mask")
     if not isinstance(value.vocab, int):
         raise Refused("columns of a vocabulary of symbolic size are written to in place", "use masked_fill with a mask")

@@ -348,6 +348,8 @@ class Interpreter:
         if op.name == "div" and op.args["other"] in self.sums and not op.inplace:
             self._set(node, entry.trace, self._all(lambda v: self._over_sum(v, node, op), entry.values))
             return
+        if op.name in _COMPARISONS and entry.values[0].head.members:
+            raise Refused("logits of several heads are compared", "compare those of each head")
         if op.name in _COMPARISONS and not op.inplace:
             known = {r.node: r for r in entry.trace.readings}
             self._set(node, entry.trace, self._all(lambda v: ranking.compared(v, node, op, known), entry.values))
@@ -361,6 +363,8 @@ class Interpreter:
             entry.trace.readings.append(readings[0])
             self._follow_lse(node, op, readings[0])
             return
+        if op.name in ("max", "topk") and entry.values[0].head.members:
+            raise Refused("the largest logits of several heads", "take those of each head")
         if op.name == "max":
             self._maximum(node, op, entry)
             return

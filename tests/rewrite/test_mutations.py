@@ -107,6 +107,10 @@ HEADS = {
     ),
     "masked vocabularies": lambda h, w, b, t: ce(two(h, w).masked_fill(torch.arange(2 * V) > 70, -torch.inf), t),
     "argmax over two vocabularies": lambda h, w, b, t: ce(z := two(h, w), t) + (z.argmax(-1) * t).float().mean(),
+    "topk over two vocabularies": lambda h, w, b, t: ce(z := two(h, w), t) + (z.topk(3).indices.float().mean()),
+    "rank over two vocabularies": lambda h, w, b, t: (
+        ce(z := two(h, w), t) + (z > z.gather(-1, t[..., None])).sum(-1).float().mean()
+    ),
     "weighted smoothing over two vocabularies": lambda h, w, b, t: ce(
         two(h, w), t, weight=torch.cat([b, b]).detach(), label_smoothing=0.1
     ),

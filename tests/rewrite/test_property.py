@@ -95,6 +95,12 @@ FOUND = {
         "z = torch.stack([F.linear(h, w), F.linear(h, w2)]).detach()[0]",
         "r0 = F.cross_entropy(z.view(-1, z.shape[-1]), t.view(-1))",
     ),
+    "shifted rows put together in another order": (
+        "y = F.linear(h, w).view(-1, w.shape[0]) + torch.arange(t.numel())[:, None] * 1.0",
+        "y = torch.cat([y[1:], y[:1]])",
+        "r0 = F.cross_entropy(y, t.view(-1))",
+        "r1 = y.logsumexp(-1)",
+    ),
     "a one-hot tensor written into": (
         "z = F.linear(h, w)",
         "q = F.one_hot(t.clamp(min=0), z.shape[-1]).to(z.dtype)",
