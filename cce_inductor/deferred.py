@@ -79,7 +79,8 @@ def defer(
 
     ``fuse`` is asked for the result when a function of ``LOSSES`` is called on the pending logits, or on a pending
     tensor made from them; where it gives ``NotImplemented`` the call reads the logits. With ``statistics`` it is asked
-    for functions of ``STATISTICS`` as well, and what their arguments are made with stays lazy (``_ARITHMETIC``).
+    for functions of ``STATISTICS`` and ``ROWS`` as well, and what their arguments are made with stays lazy
+    (``_ARITHMETIC``).
 
     The operands are referred to, not copied.  A read after they have changed raises
     :class:`DeferredLogitsError`; see :class:`_Operand` for what is recognised and what cannot be.
@@ -449,6 +450,12 @@ class DeferredLogits(torch.Tensor):
         assert origin is not None and origin.head.shape is not None
         return origin.head.shape
 
+    def whole_dtype(self) -> torch.dtype:
+        """Their dtype."""
+        origin = self._value.origin
+        assert origin is not None
+        return origin.head.dtype
+
     # ---- computing something else from what these are computed from
 
     def recipe(self) -> Recipe | None:
@@ -653,7 +660,9 @@ STATISTICS = frozenset(
         *(torch.sum, Tensor.sum),
     )
 )
-_FUSED = LOSSES | STATISTICS
+# Functions that take rows by a tensor: of the hidden states instead.
+ROWS = frozenset((Tensor.__getitem__, torch.index_select, Tensor.index_select))
+_FUSED = LOSSES | STATISTICS | ROWS
 # What waits for a gradient that would go around the logits then: hooks, also on the node of the autograd graph.
 _WATCHING = frozenset((Tensor.register_hook, Tensor.retain_grad, Tensor.grad_fn.__get__))  # type: ignore[attr-defined]
 
@@ -663,7 +672,7 @@ def _fused(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     if not isinstance(logits, DeferredLogits) or logits._value.origin is None:
         return NotImplemented
     head = logits._value.origin.head
-    if head.fuse is None or compat.is_transforming() or (func in STATISTICS and not head.statistics):
+    if head.fuse is None or compat.is_transforming() or (func not in LOSSES and not head.statistics):
         return NotImplemented
     return head.fuse(logits, func, args, kwargs)
 

@@ -29,7 +29,7 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import compat
-from .deferred import EXPONENTIALS, STATISTICS, DeferredLogits, Recipe, Step, times
+from .deferred import EXPONENTIALS, ROWS, STATISTICS, DeferredLogits, Recipe, Step, defer, times
 from .rewrite import vocabulary
 from .rewrite.builder import Builder
 from .rewrite.defer import RECORDED, Logits
@@ -320,6 +320,8 @@ class EagerCalls:
         if any(type(t) not in (Tensor, torch.nn.Parameter) for t in operands):
             return NotImplemented
         recipe, operands = self._of_rows(recipe, operands, logits.whole_shape()[-1])
+        if call in ROWS:
+            return self._taken(logits, recipe, operands, call, args, kwargs)
         device = logits.device.type
         key = (
             call,
@@ -367,10 +369,48 @@ class EagerCalls:
             else:
                 break
             kept.remove(step)
-        known = (compute, rows.dim())
+        compute = self._with_rank(compute, rows.dim())
+        return replace(recipe, compute=compute, steps=tuple(kept)), (rows, *operands[1:])
+
+    def _with_rank(self, compute: Logits, rank: int) -> Logits:
+        """The same logits, of hidden states with so many dimensions."""
+        known = (compute, rank)
         if known not in self.of_rank:
-            self.of_rank[known] = replace(compute, rank=rows.dim(), class_dim=rows.dim() - 1)
-        return replace(recipe, compute=self.of_rank[known], steps=tuple(kept)), (rows, *operands[1:])
+            self.of_rank[known] = replace(compute, rank=rank, class_dim=rank - 1)
+        return self.of_rank[known]
+
+    def _taken(
+        self,
+        logits: DeferredLogits,
+        recipe: Recipe,
+        operands: tuple[Tensor, ...],
+        call: Callable,
+        args: Any,
+        kwargs: Any,
+    ) -> Any:
+        """Some rows of the logits, by a tensor: pending logits of those rows of the hidden states."""
+        hidden, *others = operands
+        compute = recipe.compute
+        assert isinstance(compute, Logits)
+        whole = compute.class_dim == compute.rank - 1 and all(step.op in _ENTRYWISE for step in recipe.steps)
+        if not whole or hidden.shape[:-1] != logits.shape[:-1] or not _of_leading(hidden.dim() - 1, call, args, kwargs):
+            return NotImplemented
+        rows = call(hidden, *args[1:], **kwargs)
+        shape = (*rows.shape[:-1], logits.whole_shape()[-1])
+        grad = logits.requires_grad and torch.is_grad_enabled()
+        compute = self._with_rank(compute, rows.dim())
+        taken = defer(
+            compute,
+            (rows, *others),
+            shape=shape,
+            dtype=logits.whole_dtype(),
+            requires_grad=grad,
+            fuse=self,
+            statistics=True,
+        )
+        for step in recipe.steps:
+            taken = step(taken)
+        return taken
 
     def _make(
         self, recipe: Recipe, logits: DeferredLogits, operands: Sequence[Tensor], call: Callable, args: Any, kwargs: Any
@@ -391,6 +431,18 @@ class EagerCalls:
             return None
         result = (self.statistic if call in STATISTICS else self.loss)(entry)
         return _in_form(result.graph_module.forward, call) if entry.accepts(result) else None
+
+
+def _of_leading(leading: int, call: Callable, args: Any, kwargs: Any) -> bool:
+    """Whether an index with tensors is of the first dimensions only, of which there are `leading`."""
+    if call is not Tensor.__getitem__:
+        dim = args[1] if len(args) > 1 else kwargs.get("dim")
+        return isinstance(dim, int) and 0 <= dim < leading
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    tensors = [i for i in index if isinstance(i, Tensor)]
+    plain = all(isinstance(i, (int, slice)) and not isinstance(i, bool) for i in index if not isinstance(i, Tensor))
+    taken = sum(i.dim() if isinstance(i, Tensor) and i.dtype == torch.bool else 1 for i in index)
+    return bool(tensors) and plain and taken <= leading
 
 
 def _in_form(compute: Callable[..., tuple], call: Callable) -> Callable:
