@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 
 from . import operands, vocabulary
 from .builder import Builder
-from .values import Columns, Refused, Step, Value, fake
+from .values import Listed, Range, Refused, Step, Value, fake
 
 RECORDED = "cce_inductor_recorded"  # in the meta of a head that was put into a graph by `Logits.record`
 
@@ -56,8 +56,8 @@ class Logits:
 
     Of (hidden states, weight, bias if `biased`, and what `steps` read besides). The hidden states have `rank`
     dimensions, with D at `class_dim`; the result has V there. With `terms` the logits are the sum of others, each times
-    a factor, or their concatenation; their operands stand in the head's place, one after the other. columns: of the
-    vocabulary, what `steps` leave.
+    a factor, or their concatenation; their operands stand in the head's place, one after the other. columns: what
+    `steps` leave of the vocabulary, or how many classes.
     """
 
     dtype: torch.dtype
@@ -68,7 +68,7 @@ class Logits:
     class_dim: int
     steps: tuple[Step, ...]
     reads: int  # how many operands, those of `steps` included
-    columns: Columns = ()
+    columns: tuple[Range | int, ...] = ()
     terms: tuple[tuple[float, "Logits"], ...] = ()
     concatenated: bool = False
 
@@ -137,7 +137,7 @@ class Logits:
             each = [operands[1].shape[1 if self.transposed else 0]]
         count = range(sum(each) if self.concatenated else each[0])
         for part in self.columns:
-            count = count[slice(*part)]
+            count = range(part) if isinstance(part, int) else count[slice(*part)]
         return len(count)
 
     def _in_place(self, z: Tensor) -> Tensor:
@@ -146,6 +146,13 @@ class Logits:
             return z
         order = list(range(self.rank - 1))
         return z.permute(*order[: self.class_dim], self.rank - 1, *order[self.class_dim :])
+
+
+def _count(part: Listed) -> int:
+    count = fake(part.indices).shape[0] if isinstance(part.indices, Node) else len(part.indices)
+    if not isinstance(count, int):
+        raise Refused("logits of a symbolic number of classes leave the graph", "return all of them")
+    return count
 
 
 @dataclass(frozen=True)
@@ -235,7 +242,7 @@ class Outputs:
             class_dim,
             value.steps,
             len(sources),
-            value.columns,
+            tuple(_count(part) if isinstance(part, Listed) else part for part in value.columns),
             tuple(terms),
             bool(head.members),
         )

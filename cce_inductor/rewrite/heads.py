@@ -80,12 +80,18 @@ def _linear(node: Node, args: dict[str, Any]) -> list[Value]:
     return values
 
 
+# Ops that give a batch of one matrix, as a view or not.
+_COPIES = ("expand", "unsqueeze", "getitem", "broadcast_to", "expand_as", "repeat")
+
+
 def _stored_once(w: Any) -> Any:
     """The matrix that a batch of equal ones is an expanded view of, or `w` itself."""
     node = w
     while isinstance(node, Node) and isinstance(example(node), type(example(w))) and fake(node).dim() > 2:
         op = vocabulary.read(node)
-        if op is None or op.inplace or op.name not in ("expand", "unsqueeze", "getitem", "broadcast_to", "expand_as"):
+        if op is None or op.inplace or op.name not in _COPIES:
+            return w
+        if op.name == "repeat" and op.args["sizes"][-2:] != (1, 1):
             return w
         base = op.args["input"]
         if op.name in ("unsqueeze", "getitem") and fake(node).dim() != fake(base).dim() + 1:

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node, Proxy
 
 from .builder import Builder
-from .values import Head, Mask, Range, Shift, Value, fake
+from .values import Head, Listed, Mask, Range, Shift, Value, fake
 
 
 def width(builder: Builder, head: Head) -> Any:
@@ -29,12 +29,21 @@ def span(part: Range) -> slice:
     return slice(*part)
 
 
+def cut(builder: Builder, p: Proxy, part: Range | Listed) -> Proxy:
+    """Some of the classes, which are the first dimension of `p`."""
+    if not isinstance(part, Listed):
+        return p[span(part)]
+    if isinstance(part.indices, Node):
+        return p.index_select(0, builder.proxy(part.indices))
+    return p[list(part.indices)]
+
+
 def weight(builder: Builder, value: Value, detach: bool) -> Proxy:
     """The (V, D) weight of the classes that are left."""
     w = builder.proxy(value.head.weight)
     w = value.head.matrix(w.detach() if detach else w)
     for part in value.columns:
-        w = w[span(part)]
+        w = cut(builder, w, part)
     return w
 
 
@@ -112,7 +121,7 @@ def bias(builder: Builder, shift: Shift, detach: bool, exact: torch.dtype, plain
     b = b.detach() if detach else b
     b = b.reshape(-1) if fake(shift.node).dim() != 1 else b
     for part in shift.columns:
-        b = b[span(part)]
+        b = cut(builder, b, part)
     if shift.factor == 1.0 and plain and not shift.factors:
         return b
     b = b.to(exact) * shift.factor
@@ -132,5 +141,5 @@ def masked(builder: Builder, mask: Mask, value: Value) -> Proxy:
         places = builder.call(torch.arange, mask.vocab, device=value.fake.device)
         held = held.index_fill(0, places[span(mask.range)], True)
     for part in mask.columns:
-        held = held[span(part)]
+        held = cut(builder, held, part)
     return held

@@ -145,19 +145,24 @@ def _add(value: Value, node: Node, args: Args, sign: float = 1.0) -> Value:
     if value.kind == "square" and is_number(other) and alpha == 1:
         return roots.plus(value, node, float(other))
     value.need("logits", "something is added to log-probabilities before the loss reads them", "add it to the loss")
-    if not is_number(alpha) or alpha != 1 or (sign < 0 and not first):
-        raise Refused("logits are subtracted from a tensor, or added with alpha", "write logits + bias")
+    if not is_number(alpha):
+        raise Refused("logits are added with a computed factor", "multiply them by it")
+    factor = sign * alpha
+    expanded = fake(node).shape != value.fake.shape
+    if not first:
+        times = factor  # b - z, b + alpha * z
+        value, factor = value if times == 1 else _scale(value, node, times, lambda z, _: z * times), 1.0
     if is_number(other) and math.isfinite(other):
-        masks = tuple(replace(m, fill=m.fill + sign * other) for m in value.masks)
-        affine = value.affine.plus(sign * other)
-        return value.then(node, lambda z, _: z + sign * other, affine=affine, masks=masks)
+        masks = tuple(replace(m, fill=m.fill + factor * other) for m in value.masks)
+        affine = value.affine.plus(factor * other)
+        return value.then(node, lambda z, _: z + factor * other, affine=affine, masks=masks)
     if not is_tensor(other):
         raise Refused("something that is no tensor is added to the logits", "add a bias over the vocabulary")
-    if is_row_vector(other, value) and fake(node).shape == value.fake.shape:
-        return _add_term(value, node, other, sign)
+    if is_row_vector(other, value) and not expanded:
+        return _add_term(value, node, other, factor)
     if value.affine.capped:
         raise Refused("a prior is added behind the softcap", "add it in front of the softcap")
-    if not is_vocabulary_vector(fake(other), value.fake, value.class_dim) or fake(node).shape != value.fake.shape:
+    if not is_vocabulary_vector(fake(other), value.fake, value.class_dim) or expanded:
         raise Refused(
             f"a tensor of shape {tuple(fake(other).shape)} is added to logits of shape {tuple(value.fake.shape)}: it "
             "is not one bias per class",
@@ -172,9 +177,10 @@ def _add(value: Value, node: Node, args: Args, sign: float = 1.0) -> Value:
     index = len(value.extra)
 
     def step(z: Tensor, extra: list[Tensor]) -> Tensor:
-        return z + extra[index].reshape(-1) if sign > 0 else z - extra[index].reshape(-1)
+        b = extra[index].reshape(-1)
+        return z + b if factor == 1 else z - b if factor == -1 else z + factor * b
 
-    affine = replace(value.affine, shifts=(*value.affine.shifts, Shift(other, sign)))
+    affine = replace(value.affine, shifts=(*value.affine.shifts, Shift(other, factor)))
     return value.then(node, step, affine=affine, extra=(*value.extra, other))
 
 

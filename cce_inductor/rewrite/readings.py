@@ -346,8 +346,10 @@ def _getitem(value: Value, node: Node, args: Args) -> Reading | None:
     own = next((i for dim, i in entries if dim == value.class_dim), None)
     if not is_tensor(own) or fake(own).dtype in (torch.bool, torch.uint8):
         return None
-    target = _indices(own)
     lead = [i for dim, i in entries if dim != value.class_dim]
+    if fake(own).dim() == 1 and all(full(i) for i in lead):
+        return None  # the same classes of every row
+    target = _indices(own)
     if value.class_dim != value.fake.dim() - 1 or any(dim is None for dim, _ in entries):
         raise Refused("classes are picked with new dimensions", ONE)
     counts = all(_is_arange(i, d, value) for d, i in enumerate(lead))

@@ -4,6 +4,7 @@ A rule says where the op leaves the classes and how to do the same to a tensor w
 value, `PARTS` the values of a tuple, `JOINS` take several values of one head.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from torch.fx import Node
 
 from . import vocabulary
 from .heads import same
-from .values import Refused, Value, differentiates, example, fake
+from .values import Listed, Range, Refused, Value, differentiates, example, fake
 
 Args = dict[str, Any]
 
@@ -110,14 +111,18 @@ def _unsqueeze(value: Value, node: Node, args: Args) -> Value:
 
 
 def _squeeze(value: Value, node: Node, args: Args) -> Value:
-    dim = args["dim"]
-    if not isinstance(dim, int):
-        raise Refused("squeeze of every dimension, or of several", "squeeze one dimension at a time")
-    dim %= value.fake.dim()
-    if dim == value.class_dim:
-        raise Refused("squeeze of the class dimension", "squeeze a leading dimension")
-    gone = value.fake.dim() - fake(node).dim()
-    return value.mapped(node, lambda h, _: h.squeeze(dim), value.class_dim - (gone if dim < value.class_dim else 0))
+    dim, shape = args["dim"], value.fake.shape
+    listed = range(len(shape)) if dim is None else [dim] if isinstance(dim, int) else dim
+    dims = [d for d in sorted(d % len(shape) for d in listed) if same(shape[d], 1)]
+    if value.class_dim in dims or len(shape) - len(dims) != fake(node).dim():
+        raise Refused("squeeze of the class dimension, or of one of symbolic size", "squeeze leading dimensions")
+
+    def replay(h: Any, width: Any) -> Any:
+        for d in reversed(dims):  # one by one: the hidden states may be 1 wide
+            h = h.squeeze(d)
+        return h
+
+    return value.mapped(node, replay, value.class_dim - sum(d < value.class_dim for d in dims))
 
 
 def _expand(value: Value, node: Node, args: Args) -> Value:
@@ -195,7 +200,7 @@ def _narrow(value: Value, node: Node, args: Args) -> Value:
 def _index_select(value: Value, node: Node, args: Args) -> Value:
     dim, index = args["dim"] % value.fake.dim(), args["index"]
     if dim == value.class_dim:
-        raise Refused("classes are gathered out of the logits", "gather rows of the weight instead")
+        return _listed(value, node, index)
     return value.mapped(node, lambda h, _: h.index_select(dim, index), value.class_dim, node)
 
 
@@ -276,9 +281,29 @@ def positions(value: Value, index: Any, lists: bool = False) -> list[tuple[int |
     return found
 
 
+def _repeat_interleave(value: Value, node: Node, args: Args) -> Value:
+    repeats, dim = args["repeats"], args["dim"]
+    if not isinstance(repeats, int) or not isinstance(dim, int) or dim % value.fake.dim() == value.class_dim:
+        raise Refused("the logits are repeated, other than whole rows by a number", "repeat the hidden states")
+    return value.mapped(node, lambda h, _: h.repeat_interleave(repeats, dim), value.class_dim, node)
+
+
+def _repeat(value: Value, node: Node, args: Args) -> Value:
+    sizes = _one(args["sizes"])
+    class_dim = value.class_dim + fake(node).dim() - value.fake.dim()
+    if not isinstance(sizes[class_dim], int) or sizes[class_dim] != 1:
+        raise Refused("the classes are repeated", "repeat leading dimensions")
+    return value.mapped(node, lambda h, _: h.repeat(*sizes), class_dim, node)
+
+
 def _getitem(value: Value, node: Node, args: Args) -> Value:
     index = args["index"]
-    entries = positions(value, index)
+    entries = positions(value, index, lists=True)
+    chosen = [i for dim, i in entries if dim == value.class_dim and (isinstance(i, list) or _is_index_tensor(i))]
+    if chosen and all(dim == value.class_dim or (dim is not None and full(i)) for dim, i in entries):
+        return _listed(value, node, chosen[0])
+    if any(isinstance(i, (list, tuple, range)) for _, i in entries):
+        raise Refused("the logits are indexed by a list", "index by a tensor")
     tensors = [(k, i) for k, (_, i) in enumerate(entries) if _is_index_tensor(i)]
     own = next((k for k, (dim, _) in enumerate(entries) if dim == value.class_dim), None)
     if own is None or not isinstance(entries[own][1], slice):
@@ -312,14 +337,32 @@ def columns(value: Value, node: Node, part: tuple) -> Value:
     if value.kind != "logits" or value.picked is not None:
         raise Refused("a part of the vocabulary is taken out of probabilities", "slice the logits instead")
     cut = (start, stop, step)
+    return value.then(node, lambda z, _: z[..., slice(*cut)], **_cut(value, cut))
 
-    def sliced(entry: Any) -> Any:
-        return replace(entry, columns=(*entry.columns, cut))
 
-    affine = replace(value.affine, shifts=tuple(map(sliced, value.affine.shifts)))
-    masks = tuple(map(sliced, value.masks))
-    changes = {"affine": affine, "masks": masks, "columns": (*value.columns, cut)}
-    return value.then(node, lambda z, _: z[..., slice(*cut)], **changes)
+def _cut(value: Value, part: Range | Listed) -> dict[str, Any]:
+    def taken(entry: Any) -> Any:
+        return replace(entry, columns=(*entry.columns, part))
+
+    affine = replace(value.affine, shifts=tuple(map(taken, value.affine.shifts)))
+    return {"affine": affine, "masks": tuple(map(taken, value.masks)), "columns": (*value.columns, part)}
+
+
+def _listed(value: Value, node: Node, indices: Any) -> Value:
+    """Classes by their indices."""
+    if value.kind != "logits" or value.picked is not None:
+        raise Refused("a part of the vocabulary is taken out of probabilities", "take it out of the logits")
+    if isinstance(indices, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in indices):
+        return value.then(node, lambda z, _: z[..., indices], **_cut(value, Listed(tuple(indices))))
+    if not _is_index_tensor(indices) or fake(indices).dtype != torch.int64 or fake(indices).dim() != 1:
+        raise Refused("classes are taken out of the logits by other than a list of them", "index the weight instead")
+    index = len(value.extra)
+    return value.then(
+        node,
+        lambda z, extra: z.index_select(-1, extra[index]),
+        extra=(*value.extra, indices),
+        **_cut(value, Listed(indices)),
+    )
 
 
 ROWS: dict[str, Callable[[Value, Node, Args], Value]] = {
@@ -330,6 +373,8 @@ ROWS: dict[str, Callable[[Value, Node, Args], Value]] = {
     "unflatten": _unflatten,
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,
+    "repeat_interleave": _repeat_interleave,
+    "repeat": _repeat,
     "expand": _expand,
     "broadcast_to": _expand,
     "expand_as": _expand_as,
@@ -356,13 +401,26 @@ def _parts(value: Value, node: Node, dim: int, split: Callable[[Any], Any], gone
     """The value of every part of a node that is a tuple, as functions of the node that takes it out."""
     dim %= value.fake.dim()
     if dim == value.class_dim:
-        raise Refused("the vocabulary is taken apart", "slice the weight instead")
+        return _vocabularies(value, node, gone)
     class_dim = value.class_dim - (gone and dim < value.class_dim)
 
     def part(i: int) -> Callable[[Node], Value]:
         return lambda taken: value.mapped(taken, lambda h, _: split(h)[i], class_dim, taken)
 
     return [part(i) for i in range(len(example(node)))]
+
+
+def _vocabularies(value: Value, node: Node, gone: bool) -> list[Callable]:
+    """Parts of the classes: each the logits of some rows of the weight."""
+    sizes = [1 if gone else part.shape[value.class_dim] for part in example(node)]
+    if gone or not all(isinstance(size, int) for size in sizes):
+        raise Refused("the vocabulary is taken apart, into single classes or by computed sizes", "slice the weight")
+    stops = list(itertools.accumulate(sizes))
+
+    def part(start: int, stop: int) -> Callable[[Node], Value]:
+        return lambda taken: columns(value, taken, (start, stop, 1))
+
+    return [part(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
 
 
 def _split(value: Value, node: Node, args: Args) -> list[Callable]:

@@ -8,7 +8,6 @@ with its reason. An in-place edit gives the node a new value from there on. What
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,7 +24,7 @@ from .one_hot import Mixture, is_number, is_row_vector, is_tensor, mixture, one_
 from .pointwise import INPLACE, VALUES, over_classes, product
 from .readings import LOSSES, Loss, Reading, maximum, reading
 from .rows import PARTS, ROWS, join
-from .values import Head, Refusal, Refused, Value, differentiates, example, fake, storages
+from .values import Head, Listed, Refusal, Refused, Value, differentiates, example, fake, storages
 from .vocabulary import Op
 from .written_out import concatenated, mixed_loss, mixed_sum, of_members
 from .written_out import stacked as several_heads
@@ -403,6 +402,18 @@ class Interpreter:
             raise first
         return made
 
+    @staticmethod
+    def _first(ways: list[Callable[[], Value]]) -> Value:
+        """What the first of several ways gives that does not refuse; Refused by the first if all do."""
+        first = None
+        for way in ways:
+            try:
+                return way()
+            except Refused as refused:
+                first = first or refused
+        assert first is not None
+        raise first
+
     def _take(self, node: Node, op: Op, source: Node) -> None:
         parts, index = self.parts[source], op.args["index"]
         if parts.readings is not None:
@@ -539,12 +550,13 @@ class Interpreter:
             at = dim % (values[0].fake.dim() + stacked)
             if not stacked and at == values[0].class_dim:
                 return concatenated(values, node, at)
+            ways = [
+                lambda: rows(Builder(self.graph, node), values, node, at, stacked),
+                lambda: several_heads(values, node, at, stacked),
+            ]
             if len(traces) == 1:
-                with contextlib.suppress(Refused):
-                    return join(values, node, at, stacked)
-            with contextlib.suppress(Refused):
-                return rows(Builder(self.graph, node), values, node, at, stacked)
-            return several_heads(values, node, at, stacked)
+                ways.insert(0, lambda: join(values, node, at, stacked))
+            return self._first(ways)
 
         values = self._all(together, list(zip(*(e.values for e in entries), strict=False)))
         trace = traces[0]
@@ -642,7 +654,10 @@ class Interpreter:
                 refusal, trace = self.refused[node]
                 return trace, refusal
             op_ = vocabulary.read(node)
-            if op_ is None or (op_.name not in VALUES and op_.name not in ROWS):
+            if op_ is not None and op_.name in ("cat", "stack") and op_.args["tensors"]:
+                node = op_.args["tensors"][0]
+                continue
+            if op_ is None or not any(op_.name in rules for rules in (VALUES, ROWS, PARTS)):
                 return None, _unknown(node)
             # 30.0 * z and bias + z have the logits second; the wider operand is the one to follow.
             given = [n for n in (op_.args.get("input"), op_.args.get("other")) if isinstance(n, Node)]
@@ -703,6 +718,7 @@ def _check_independence(trace: Trace) -> None:
         affine = r.value.affine
         others: list[Any] = [r.target, *(s.node for s in affine.shifts), *(f.node for f in affine.factors)]
         others += [*(m.node for m in r.value.masks), *r.others]
+        others += [part.indices for part in r.value.columns if isinstance(part, Listed)]
         if isinstance(r, Loss):
             others.append(r.weight)
         if any(isinstance(n, Node) and n in behind for n in others):

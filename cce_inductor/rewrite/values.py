@@ -107,7 +107,16 @@ class Head:
 
 
 Range = tuple[Any, Any, Any]  # start, stop and step of a slice
-Columns = tuple[Range, ...]  # parts taken of the vocabulary, one after the other
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Classes by their indices: a (K,) node, or numbers."""
+
+    indices: Node | tuple[int, ...]
+
+
+Columns = tuple[Range | Listed, ...]  # parts taken of the vocabulary, one after the other
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,13 @@ SPELLINGS = (
     Spelling("select", "input dim index", (torch.select,), ("select",)),
     Spelling("narrow", "input dim start length", (torch.narrow,), ("narrow",)),
     Spelling("index_select", "input dim index", (torch.index_select,), ("index_select",)),
+    Spelling(
+        "repeat_interleave",
+        "input repeats dim=None output_size=None",
+        (torch.repeat_interleave,),
+        ("repeat_interleave",),
+    ),
+    Spelling("repeat", "input *sizes", (), ("repeat",)),
     Spelling("flip", "input dims", (torch.flip,)),
     Spelling("flip", "input *dims", (), ("flip",)),
     Spelling("roll", "input shifts dims=None", (torch.roll,), ("roll",)),

@@ -373,7 +373,11 @@ def _(d: Draft) -> None:
 def _(d: Draft) -> None:
     k = d.row()
     axis = d.axis(k)
-    d.both(f"z.repeat_interleave(2, dim={axis})", f"t.repeat_interleave(2, dim={k})")
+    times = ", ".join("2" if a == axis else "1" for a in range(d.rank))
+    d.pick(
+        lambda: d.both(f"z.repeat_interleave(2, dim={axis})", f"t.repeat_interleave(2, dim={k})"),
+        lambda: d.both(f"z.repeat({times})", f"torch.cat([t, t], {k})"),
+    )()
 
 
 @production("between", "rolled or flipped rows")
@@ -423,6 +427,7 @@ VALUES = {
     "double": "z.double()",
     "to a copy": "z.to(z.dtype, copy=True)",
     "added to itself": "z + z * 0.5",
+    "subtracted from a number": "1.0 - z",
 }
 for _name, _expression in VALUES.items():
     spelling("between", _name, f"z = {_expression}", weight=0.5)
@@ -436,7 +441,7 @@ def _along(name: str, *templates: str) -> None:
 
 
 _along("bias", "z + {b}", "{b} + z", "torch.add(z, {b})", "z.add({b})")
-_along("subtracted bias", "z - {b}", "z.sub({b2})")
+_along("subtracted bias", "z - {b}", "z.sub({b2})", "{b} - z")
 _along("scaled bias", "z + 0.3 * {b}", "torch.add(z, {b}, alpha=2.0)")
 _along("log-prior", "z + b.log_softmax(0).view({b}.shape)", "z - 0.5 * b.detach().log_softmax(0).view({b}.shape)")
 
@@ -474,7 +479,23 @@ def _(d: Draft) -> None:
 @production("between", "permuted columns", weight=0.5)
 def _(d: Draft) -> None:
     d.need(d.v == d.sizes.v)
-    d.write(d.pick(f"z = z.index_select({d.c}, columns)", f"z = z[{':, ' * d.c}columns]"))
+    listed = list(range(d.v))[::-1]
+    d.write(
+        d.pick(f"z = z.index_select({d.c}, columns)", f"z = z[{':, ' * d.c}columns]", f"z = z[{':, ' * d.c}{listed}]")
+    )
+
+
+@production("between", "one of two vocabularies", weight=0.5)
+def _(d: Draft) -> None:
+    d.need(d.sizes.spare > 0 and d.v == d.sizes.v)
+    cut = d.v - d.sizes.spare
+    d.write(
+        d.pick(
+            f"z = z.split([{cut}, {d.v - cut}], {d.c})[0]",
+            f"z = torch.tensor_split(z, [{cut}], dim={d.c})[0]",
+            f"z, _ = torch.split(z, {cut}, {d.c})[:2]",
+        )
+    )
 
 
 # ---- between: in place

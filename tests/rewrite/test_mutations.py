@@ -143,10 +143,13 @@ HEADS = {
 ROWS = {
     "view_as of another": lambda z, t: ce(z, t) + torch.empty(B * S, V).view_as(z).sum(),
     "unflatten of the classes": lambda z, t: ce(z.unflatten(2, (2, V // 2)), t[..., None].expand(B, S, 2) % 20),
-    "squeeze of everything": lambda z, t: ce(z[:1].squeeze(), t[0]),
-    "squeeze of the classes": lambda z, t: ce(z.squeeze(-1), t),
+    "squeeze of the classes": lambda z, t: ce(z[..., :1].squeeze(-1), t[:, 0] % S),
+    "a list of rows": lambda z, t: (z.__setitem__(([0, 1],), -1.0), ce(z, t))[1],
+    "classes by int32": lambda z, t: ce(z.index_select(2, torch.arange(20, dtype=torch.int32)), t % 20),
     "one class": lambda z, t: ce(z.select(2, 3), t[:, 0] % S),
-    "classes by index_select": lambda z, t: ce(z.index_select(2, torch.arange(20)), t % 20),
+    "classes by a table": lambda z, t: ce(z[..., torch.arange(20).view(2, 10)].flatten(2), t % 20),
+    "classes repeated": lambda z, t: ce(z.repeat(1, 1, 2), t),
+    "classes repeated one by one": lambda z, t: ce(z.repeat_interleave(2, -1), t),
     "the vocabulary flipped": lambda z, t: ce(z.flip(-1), t),
     "the vocabulary rolled": lambda z, t: ce(z.roll(1, -1), t),
     "everything rolled": lambda z, t: ce(z.roll(1), t),
@@ -160,7 +163,10 @@ ROWS = {
     "an index expanded along rows": lambda z, t: ce(z.gather(1, (torch.arange(V) % S).expand(B, 1, V)), t[:, :1]),
     "indices apart": lambda z, t: ce(z[torch.tensor([0, 1]), None, torch.tensor([0, 2])], t[:, :1]),
     "a list": lambda z, t: ce(z[[1, 0]], t),
-    "the classes split": lambda z, t: ce(z.chunk(2, -1)[0], t % 20),
+    "the classes unbound": lambda z, t: ce(torch.stack(z.unbind(-1), -1), t),
+    "probabilities of listed classes": lambda z, t: (
+        ce(z, t) - z.log_softmax(-1)[..., [1, 2]].gather(-1, t[..., None] % 2).mean()
+    ),
     "broadcast to more rows": lambda z, t: ce(
         torch.broadcast_tensors(torch.zeros(3, B, S, V), z)[1], t.expand(3, B, S)
     ),
@@ -188,8 +194,6 @@ ENTRIES = {
     "divided with rounding": lambda z, t: ce(torch.div(z, 2.0, rounding_mode="floor"), t),
     "tanh twice": lambda z, t: ce(torch.tanh(torch.tanh(z)), t),
     "tanh of masked logits": lambda z, t: ce(torch.tanh(z.masked_fill(EVEN, -3.0)), t),
-    "subtracted from a tensor": lambda z, t: ce(torch.ones(V) - z, t),
-    "added with alpha": lambda z, t: ce(torch.add(z, torch.ones(V), alpha=2), t),
     "inf added": lambda z, t: ce(z + float("inf"), t),
     "a float64 bias": lambda z, t: ce(z + torch.ones(V, dtype=torch.float64), t),
     "an integer bias": lambda z, t: ce(z + torch.arange(V), t),
@@ -307,9 +311,6 @@ STATISTICS = {
     ),
     "classes of some rows": lambda z, t: ce(z, t) - z.log_softmax(-1).view(-1, V)[t.view(-1) % 3, t.view(-1)].mean(),
     "logits as a target": lambda z, t: ce(z, t) + F.cross_entropy(torch.zeros(B * S, V), z.view(-1, V)),
-    "half a logsumexp": lambda z, t: (
-        -torch.sub(z, z.logsumexp(-1, keepdim=True), alpha=0.5).gather(-1, t[..., None]).mean()
-    ),
     "logits of two heads": lambda z, t: ce(z.softmax(-1) * F.linear(z.detach(), torch.ones(V, V)), t),
     "a norm": lambda z, t: ce(z, t) + z.norm(),
 }
@@ -369,6 +370,7 @@ DYNAMIC = {
     "addmm with a symbolic alpha": lambda z, t: ce(
         torch.addmm(torch.zeros(V), z.flatten(0, 1), torch.eye(V), alpha=t.shape[1]), t
     ),
+    "added with a symbolic alpha": lambda z, t: ce(torch.add(z, torch.ones(V), alpha=t.shape[1]), t),
     "added a symbolic number of times": lambda z, t: ce(torch.add(z, z, alpha=t.shape[1]), t),
     "columns set of a symbolic number": lambda z, t: (z.__setitem__((..., slice(3, None)), -1.0), ce(z, t))[1],
     "a symbolic row": lambda z, t: ce(z[:, t.shape[1] - 2 :], t[:, t.shape[1] - 2 :]) + z.square().mean(),

@@ -101,6 +101,14 @@ FOUND = {
         "r0 = F.cross_entropy(y, t.view(-1))",
         "r1 = y.logsumexp(-1)",
     ),
+    "half a log-sum-exp subtracted": (
+        "z = F.linear(h, w)",
+        "r0 = -torch.sub(z, z.logsumexp(-1, keepdim=True), alpha=0.5).gather(-1, t.clamp(min=0)[..., None]).mean()",
+    ),
+    "subtracted from a bias": (
+        "z = torch.sub(b, F.linear(h, w), alpha=0.5)",
+        "r0 = F.cross_entropy(z.view(-1, z.shape[-1]), t.view(-1))",
+    ),
     "a one-hot tensor written into": (
         "z = F.linear(h, w)",
         "q = F.one_hot(t.clamp(min=0), z.shape[-1]).to(z.dtype)",

@@ -87,7 +87,6 @@ REFUSED = {
     "subtracted from itself": (lambda z, t: ce(z - z, t), "multiplied by zero", "constant"),
     "rounded on the way": (lambda z, t: ce(z.bfloat16().float(), t), "narrower dtype", ""),
     "float64 statistics": (lambda z, t: ce(z.double(), t), "float64", "float32"),
-    "some of the classes": (lambda z, t: ce(z[..., torch.arange(20)], t % 20), "picked", "one class"),
     "clamped": (lambda z, t: ce(z.clamp(min=-1.0), t), "clamped", "softcap"),
     "a column of scales": (lambda z, t: ce(z * torch.ones(V), t), "multiplied by a tensor", ""),
     "smoothing over masked classes": (
