@@ -96,6 +96,7 @@ HEADS = {
     "inner of batches": lambda h, w, b, t: ce(torch.inner(h, torch.stack([w, w])).flatten(2), t),
     "addmm without its bias": lambda h, w, b, t: ce(torch.addmm(b, h.view(-1, D), w.t(), beta=0), t),
     "capped, then added": lambda h, w, b, t: ce(F.linear(h, w).tanh() + F.linear(h, w.tanh()), t),
+    "a batch of copies of a weight that is written into": lambda h, w, b, t: copied_weight(h, w, t),
     "rounded, then added": lambda h, w, b, t: ce(F.linear(h, w).bfloat16() + F.linear(h, w.tanh()).bfloat16(), t),
     "expanded by a sum": lambda h, w, b, t: ce(F.linear(h, w) + F.linear(h[:1], w.tanh()), t),
     "a sum of two dtypes": lambda h, w, b, t: ce(F.linear(h, w) + F.linear(h.bfloat16(), w.tanh().bfloat16()), t),
@@ -335,6 +336,13 @@ RANKINGS_IN_16_BITS = {
     "rank of log-probabilities": lambda z, t: ce(z, t) + rank(z.log_softmax(-1), t).sum(),
     "rank of biased logits": lambda z, t: ce(z, t) + rank(z + torch.ones(V, dtype=z.dtype), t).sum(),
 }
+
+
+def copied_weight(h, w, t):
+    w = w.detach() * 1
+    copies = w.t()[None].repeat(B, 1, 1)
+    w.zero_()
+    return ce(torch.bmm(h, copies), t)
 
 
 def edited_without_gradient(z, t):
