@@ -178,6 +178,11 @@ def is_transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is one of a torch.func transform, which has no memory of its own."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def operand_source(placeholder: Node, name: str) -> Any:
     """Where an attribute of a placeholder's tensor comes from, as Dynamo says it; None in a graph not of Dynamo's."""
     from torch._dynamo.source import AttrSource

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.fx import Node
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .. import compat
+
 if TYPE_CHECKING:
     from .one_hot import Mixture
 
@@ -47,9 +49,11 @@ def fake(node: Node) -> Tensor:
 
 
 def storages(node: Node) -> set[StorageWeakRef]:
-    """The memory that a node's tensor lies in."""
+    """The memory that a node's tensor lies in; nothing inside of a torch.func transform, which is declined anyway."""
     value = example(node)
-    return {StorageWeakRef(value.untyped_storage())} if isinstance(value, Tensor) else set()
+    if not isinstance(value, Tensor) or compat.is_transformed(value):
+        return set()
+    return {StorageWeakRef(value.untyped_storage())}
 
 
 def differentiates(node: Node, *operands: Node) -> bool:

@@ -374,13 +374,15 @@ def test_hook_on_the_logits(inputs):
 
 def test_functorch_is_left_alone(inputs):
     def fn(h, w, t):
-        return torch.func.vmap(lambda a, b: F.cross_entropy(F.linear(a, w), b))(h, t).mean()
+        return torch.func.vmap(lambda a, b: F.cross_entropy(F.linear(a, w), b.clone().reshape(-1)))(h, t).mean()
 
     def elsewhere(h, w, t):
         weights = torch.func.vmap(lambda a: a.square().sum())(h.detach())
         return weights.sum() * F.cross_entropy(F.linear(h, w).view(-1, V), t.view(-1))
 
     assert_same_as_eager(fn, inputs, fused=0)
+    (site,) = rewrite(graphs_of(fn, *inputs)[-1], config.Settings(min_vocab=0), "v").sites
+    assert "torch.func transform" in site.reason
     assert_same_as_eager(elsewhere, inputs, fused=1)
 
 
