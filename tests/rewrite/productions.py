@@ -565,8 +565,11 @@ def _(d: Draft) -> None:
 
 @production("between", "rows and classes exchanged", verdict="barrier", weight=0.5)
 def _(d: Draft) -> None:
-    """A loss over the wrong dimension: the last row dimension is read as the classes from here on."""
-    d.need(d.last and d.rank >= 2 and d.z.shape[-2] > 1)
+    """A loss over the wrong dimension: the last row dimension is read as the classes from here on.
+
+    With one row dimension that is the same product, read the other way.
+    """
+    d.need(d.last and d.z.shape[-2] > 1 and sum(n > 1 for n in d.t.shape) > 1)
     n = d.z.shape[-2]
     d.write(f"t = (torch.arange({d.t.numel() // d.t.shape[-1] * d.v}) % {n}).view({[*d.t.shape[:-1], d.v]})")
     d.c = d.rank - 2
