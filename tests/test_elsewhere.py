@@ -43,6 +43,18 @@ class Transposed(Model):
         return torch.tanh(self.trunk(x)) @ self.head.weight.reshape(D, V) + torch.arange(V) / V
 
 
+class Adapted(Model):
+    """A head with a LoRA adapter."""
+
+    def __init__(self) -> None:
+        super().__init__(bias=True)
+        self.down, self.up = nn.Linear(D, 1, bias=False), nn.Linear(1, V, bias=False)
+
+    def forward(self, x: Tensor) -> Any:
+        h = torch.tanh(self.trunk(x))
+        return (self.head(h) + self.up(self.down(h)) * 0.5).float()
+
+
 class Counted:
     """``with Counted() as c: ...; c.fused, c.reads, c.deferred``: what the counters went up by."""
 
@@ -164,6 +176,8 @@ MODELS: dict[str, Callable[[], Model]] = {
     "class_first": lambda: Model(lambda z: z.permute(2, 0, 1)),
     "rows_cut": lambda: Model(lambda z: z[:, 1:].reshape(-1, V)),
     "transposed": Transposed,
+    "adapted": Adapted,
+    "adapted, frozen": lambda: _frozen(Adapted(), "head"),
     "in_a_dict": lambda: Model(lambda z: {"logits": z, "more": [z.shape[0]]}),
     "twice": lambda: Model(lambda z: (z, z.float())),
     "frozen_trunk": lambda: _frozen(Model(), "trunk"),

@@ -168,7 +168,8 @@ class Interpreter:
         for traces in (*(t.parts for t in self.traces.values()), *(w.traces for w in self.written_out)):
             read |= {id(trace) for trace in traces}
         for node, trace in self.traces.items():
-            if trace.parts and not trace.escapes and id(trace) not in read:
+            only_leaves = trace.outputs and not any(part.readings for part in trace.with_parts)
+            if trace.parts and not trace.escapes and id(trace) not in read and not only_leaves:
                 reason = "logits of several heads are combined, and no loss reads them"
                 trace.escapes.append(Refusal(node, reason, "compute a loss of each"))
         bound = [[trace, *trace.parts] for trace in self.traces.values()] + [w.traces for w in self.written_out]

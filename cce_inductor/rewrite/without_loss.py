@@ -36,37 +36,39 @@ def defer_heads(gm: GraphModule, settings: Settings) -> Rewritten:
 
 def _defer_heads(gm: GraphModule, settings: Settings) -> Rewritten:
     wanted = settings.defer_logits and settings.defer_without_loss and not differentiated_again(gm)
-    if not wanted or not _heads(gm.graph, settings):
+    if not wanted:
         return Rewritten(gm, [])
     copy = copy_graph(gm)
-    traces = _heads(copy.graph, settings)
+    interpreter = Interpreter(copy.graph)
+    interpreter.run()
+    traces = [t for t in interpreter.traces.values() if _only_leaves(copy.graph, t, settings)]
+    if not traces:
+        return Rewritten(gm, [])
     outputs = Outputs(copy.graph)
     deferrals = [deferral for found in traces for value in found.outputs for deferral in outputs.defer(value)]
     user_outputs = outputs.finish()
     for found in traces:
-        emit.replace_metadata(copy.graph, found)
+        for trace in found.with_parts:
+            emit.replace_metadata(copy.graph, trace)
         emit.erase_dead(copy.graph, found, [])
+    interpreter.erase_unused()
     copy.graph.lint()
     copy.recompile()
     return Rewritten(copy, [], deferrals, user_outputs)
 
 
-def _heads(graph: Graph, settings: Settings) -> list[Trace]:
-    """The heads whose logits have no other use than to leave the graph."""
-    interpreter = Interpreter(graph)
-    interpreter.run()
-    return [trace for trace in interpreter.traces.values() if _only_leaves(graph, trace, settings)]
-
-
 def _only_leaves(graph: Graph, trace: Trace, settings: Settings) -> bool:
+    """Whether the logits of a head have no other use than to leave the graph."""
     head = trace.head
+    if head.members:
+        return False
     if not trace.outputs or trace.escapes or trace.readings or not _large(head.vocab, head.width, settings):
         return False
     if not all(value.fake.requires_grad for value in trace.outputs):
         return False
-    if any(is_traceable_wrapper_subclass(fake(n)) for n in head.operands()):
+    if any(is_traceable_wrapper_subclass(fake(n)) for h in (head, *trace.heads) for n in h.operands()):
         return False
-    return written_between(graph, head.operands(), head.node, None) is None
+    return all(written_between(graph, h.operands(), h.node, None) is None for h in (head, *trace.heads))
 
 
 def _large(vocab: int | torch.SymInt, width: int | torch.SymInt, settings: Settings) -> bool:

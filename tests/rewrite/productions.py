@@ -804,13 +804,13 @@ _of_rows("expected logit", "(torch.softmax({z}, dim=-1) * {z}).sum(dim=-1)")
 _of_rows("mean logit", "{z}.mean(-1)", verdict="may")
 _of_flat(
     "one-hot mixture as probabilities",
-    "q = 0.7 * F.one_hot({t}.clamp(min=0), {v}) + 0.3 * F.one_hot({t}.clamp(min=0).flip(0), {v})",
-    "F.cross_entropy({z}, q.to({z}.dtype))",
+    "a, b = (F.one_hot(x, {v}).to({z}.dtype) for x in ({t}.clamp(min=0), {t}.clamp(min=0).flip(0)))",
+    "F.cross_entropy({z}, 0.7 * a + 0.3 * b)",
 )
 _of_rows(
     "one-hot mixture times log_softmax",
-    "q = 0.6 * F.one_hot(s, {v}) + 0.4 * F.one_hot((s + 1) % {v}, {v})",
-    "-(q * {z}.log_softmax(-1)).sum(-1).mean()",
+    "a, b = F.one_hot(s, {v}).to({z}.dtype), F.one_hot((s + 1) % {v}, {v}).to({z}.dtype)",
+    "-((0.6 * a + b * 0.4) * {z}.log_softmax(-1)).sum(-1).mean()",
 )
 _of_rows("accuracy", "{z}.argmax(-1).eq(t).sum()")
 _of_rows("accuracy of max", "best, at = {z}.max(dim=-1)", "(at == t).to(torch.float32).mean()")
