@@ -4,6 +4,7 @@
 target, a sum, an argmax. A rule that cannot take a node raises `Refused` with the reason and the cure.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,7 @@ class Reading:
     flat: Callable[[Any], Any] = _as_it_is
     shape: Callable[[Any], Any] = _as_it_is
 
-    @property
+    @functools.cached_property
     def target(self) -> Node | None:
         """The tensor that `given` is a view of: equal for readings of the same targets."""
         return None if self.given is None else base(self.given)

@@ -5,6 +5,7 @@ A new spelling is a new entry here; what an op does to logits is decided in `tra
 """
 
 import builtins
+import functools
 import inspect
 import operator
 from collections.abc import Callable
@@ -239,11 +240,21 @@ def _inplace_argument(node: Node) -> bool:
     """Whether a call has a true `inplace`, by keyword or by position, as in ``F.relu(x, True)``."""
     if node.kwargs.get("inplace"):
         return True
-    try:
-        signature = inspect.signature(node.target)  # type: ignore[arg-type]
-        return bool(signature.bind(*node.args, **node.kwargs).arguments.get("inplace"))
-    except (TypeError, ValueError):  # a builtin without a signature has no such argument
+    signature = _signature(node.target)
+    if signature is None or "inplace" not in signature.parameters:
         return False
+    try:
+        return bool(signature.bind(*node.args, **node.kwargs).arguments.get("inplace"))
+    except TypeError:
+        return False
+
+
+@functools.cache
+def _signature(function: Any) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):  # a builtin without one has no such argument
+        return None
 
 
 def mutated(node: Node) -> Node | None:

@@ -217,6 +217,8 @@ class _Members:
         if not self.value.fake.requires_grad:
             return result
         left = [m for m in self.value.head.members if m not in self.members and m.fake.requires_grad]
+        if any(member.head.members for member in left):
+            raise Refused("logits of several heads are stacked, and not all of them are read", "stack single heads")
         for node in dict.fromkeys(n for member in left for n in member.operands()):
             if fake(node).requires_grad:
                 result = result + self.builder.proxy(node).reshape(-1)[:0].sum()

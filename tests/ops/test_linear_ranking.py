@@ -99,7 +99,7 @@ def test_operands_are_rounded_as_under_autocast():
 def test_operator_is_well_behaved():
     given = operands(7, 4, 30, torch.float32) | {"target": torch.randint(0, 30, (7,))}
     given["weight"].requires_grad_()
-    settings = 1.0, 0.0, torch.float32, torch.float32, MIB, ""
+    settings = 1.0, 0.0, "tanh", torch.float32, torch.float32, MIB, ""
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(RANKING, (list(given.values()), " ".join(given), EVERY, 3, *settings), test_utils=checks)
     assert not any(r.requires_grad for r in call(given).values())

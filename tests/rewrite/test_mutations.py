@@ -119,6 +119,9 @@ HEADS = {
         torch.stack([F.linear(h, w), F.linear(h, w * 2)])[None].expand(2, 2, B, S, V), t.expand(2, 2, B, S)
     ),
     "no head of two": lambda h, w, b, t: ce(torch.stack([F.linear(h, w), F.linear(h, w * 2)])[:0], t.expand(0, B, S)),
+    "a stack of which concatenated heads are left out": lambda h, w, b, t: ce(
+        torch.stack([F.linear(h, torch.cat([w, w])), two(h, w)])[0], t
+    ),
     "edited after it was put together": lambda h, w, b, t: edited_member(h, w, t),
     "zeros like two vocabularies": lambda h, w, b, t: ce(z := two(h, w), t) + (torch.zeros_like(z) + t[0, 0]).mean(),
     "addmm of a matrix": lambda h, w, b, t: ce(torch.addmm(b.expand(B * S, V) * 1, h.view(-1, D), w.t()), t),
