@@ -13,7 +13,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import vocabulary
-from .values import Affine, Head, Refused, RowMap, Shift, Value, example, fake, storages
+from .values import Affine, Head, Refused, RowMap, Shift, Value, example, fake, storages, written
 
 
 def same(a: Any, b: Any) -> bool:
@@ -80,13 +80,6 @@ def _linear(node: Node, args: dict[str, Any]) -> list[Value]:
     return values
 
 
-def _written(node: Node) -> bool:
-    """Whether anything is written into a tensor: a copy of it may then differ."""
-    memory = storages(node)
-    targets = (vocabulary.mutated(n) for n in node.graph.nodes)
-    return any(target is not None and storages(target) & memory for target in targets)
-
-
 # Ops that give a batch of one matrix, as a view or not.
 _COPIES = ("expand", "unsqueeze", "getitem", "broadcast_to", "expand_as", "repeat")
 
@@ -99,7 +92,7 @@ def _stored_once(w: Any) -> Any:
         if op is None or op.inplace or op.name not in _COPIES:
             return w
         base = op.args["input"]
-        if op.name == "repeat" and (op.args["sizes"][-2:] != (1, 1) or _written(base)):
+        if op.name == "repeat" and (op.args["sizes"][-2:] != (1, 1) or written(base.graph.nodes, storages(base))):
             return w
         if op.name in ("unsqueeze", "getitem") and fake(node).dim() != fake(base).dim() + 1:
             return w

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ from torch.fx import Node
 
 from . import vocabulary
 from .heads import same
-from .values import Factor, Value, example, fake, storages
+from .values import Factor, Value, example, fake, storages, written
 
 
 def is_number(x: Any) -> bool:
@@ -42,13 +43,8 @@ def same_rows(node: Any, value: Value) -> bool:
 def written_after(node: Node) -> bool:
     """Whether something is written into a tensor, or into what it was made from, after it was made."""
     memory = set().union(storages(node), *(storages(n) for n in node.all_input_nodes))
-    later = node.next
-    while later.op != "root":
-        target = vocabulary.mutated(later)
-        if target is not None and storages(target) & memory:
-            return True
-        later = later.next
-    return False
+    later = itertools.dropwhile(lambda n: n is not node, node.graph.nodes)
+    return written(itertools.islice(later, 1, None), memory)
 
 
 def one_hot_target(node: Node, value: Value) -> Node | None:

@@ -18,7 +18,7 @@ from .heads import same
 from .one_hot import Mixture, is_number, is_tensor, one_hot_target, same_rows
 from .pointwise import not_rounded, over_classes
 from .rows import full, positions
-from .values import Refused, Value, fake, storages
+from .values import Refused, Value, fake, storages, written
 
 Args = dict[str, Any]
 
@@ -165,11 +165,9 @@ def base(target: Node) -> Node:
 
 def _parted(source: Node, copy: Node) -> bool:
     """Whether a node copies another, and one of the two is written to: they may differ afterwards."""
-    memory = storages(source) | storages(copy)
     if storages(source) == storages(copy):
         return False
-    written = (vocabulary.mutated(n) for n in source.graph.nodes)
-    return any(n is not None and storages(n) & memory for n in written)
+    return written(source.graph.nodes, storages(source) | storages(copy))
 
 
 ONE_CLASS = ((Ellipsis, slice(None, 1, None)), (Ellipsis, slice(0, 1, None)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torch.fx import Node
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import compat
+from . import vocabulary
 
 if TYPE_CHECKING:
     from .one_hot import Mixture
@@ -59,6 +60,12 @@ def storages(node: Node) -> set[StorageWeakRef]:
 def differentiates(node: Node, *operands: Node) -> bool:
     """Whether a gradient that comes back to `node`, if one does, goes on to every one of `operands`."""
     return not fake(node).requires_grad or all(fake(n).requires_grad for n in operands)
+
+
+def written(nodes: Iterable[Node], memory: set[StorageWeakRef]) -> bool:
+    """Whether one of `nodes` writes into some memory."""
+    targets = (vocabulary.mutated(n) for n in nodes)
+    return any(target is not None and storages(target) & memory for target in targets)
 
 
 @dataclass(frozen=True)

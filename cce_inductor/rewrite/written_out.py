@@ -7,6 +7,7 @@ replace, and traced like the program's own.
 
 from __future__ import annotations
 
+import abc
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -168,7 +169,7 @@ def of_members(builder: Builder, reading: Reading) -> Proxy:
     return _as(statistics.with_zeros(result), reading.node)
 
 
-class _Members:
+class _Members(abc.ABC):
     """The statistics of logits that are made of several heads', as `emit.Statistics` has them of one."""
 
     def __init__(self, builder: Builder, reading: Reading):
@@ -205,12 +206,13 @@ class _Members:
         return self.builder.call(torch.where, t < 0, t + self.vocab, t) if self.reading.wraps else t
 
     @property
+    @abc.abstractmethod
     def given(self) -> Any:
-        raise NotImplementedError
+        """The targets as the program has them, one for each row."""
 
+    @abc.abstractmethod
     def in_rows(self, flat: Any) -> Any:
         """In the leading shape of the logits."""
-        raise NotImplementedError
 
     def with_zeros(self, result: Any) -> Any:
         """Eager's gradients of heads that nothing is read of are zero, not none: this sends them zeros."""
