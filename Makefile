@@ -32,7 +32,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.stamp
 
 # The Triton that belongs to a torch whose build (CPU) does not bring its own.
+TRITON_2.11.0 := triton==3.6.0
 TRITON_2.13.0 := triton==3.7.1
+TRITON_2.14.1 := triton==3.8.0
+TRITON_2.15.0 := triton==3.8.0
 TRITON := $(TRITON_$(TORCH))
 
 # Triton 3.6's interpreter fails with numpy 2.4.
