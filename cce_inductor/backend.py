@@ -10,7 +10,7 @@ from typing import Any
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
-from . import compat, config, elsewhere, record, version
+from . import aliases, compat, config, elsewhere, record, version
 from .config import Settings
 from .deferred import computed, defer
 from .lowering import register as lowering
@@ -57,6 +57,12 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], settings: Sett
     """Rewrites `gm` for the compiler of `settings`, and compiles the result with ``compiler(gm, example_inputs)``."""
     if gm.meta.get(_MARK):
         return compiler(gm, example_inputs)
+    gm, views = aliases.without_views(gm)
+    compiled = _compile(gm, example_inputs, settings, compiler)
+    return compiled if views is None else views.put_back(compiled)
+
+
+def _compile(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings, compiler: Callable) -> Callable:
     lowered = settings.compiler == "inductor"
     if lowered:
         lowering.register()

@@ -173,6 +173,29 @@ def is_tracing() -> bool:
     return TracingContext.try_get() is not None or CompileContext.try_get() is not None
 
 
+def has_kernel(operator: Any, key: str) -> bool:
+    """Whether an operator has a kernel of its own for a dispatch key, or an alias key such as "Autograd"."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), key)
+
+
+def may_break_graph() -> bool:
+    """Whether Dynamo is tracing a function that it may cut in two."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        tracer = InstructionTranslator.current_tx()
+    except AttributeError:  # nothing has been traced in this thread
+        return False
+    return tracer is not None and not tracer.one_graph and not tracer.error_on_graph_break
+
+
+def break_graph(reason: str) -> None:
+    """Cuts the graph that Dynamo is tracing in front of the operator that is being run on fake tensors."""
+    from torch._subclasses.fake_tensor import UnsupportedFakeTensorException
+
+    raise UnsupportedFakeTensorException(reason)
+
+
 def is_transforming() -> bool:
     """Whether a torch.func transform (vmap, grad, jvp) is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None

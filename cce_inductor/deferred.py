@@ -284,7 +284,8 @@ class Recipe:
     """How a pending tensor follows from the operands of a head: ``steps`` behind ``compute(operands)``.
 
     needs: which operands a gradient reaches; none if the tensor does not require grad. connected: False for a tensor
-    whose gradient does not end in the operands, such as ``logits.detach().requires_grad_()``. dtype, device: its own.
+    whose gradient does not end in the operands, such as ``logits.detach().requires_grad_()``. dtype, device, offset: its
+    own, the last one in the memory that it shares with other views.
 
     It is what a compiled graph is guarded on that was given pending logits.
     """
@@ -295,6 +296,7 @@ class Recipe:
     connected: bool
     dtype: torch.dtype
     device: torch.device
+    offset: int | torch.SymInt
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recipe:
         return self
@@ -337,6 +339,23 @@ class _Value:
         self._tensor: Tensor | None = None
         self._origin, self._source = origin, source
         self._memory = _Memory() if memory is None else memory
+
+    @classmethod
+    def computed(cls, tensor: Tensor, memory: _Memory | None = None) -> _Value:
+        """The value that `tensor` holds, in the memory of others if it is a view of theirs."""
+        value = cls(lambda: tensor, memory=memory)
+        value._tensor, value._make = tensor, None
+        return value
+
+    @property
+    def memory(self) -> _Memory:
+        return self._memory
+
+    @property
+    def functional(self) -> bool:
+        """Whether AOTAutograd traces what is computed from it."""
+        tensor = self._tensor if self.origin is None else self.origin.head.operands[0].alias
+        return isinstance(tensor, FunctionalTensor)
 
     @property
     def pending(self) -> bool:
@@ -394,8 +413,8 @@ class _Value:
         return make
 
     def expose(self) -> Tensor:
-        """The tensor for uses that may edit its memory, now (``mul_``) or later and unseen (a view, ``numpy()``):
-        whatever derives from its present state is computed first."""
+        """The tensor for uses that may edit its memory, now (``mul_``) or later and unseen (``numpy()``): whatever
+        derives from its present state is computed first."""
         tensor = self.get()
         for child in list(self._memory.readers):
             child.get()
@@ -415,23 +434,33 @@ class DeferredLogits(torch.Tensor):
     the results of the operators in ``_LAZY``.  Everything else computes them once, remembers them, and behaves as
     for a plain tensor.  A read that could be wrong raises :class:`DeferredLogitsError`.
 
+    A view of one is one too, also once the values are there: only so does everybody who follows a view back to its
+    base (autograd, Dynamo's fake tensors) meet the same type of tensor twice.
+
     Unlike eager's logits: a hook on them, or ``retain_grad()``, sees gradients that come *through* them but not the
-    fused loss's own, and ``torch.autograd.grad(loss, logits)`` finds no path.  Assigning to ``.data`` is an error.
+    fused loss's own, and ``torch.autograd.grad(loss, logits)`` finds no path.  ``set_``, ``resize_`` and an assignment
+    to ``.data`` are errors where they change shape, dtype, device or strides, and so is a backward through views that
+    were taken before ``t_`` and the like.
     """
 
     _value: _Value
 
     @staticmethod
-    def __new__(cls, value: _Value, meta: Tensor, device: torch.device, offset: int = 0) -> DeferredLogits:
+    def __new__(
+        cls, value: _Value, meta: Tensor, device: torch.device, view_of: DeferredLogits | None = None, offset: int = 0
+    ) -> DeferredLogits:
         self = torch.Tensor._make_wrapper_subclass(
             cls, meta.size(), strides=meta.stride(), storage_offset=offset, dtype=meta.dtype, device=device
         )
         self._value = value
+        if view_of is not None:
+            # A storage without bytes, by whose identity Dynamo and AOTAutograd know what shares memory.
+            torch._functionalize_unsafe_set(self, view_of)
         # There is no storage behind us; C++ that asks for its pointer would otherwise be given null.
         torch._C._set_throw_on_mutable_data_ptr(self)
         return self
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()
 
     @property
@@ -441,8 +470,7 @@ class DeferredLogits(torch.Tensor):
 
     def materialize(self) -> Tensor:
         """These logits as a plain tensor, connected to autograd and sharing memory with all further reads."""
-        self._value.get()
-        return aten.view(self, self.shape)
+        return aten._reshape_alias(self, self.size(), self.stride())
 
     def whole_shape(self) -> torch.Size:
         """The shape of the logits that these pending ones come from."""
@@ -468,7 +496,8 @@ class DeferredLogits(torch.Tensor):
         given = self._given()
         needs = tuple(t.requires_grad for t in given or ()) or (False,) * len(origin.head.operands)
         connected = given is not None or not self.requires_grad
-        return Recipe(origin.head.compute, origin.steps, needs, connected, self.dtype, self.device)
+        offset = self.storage_offset()
+        return Recipe(origin.head.compute, origin.steps, needs, connected, self.dtype, self.device, offset)
 
     def operands(self) -> tuple[Tensor, ...]:
         """The operands of :meth:`recipe`, connected to autograd as these logits are.
@@ -517,12 +546,12 @@ class DeferredLogits(torch.Tensor):
     ) -> DeferredLogits:
         if recipe is None:
             tensor = inner["_values"]
-            value = _Value(lambda: tensor)
-            value.get()
-            dtype, device = tensor.dtype, tensor.device
+            value = _Value.computed(tensor)
+            dtype, device, offset = tensor.dtype, tensor.device, tensor.storage_offset()
         else:
             operands = [inner[f"_operand_{i}"] for i in range(len(inner))]
-            head, dtype, device = _Head(recipe.compute, operands, None, recipe.dtype), recipe.dtype, recipe.device
+            head = _Head(recipe.compute, operands, None, recipe.dtype)
+            dtype, device, offset = recipe.dtype, recipe.device, recipe.offset
 
             def make() -> Tensor:
                 out = head()
@@ -536,11 +565,17 @@ class DeferredLogits(torch.Tensor):
                 # Dynamo gives us and the operands symbols of their own: say that they are the same sizes.
                 for own, of_operands in zip(size, value.get().size(), strict=True):
                     torch._check(own == of_operands)
-        return DeferredLogits(value, torch.empty_strided(size, stride, dtype=dtype, device="meta"), device)
+        meta = torch.empty_strided(size, stride, dtype=dtype, device="meta")
+        return DeferredLogits(value, meta, device, offset=offset)
 
     @property
     def _values(self) -> Tensor:
         return self._value.get()
+
+    def _may_stay_pending(self, rule: _Rule) -> bool:
+        """Whether what `rule` makes of this tensor may be pending: not the result of a graph that another backend's
+        AOTAutograd traces, which it would take for one whose gradient is deferred logits. Views, it makes itself."""
+        return rule in _VIEWS or not self._value.functional
 
     def __getattr__(self, name: str) -> Any:
         number = re.fullmatch(r"_operand_(\d+)", name)
@@ -571,8 +606,10 @@ class DeferredLogits(torch.Tensor):
     @torch.compiler.disable
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            _leave_to_eager_mode(func, args, kwargs)
         rule = _LAZY.get(func)
-        if rule is not None and isinstance(args[0], DeferredLogits):
+        if rule is not None and isinstance(args[0], DeferredLogits) and args[0]._may_stay_pending(rule):
             out = rule(args[0], func, args[1:], kwargs)
             if out is not NotImplemented:
                 return out
@@ -585,6 +622,26 @@ class DeferredLogits(torch.Tensor):
         return _run_on_values(func, args, kwargs)
 
     # ---- what does not go through the dispatcher (see also _THROUGH_VALUE)
+
+    @property
+    def data(self) -> Tensor:
+        return super().data
+
+    @data.setter
+    def data(self, new: Tensor) -> None:
+        self._hold(new, ".data = ...")
+
+    def _hold(self, new: Tensor, how: str) -> None:
+        """Exchanges the value for another tensor's memory, for this tensor alone; its views keep the old one."""
+        tensor = new._value.expose() if isinstance(new, DeferredLogits) else new.detach()
+        kept = ("dtype", "device", "layout")
+        same = all(getattr(tensor, name) == getattr(self, name) for name in kept)
+        if not same or tensor.size() != self.size() or tensor.stride() != self.stride():
+            raise DeferredLogitsError(
+                f"{how} would give deferred logits another shape, dtype, device or strides. Use it on .materialize()."
+            )
+        self._value.get()  # what follows from the value so far, views included, follows from it still
+        self._value = _Value.computed(tensor)
 
     def untyped_storage(self) -> torch.UntypedStorage:
         if compat.is_tracing():
@@ -680,38 +737,105 @@ def _fused(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
 # ------------------------------------------------------------------------------------------- operators on the value
 
 
+def _leave_to_eager_mode(func: Any, args: Any, kwargs: Any) -> None:
+    """Breaks the graph that Dynamo is tracing where it would edit logits in place.
+
+    No compiled graph knows that their values, their views and their autograd history are one: an edit in eager mode
+    sees to all of them.  Where a break would be an error (``fullgraph``), the edit is traced: see `elsewhere`.
+    """
+    edited = [x for x in tree_leaves((args, kwargs)) if isinstance(x, DeferredLogits)]
+    if edited and compat.may_break_graph() and compat.fake_mode_of(edited[0]) is not None:
+        compat.break_graph(f"{func} edits deferred logits in place")
+
+
 def _run_on_values(func: Any, args: Any, kwargs: Any) -> Any:
-    """``func`` on plain tensors.  What it edits comes back as the tensor that it was given."""
+    """``func`` on plain tensors.  What it edits comes back as the tensor that it was given, and views as such."""
     schema = func._schema
+    if schema.is_mutable and not compat.has_kernel(func, "Autograd"):
+        return _run_on_connected(func, args, kwargs)
     given = {a.name: v for a, v in zip(schema.arguments, args, strict=False)} | kwargs
-    owner: dict[int, DeferredLogits] = {}
+    plain: dict[int, Tensor] = {}  # of the logits by identity; a fake read gives another tensor every time
+    owner: dict[int, DeferredLogits] = {}  # the way back
+    edited: list[Tensor] = []
+    viewed: DeferredLogits | None = None
     for argument in schema.arguments:
-        if argument.alias_info is None:
-            continue
         for x in tree_leaves(given.get(argument.name)):
-            if isinstance(x, DeferredLogits):
-                owner[id(x._value.expose())] = x
+            if not isinstance(x, DeferredLogits):
+                continue
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            tensor = plain[id(x)] = x._value.expose() if writes else x._value.get()
+            owner[id(tensor)] = x
+            if writes:
+                edited.append(x)
+            elif argument.alias_info is not None:
+                viewed = x
 
-    def plain(x: Any) -> Any:
-        return x._value.get() if isinstance(x, DeferredLogits) else x
+    def result(x: Any) -> Any:
+        if id(x) in owner:
+            return owner[id(x)]
+        return x
 
-    out = func(*tree_map(plain, args), **tree_map(plain, kwargs))
-    return tree_map(lambda x: owner.get(id(x), x), out)
+    def value(x: Any) -> Any:
+        return plain[id(x)] if isinstance(x, DeferredLogits) else x
+
+    out = func(*tree_map(value, args), **tree_map(value, kwargs))
+    if schema.is_mutable and not compat.has_kernel(func, "ADInplaceOrView"):
+        torch.autograd.graph.increment_version(edited)  # nobody above us has
+    if viewed is None:
+        return tree_map(result, out)
+    assert viewed is args[0]
+    # Of fake views, the operator knows better where they begin than they do.
+    metas = func(_meta(viewed), *args[1:], **kwargs)
+    return tree_map(lambda tensor, meta: _computed_view(viewed, tensor, meta), out, metas)
+
+
+def _run_on_connected(func: Any, args: Any, kwargs: Any) -> Any:
+    """An operator of which autograd knows nothing, on plain tensors that autograd knows: it records what the kernel
+    does, as it would in eager mode."""
+    given = {id(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, DeferredLogits)}
+    with torch.overrides.enable_reentrant_dispatch():
+        plain = {i: x.materialize() for i, x in given.items()}
+        owner = {id(tensor): given[i] for i, tensor in plain.items()}
+        new_args, new_kwargs = tree_map(lambda x: plain.get(id(x), x), (args, kwargs))
+        return tree_map(lambda x: owner.get(id(x), x), func(*new_args, **new_kwargs))
+
+
+def _computed_view(of: DeferredLogits, tensor: Tensor, meta: Tensor) -> DeferredLogits:
+    with torch.inference_mode(of.is_inference()):  # as what it is a view of, wherever it is made
+        value = _Value.computed(tensor, of._value.memory)
+        return DeferredLogits(value, meta, tensor.device, of, meta.storage_offset())
+
+
+def _handed_out(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The one view that is a plain tensor, :meth:`DeferredLogits.materialize`. Who has it may edit it unseen."""
+    return func(self._value.expose(), *args, **kwargs)
 
 
 def _change_shape_in_place(func: Any, args: Any, kwargs: Any) -> DeferredLogits:
     """``t_``, ``squeeze_`` and the like: other sizes and strides on the same memory, for this tensor alone."""
     self: DeferredLogits = args[0]
-    if func.overloadpacket in (aten.resize_, aten.resize_as_, aten.set_):
+    if func.overloadpacket in _STORAGE_EDITS:
+        return _exchange_storage(func, self, args)
+    tensor = self._value.expose().detach()
+    func(tensor, *args[1:], **kwargs)
+    self._value = _Value.computed(tensor, self._value.memory)
+    with no_dispatch():
+        func(self, *args[1:], **kwargs)
+    return self
+
+
+_STORAGE_EDITS = (aten.resize_, aten.resize_as_, aten.set_)
+
+
+def _exchange_storage(func: Any, self: Any, args: Any) -> Any:
+    if not isinstance(self, DeferredLogits):  # a plain tensor is to have the memory of deferred logits
+        return _run_on_values(func, args, {})
+    if func is aten.set_.source_Tensor:
+        self._hold(args[1], "set_")
+    elif func.overloadpacket is aten.set_ or tuple(getattr(args[1], "shape", args[1])) != tuple(self.shape):
         raise DeferredLogitsError(
             f"{func} exchanges its tensor's storage, and deferred logits have none. Use it on .materialize()."
         )
-    tensor = self._value.expose().detach()
-    func(tensor, *args[1:], **kwargs)
-    self._value = _Value(lambda: tensor)
-    self._value.get()
-    with no_dispatch():
-        func(self, *args[1:], **kwargs)
     return self
 
 
@@ -723,12 +847,17 @@ _Rule = Callable[[DeferredLogits, Any, Sequence[Any], dict[str, Any]], Any]
 
 
 def _meta(self: DeferredLogits) -> Tensor:
-    return torch.empty_strided(self.size(), self.stride(), dtype=self.dtype, device="meta")
+    offset = self.storage_offset()
+    if isinstance(offset, int) and offset == 0:
+        return torch.empty_strided(self.size(), self.stride(), dtype=self.dtype, device="meta")
+    extent = offset + 1 + sum((size - 1) * stride for size, stride in zip(self.size(), self.stride(), strict=True))
+    whole = torch.empty(extent, dtype=self.dtype, device="meta")
+    return whole.as_strided(self.size(), self.stride(), offset)
 
 
 def _aliased(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     with torch.inference_mode(self.is_inference()):  # as what it aliases, wherever that is done
-        return DeferredLogits(self._value, _meta(self), self.device, self.storage_offset())
+        return DeferredLogits(self._value, _meta(self), self.device, self, self.storage_offset())
 
 
 def _viewed(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -737,7 +866,7 @@ def _viewed(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[s
     meta = func(_meta(self), *args, **kwargs)
     value = self._value.view(Step.of(func, args, kwargs))
     with torch.inference_mode(self.is_inference()):
-        return DeferredLogits(value, meta, self.device, self.storage_offset() + meta.storage_offset())
+        return DeferredLogits(value, meta, self.device, self, meta.storage_offset())
 
 
 def _split(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -843,6 +972,7 @@ _LAZY: dict[Any, _Rule] = {
     aten.t.default: _viewed,
     aten.transpose.int: _viewed,
     aten.permute.default: _viewed,
+    aten._reshape_alias.default: _handed_out,
     aten.split.Tensor: _split,
     aten.split_with_sizes.default: _split,
     aten.unbind.int: _unbound,
@@ -858,6 +988,8 @@ _LAZY: dict[Any, _Rule] = {
     aten.new_full.default: _from_shape,
     aten.new_empty_strided.default: _from_shape,
 }
+
+_VIEWS = (_aliased, _viewed, _handed_out, _split, _unbound)
 
 # What entropies and temperatures are written with.  Lazy only where a statistic of it would be asked for: the longer
 # something is pending, the more often it is read too late.

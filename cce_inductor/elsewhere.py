@@ -28,9 +28,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import compat
+from . import aliases, compat
 from .deferred import EXPONENTIALS, ROWS, STATISTICS, DeferredLogits, Recipe, Step, defer, times
-from .rewrite import vocabulary
 from .rewrite.builder import Builder
 from .rewrite.defer import RECORDED, Logits
 from .rewrite.rewrite import Rewritten, copy_graph
@@ -148,17 +147,16 @@ def entries(gm: GraphModule, inputs: Sequence[Any]) -> Iterator[Entry]:
         # A part of a graph that is given what another part, already compiled, gives for fake inputs: see `reading`.
         yield Entry(gm, [_plain(x) if isinstance(x, DeferredLogits) else x for x in inputs])
         return
-    edited = any(_edited(placeholders[i]) for i in logits)  # and with one of them perhaps the others, its views
-    pending = {i: recipe for i, x in logits.items() if (recipe := _usable(x)) is not None} if not edited else {}
+    if aliases.edited(gm):
+        yield Entry(gm, list(inputs), as_it_is=True)
+        return
+    pending = {i: recipe for i, x in logits.items() if (recipe := _usable(x)) is not None}
     if pending:
         operands = {i: (recipe, _fake_operands(logits[i], recipe)) for i, recipe in pending.items()}
         inlined = _inlined(gm, inputs, logits, operands)
         if inlined is not None:
             yield inlined
-    # Two inputs in the same memory, one of them edited: fake tensors of our own would not show that.
-    entry = _entry(gm, inputs, logits, {})
-    entry.as_it_is = len(logits) > 1 and edited
-    yield entry
+    yield _entry(gm, inputs, logits, {})
 
 
 def reading(compiled: Callable) -> Callable:
@@ -182,42 +180,6 @@ def _usable(logits: DeferredLogits, grad: bool = True) -> Recipe | None:
 def _fake_operands(logits: DeferredLogits, recipe: Recipe) -> list[Tensor]:
     """The operands of fake logits, requiring grad as the real ones do."""
     return [t.detach().requires_grad_(need) for t, need in zip(logits.operands(), recipe.needs, strict=True)]
-
-
-# Ops whose result has memory of its own.
-_FRESH = frozenset(
-    [
-        "cross_entropy",
-        "nll_loss",
-        "log_softmax",
-        "softmax",
-        "logsumexp",
-        "exp",
-        "tanh",
-        "neg",
-        "mul",
-        "div",
-        "sum",
-        "mean",
-        "argmax",
-        "gather",
-        "take_along_dim",
-    ]
-)
-
-
-def _edited(placeholder: Node) -> bool:
-    """Whether a tensor that may share the memory of `placeholder` is edited in place."""
-    seen, stack = {placeholder}, [placeholder]
-    while stack:
-        for user in stack.pop().users:
-            if vocabulary.mutated(user) in seen:
-                return True
-            op = vocabulary.read(user)
-            if user not in seen and (op is None or op.inplace or op.name not in _FRESH):
-                seen.add(user)
-                stack.append(user)
-    return False
 
 
 def _inlined(

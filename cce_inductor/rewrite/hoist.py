@@ -28,9 +28,7 @@ class Hoist:
         self.switches: list[float] = []
         self.replaced: dict[Node, Node] = {}  # readings that the program now gets from an operator
         for node, position in self.order.items():
-            target = vocabulary.mutated(node)
-            if target is not None:
-                self.writes.append((position, target))
+            self.writes += [(position, target) for target in vocabulary.mutated(node)]
             name = getattr(node.target, "__name__", "")
             if name in ("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode"):
                 self.switches.append(position)

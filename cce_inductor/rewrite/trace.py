@@ -288,7 +288,7 @@ class Interpreter:
         """What a node makes of the values it reads; Refused for an escape."""
         source = touched[0]
         inplace = op is not None and op.inplace and op.name in INPLACE and op.args["input"] in self.values
-        if not inplace and vocabulary.mutated(node) is not None:
+        if not inplace and vocabulary.mutated(node):
             raise Refused(
                 f"{vocabulary.describe(node)} works in place on a tensor of the logits' graph",
                 "use the out-of-place form",
@@ -749,8 +749,7 @@ def written_between(graph: Graph, operands: list[Node], start: Node, end: Node |
         if node is end:
             return None
         if inside:
-            target = vocabulary.mutated(node)
-            if target is not None and (target in operands or storages(target) & memory):
+            if any(target in operands or storages(target) & memory for target in vocabulary.mutated(node)):
                 return node
         inside |= node is start
     return None

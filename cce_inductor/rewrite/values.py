@@ -64,8 +64,7 @@ def differentiates(node: Node, *operands: Node) -> bool:
 
 def written(nodes: Iterable[Node], memory: set[StorageWeakRef]) -> bool:
     """Whether one of `nodes` writes into some memory."""
-    targets = (vocabulary.mutated(n) for n in nodes)
-    return any(target is not None and storages(target) & memory for target in targets)
+    return any(storages(target) & memory for n in nodes for target in vocabulary.mutated(n))
 
 
 @dataclass(frozen=True)

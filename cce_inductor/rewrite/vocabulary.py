@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -257,26 +258,37 @@ def _signature(function: Any) -> inspect.Signature | None:
         return None
 
 
-def mutated(node: Node) -> Node | None:
-    """The node whose tensor `node` writes into, or None for an op that writes into nothing."""
+def mutated(node: Node) -> tuple[Node, ...]:
+    """The nodes whose tensors `node` writes into; none for most ops."""
     if node.op == "call_function":
-        out = node.kwargs.get("out")
-        if isinstance(out, Node):
-            return out
         schema = getattr(node.target, "_schema", None)
-        inplace = _inplace_argument(node) or (schema is not None and schema.is_mutable)
-        name = getattr(node.target, "__name__", "")
-        inplace |= name.endswith("_") and not name.endswith("__")
-        if not (node.target in _INPLACE_FUNCTIONS or inplace):
-            return None
+        if schema is not None:
+            return _written_by_schema(node, schema) if schema.is_mutable else ()
+        name = getattr(node.target, "__name__", str(node.target))
+        if name == "triton_kernel_wrapper_mutation":  # which of them it writes into, only its kernel knows
+            return tuple(node.all_input_nodes)
+        out = _nodes(node.kwargs.get("out"))
+        inplace = name.endswith("_") and not name.endswith("__")
+        if out or not (inplace or node.target in _INPLACE_FUNCTIONS or _inplace_argument(node)):
+            return out
     elif node.op == "call_method":
         name = str(node.target)
         if not (name.endswith("_") and not name.endswith("__")) and name != "__setitem__":
-            return None
+            return ()
     else:
-        return None
-    first = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
-    return first if isinstance(first, Node) else None
+        return ()
+    return _nodes(node.args[0] if node.args else next(iter(node.kwargs.values()), None))
+
+
+def _written_by_schema(node: Node, schema: Any) -> tuple[Node, ...]:
+    given = {a.name: value for a, value in zip(schema.arguments, node.args, strict=False)} | node.kwargs
+    written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return tuple(n for name in written for n in _nodes(given.get(name)))
+
+
+def _nodes(argument: Any) -> tuple[Node, ...]:
+    """The nodes in an argument: itself, or those of a list (``torch._foreach_mul_``)."""
+    return tuple(n for n in tree_leaves(argument) if isinstance(n, Node))
 
 
 def describe(node: Node) -> str:
