@@ -6,7 +6,8 @@ the logits, has none of it. So:
 
 * Dynamo breaks a graph where it would edit deferred logits. Where it may not (``fullgraph``), the whole graph is run as
   it is, in eager mode (:func:`edited`).
-* Views that a graph returns are made outside of it, from the tensors that the program gave (:func:`without_views`).
+* Views that a graph returns are made outside of it, from the tensors that the program gave, or from the one of its
+  outputs that they share memory with (:func:`without_views`).
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from . import compat
 from .deferred import DeferredLogits
 from .rewrite import vocabulary
 from .rewrite.rewrite import copy_graph
-from .rewrite.values import example
+from .rewrite.values import example, storages
 
 
 def memory(node: Node) -> StorageWeakRef | None:
@@ -40,66 +41,116 @@ def edited(gm: GraphModule) -> bool:
 
 @dataclass
 class ReturnedViews:
-    """The outputs at `positions` of a graph's `count`, which `make` gives for the graph's arguments."""
+    """The outputs at `positions` of a graph's `count`, which `make` gives.
+
+    Of the graph's arguments, and of what it returns at `bases` of its other outputs; the last `added` of those are
+    there for nothing else.
+    """
 
     positions: tuple[int, ...]
     count: int
     make: Callable[..., tuple]
+    bases: tuple[int, ...]
+    added: int
 
     def put_back(self, compiled: Callable) -> Callable:
         """The graph's function, from the one that was compiled without them."""
 
         def run(*args: Any) -> tuple:
-            views, others = iter(self.make(*args)), iter(compiled(*args))
+            given = compiled(*args)
+            views = iter(self.make(*args, *(given[i] for i in self.bases)))
+            others = iter(given[: len(given) - self.added])
             return tuple(next(views if i in self.positions else others) for i in range(self.count))
 
         return run
 
 
-def without_views(gm: GraphModule) -> tuple[GraphModule, ReturnedViews | None]:
-    """A graph without the views of given logits among its outputs, and those; itself if there are none."""
+def without_views(gm: GraphModule, min_vocab: int) -> tuple[GraphModule, ReturnedViews | None]:
+    """A graph without the views among its outputs, and those; itself if there are none.
+
+    Views of deferred logits that it is given, and of matrices of at least `min_vocab` columns that may become deferred
+    logits: those that it returns in two tensors that share memory.
+    """
     outputs = compat.outputs(gm)
-    given = {memory(n) for n in gm.graph.nodes if n.op == "placeholder"} - {None}
-    positions = tuple(i for i, n in enumerate(outputs) if isinstance(n, Node) and memory(n) in given)
+    bases = _bases(gm, outputs, min_vocab)
+    positions = tuple(i for i, n in enumerate(outputs) if n in bases)
     if not positions or edited(gm):
         return gm, None
     views = [outputs[i] for i in positions]
+    behind = _needed(views, set(bases.values()))
     rest = [n for i, n in enumerate(outputs) if i not in positions]
-    behind = _needed(views)
-    switches = {n for n in gm.graph.nodes if getattr(n.target, "__name__", "") in _SWITCHES}
-    needed = _needed([n for n in gm.graph.nodes if n not in behind])
+    made = list(dict.fromkeys(base for base in bases.values() if base.op != "placeholder"))
+    added = [base for base in made if base not in rest]
+    rest += added
+    others = _needed([n for n in gm.graph.nodes if n not in behind and n.op != "output"] + rest, set())
     # Nothing but the views goes: what has effects stays.
-    kept = [n for n in gm.graph.nodes if n in needed or n not in behind]
-    return (
-        _part(gm, kept, rest),
-        ReturnedViews(positions, len(outputs), _part(gm, [*behind, *switches], views).forward),
-    )
+    kept = [n for n in gm.graph.nodes if n in others or n not in behind]
+    switches = {n for n in gm.graph.nodes if getattr(n.target, "__name__", "") in _SWITCHES}
+    make = _part(gm, [*behind, *switches], views, made).forward
+    places = tuple(rest.index(base) for base in made)
+    return _part(gm, kept, rest), ReturnedViews(positions, len(outputs), make, places, len(added))
 
 
 # What a view that is made under them is made under when it is made again.
 _SWITCHES = ("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
 
 
-def _needed(nodes: Sequence[Any]) -> set[Node]:
-    """Nodes, and what they are computed from."""
+def _bases(gm: GraphModule, outputs: Sequence[Any], min_vocab: int) -> dict[Node, Node]:
+    """The outputs that are views, each with what it is a view of: an input or the first node in its memory."""
+    first: dict[StorageWeakRef, Node] = {}
+    for node in gm.graph.nodes:
+        for own in (memory(node),) if memory(node) is not None else storages(node):
+            if own is not None:
+                first.setdefault(own, node)
+    bases: dict[Node, Node] = {}
+    several: dict[Node, set[Node]] = {}
+    for node in {n for n in outputs if isinstance(n, Node)}:
+        for own in (memory(node),) if memory(node) is not None else storages(node):
+            assert own is not None
+            several.setdefault(first[own], set()).add(node)
+    for base, nodes in several.items():
+        given = memory(base) is not None
+        logits = len(nodes) > 1 and base.op != "placeholder" and example(base).shape[-1:] >= (min_vocab,)
+        within = _needed(list(nodes), {base})
+        plain = all(n is base or not isinstance(example(n), Tensor) or _same_memory(n, base) for n in within)
+        if (given or logits) and plain:
+            bases |= {node: base for node in nodes if given or node is not base}
+    return bases
+
+
+def _same_memory(node: Node, base: Node) -> bool:
+    return memory(node) == memory(base) if memory(base) is not None else bool(storages(node) & storages(base))
+
+
+def _needed(nodes: Sequence[Any], end: set[Node]) -> set[Node]:
+    """Nodes, and what they are computed from, as far as `end`."""
     seen: set[Node] = set()
     stack = [n for n in nodes if isinstance(n, Node)]
     while stack:
         node = stack.pop()
         if node not in seen:
             seen.add(node)
-            stack += node.all_input_nodes
+            stack += node.all_input_nodes if node not in end else []
     return seen
 
 
-def _part(gm: GraphModule, nodes: Sequence[Node], outputs: Sequence[Any]) -> GraphModule:
-    """A graph of the same inputs, with these of its nodes and other outputs."""
+def _part(gm: GraphModule, nodes: Sequence[Node], outputs: Sequence[Any], given: Sequence[Node] = ()) -> GraphModule:
+    """A graph of the same inputs and of `given`, with these of its nodes and other outputs."""
     copy = copy_graph(gm)
     graph: Graph = copy.graph
     names = {n.name for n in nodes}
     copies = {n.name: n for n in graph.nodes}
+    for base in given:
+        with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+            placeholder = graph.placeholder(f"{base.name}_given")
+        copies[base.name].replace_all_uses_with(placeholder)
+        copies[base.name] = placeholder
     end = next(n for n in reversed(graph.nodes) if n.op == "output")
     end.args = (tuple(copies[n.name] if isinstance(n, Node) else n for n in outputs),)
+    names -= {base.name for base in given}
+    for node in list(graph.nodes) if given else ():
+        if node.name in names and (edited := vocabulary.mutated(node)):
+            node.replace_all_uses_with(edited[0])  # the base holds what was edited, whatever tensor it was edited by
     for node in reversed(list(graph.nodes)):
         if node.op not in ("placeholder", "output") and node.name not in names:
             graph.erase_node(node)

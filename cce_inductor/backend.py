@@ -57,7 +57,7 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], settings: Sett
     """Rewrites `gm` for the compiler of `settings`, and compiles the result with ``compiler(gm, example_inputs)``."""
     if gm.meta.get(_MARK):
         return compiler(gm, example_inputs)
-    gm, views = aliases.without_views(gm)
+    gm, views = aliases.without_views(gm, settings.min_vocab)
     compiled = _compile(gm, example_inputs, settings, compiler)
     return compiled if views is None else views.put_back(compiled)
 
@@ -74,7 +74,7 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings,
     compiled = result.graph_module.forward if as_it_is else compiler(result.graph_module, entry.inputs)
     if result.deferrals:
         compiled = _with_deferred(compiled, result, settings)
-    if entry.inlined or entry.read:
+    if entry.inlined or entry.read or entry.unused:
         compiled = _with_logits(compiled, entry)
     # The parts of a graph that DDPOptimizer has cut are compiled before anybody knows what the others return.
     return elsewhere.reading(compiled) if compat.is_part_of_a_graph() else compiled

@@ -1,10 +1,11 @@
 """Every difference between the supported versions of PyTorch, and every private name of it that we build on."""
 
+import contextlib
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -176,6 +177,18 @@ def is_tracing() -> bool:
 def has_kernel(operator: Any, key: str) -> bool:
     """Whether an operator has a kernel of its own for a dispatch key, or an alias key such as "Autograd"."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), key)
+
+
+@contextlib.contextmanager
+def counting_versions() -> Iterator[None]:
+    """Views share a version with their base and edits raise it, as ever, also below autograd (``__torch_dispatch__``)."""
+    key = torch._C.DispatchKey.ADInplaceOrView
+    before = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
+    torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        yield
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, before)
 
 
 def may_break_graph() -> bool:

@@ -352,10 +352,18 @@ class _Value:
         return self._memory
 
     @property
+    def fake(self) -> bool:
+        """Whether Dynamo traces what is computed from it."""
+        return isinstance(self._evidence, FakeTensor)
+
+    @property
     def functional(self) -> bool:
-        """Whether AOTAutograd traces what is computed from it."""
-        tensor = self._tensor if self.origin is None else self.origin.head.operands[0].alias
-        return isinstance(tensor, FunctionalTensor)
+        """Whether AOTAutograd does."""
+        return isinstance(self._evidence, FunctionalTensor)
+
+    @property
+    def _evidence(self) -> Tensor | None:
+        return self._tensor if self.origin is None else self.origin.head.operands[0].alias
 
     @property
     def pending(self) -> bool:
@@ -407,7 +415,7 @@ class _Value:
     def _after(self, step: Step) -> Callable[[], Tensor]:
         def make() -> Tensor:
             tensor = self.get()
-            with _surroundings(tensor.device, grad=False):
+            with _surroundings(tensor.device, grad=False), compat.counting_versions():
                 return step(tensor)
 
         return make
@@ -434,8 +442,8 @@ class DeferredLogits(torch.Tensor):
     the results of the operators in ``_LAZY``.  Everything else computes them once, remembers them, and behaves as
     for a plain tensor.  A read that could be wrong raises :class:`DeferredLogitsError`.
 
-    A view of one is one too, also once the values are there: only so does everybody who follows a view back to its
-    base (autograd, Dynamo's fake tensors) meet the same type of tensor twice.
+    A view of one is one too, also once the values are there, and shares its (empty) storage: by that, Dynamo and
+    AOTAutograd know what shares memory.
 
     Unlike eager's logits: a hook on them, or ``retain_grad()``, sees gradients that come *through* them but not the
     fused loss's own, and ``torch.autograd.grad(loss, logits)`` finds no path.  ``set_``, ``resize_`` and an assignment
@@ -468,6 +476,7 @@ class DeferredLogits(torch.Tensor):
         """Whether the values have been computed."""
         return not self._value.pending
 
+    @torch.compiler.disable
     def materialize(self) -> Tensor:
         """These logits as a plain tensor, connected to autograd and sharing memory with all further reads."""
         return aten._reshape_alias(self, self.size(), self.stride())
@@ -536,11 +545,13 @@ class DeferredLogits(torch.Tensor):
 
     # What Dynamo and AOTAutograd make of us as an input of a graph: the operands of the head, or the computed values.
 
+    @torch.compiler.disable
     def __tensor_flatten__(self) -> tuple[list[str], Recipe | None]:
         recipe = self.recipe()
         return (["_values"] if recipe is None else [f"_operand_{i}" for i in range(len(recipe.needs))]), recipe
 
     @staticmethod
+    @torch.compiler.disable
     def __tensor_unflatten__(
         inner: dict[str, Tensor], recipe: Recipe | None, size: Sequence[int], stride: Sequence[int]
     ) -> DeferredLogits:
@@ -567,6 +578,14 @@ class DeferredLogits(torch.Tensor):
                     torch._check(own == of_operands)
         meta = torch.empty_strided(size, stride, dtype=dtype, device="meta")
         return DeferredLogits(value, meta, device, offset=offset)
+
+    def _is_view(self) -> bool:
+        # A compiled graph is given what each tensor is computed from; how it is a view of another one adds nothing.
+        return not compat.is_tracing() and super()._is_view()
+
+    @property
+    def _base(self) -> Tensor | None:  # type: ignore[override]
+        return None if compat.is_tracing() else super()._base
 
     @property
     def _values(self) -> Tensor:
@@ -614,7 +633,8 @@ class DeferredLogits(torch.Tensor):
             if out is not NotImplemented:
                 return out
         # Inference mode hands us composite operators whole; their parts may have rows.
-        out = func.decompose(*args, **kwargs)
+        with compat.counting_versions():
+            out = func.decompose(*args, **kwargs)
         if out is not NotImplemented:
             return out
         if torch.Tag.inplace_view in func.tags:
@@ -628,12 +648,14 @@ class DeferredLogits(torch.Tensor):
         return super().data
 
     @data.setter
+    @torch.compiler.disable
     def data(self, new: Tensor) -> None:
         self._hold(new, ".data = ...")
 
+    @torch.compiler.disable
     def _hold(self, new: Tensor, how: str) -> None:
         """Exchanges the value for another tensor's memory, for this tensor alone; its views keep the old one."""
-        tensor = new._value.expose() if isinstance(new, DeferredLogits) else new.detach()
+        tensor = new._value.expose() if isinstance(new, DeferredLogits) else new
         kept = ("dtype", "device", "layout")
         same = all(getattr(tensor, name) == getattr(self, name) for name in kept)
         if not same or tensor.size() != self.size() or tensor.stride() != self.stride():
@@ -641,7 +663,11 @@ class DeferredLogits(torch.Tensor):
                 f"{how} would give deferred logits another shape, dtype, device or strides. Use it on .materialize()."
             )
         self._value.get()  # what follows from the value so far, views included, follows from it still
-        self._value = _Value.computed(tensor)
+        with torch.inference_mode(False), torch.no_grad():
+            # The memory of an inference tensor, in one that may be edited later.
+            held = torch.empty(0, dtype=self.dtype, device=self.device)
+            held.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+        self._value = _Value.computed(held)
 
     def untyped_storage(self) -> torch.UntypedStorage:
         if compat.is_tracing():
@@ -693,6 +719,7 @@ _THROUGH_VALUE = (
 
 
 def _through_value(name: str) -> Callable[..., Any]:
+    @torch.compiler.disable
     def method(self: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
         return getattr(self.materialize(), name)(*args, **kwargs)
 
@@ -744,7 +771,7 @@ def _leave_to_eager_mode(func: Any, args: Any, kwargs: Any) -> None:
     sees to all of them.  Where a break would be an error (``fullgraph``), the edit is traced: see `elsewhere`.
     """
     edited = [x for x in tree_leaves((args, kwargs)) if isinstance(x, DeferredLogits)]
-    if edited and compat.may_break_graph() and compat.fake_mode_of(edited[0]) is not None:
+    if any(x._value.fake for x in edited) and compat.may_break_graph():
         compat.break_graph(f"{func} edits deferred logits in place")
 
 
@@ -778,7 +805,9 @@ def _run_on_values(func: Any, args: Any, kwargs: Any) -> Any:
     def value(x: Any) -> Any:
         return plain[id(x)] if isinstance(x, DeferredLogits) else x
 
-    out = func(*tree_map(value, args), **tree_map(value, kwargs))
+    # Whoever has saved the values for a backward of his own (AOTAutograd) is to notice an edit.
+    with compat.counting_versions():
+        out = func(*tree_map(value, args), **tree_map(value, kwargs))
     if schema.is_mutable and not compat.has_kernel(func, "ADInplaceOrView"):
         torch.autograd.graph.increment_version(edited)  # nobody above us has
     if viewed is None:

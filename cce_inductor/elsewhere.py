@@ -113,13 +113,14 @@ class Entry:
     """A form that a graph can be compiled in: the graph, its example inputs, and its inputs for the program's own.
 
     inlined: positions of pending logits that the graph takes as the operands of their head. read: positions of
-    those that it takes computed. as_it_is: to be run without a compiler.
+    those that it takes computed. unused: of those that it does not take at all. as_it_is: to be run without a compiler.
     """
 
     graph_module: GraphModule
     inputs: list[Any]
     inlined: frozenset[int] = frozenset()
     read: frozenset[int] = frozenset()
+    unused: frozenset[int] = frozenset()
     as_it_is: bool = False
 
     def arguments(self, given: Sequence[Any]) -> list[Any]:
@@ -130,7 +131,7 @@ class Entry:
         for i, argument in enumerate(given):
             if i in operands:
                 result += operands[i]
-            else:
+            elif i not in self.unused:
                 result.append(argument.materialize() if i in self.read else argument)
         return result
 
@@ -150,7 +151,8 @@ def entries(gm: GraphModule, inputs: Sequence[Any]) -> Iterator[Entry]:
     if aliases.edited(gm):
         yield Entry(gm, list(inputs), as_it_is=True)
         return
-    pending = {i: recipe for i, x in logits.items() if (recipe := _usable(x)) is not None}
+    used = {i: x for i, x in logits.items() if placeholders[i].users}
+    pending = {i: recipe for i, x in used.items() if (recipe := _usable(x)) is not None}
     if pending:
         operands = {i: (recipe, _fake_operands(logits[i], recipe)) for i, recipe in pending.items()}
         inlined = _inlined(gm, inputs, logits, operands)
@@ -215,6 +217,8 @@ def _entry(
             _, fakes = inlined[i]
             operands[i] = [_operand(graph, node, k, fake) for k, fake in enumerate(fakes)]
             new_inputs += fakes
+        elif i in logits and not node.users:
+            graph.erase_node(node)
         elif i in logits:
             node.meta["example_value"] = _plain(logits[i])
             node.meta.pop("grapharg", None)
@@ -235,7 +239,8 @@ def _entry(
         graph.erase_node(placeholder)
     graph.lint()
     copy.recompile()
-    return Entry(copy, new_inputs, frozenset(inlined), frozenset(logits.keys() - inlined.keys()))
+    unused = frozenset(i for i in logits if not placeholders[i].users and i not in inlined)
+    return Entry(copy, new_inputs, frozenset(inlined), frozenset(logits.keys() - inlined.keys() - unused), unused)
 
 
 def _operand(graph: Graph, placeholder: Node, k: int, fake: Tensor) -> Node:

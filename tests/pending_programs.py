@@ -11,7 +11,6 @@ import contextlib
 import linecache
 import logging
 import random
-import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -115,7 +114,6 @@ EDITS = (
     "{v}.index_add_(0, torch.tensor([0]), {v}[:1].detach())",
     "{v}.addcmul_({v}.detach(), {v}.detach(), value=0.5)",
     "{v}.lerp_({v}.detach() * 2, 0.5)",
-    "{v}.detach_()",
     "{v}.requires_grad_(True)",
     "numpy_edit({v})",
     "torch.nn.init.constant_({v}, 0.3)",
@@ -137,7 +135,7 @@ MATRIX_EDITS = (
     "{v}.fill_diagonal_(0.5)",
 )
 # Of logits without views: autograd replays those of a tensor subclass on the shape that their base has then.
-SHAPE_EDITS = ("{v}.unsqueeze_(0)", "{v}.squeeze_(0)", "{v}.t_()", "{v}.transpose_(0, 1)")
+SHAPE_EDITS = ("{v}.detach_()", "{v}.unsqueeze_(0)", "{v}.squeeze_(0)", "{v}.t_()", "{v}.transpose_(0, 1)")
 TWO = (
     "{v}.add_({u})",
     "{v}.copy_({u})",
@@ -420,7 +418,7 @@ def _close(a: Any, b: Any) -> bool:
 def difference(got: Outcome, expected: Outcome) -> str:
     """Two outcomes side by side, where they differ."""
     if got.error or expected.error:
-        trace = re.sub(r"(?m)^.*/torch/.*\n.*\n", "", got.trace)[-1500:]
+        trace = got.trace[-3500:]
         return f"error: {got.error or 'none'}, eager: {expected.error or 'none'}\n{trace}{expected.trace[-300:]}"
     lines = [f"{len(got.values)} values, eager {len(expected.values)}; the last two are gradients"]
     for i, (a, b) in enumerate(zip(got.values, expected.values, strict=False)):
@@ -470,6 +468,8 @@ def check(program: Program, number: int = 0) -> tuple[str, Outcome, Outcome]:
         got = run(program, deferring_head(), with_cce, number)
         if same(got, expected):
             return ("error" if expected.error else "right"), got, expected
+        if got.error == "DeferredLogitsError":
+            return "limit", got, expected  # another shape for logits by `set_` and the like, as is documented
         if not program.whole and not program.pieces:
             return "WRONG", got, expected
         torch._dynamo.reset()
