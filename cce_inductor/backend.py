@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
@@ -71,13 +72,23 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings,
     # The parts of a graph that DDPOptimizer has cut share one `meta`.
     result.graph_module.meta = {**result.graph_module.meta, _MARK: True}
     as_it_is = entry.as_it_is or result.uncompiled or not compat.outputs(result.graph_module)
-    compiled = result.graph_module.forward if as_it_is else compiler(result.graph_module, entry.inputs)
+    compiled = _as_it_is(result.graph_module) if as_it_is else compiler(result.graph_module, entry.inputs)
     if result.deferrals:
         compiled = _with_deferred(compiled, result, settings)
     if entry.inlined or entry.read or entry.unused:
         compiled = _with_logits(compiled, entry)
     # The parts of a graph that DDPOptimizer has cut are compiled before anybody knows what the others return.
     return elsewhere.reading(compiled) if compat.is_part_of_a_graph() else compiled
+
+
+def _as_it_is(gm: GraphModule) -> Callable:
+    """A graph run by PyTorch in eager mode. An error in it must not leave the grad mode that it was in."""
+
+    def run(*args: Any) -> Any:
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            return gm.forward(*args)
+
+    return run
 
 
 def _settle(

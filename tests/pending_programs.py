@@ -165,7 +165,7 @@ MATRIX_READERS = (
     "out.append({v}.argmax(-1).sum())",
 )
 RETURNS = ("", "{v}", "{v}[1:]", "{v}.view({v}.shape)", "({v}, {v} * 2)", "{v}.detach()", "({v}[:1], {v}[1:])")
-BACKENDS = ("cce", "aot_eager", "cce", "eager")
+BACKENDS = ("cce", "cce", "aot_eager", "eager", "cce fullgraph")
 
 
 @dataclass
@@ -219,9 +219,10 @@ class Writer:
         else:
             line = self.pick(EDITS + MATRIX_EDITS * 2 if matrix else EDITS).format(v=v)
         if self.random.random() < 0.3:
-            # AOTAutograd itself fails on many edits in inference mode, and leaves the thread's state in disorder.
-            compiled = self.kind == "whole" or v in ("a", "b")
-            return [self.pick(MODES[:2] if compiled else MODES), f"    {line}"]
+            # AOTAutograd itself fails on many edits in inference mode, and leaves the thread's state in disorder;
+            # a tensor that is given the storage of an inference tensor is half of one.
+            plain = self.kind == "whole" or v in ("a", "b") or "set_" in line or ".data =" in line
+            return [self.pick(MODES[:2] if plain else MODES), f"    {line}"]
         return [line]
 
     def statement(self) -> list[str]:
@@ -364,6 +365,7 @@ class Outcome:
 
     values: list[Any] = field(default_factory=list)
     error: str = ""
+    message: str = ""
     trace: str = ""
 
 
@@ -389,7 +391,7 @@ def run(program: Program, head: Callable, compiled: Callable[[str], Callable], n
             outcome.values += [_plain(g) for g in torch.autograd.grad(sum(terms), (h, w), allow_unused=True)]
     except Exception as error:
         # Dynamo puts the place of an error in front of it, and its own advice behind.
-        outcome.error = type(error).__name__
+        outcome.error, outcome.message = type(error).__name__, str(error)
         outcome.trace = traceback.format_exc()
         outcome.values = []
     return outcome
@@ -433,13 +435,14 @@ def eager(_backend: str) -> Callable:
 
 
 def with_cce(backend: str) -> Callable:
-    if backend == "cce":
-        return torch.compile(backend="cce", options=OPTIONS)
-    return torch.compile(backend=backend)
+    name, *full = backend.split()
+    if name == "cce":
+        return torch.compile(backend="cce", options=OPTIONS, fullgraph=bool(full))
+    return torch.compile(backend=name, fullgraph=bool(full))
 
 
 def without_cce(backend: str) -> Callable:
-    return torch.compile(backend="aot_eager" if backend == "cce" else backend)
+    return with_cce(backend.replace("cce", "aot_eager"))
 
 
 def linear(h: Tensor, w: Tensor) -> Tensor:
@@ -470,6 +473,8 @@ def check(program: Program, number: int = 0) -> tuple[str, Outcome, Outcome]:
             return ("error" if expected.error else "right"), got, expected
         if got.error == "DeferredLogitsError":
             return "limit", got, expected  # another shape for logits by `set_` and the like, as is documented
+        if "modified by an inplace operation" in expected.message and not got.error:
+            return "lenient", got, expected  # what eager had saved for its backward, we compute again
         if not program.whole and not program.pieces:
             return "WRONG", got, expected
         torch._dynamo.reset()
@@ -487,8 +492,8 @@ def deferring_head() -> Callable:
 
     if not _head:
         _head.append(torch.compile(linear, backend="cce", options=OPTIONS))
-    made = _head[0](torch.zeros(2, D, requires_grad=True), torch.zeros(V, D))
-    assert isinstance(made, DeferredLogits)
+    made = _head[0](torch.zeros(N, D, requires_grad=True), torch.zeros(V, D))
+    assert isinstance(made, DeferredLogits), made
     return _head[0]
 
 
