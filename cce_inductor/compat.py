@@ -1,6 +1,7 @@
 """Every difference between the supported versions of PyTorch, and every private name of it that we build on."""
 
 import contextlib
+import functools
 import logging
 import os
 import sys
@@ -191,15 +192,43 @@ def counting_versions() -> Iterator[None]:
         torch._C._dispatch_tls_set_dispatch_key_excluded(key, before)
 
 
+def dynamo_is_tracing() -> bool:
+    """Whether Dynamo is tracing a function, or a backend compiles what it has traced."""
+    return _tracer() is not None
+
+
 def may_break_graph() -> bool:
-    """Whether Dynamo is tracing a function that it may cut in two."""
+    """Whether Dynamo may cut the function in two that it is tracing (not under ``fullgraph``)."""
+    tracer = _tracer()
+    return tracer is not None and not tracer.one_graph and not tracer.error_on_graph_break
+
+
+def _tracer() -> Any:
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
-        tracer = InstructionTranslator.current_tx()
+        return InstructionTranslator.current_tx()
     except AttributeError:  # nothing has been traced in this thread
-        return False
-    return tracer is not None and not tracer.one_graph and not tracer.error_on_graph_break
+        return None
+
+
+def restart_tracing(reason: str) -> None:
+    """Lets Dynamo trace the function once more, whose arguments now look otherwise."""
+    raise _restart_error()(reason)
+
+
+@functools.cache
+def _restart_error() -> type[Exception]:
+    from torch._dynamo.exc import RestartAnalysis, Unsupported
+
+    class Restart(RestartAnalysis, Unsupported):
+        """Unsupported too, since that is all that what runs an operator on fake tensors lets through."""
+
+        def __init__(self, reason: str) -> None:
+            Unsupported.__init__(self, reason)
+            self.restart_reason = reason
+
+    return Restart
 
 
 def break_graph(reason: str) -> None:

@@ -27,14 +27,14 @@ import math
 import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.utils import counters
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.function import BackwardCFunction
 from torch.utils._mode_utils import no_dispatch
@@ -297,6 +297,7 @@ class Recipe:
     dtype: torch.dtype
     device: torch.device
     offset: int | torch.SymInt
+    of: weakref.ref[_Value] = field(compare=False)  # the value that it is of
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recipe:
         return self
@@ -318,7 +319,11 @@ class _Memory:
     """What values share that are views of each other.
 
     readers: pending values that are to be computed before it is edited. head: whose own value it holds, if any.
+    edited_in_graph: whether a graph edits it that Dynamo may not break: it is compiled for computed logits, and takes
+    pending ones too.
     """
+
+    edited_in_graph = False
 
     def __init__(self, head: _Head | None = None) -> None:
         self.readers: weakref.WeakSet[_Value] = weakref.WeakSet()
@@ -411,6 +416,12 @@ class _Value:
         while value is not None:
             yield value
             value = value._source
+
+    def stands_for(self) -> _Value | None:
+        """In a graph that Dynamo traces: the value that the program has there."""
+        recipes = [value.origin.recipe for value in self._behind() if value.origin is not None]
+        recipe = next((recipe for recipe in recipes if recipe is not None), None)
+        return None if recipe is None else recipe.of()
 
     def _after(self, step: Step) -> Callable[[], Tensor]:
         def make() -> Tensor:
@@ -506,7 +517,8 @@ class DeferredLogits(torch.Tensor):
         needs = tuple(t.requires_grad for t in given or ()) or (False,) * len(origin.head.operands)
         connected = given is not None or not self.requires_grad
         offset = self.storage_offset()
-        return Recipe(origin.head.compute, origin.steps, needs, connected, self.dtype, self.device, offset)
+        own = (self.dtype, self.device, offset, weakref.ref(self._value))
+        return Recipe(origin.head.compute, origin.steps, needs, connected, *own)
 
     def operands(self) -> tuple[Tensor, ...]:
         """The operands of :meth:`recipe`, connected to autograd as these logits are.
@@ -546,18 +558,26 @@ class DeferredLogits(torch.Tensor):
     # What Dynamo and AOTAutograd make of us as an input of a graph: the operands of the head, or the computed values.
 
     @torch.compiler.disable
-    def __tensor_flatten__(self) -> tuple[list[str], Recipe | None]:
+    def __tensor_flatten__(self) -> tuple[list[str], Recipe | bool]:
         recipe = self.recipe()
-        return (["_values"] if recipe is None else [f"_operand_{i}" for i in range(len(recipe.needs))]), recipe
+        if recipe is None:
+            return ["_values"], self._value.memory.edited_in_graph
+        return [f"_operand_{i}" for i in range(len(recipe.needs))], recipe
+
+    @classmethod
+    def __metadata_guard__(cls, compiled_for: Recipe | bool, given: Recipe | bool) -> bool:
+        """Whether a graph that was compiled for such logits takes others. One that edits them takes all."""
+        return compiled_for is True or compiled_for == given or (compiled_for is False and given is True)
 
     @staticmethod
     @torch.compiler.disable
     def __tensor_unflatten__(
-        inner: dict[str, Tensor], recipe: Recipe | None, size: Sequence[int], stride: Sequence[int]
+        inner: dict[str, Tensor], recipe: Recipe | bool, size: Sequence[int], stride: Sequence[int]
     ) -> DeferredLogits:
-        if recipe is None:
+        if isinstance(recipe, bool):
             tensor = inner["_values"]
             value = _Value.computed(tensor)
+            value.memory.edited_in_graph = recipe
             dtype, device, offset = tensor.dtype, tensor.device, tensor.storage_offset()
         else:
             operands = [inner[f"_operand_{i}"] for i in range(len(inner))]
@@ -768,11 +788,22 @@ def _leave_to_eager_mode(func: Any, args: Any, kwargs: Any) -> None:
     """Breaks the graph that Dynamo is tracing where it would edit logits in place.
 
     No compiled graph knows that their values, their views and their autograd history are one: an edit in eager mode
-    sees to all of them.  Where a break would be an error (``fullgraph``), the edit is traced: see `elsewhere`.
+    sees to all of them.  Where a break would be an error (``fullgraph``), the logits are computed and the function is
+    traced again, with them as an input.
     """
-    edited = [x for x in tree_leaves((args, kwargs)) if isinstance(x, DeferredLogits)]
-    if any(x._value.fake for x in edited) and compat.may_break_graph():
-        compat.break_graph(f"{func} edits deferred logits in place")
+    edited = [x._value for x in tree_leaves((args, kwargs)) if isinstance(x, DeferredLogits) and x._value.fake]
+    if not edited:
+        return
+    reason = f"{func} edits deferred logits in place"
+    if compat.may_break_graph():
+        compat.break_graph(reason)
+    given = [value for value in map(_Value.stands_for, edited) if value is not None and value.pending]
+    if given and compat.dynamo_is_tracing():
+        with unset_fake_temporarily():
+            for value in given:
+                value.memory.edited_in_graph = True
+                value.get()
+        compat.restart_tracing(reason)
 
 
 def _run_on_values(func: Any, args: Any, kwargs: Any) -> Any:

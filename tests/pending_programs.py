@@ -165,7 +165,7 @@ MATRIX_READERS = (
     "out.append({v}.argmax(-1).sum())",
 )
 RETURNS = ("", "{v}", "{v}[1:]", "{v}.view({v}.shape)", "({v}, {v} * 2)", "{v}.detach()", "({v}[:1], {v}[1:])")
-BACKENDS = ("cce", "cce", "aot_eager", "eager", "cce fullgraph")
+BACKENDS = ("cce", "aot_eager", "eager", "cce fullgraph", "aot_eager fullgraph", "aot_eager fullgraph")
 
 
 @dataclass
