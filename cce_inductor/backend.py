@@ -98,8 +98,9 @@ def _settle(
     unfused = None
     for entry in forms:
         result = rewrite(entry.graph_module, settings, version.source_hash(), choose)
-        if not result.sites:
-            result = defer_heads(entry.graph_module, settings)
+        if len(result.sites) == result.unnamed:
+            # Heads beside a loss that cannot be fused may still be deferred.
+            result = replace(defer_heads(entry.graph_module, settings), sites=result.sites)
         if entry.accepts(result):
             break
         unfused = unfused or [_left(site) for site in result.sites]

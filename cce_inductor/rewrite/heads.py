@@ -8,10 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from .. import compat
+from ..config import Settings
 from . import vocabulary
 from .values import Affine, Head, Refused, RowMap, Shift, Value, example, fake, storages, written
 
@@ -19,6 +22,16 @@ from .values import Affine, Head, Refused, RowMap, Shift, Value, example, fake, 
 def same(a: Any, b: Any) -> bool:
     """Whether two sizes are known to be equal, without adding a guard."""
     return statically_known_true(a == b)
+
+
+# Linear layers inside a model (an MLP of four times the width) look like heads otherwise.
+_WIDENING = 4
+
+
+def large(vocab: int | torch.SymInt, width: int | torch.SymInt, settings: Settings) -> bool:
+    """Whether a head is over a vocabulary. By what symbolic sizes were at capture, without a guard."""
+    classes = compat.size_hint(vocab)
+    return classes >= settings.min_vocab and classes > _WIDENING * compat.size_hint(width)
 
 
 def is_vocabulary_vector(other: Any, z: Any, class_dim: int) -> bool:

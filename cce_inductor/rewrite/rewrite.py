@@ -21,6 +21,7 @@ from .hoist import Hoist
 from .readings import Loss
 from .site import Site
 from .trace import Finding, Interpreter, Trace, WrittenOut, losses, written_between
+from .unnamed import unnamed
 from .values import Head, Refusal, Refused, fake
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class Rewritten:
     """The result of the pass. `graph_module` is the original one where nothing was fused.
 
     uncompiled: the program differentiates the graph twice, which no compiled graph can be: it has to run as it is.
+    unnamed: how many of the sites are losses that no rule has a name for.
     """
 
     graph_module: GraphModule
@@ -38,6 +40,7 @@ class Rewritten:
     deferrals: list[Deferral] = field(default_factory=list)
     user_outputs: int = 0
     uncompiled: bool = False
+    unnamed: int = 0
 
     @property
     def fused(self) -> int:
@@ -104,6 +107,7 @@ def _rewrite(gm: GraphModule, settings: Settings, version: str, choose: Chooser 
     result = _rewrite_graph(gm, settings, version, choose, statistics)
     sites = [site for region in regions.values() for site in region.sites]
     result.sites[:0] = sites
+    result.unnamed += sum(region.unnamed for region in regions.values())
     if any(site.fused for site in sites):
         if result.graph_module is gm:
             result.graph_module = copy_graph(gm)
@@ -132,13 +136,14 @@ def _rewrite_graph(
     interpreter = Interpreter(graph)
     interpreter.run()
     findings = interpreter.findings(statistics)
+    dense = {} if statistics else _unnamed(interpreter, findings, settings)
     if not findings:
-        return Rewritten(gm, [])
+        return Rewritten(gm, list(dense.values()), unnamed=len(dense))
     if again := differentiated_again(gm):
         reason = f"the loss is differentiated with create_graph=True ({again}): compiled code has no second derivative"
         cure = "compile the model without the penalty, or compute the penalty from another loss"
         sites = [site.make(f.loss, f.trace.head if f.trace else None, Refusal(f.loss, reason, cure)) for f in findings]
-        return Rewritten(gm, sites, uncompiled=True)
+        return Rewritten(gm, [*sites, *dense.values()], uncompiled=True, unnamed=len(dense))
     hoist = Hoist(graph)
     attributes = Attributes(grad_filter=settings.grad_filter, workspace=settings.workspace_bytes, version=version)
     traces = {f.trace.first.node: f.trace for f in findings if f.trace is not None}
@@ -152,9 +157,10 @@ def _rewrite_graph(
     numbers = settings.diagnostics and settings.grad_filter != "exact"
     early = settings.gradients_in_forward and not numbers and _one_linear_loss(calls)
     _name(calls)
-    sites = [_site(f, plans, calls, settings, early, attributes, interpreter.source) for f in findings]
+    made = {f.loss: _site(f, plans, calls, settings, early, attributes, interpreter.source) for f in findings} | dense
+    sites = [made[node] for node in interpreter.given if node in made]
     if not fused:
-        return Rewritten(gm, sites)
+        return Rewritten(gm, sites, unnamed=len(dense))
     deferrals: list[Deferral] = []
     for call in calls:
         gradients = early and fused[0].choice.gradients_in_forward
@@ -184,7 +190,17 @@ def _rewrite_graph(
     interpreter.erase_unused()
     graph.lint()
     copy.recompile()
-    return Rewritten(copy, sites, deferrals, user_outputs)
+    return Rewritten(copy, sites, deferrals, user_outputs, unnamed=len(dense))
+
+
+def _unnamed(interpreter: Interpreter, findings: list[Finding], settings: Settings) -> dict[Node, Site]:
+    """The losses that no rule has a name for. They are for the record: a fault of ours must not cost a fused loss."""
+    try:
+        found = unnamed(interpreter, findings, settings)
+        return {f.loss: site.make(f.loss, f.trace.head if f.trace else None, f.refusal) for f in found}
+    except Exception:
+        log.exception("cce_inductor could not look for losses that it does not know")
+        return {}
 
 
 # What the operators run where nobody lowers them.

@@ -291,8 +291,29 @@ def _nodes(argument: Any) -> tuple[Node, ...]:
     return tuple(n for n in tree_leaves(argument) if isinstance(n, Node))
 
 
+def is_autograd_function(node: Node) -> bool:
+    """Whether a node applies a torch.autograd.Function."""
+    return node.op == "call_function" and node.target is torch.ops.higher_order.autograd_function_apply
+
+
+# Operators that come with PyTorch; those of other namespaces are somebody's own.
+_NAMESPACES = frozenset(("aten", "prims", "prim", "higher_order", "c10d", "_c10d_functional", "_dtensor"))
+
+
+def is_custom(node: Node) -> bool:
+    """Whether a node runs code of the user's own as one op: an autograd function or a custom operator."""
+    if node.op != "call_function":
+        return False
+    target = node.target
+    operators = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+    owned = isinstance(target, operators) and str(target).split(".")[0] not in _NAMESPACES
+    return owned or is_autograd_function(node)
+
+
 def describe(node: Node) -> str:
     """The op as a person writes it: ``torch.nn.functional.dropout``, ``Tensor.view``, ``%``-names for inputs."""
+    if is_autograd_function(node):
+        return "torch.autograd.Function.apply"
     if node.op == "call_method":
         return f"Tensor.{node.target}"
     if node.op == "call_function":

@@ -11,18 +11,15 @@ import torch
 from torch.fx import Graph, GraphModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .. import compat
 from ..config import Settings
 from . import emit
 from .defer import Outputs
+from .heads import large
 from .rewrite import Rewritten, copy_graph, differentiated_again
 from .trace import Interpreter, Trace, written_between
 from .values import fake
 
 log = logging.getLogger(__name__)
-
-# Linear layers inside a model (an MLP of four times the width) end a graph too where it breaks behind them.
-_WIDENING = 4
 
 
 def defer_heads(gm: GraphModule, settings: Settings) -> Rewritten:
@@ -62,16 +59,10 @@ def _only_leaves(graph: Graph, trace: Trace, settings: Settings) -> bool:
     head = trace.head
     if head.members:
         return False
-    if not trace.outputs or trace.escapes or trace.readings or not _large(head.vocab, head.width, settings):
+    if not trace.outputs or trace.escapes or trace.readings or not large(head.vocab, head.width, settings):
         return False
     if not all(value.fake.requires_grad for value in trace.outputs):
         return False
     if any(is_traceable_wrapper_subclass(fake(n)) for h in (head, *trace.heads) for n in h.operands()):
         return False
     return all(written_between(graph, h.operands(), h.node, None) is None for h in (head, *trace.heads))
-
-
-def _large(vocab: int | torch.SymInt, width: int | torch.SymInt, settings: Settings) -> bool:
-    """Whether a head is over a vocabulary. By what symbolic sizes were at capture, without a guard."""
-    classes = compat.size_hint(vocab)
-    return classes >= settings.min_vocab and classes > _WIDENING * compat.size_hint(width)

@@ -1,0 +1,256 @@
+"""Losses that no rule has a name for: large heads behind which the logits stay dense, for the record of the reason.
+
+Cross-entropies and log-probabilities of a target are found by the trace. A divergence, a hinge, a loss over K classes a
+row or one written as an autograd function is not: to the trace it is an op that reads the logits. That it is a loss
+shows behind it: what requires grad comes down from a number for each class to a few numbers for each row, and those
+leave the graph. The entries of a hidden layer or of attention weights are multiplied with another matrix instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from .. import compat
+from ..config import Settings
+from . import vocabulary
+from .heads import HEADS, large
+from .trace import Finding, Interpreter, Trace
+from .values import Refusal, Value, example, fake
+
+_NORMALISES = ("softmax", "log_softmax", "logsumexp")
+# Take entries of some classes out of each row.
+_PICKS = ("gather", "take_along_dim", "topk")
+# Products with another matrix, besides those that may be heads.
+_PRODUCTS = ("scaled_dot_product_attention", "flex_attention", "bilinear") + tuple(
+    f"conv_transpose{n}d" for n in (1, 2, 3)
+)
+# Loss functions over classes. Others (mse_loss, cosine_embedding_loss) may be of hidden states as well.
+_LOSSES = frozenset(
+    "cross_entropy nll_loss kl_div ctc_loss multi_margin_loss multilabel_margin_loss multilabel_soft_margin_loss "
+    "soft_margin_loss binary_cross_entropy binary_cross_entropy_with_logits".split()
+)
+
+
+def unnamed(interpreter: Interpreter, known: list[Finding], settings: Settings) -> list[Finding]:
+    """The losses over a vocabulary that are none of `known`, one finding each, in the order of the heads."""
+    named = {finding.loss for finding in known}
+    recorded = {id(trace) for trace in _recorded(interpreter, known)}
+    found: dict[Node, Finding] = {}
+    for node, trace in _heads(interpreter):
+        if trace is not None and id(trace) in recorded:
+            continue
+        flow = _Flow(interpreter.given, node, _classes(trace, node, settings), named, settings.min_vocab)
+        loss = flow.loss(_is_wide(trace, settings), trace)
+        # Several heads may be read by one loss.
+        if loss is not None and loss not in found:
+            found[loss] = Finding(loss, trace, _refusal(interpreter, trace, node, flow, loss))
+    return list(found.values())
+
+
+def _recorded(interpreter: Interpreter, known: list[Finding]) -> Iterator[Trace]:
+    """The heads that have a record already, of their own or as a part of several."""
+    named = {finding.loss for finding in known}
+    traces = [finding.trace for finding in known if finding.trace is not None]
+    traces += [t for written in interpreter.written_out if written.node in named for t in written.traces]
+    for trace in traces:
+        yield from (*trace.with_parts, *trace.wholes)
+
+
+def _heads(interpreter: Interpreter) -> Iterator[tuple[Node, Trace | None]]:
+    """The heads of the program, also those that no rule could take."""
+    for node in interpreter.given:
+        trace = interpreter.traces.get(node)
+        refused = interpreter.refused.get(node)
+        op = vocabulary.read(node)
+        of_its_own = refused is not None and refused[1] is None and op is not None and op.name in HEADS
+        if (trace is not None or of_its_own) and isinstance(made := example(node), Tensor) and made.requires_grad:
+            yield node, trace
+
+
+def _ways(trace: Trace | None) -> list[Value]:
+    """The ways to read the product of a head, the likelier one first."""
+    return trace.values.get(trace.first.node) or [trace.first] if trace is not None else []
+
+
+def _classes(trace: Trace | None, node: Node, settings: Settings) -> int:
+    """How many classes a head has, by what symbolic sizes were at capture."""
+    counts = [compat.size_hint(value.head.vocab) for value in _ways(trace) if not value.head.members]
+    counts = counts or [compat.size_hint(fake(node).shape[-1])]
+    return next((count for count in counts if count >= settings.min_vocab), counts[0])
+
+
+def _is_wide(trace: Trace | None, settings: Settings) -> bool:
+    """Whether a head is over a vocabulary by its sizes alone."""
+    return any(not v.head.members and large(v.head.vocab, v.head.width, settings) for v in _ways(trace)[:1])
+
+
+def _refusal(interpreter: Interpreter, trace: Trace | None, head: Node, flow: _Flow, loss: Node) -> Refusal:
+    """Why a loss is not fused: what reads the logits on the way to it, or else anything that needs them."""
+    if trace is None:
+        return interpreter.refused[head][0]
+    own = interpreter.refused.get(loss)
+    if own is not None:
+        return own[0]
+    escape = next((e for e in trace.escapes if e.node in flow.used), next(iter(trace.escapes), None))
+    if escape is not None:
+        return escape
+    names = ", ".join(dict.fromkeys(vocabulary.describe(reading.node) for reading in trace.readings))
+    reason = f"only {names or 'single logits'} of the logits are read, without a log-sum-exp: nothing is a softmax's loss"
+    return Refusal(loss, reason, "take the logits of a target from cce_inductor.linear_logsumexp")
+
+
+@dataclass
+class _Flow:
+    """What becomes of the logits of one head, as far as gradients come back from there.
+
+    wide: nodes that have a number for each class still. few: those that have a few for each row. sources: for each, the
+    nodes of the two that it is made of. layered: whether logits are multiplied with another matrix; what is behind it
+    is not followed. named: whether something over the classes is a loss, or the softmax of one. ends: what leaves the
+    graph. used: what the loss is made of, once it was found.
+    """
+
+    given: Iterable[Node]
+    head: Node
+    vocab: int
+    stop: set[Node]  # losses that have a record
+    min_vocab: int
+    wide: set[Node] = field(default_factory=set)
+    few: set[Node] = field(default_factory=set)
+    sources: dict[Node, list[Node]] = field(default_factory=dict)
+    normalised: set[Node] = field(default_factory=set)
+    layered: bool = False
+    named: bool = False
+    ends: list[Node] = field(default_factory=list)
+    used: set[Node] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.rows = max(1, _size(self.head) // max(1, self.vocab))
+        self.wide.add(self.head)
+        for node in self.given:
+            read = [n for n in node.all_input_nodes if n in self.wide or n in self.few]
+            if read and node is not self.head and node not in self.stop:
+                self._use(node, read)
+
+    def _use(self, node: Node, read: list[Node]) -> None:
+        if node.op == "output":
+            map_arg(node.args, lambda n: self.ends.append(n) if n in read else None)
+            return
+        if not _has_gradient(node):
+            return
+        op = vocabulary.read(node)
+        entries = [n for n in read if n in self.wide]
+        if entries and self._is_layer(node, op, entries[0]):
+            self.layered = True
+            return
+        if entries and self._normalises(op):
+            self.normalised.add(node)
+            self.named = True
+        if self.normalised.intersection(read):
+            self.normalised.add(node)
+        if entries and (_is_loss(node) or self._computes_a_loss(node)):
+            self.named = True
+        kind = self.few if self._is_few(node, op, read) else self.wide
+        for made in (node, vocabulary.mutated(node)):
+            if made is not None:
+                self.sources.setdefault(made, []).extend(read)
+                if made not in self.wide:
+                    kind.add(made)
+
+    def _is_few(self, node: Node, op: vocabulary.Op | None, read: list[Node]) -> bool:
+        entries = [n for n in read if n in self.wide]
+        if not entries:
+            return _size(node) <= max(self.rows, *map(_size, read))
+        picks = op is not None and op.name in _PICKS and 4 * _size(node) <= max(map(_size, entries))
+        return picks or _size(node) <= self.rows
+
+    def _normalises(self, op: vocabulary.Op | None) -> bool:
+        """Whether an op is a softmax, or its logarithm or sum, over a vocabulary."""
+        if op is None or op.name not in _NORMALISES:
+            return False
+        dim, of = op.args.get("dim"), op.args["input"]
+        dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+        if not isinstance(dim, int) or not isinstance(example(of), Tensor):
+            return False
+        return compat.size_hint(fake(of).shape[dim]) >= self.min_vocab
+
+    def _is_layer(self, node: Node, op: vocabulary.Op | None, entries: Node) -> bool:
+        """Whether a product takes logits to another width. With a vector, or entry by entry, it is a sum over them."""
+        if getattr(node.target, "__name__", "") in _PRODUCTS:
+            return True
+        if op is None or op.name not in HEADS:
+            return False
+        others = [n for n in node.all_input_nodes if n is not entries and isinstance(example(n), Tensor)]
+        sums = any(fake(n).dim() == 1 or _size(n) >= _size(entries) for n in others) or not others
+        return op.name == "linear" or not sums or _size(node) > self.rows
+
+    def _computes_a_loss(self, node: Node) -> bool:
+        """Whether code of the user's own, which cannot be looked into, makes a few numbers for each row."""
+        if not vocabulary.is_custom(node):
+            return False
+        return any(t.requires_grad and _numel(t) <= self.rows for t in _tensors(example(node)))
+
+    # ---- what it comes to
+
+    def _made_of(self, ends: list[Node]) -> set[Node]:
+        """Those of the nodes that some of them are made of, themselves among them."""
+        seen, stack = set(ends), list(ends)
+        while stack:
+            for source in self.sources.get(stack.pop(), ()):
+                if source not in seen:
+                    seen.add(source)
+                    stack.append(source)
+        return seen
+
+    def loss(self, is_wide: bool, trace: Trace | None) -> Node | None:
+        """The node that is the loss, if there is one."""
+        if self.vocab < self.min_vocab or not (self.named or (is_wide and not self.layered)):
+            return None
+        self.used = self._made_of([n for n in self.ends if n in self.few])
+        for node in self.given:
+            entries = node in self.used and any(n in self.wide for n in self.sources.get(node, ()))
+            if entries and (node in self.few or _is_loss(node) or self._computes_a_loss(node)):
+                return node
+        if trace is None or self.layered:
+            return None
+        # A softmax that leaves as it is. Logits and their log_softmax may leave, and are deferred.
+        deferred = {value.node for value in trace.outputs}
+        leaves = [n for n in self.ends if n in self.normalised and n in self.wide and n not in deferred]
+        self.used = self._made_of(leaves[:1])
+        return leaves[0] if leaves else None
+
+
+def _is_loss(node: Node) -> bool:
+    """Whether a node calls a function that is a loss over classes, whoever reads it."""
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in _LOSSES
+
+
+def _tensors(made: Any) -> list[Tensor]:
+    if isinstance(made, (tuple, list)):
+        return [t for part in made for t in _tensors(part)]
+    return [made] if isinstance(made, Tensor) else []
+
+
+def _has_gradient(node: Node) -> bool:
+    """Whether a gradient may come back from a node. One that gives nothing writes into something."""
+    made = example(node)
+    return made is None or any(t.requires_grad for t in _tensors(made))
+
+
+def _numel(tensor: Tensor) -> int:
+    """By what symbolic sizes were at capture."""
+    count = 1
+    for size in tensor.shape:
+        count *= compat.size_hint(size)
+    return count
+
+
+def _size(node: Node) -> int:
+    return max((_numel(t) for t in _tensors(example(node))), default=0)
+
+
