@@ -40,26 +40,32 @@ _LOSSES = frozenset(
 def unnamed(interpreter: Interpreter, known: list[Finding], settings: Settings) -> list[Finding]:
     """The losses over a vocabulary that are none of `known`, one finding each, in the order of the heads."""
     named = {finding.loss for finding in known}
-    recorded = {id(trace) for trace in _recorded(interpreter, known)}
+    recorded = _recorded(interpreter, known)
     found: dict[Node, Finding] = {}
     for node, trace in _heads(interpreter):
         if trace is not None and id(trace) in recorded:
             continue
         flow = _Flow(interpreter.given, node, _classes(trace, node, settings), named, settings.min_vocab)
-        loss = flow.loss(_is_wide(trace, settings), trace)
+        candidates = flow.losses(trace) if _may_have_a_loss(flow, trace, settings) else []
         # Several heads may be read by one loss.
-        if loss is not None and loss not in found:
-            found[loss] = Finding(loss, trace, _refusal(interpreter, trace, node, flow, loss))
+        if candidates and found.keys().isdisjoint(candidates):
+            refusal = _refusal(interpreter, trace, node, flow, candidates[0])
+            loss = refusal.node if refusal.node in candidates else candidates[0]
+            found[loss] = Finding(loss, trace, refusal)
     return list(found.values())
 
 
-def _recorded(interpreter: Interpreter, known: list[Finding]) -> Iterator[Trace]:
-    """The heads that have a record already, of their own or as a part of several."""
-    named = {finding.loss for finding in known}
-    traces = [finding.trace for finding in known if finding.trace is not None]
-    traces += [t for written in interpreter.written_out if written.node in named for t in written.traces]
-    for trace in traces:
-        yield from (*trace.with_parts, *trace.wholes)
+def _recorded(interpreter: Interpreter, known: list[Finding]) -> set[int]:
+    """The heads that have a record already, of their own or together with others."""
+    recorded = {id(finding.trace) for finding in known if finding.trace is not None}
+    together = [{id(t) for t in (*trace.with_parts, *trace.wholes)} for trace in interpreter.traces.values()]
+    together += [{id(t) for t in written.traces} for written in interpreter.written_out]
+    more = True
+    while more:
+        joined = [traces for traces in together if recorded & traces and not traces <= recorded]
+        recorded = recorded.union(*joined)
+        more = bool(joined)
+    return recorded
 
 
 def _heads(interpreter: Interpreter) -> Iterator[tuple[Node, Trace | None]]:
@@ -75,19 +81,25 @@ def _heads(interpreter: Interpreter) -> Iterator[tuple[Node, Trace | None]]:
 
 def _ways(trace: Trace | None) -> list[Value]:
     """The ways to read the product of a head, the likelier one first."""
-    return trace.values.get(trace.first.node) or [trace.first] if trace is not None else []
+    ways = trace.values.get(trace.first.node) or [trace.first] if trace is not None else []
+    return [value for value in ways if not value.head.members]
 
 
 def _classes(trace: Trace | None, node: Node, settings: Settings) -> int:
     """How many classes a head has, by what symbolic sizes were at capture."""
-    counts = [compat.size_hint(value.head.vocab) for value in _ways(trace) if not value.head.members]
-    counts = counts or [compat.size_hint(fake(node).shape[-1])]
+    counts = [compat.size_hint(value.head.vocab) for value in _ways(trace)] or [compat.size_hint(fake(node).shape[-1])]
     return next((count for count in counts if count >= settings.min_vocab), counts[0])
 
 
-def _is_wide(trace: Trace | None, settings: Settings) -> bool:
-    """Whether a head is over a vocabulary by its sizes alone."""
-    return any(not v.head.members and large(v.head.vocab, v.head.width, settings) for v in _ways(trace)[:1])
+def _may_have_a_loss(flow: _Flow, trace: Trace | None, settings: Settings) -> bool:
+    """Whether what reads the logits, or else the sizes of their head, says that they are of a vocabulary."""
+    sizes = [(value.head.vocab, value.head.width) for value in _ways(trace)]
+    if flow.vocab < settings.min_vocab:
+        return False
+    if flow.named:
+        # A router has fewer classes than its width.
+        return not sizes or any(compat.size_hint(v) > compat.size_hint(d) for v, d in sizes)
+    return not flow.layered and any(large(v, d, settings) for v, d in sizes[:1])
 
 
 def _refusal(interpreter: Interpreter, trace: Trace | None, head: Node, flow: _Flow, loss: Node) -> Refusal:
@@ -207,22 +219,21 @@ class _Flow:
                     stack.append(source)
         return seen
 
-    def loss(self, is_wide: bool, trace: Trace | None) -> Node | None:
-        """The node that is the loss, if there is one."""
-        if self.vocab < self.min_vocab or not (self.named or (is_wide and not self.layered)):
-            return None
+    def losses(self, trace: Trace | None) -> list[Node]:
+        """The nodes that may be called the loss, in order; none if there is no loss."""
         self.used = self._made_of([n for n in self.ends if n in self.few])
+        candidates = []
         for node in self.given:
             entries = node in self.used and any(n in self.wide for n in self.sources.get(node, ()))
             if entries and (node in self.few or _is_loss(node) or self._computes_a_loss(node)):
-                return node
-        if trace is None or self.layered:
-            return None
+                candidates.append(node)
+        if candidates or trace is None or self.layered:
+            return candidates
         # A softmax that leaves as it is. Logits and their log_softmax may leave, and are deferred.
         deferred = {value.node for value in trace.outputs}
         leaves = [n for n in self.ends if n in self.normalised and n in self.wide and n not in deferred]
-        self.used = self._made_of(leaves[:1])
-        return leaves[0] if leaves else None
+        self.used = self._made_of(leaves)
+        return leaves
 
 
 def _is_loss(node: Node) -> bool:
