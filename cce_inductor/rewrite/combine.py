@@ -18,12 +18,13 @@ from torch.fx import Node, Proxy
 from . import operands
 from .builder import Builder
 from .heads import same
+from .pointwise import MARGIN
 from .values import Affine, Factor, Head, Refused, Shift, Step, Value, fake
 
 
 def _plain(value: Value) -> None:
     """Refused for logits that more was done to than a scale and a bias."""
-    value.need("logits", "log-probabilities of two heads are combined", "combine the logits")
+    value.need("logits", f"the {value.words} of a head are added to those of another", "add their logits")
     if value.masks or value.terms or value.affine.capped or value.head.members:
         raise Refused("capped, masked or shifted logits are combined with others", "combine them before")
     if value.rounded:
@@ -46,6 +47,11 @@ def _detached(value: Value) -> bool:
 
 def added(builder: Builder, a: Value, b: Value, node: Node, factor: float) -> Value:
     """The value of a + factor * b."""
+    if a.kind == b.kind == "logits" and (a.picked is not None or b.picked is not None):
+        raise Refused(*MARGIN)
+    if a.head == b.head and (a.kind, b.kind) != ("logits", "logits"):
+        what = a.words if a.kind == b.kind else f"{a.words} and {b.words}"
+        raise Refused(f"{what} of one head are added class by class", "add what is read of them: entries, sums")
     for value in (a, b):
         _plain(value)
     if not _same_shape(a, b) or fake(node).shape != a.fake.shape:

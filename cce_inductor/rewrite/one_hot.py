@@ -64,6 +64,53 @@ def one_hot_target(node: Node, value: Value) -> Node | None:
     return target
 
 
+# ---- the entry of a target
+
+
+def marks_target(node: Any, value: Value) -> bool:
+    """Whether a tensor is a constant but for one class of each row, as far as one can see.
+
+    For the words of a reason only: a rule that builds on it needs more (`one_hot_target`, `mixture`).
+    """
+    if not is_tensor(node):
+        return False
+    op = vocabulary.read(node)
+    if op is None:
+        name = getattr(node.target, "__name__", str(node.target)).strip("_")
+        read = [n for n in node.all_input_nodes if is_tensor(n)]
+        if name in ("eq", "ne") and len(read) == 2:
+            return any(is_row_vector(n, value) for n in read) and any(_counts(n) for n in read)
+        return name in ("eq", "ne", "invert", "bitwise_not", "logical_not") and any(marks_target(n, value) for n in read)
+    if op.name == "one_hot":
+        return same(fake(node).shape[-1], value.vocab)
+    if op.name in ("zeros", "full"):
+        edits = (vocabulary.read(user) for user in node.users if vocabulary.mutated(user) is node)
+        return any(edit is not None and _scatters_one(edit, value) for edit in edits)
+    if op.name in ("add", "sub", "rsub"):
+        return is_number(op.args["input"]) + is_number(op.args["other"]) == 1 and any(
+            marks_target(op.args[name], value) for name in ("input", "other")
+        )
+    if op.name not in _ENTRYWISE:
+        return _scatters_one(op, value)
+    return any(marks_target(op.args.get(name), value) for name in ("input", "other", "condition"))
+
+
+_ENTRYWISE = frozenset("cast copy detach view reshape flatten neg mul div where gt ge lt le".split())
+
+
+def _scatters_one(op: vocabulary.Op, value: Value) -> bool:
+    """Whether an op puts something in the place of one class of each row."""
+    index = op.args.get("index")
+    return op.name in ("scatter", "scatter_add") and is_tensor(index) and is_row_vector(index, value)
+
+
+def _counts(node: Node) -> bool:
+    """Whether a tensor holds the numbers of the classes."""
+    while (op := vocabulary.read(node)) is not None and op.name in ("view", "unsqueeze", "getitem", "expand", "cast"):
+        node = op.args["input"]
+    return node.op == "call_function" and node.target is torch.arange
+
+
 # ---- mixtures
 
 

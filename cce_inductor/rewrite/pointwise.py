@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from . import roots
 from .heads import is_vocabulary_vector
-from .one_hot import is_number, is_row_vector, is_tensor, mixture, one_hot_target
+from .one_hot import is_number, is_row_vector, is_tensor, marks_target, mixture, one_hot_target
 from .rows import full, positions
 from .values import SQUARES, Factor, Mask, Refused, Shift, Term, Value, differentiates, fake
 
@@ -61,12 +61,33 @@ def _scale(value: Value, node: Node, factor: float, step: Any) -> Value:
     return value.then(node, step, affine=value.affine.scaled(factor), masks=masks, terms=terms)
 
 
+def _factors(value: Value, other: Node, divides: bool) -> tuple[str, str]:
+    """What a tensor that is no number does to logits, as the reason, and what may be scaled instead."""
+    what = f"{value.words} {'divided' if divides else 'multiplied'} by a tensor"
+    if value.kind != "logits":
+        return f"{what} before the loss reads them", "weigh the loss, or what it is the sum of"
+    scale = fake(other)
+    if is_vocabulary_vector(scale, value.fake, value.class_dim) and not is_row_vector(other, value):
+        cure = "multiply the rows of the weight by it, and the bias, instead"
+        return f"{what} that has a factor for each class", _in_front(value, cure)
+    if is_row_vector(other, value):
+        cure = "scale the hidden states instead, a row each"
+        if value.affine.shifts:
+            cure += " (and append the bias to the weight as a column, with a 1 in the hidden states)"
+        return f"{what} that has a factor for each row", _in_front(value, cure)
+    form = f"of shape {tuple(scale.shape)}" if scale.is_floating_point() else f"of dtype {scale.dtype}"
+    return f"{what} {form}", "multiply by a number, or scale the hidden states instead"
+
+
+def _in_front(value: Value, cure: str) -> str:
+    return f"in front of the softcap, {cure}" if value.affine.capped else cure
+
+
 def _tensor_scale(value: Value, node: Node, other: Node, divides: bool) -> Value:
     scale = fake(other)
-    if scale.numel() != 1 or not all(isinstance(s, int) for s in scale.shape) or scale.dim() > value.fake.dim():
-        raise Refused("logits multiplied by a tensor", "multiply by a number, or scale the hidden states instead")
-    if fake(node).shape != value.fake.shape or not scale.is_floating_point():
-        raise Refused("logits multiplied by a tensor", "multiply by a number, or scale the hidden states instead")
+    one = scale.numel() == 1 and all(isinstance(s, int) for s in scale.shape) and scale.dim() <= value.fake.dim()
+    if not one or fake(node).shape != value.fake.shape or not scale.is_floating_point():
+        raise Refused(*_factors(value, other, divides))
     value.need("logits", "log-probabilities are multiplied by a tensor before the loss", "scale the loss instead")
     if value.affine.capped or value.affine.inner or value.masks or value.terms:
         raise Refused("logits are multiplied by a tensor behind a softcap, a mask or a constant", "multiply before it")
@@ -144,7 +165,9 @@ def _add(value: Value, node: Node, args: Args, sign: float = 1.0) -> Value:
     alpha = args["alpha"]
     if value.kind == "square" and is_number(other) and alpha == 1:
         return roots.plus(value, node, float(other))
-    value.need("logits", "something is added to log-probabilities before the loss reads them", "add it to the loss")
+    if value.kind == "logits" and (value.picked is not None or marks_target(other, value)):
+        raise Refused(*MARGIN)
+    value.need("logits", f"something is added to {value.words} before the loss reads them", "add it to the loss")
     if not is_number(alpha):
         raise Refused("logits are added with a computed factor", "multiply them by it")
     factor = sign * alpha
@@ -250,9 +273,31 @@ def _log(value: Value, node: Node, args: Args) -> Value:
 def _clamp(value: Value, node: Node, args: Args) -> Value:
     """Only where it changes nothing but -inf, as torch.distributions.Categorical does."""
     low, high = args["min"], args["max"]
-    if high is not None or not is_number(low) or low > -1e30 or value.kind != "log_softmax":
-        raise Refused("the logits are clamped", "use a softcap")
+    if value.kind != "log_softmax":
+        raise Refused(f"the {value.words} are clamped", _UNCLAMPED.get(value.kind, "clamp what the loss reads of them"))
+    if high is not None or not is_number(low) or low > -1e30:
+        raise Refused("the log-probabilities are clamped", "clamp the entry of the target instead, or use a softcap")
     return value.then(node, lambda z, _: z.clamp(min=low))
+
+
+_UNCLAMPED = {
+    "logits": "use a softcap",
+    "softmax": "use log_softmax (torch.distributions.Categorical: give it logits=, not probs=)",
+}
+
+
+MARGIN = (
+    "the target's logit is edited in front of the softmax: a margin at the target",
+    "edit it behind: with lse, z = cce_inductor.linear_logsumexp(...) and e for the edited z, the loss is "
+    "lse + log1p(exp(e - lse) - exp(z - lse)) - e",
+)
+
+
+def _scatter(value: Value, node: Node, args: Args) -> Value:
+    index = args["index"]
+    if is_tensor(index) and is_row_vector(index, value):
+        raise Refused(*MARGIN)
+    raise Refused("single entries of the logits are written to, by an index", "only whole columns can be masked")
 
 
 # ---- masks over the vocabulary
@@ -278,6 +323,8 @@ def _masked_fill(value: Value, node: Node, args: Args) -> Value:
 
 
 def _fill(value: Value, node: Node, mask: Node, fill: Any) -> Value:
+    if value.kind == "logits" and marks_target(mask, value):
+        raise Refused(*MARGIN)
     number = _number_in(fill)
     if not is_vocabulary_vector(fake(mask), value.fake, value.class_dim):
         raise Refused(
@@ -294,6 +341,8 @@ def _fill(value: Value, node: Node, mask: Node, fill: Any) -> Value:
 
 
 def _where(value: Value, node: Node, args: Args) -> Value:
+    if value.kind == "logits" and marks_target(args["condition"], value):
+        raise Refused(*MARGIN)
     if args["other"] is not value.node:
         raise Refused("torch.where keeps the logits where its condition holds", "use masked_fill on the others")
     return _fill(value, node, args["condition"], args["input"])
@@ -301,9 +350,12 @@ def _where(value: Value, node: Node, args: Args) -> Value:
 
 def _setitem(value: Value, node: Node, args: Args) -> Value:
     """logits[..., start:stop] = number."""
-    number = _number_in(args["value"])
     entries = positions(value, args["index"])
     own = [i for dim, i in entries if dim == value.class_dim]
+    others = [i for dim, i in entries if dim != value.class_dim]
+    if own and is_tensor(own[0]) and fake(own[0]).dtype == torch.int64 and any(map(is_tensor, others)):
+        raise Refused(*MARGIN)
+    number = _number_in(args["value"])
     if any(i is None or (dim != value.class_dim and not full(i)) for dim, i in entries) or not own:
         raise Refused("logits of some rows are written to in place", "only whole columns can be masked")
     part = own[0]
@@ -342,10 +394,14 @@ VALUES: dict[str, Callable[[Value, Node, Args], Value]] = {
     "masked_fill": _masked_fill,
     "where": _where,
     "setitem": _setitem,
+    "scatter": _scatter,
+    "scatter_add": _scatter,
     **roots.RULES,
 }
 # What may write its result into the logits: afterwards they are that.
-INPLACE = frozenset(("mul", "div", "neg", "tanh", "sigmoid", "add", "sub", "masked_fill", "setitem"))
+INPLACE = frozenset(
+    ("mul", "div", "neg", "tanh", "sigmoid", "add", "sub", "masked_fill", "setitem", "scatter", "scatter_add")
+)
 
 
 # ---- products of two values

@@ -20,8 +20,8 @@ from . import ranking, roots, vocabulary
 from .builder import Builder
 from .combine import added, rows
 from .heads import HEADS
-from .one_hot import Mixture, is_number, is_row_vector, is_tensor, mixture, one_hot_target
-from .pointwise import INPLACE, VALUES, over_classes, product
+from .one_hot import Mixture, is_number, is_row_vector, is_tensor, marks_target, mixture, one_hot_target
+from .pointwise import INPLACE, MARGIN, VALUES, over_classes, product
 from .readings import LOSSES, Loss, Reading, maximum, reading
 from .rows import PARTS, ROWS, join
 from .values import Head, Listed, Refusal, Refused, Value, differentiates, example, fake, storages
@@ -294,10 +294,7 @@ class Interpreter:
                 "use the out-of-place form",
             )
         if op is None:
-            raise Refused(
-                f"{vocabulary.describe(node)} reads the logits themselves",
-                "compute it from the returned logits outside the compiled region, or from the hidden states",
-            )
+            raise _dense(node, self._words(source))
         if source in self.parts:
             self._take(node, op, source)
             return
@@ -332,10 +329,15 @@ class Interpreter:
         if len(touched) == 2 and op.name == "mul" and not op.inplace:
             a, b = (self.values[n] for n in touched)
             if a.trace is not b.trace:
-                raise Refused("logits of two heads are multiplied", "compute a loss of each")
+                raise Refused(*_product_of_two(a.values[0], b.values[0]))
             pairs = list(zip(a.values, b.values, strict=False))
             self._set(node, a.trace, self._all(lambda pair: product(pair[0], pair[1], node), pairs))
             return
+        if op.name == "where" and any(marks_target(op.args["condition"], self.values[n].values[0]) for n in touched):
+            raise Refused(*MARGIN)
+        if op.name in LOSSES and op.args["target"] in self.values:
+            words = self._words(op.args["target"])
+            raise Refused(f"the target of a loss are {words}: class probabilities need every logit", "use class indices")
         if len(touched) > 1 or sum(arg is source for arg in op.args.values()) != 1:
             raise Refused(
                 f"{vocabulary.describe(node)} takes the logits as a second argument, or twice",
@@ -378,7 +380,7 @@ class Interpreter:
             return
         rule = ROWS.get(op.name) or VALUES.get(op.name)
         if rule is None:
-            raise Refused(f"{vocabulary.describe(node)} reads the logits themselves", "use the hidden states instead")
+            raise _dense(node, self._words(source))
         values = self._all(lambda v: rule(v, node, op.args), entry.values)
         if _gains_gradient(entry.values[0], node):
             raise Refused("detached logits are combined with a tensor that requires grad", "detach them afterwards")
@@ -388,6 +390,10 @@ class Interpreter:
         if op.name in ("cast", "copy") and storages(node) == storages(source):
             self.originals[node] = source
         self._set(node, entry.trace, values)
+
+    def _words(self, node: Node) -> str:
+        """What a person calls a node that is made from logits."""
+        return self.values[node].values[0].words if node in self.values else "parts of the logits"
 
     @staticmethod
     def _all(rule: Callable[[Any], Any], values: list) -> list:
@@ -678,6 +684,39 @@ def _gains_gradient(value: Value, node: Node) -> bool:
     if value.fake.requires_grad or not isinstance(made, Tensor) or not made.requires_grad:
         return False
     return any(fake(n).requires_grad for n in value.operands())
+
+
+def _dense(node: Node, words: str) -> Refused:
+    """What reads logits that no rule follows, and what to do instead."""
+    what, op = vocabulary.describe(node), vocabulary.read(node)
+    own = "write the loss with PyTorch's own operations"
+    if vocabulary.is_autograd_function(node):
+        return Refused(f"a torch.autograd.Function takes the {words}: what it reads of them is not known", own)
+    if vocabulary.is_custom(node):
+        return Refused(f"the operator {what} takes the {words}: what it reads of them is not known", own)
+    if names := vocabulary.unknown_arguments(node):
+        return Refused(f"{what} of the {words} with {names}, which is not known here", "leave the argument out")
+    if vocabulary.reads_size(node):
+        reason = "rows are chosen by a tensor, such as a mask, and only the data knows how many they are"
+        return Refused(reason, "choose the rows of the hidden states, in front of the head")
+    if op is not None and op.name in HEADS:
+        return Refused(f"{what} multiplies the {words} with another matrix: it needs all of them", "compute it outside")
+    if vocabulary.is_dense_loss(node):
+        cure = "use a loss of log-sum-exps, entries of a target or sums of the logits"
+        return Refused(f"{what} reads the {words} of every class", cure)
+    cure = "compute it from the returned logits outside the compiled region, or from the hidden states"
+    return Refused(f"{what} reads the {words} themselves", cure)
+
+
+def _product_of_two(a: Value, b: Value) -> tuple[str, str]:
+    """Why the entries of two products with a matrix are not multiplied, and what to do instead."""
+    costs = next((v for v in (a, b) if v.kind == "logits" and not v.fake.requires_grad), None)
+    if costs is not None and {a.kind, b.kind} != {"logits"}:
+        words = (a if costs is b else b).words
+        reason = f"the {words} are multiplied class by class with another product of two matrices, such as costs"
+        return reason, "compute the expected cost from the hidden states, or outside the compiled region"
+    reason = f"the {a.words} of a head are multiplied with the {b.words} of another: a loss over two heads"
+    return reason, "compute a loss of each"
 
 
 def _distinct(traces: list[Trace]) -> list[Trace]:

@@ -30,11 +30,6 @@ _PICKS = ("gather", "take_along_dim", "topk")
 _PRODUCTS = ("scaled_dot_product_attention", "flex_attention", "bilinear") + tuple(
     f"conv_transpose{n}d" for n in (1, 2, 3)
 )
-# Loss functions over classes. Others (mse_loss, cosine_embedding_loss) may be of hidden states as well.
-_LOSSES = frozenset(
-    "cross_entropy nll_loss kl_div ctc_loss multi_margin_loss multilabel_margin_loss multilabel_soft_margin_loss "
-    "soft_margin_loss binary_cross_entropy binary_cross_entropy_with_logits".split()
-)
 
 
 def unnamed(interpreter: Interpreter, known: list[Finding], settings: Settings) -> list[Finding]:
@@ -86,7 +81,7 @@ def _ways(trace: Trace | None) -> list[Value]:
 
 
 def _classes(trace: Trace | None, node: Node, settings: Settings) -> int:
-    """How many classes a head has, by what symbolic sizes were at capture."""
+    """How many classes a head has, by what symbolic sizes were at capture: in the first way that has enough of them."""
     counts = [compat.size_hint(value.head.vocab) for value in _ways(trace)] or [compat.size_hint(fake(node).shape[-1])]
     return next((count for count in counts if count >= settings.min_vocab), counts[0])
 
@@ -96,6 +91,8 @@ def _may_have_a_loss(flow: _Flow, trace: Trace | None, settings: Settings) -> bo
     sizes = [(value.head.vocab, value.head.width) for value in _ways(trace)]
     if flow.vocab < settings.min_vocab:
         return False
+    if sizes and compat.size_hint(sizes[0][0]) < settings.min_vocab and not flow.normalised:
+        return False  # many rows of few classes look like few rows of many
     if flow.named:
         # A router has fewer classes than its width.
         return not sizes or any(compat.size_hint(v) > compat.size_hint(d) for v, d in sizes)
@@ -165,7 +162,7 @@ class _Flow:
             self.named = True
         if self.normalised.intersection(read):
             self.normalised.add(node)
-        if entries and (_is_loss(node) or self._computes_a_loss(node)):
+        if entries and (vocabulary.is_dense_loss(node) or self._computes_a_loss(node)):
             self.named = True
         kind = self.few if self._is_few(node, op, read) else self.wide
         for made in (node, vocabulary.mutated(node)):
@@ -225,7 +222,7 @@ class _Flow:
         candidates = []
         for node in self.given:
             entries = node in self.used and any(n in self.wide for n in self.sources.get(node, ()))
-            if entries and (node in self.few or _is_loss(node) or self._computes_a_loss(node)):
+            if entries and (node in self.few or vocabulary.is_dense_loss(node) or self._computes_a_loss(node)):
                 candidates.append(node)
         if candidates or trace is None or self.layered:
             return candidates
@@ -234,11 +231,6 @@ class _Flow:
         leaves = [n for n in self.ends if n in self.normalised and n in self.wide and n not in deferred]
         self.used = self._made_of(leaves)
         return leaves
-
-
-def _is_loss(node: Node) -> bool:
-    """Whether a node calls a function that is a loss over classes, whoever reads it."""
-    return node.op == "call_function" and getattr(node.target, "__name__", "") in _LOSSES
 
 
 def _tensors(made: Any) -> list[Tensor]:

@@ -271,6 +271,19 @@ SQUARES = ("square", "root", "inverse root")
 KINDS = ("logits", "log_softmax", "softmax", "exp", "p log p", "p z", "comparison", *SQUARES)
 
 
+# What a person calls them.
+WORDS = {
+    "logits": "logits",
+    "log_softmax": "log-probabilities",
+    "softmax": "probabilities",
+    "exp": "exponentials of the logits",
+    "p log p": "terms of the entropy",
+    "p z": "probabilities times the logits",
+    "comparison": "comparisons of the logits",
+    **dict.fromkeys(SQUARES, "square of the logits"),
+}
+
+
 @dataclass(frozen=True)
 class Value:
     """A tensor made from a head's logits: rows rearranged, values through an affine map and perhaps a softcap.
@@ -308,6 +321,11 @@ class Value:
     @property
     def fake(self) -> Tensor:
         return fake(self.node)
+
+    @property
+    def words(self) -> str:
+        """What a person calls it."""
+        return WORDS[self.kind]
 
     @property
     def vocab(self) -> Any:

@@ -169,6 +169,7 @@ SPELLINGS = (
     Spelling("take_along_dim", "input indices dim=None", (torch.take_along_dim,), ("take_along_dim",)),
     Spelling("one_hot", "input num_classes=-1", (F.one_hot, torch._C._nn.one_hot)),
     Spelling("scatter", "input dim index src=None value=None reduce=None", (torch.scatter,), ("scatter",)),
+    Spelling("scatter_add", "input dim index src", (torch.scatter_add,), ("scatter_add",)),
     Spelling("full", f"size fill_value {_FACTORY}", (torch.full,)),
     Spelling("full", f"input fill_value {_FACTORY}", (torch.full_like,)),
     Spelling("full", f"input size fill_value {_FACTORY}", (), ("new_full",)),
@@ -214,16 +215,7 @@ _INPLACE_FORMS = {getattr(operator, f"i{name}"): getattr(operator, name) for nam
 
 def read(node: Node) -> Op | None:
     """What `node` is, or None for an op that the vocabulary does not have (or arguments it does not fit)."""
-    entry, inplace = None, False
-    if node.op == "call_function":
-        inplace = node.target in _INPLACE_FORMS or node.target is operator.setitem
-        entry = _FUNCTIONS.get(_INPLACE_FORMS.get(node.target, node.target))  # type: ignore[arg-type]
-    elif node.op == "call_method":
-        target = str(node.target)
-        entry = _METHODS.get(target)
-        if entry is None and target.endswith("_") and not target.endswith("__"):
-            entry, inplace = _METHODS.get(target[:-1]), True
-        inplace |= target == "__setitem__"
+    entry, inplace = _entry(node)
     if entry is None:
         return None
     name, signature = entry
@@ -235,6 +227,38 @@ def read(node: Node) -> Op | None:
         return None
     bound.apply_defaults()
     return Op(name, dict(bound.arguments), inplace)
+
+
+def _entry(node: Node) -> tuple[tuple[str, inspect.Signature] | None, bool]:
+    """The canonical name and signature of what a node calls, or None; and whether it writes into its first argument."""
+    entry, inplace = None, False
+    if node.op == "call_function":
+        inplace = node.target in _INPLACE_FORMS or node.target is operator.setitem
+        entry = _FUNCTIONS.get(_INPLACE_FORMS.get(node.target, node.target))  # type: ignore[arg-type]
+    elif node.op == "call_method":
+        target = str(node.target)
+        entry = _METHODS.get(target)
+        if entry is None and target.endswith("_") and not target.endswith("__"):
+            entry, inplace = _METHODS.get(target[:-1]), True
+        inplace |= target == "__setitem__"
+    return entry, inplace
+
+
+def unknown_arguments(node: Node) -> str:
+    """The keywords of a call, as text, for which the vocabulary knows the op but cannot read the call; "" if it can."""
+    if read(node) is not None or (entry := _entry(node)[0]) is None:
+        return ""
+    known = {*entry[1].parameters, *_RENAMED.get(entry[0], {})}
+    names = [f"{name}=" for name in node.kwargs if name not in known]
+    return ", ".join(names) or "arguments in another form"
+
+
+_SIZES = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_size.default, torch.ops.aten.sym_numel.default)
+
+
+def reads_size(node: Node) -> bool:
+    """Whether a node asks for a size that only the data knows: Dynamo checks it as soon as it is there."""
+    return node.target in _SIZES
 
 
 def _inplace_argument(node: Node) -> bool:
@@ -289,6 +313,18 @@ def _written_by_schema(node: Node, schema: Any) -> tuple[Node, ...]:
 def _nodes(argument: Any) -> tuple[Node, ...]:
     """The nodes in an argument: itself, or those of a list (``torch._foreach_mul_``)."""
     return tuple(n for n in tree_leaves(argument) if isinstance(n, Node))
+
+
+# Losses over classes that read every one of them.
+DENSE_LOSSES = frozenset(
+    "kl_div ctc_loss multi_margin_loss multilabel_margin_loss multilabel_soft_margin_loss soft_margin_loss "
+    "binary_cross_entropy binary_cross_entropy_with_logits".split()
+)
+
+
+def is_dense_loss(node: Node) -> bool:
+    """Whether a node calls one of them. Others, such as mse_loss, may be of hidden states as well."""
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in DENSE_LOSSES
 
 
 def is_autograd_function(node: Node) -> bool:
