@@ -33,6 +33,7 @@ from .deferred import EXPONENTIALS, ROWS, STATISTICS, DeferredLogits, Recipe, St
 from .rewrite.builder import Builder
 from .rewrite.defer import RECORDED, Logits
 from .rewrite.rewrite import Rewritten, copy_graph
+from .rewrite.unnamed import GIVEN
 from .rewrite.values import example
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,10 @@ aten = torch.ops.aten
 
 class _NotRecordableError(Exception):
     """Pending logits follow from their head by a step that has no form in a graph.  The message names it."""
+
+
+class _NotTriedError(Exception):
+    """A call on pending logits raised where it was tried on fake tensors: nothing is known of calls of its kind."""
 
 
 def _rank(z: Proxy) -> int:
@@ -221,6 +226,7 @@ def _entry(
             graph.erase_node(node)
         elif i in logits:
             node.meta["example_value"] = _plain(logits[i])
+            node.meta[GIVEN] = True
             node.meta.pop("grapharg", None)
             new_inputs.append(node.meta["example_value"])
         else:
@@ -307,7 +313,10 @@ class EagerCalls:
         except TypeError:  # an argument without a hash, such as a list
             return NotImplemented
         if key not in self.known:
-            self.known[key] = self._make(recipe, logits, operands, call, args, kwargs)
+            try:
+                self.known[key] = self._make(recipe, logits, operands, call, args, kwargs)
+            except _NotTriedError:
+                return NotImplemented  # the next call may be right, or what it lacked may be there
             if len(self.known) > self.capacity:
                 self.known.popitem(last=False)
         self.known.move_to_end(key)
@@ -387,8 +396,9 @@ class EagerCalls:
         grad = torch.is_grad_enabled()
         try:
             gm, entry_inputs = _call_graph(mode, logits, call, args, kwargs)
-        except Exception:  # what is wrong with the call is for the call to say
-            return None
+        except Exception as error:  # what is wrong with the call is for the call to say
+            log.info("deferred logits are read for %s, which could not be tried: %s", call.__name__, error)
+            raise _NotTriedError from error
         fakes = [
             mode.from_tensor(t.detach(), static_shapes=True).requires_grad_(need and grad)
             for t, need in zip(operands, recipe.needs, strict=True)

@@ -24,7 +24,7 @@ from .values import Affine, Factor, Head, Refused, Shift, Step, Value, fake
 
 def _plain(value: Value) -> None:
     """Refused for logits that more was done to than a scale and a bias."""
-    value.need("logits", f"the {value.words} of a head are added to those of another", "add their logits")
+    value.need("logits", f"the {value.words} of a head are added to those of another", "compute a loss of each")
     if value.masks or value.terms or value.affine.capped or value.head.members:
         raise Refused("capped, masked or shifted logits are combined with others", "combine them before")
     if value.rounded:

@@ -80,21 +80,22 @@ def marks_target(node: Any, value: Value) -> bool:
         read = [n for n in node.all_input_nodes if is_tensor(n)]
         if name in ("eq", "ne") and len(read) == 2:
             return any(is_row_vector(n, value) for n in read) and any(_counts(n) for n in read)
-        return name in ("eq", "ne", "invert", "bitwise_not", "logical_not") and any(marks_target(n, value) for n in read)
+        return name in _OF_MASKS and any(marks_target(n, value) for n in read)
     if op.name == "one_hot":
         return same(fake(node).shape[-1], value.vocab)
     if op.name in ("zeros", "full"):
-        edits = (vocabulary.read(user) for user in node.users if vocabulary.mutated(user) is node)
-        return any(edit is not None and _scatters_one(edit, value) for edit in edits)
+        edits = [vocabulary.read(user) for user in node.users if vocabulary.mutated(user) is node]
+        return bool(edits) and all(edit is not None and _scatters_one(edit, value) for edit in edits)
     if op.name in ("add", "sub", "rsub"):
         return is_number(op.args["input"]) + is_number(op.args["other"]) == 1 and any(
             marks_target(op.args[name], value) for name in ("input", "other")
         )
     if op.name not in _ENTRYWISE:
-        return _scatters_one(op, value)
+        return _scatters_one(op, value) and _is_constant(op.args["input"])
     return any(marks_target(op.args.get(name), value) for name in ("input", "other", "condition"))
 
 
+_OF_MASKS = frozenset("eq ne invert bitwise_not logical_not bool".split())
 _ENTRYWISE = frozenset("cast copy detach view reshape flatten neg mul div where gt ge lt le".split())
 
 
@@ -102,6 +103,11 @@ def _scatters_one(op: vocabulary.Op, value: Value) -> bool:
     """Whether an op puts something in the place of one class of each row."""
     index = op.args.get("index")
     return op.name in ("scatter", "scatter_add") and is_tensor(index) and is_row_vector(index, value)
+
+
+def _is_constant(node: Any) -> bool:
+    op = vocabulary.read(node) if is_tensor(node) else None
+    return op is not None and op.name in ("zeros", "full")
 
 
 def _counts(node: Node) -> bool:
@@ -166,9 +172,15 @@ def _mixed(node: Any, value: Value) -> Mixture | None:
     if op is None or rule is None or (op.inplace and op.name != "scatter") or written_after(node):
         return None
     made = fake(node).dtype
+    if op.name == "cast" and not made.is_floating_point and _is_floating(op.args["input"]):
+        return None  # its numbers are cut off
     if made.is_floating_point and torch.finfo(made).eps > torch.finfo(value.head.dtype).eps:
         return None  # its numbers are rounded
     return rule(op.args, value)
+
+
+def _is_floating(node: Any) -> bool:
+    return is_tensor(node) and fake(node).is_floating_point()
 
 
 def _same(args: dict[str, Any], value: Value) -> Mixture | None:

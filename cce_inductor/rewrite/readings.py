@@ -257,7 +257,8 @@ def _total(value: Value) -> tuple[tuple[str, ...], Callable[[Any], Any]]:
         return ("logit_sum",), lambda s: _times(s.logit_sum, factor)
     if value.kind == "log_softmax":
         return ("lse", "logit_sum"), lambda s: _times(s.logit_sum - s.lse * s.vocab, factor)
-    raise Refused("a sum of probabilities, which is 1", "leave it out")
+    cure = "leave it out (torch.distributions.Categorical: give it logits=, not probs=)"
+    raise Refused("a sum of probabilities, which is 1", cure)
 
 
 def _sum(value: Value, node: Node, args: Args) -> Reading:
@@ -324,15 +325,17 @@ def _gather(value: Value, node: Node, args: Args) -> Reading:
 
 
 def _one_for_each_row(value: Value, index: Node) -> Node:
-    shape = list(value.fake.shape)
-    shape[value.class_dim] = 1
     given = tuple(fake(index).shape)
-    if len(given) != len(shape) or not all(same(a, b) for a, b in zip(given, shape, strict=True)):
+    lead = given[: value.class_dim] + given[value.class_dim + 1 :]
+    if len(given) != value.fake.dim() or not all(same(a, b) for a, b in zip(lead, value.lead_shape, strict=True)):
         raise Refused(f"classes of shape {given} are picked out of logits of shape {tuple(value.fake.shape)}", ONE)
+    if not same(given[value.class_dim], 1):
+        raise Refused(f"{given[value.class_dim]} classes are picked out of each row", FEW)
     return index
 
 
 ONE = "pick one class for each row"
+FEW = "pick one class for each row, in as many calls as there are classes if they are few"
 
 
 def _take_along_dim(value: Value, node: Node, args: Args) -> Reading:

@@ -337,7 +337,7 @@ class Interpreter:
             raise Refused(*MARGIN)
         if op.name in LOSSES and op.args["target"] in self.values:
             words = self._words(op.args["target"])
-            raise Refused(f"the target of a loss are {words}: class probabilities need every logit", "use class indices")
+            raise Refused(f"{words} of a head are the target of a loss: they need every logit", "use class indices")
         if len(touched) > 1 or sum(arg is source for arg in op.args.values()) != 1:
             raise Refused(
                 f"{vocabulary.describe(node)} takes the logits as a second argument, or twice",
@@ -381,7 +381,13 @@ class Interpreter:
         rule = ROWS.get(op.name) or VALUES.get(op.name)
         if rule is None:
             raise _dense(node, self._words(source))
-        values = self._all(lambda v: rule(v, node, op.args), entry.values)
+        try:
+            values = self._all(lambda v: rule(v, node, op.args), entry.values)
+        except Refused:
+            # One way to read the logits may be refused as a statistic, and the other for being none.
+            for value in entry.values:
+                _read(value, node, op)
+            raise
         if _gains_gradient(entry.values[0], node):
             raise Refused("detached logits are combined with a tensor that requires grad", "detach them afterwards")
         if inplace:
@@ -700,7 +706,8 @@ def _dense(node: Node, words: str) -> Refused:
         reason = "rows are chosen by a tensor, such as a mask, and only the data knows how many they are"
         return Refused(reason, "choose the rows of the hidden states, in front of the head")
     if op is not None and op.name in HEADS:
-        return Refused(f"{what} multiplies the {words} with another matrix: it needs all of them", "compute it outside")
+        reason = f"{what} multiplies the {words} of all classes with something else"
+        return Refused(reason, "compute it from the hidden states, or outside the compiled region")
     if vocabulary.is_dense_loss(node):
         cure = "use a loss of log-sum-exps, entries of a target or sums of the logits"
         return Refused(f"{what} reads the {words} of every class", cure)

@@ -31,6 +31,9 @@ _PRODUCTS = ("scaled_dot_product_attention", "flex_attention", "bilinear") + tup
     f"conv_transpose{n}d" for n in (1, 2, 3)
 )
 
+# In the `meta` of a placeholder: it is logits that another graph has deferred, computed on the way in.
+GIVEN = "cce_inductor_given_logits"
+
 
 def unnamed(interpreter: Interpreter, known: list[Finding], settings: Settings) -> list[Finding]:
     """The losses over a vocabulary that are none of `known`, one finding each, in the order of the heads."""
@@ -70,7 +73,8 @@ def _heads(interpreter: Interpreter) -> Iterator[tuple[Node, Trace | None]]:
         refused = interpreter.refused.get(node)
         op = vocabulary.read(node)
         of_its_own = refused is not None and refused[1] is None and op is not None and op.name in HEADS
-        if (trace is not None or of_its_own) and isinstance(made := example(node), Tensor) and made.requires_grad:
+        is_head = trace is not None or of_its_own or GIVEN in node.meta
+        if is_head and isinstance(made := example(node), Tensor) and made.requires_grad:
             yield node, trace
 
 
@@ -101,6 +105,9 @@ def _may_have_a_loss(flow: _Flow, trace: Trace | None, settings: Settings) -> bo
 
 def _refusal(interpreter: Interpreter, trace: Trace | None, head: Node, flow: _Flow, loss: Node) -> Refusal:
     """Why a loss is not fused: what reads the logits on the way to it, or else anything that needs them."""
+    if GIVEN in head.meta:
+        reason = "the logits come from another graph, and are edited, or their head cannot be put in front of the loss"
+        return Refusal(loss, reason, "compile the head and the loss in one torch.compile region")
     if trace is None:
         return interpreter.refused[head][0]
     own = interpreter.refused.get(loss)
@@ -110,7 +117,7 @@ def _refusal(interpreter: Interpreter, trace: Trace | None, head: Node, flow: _F
     if escape is not None:
         return escape
     names = ", ".join(dict.fromkeys(vocabulary.describe(reading.node) for reading in trace.readings))
-    reason = f"only {names or 'single logits'} of the logits are read, without a log-sum-exp: nothing is a softmax's loss"
+    reason = f"nothing but {names or 'a part of them'} reads the logits: no loss function and no log-sum-exp"
     return Refusal(loss, reason, "take the logits of a target from cce_inductor.linear_logsumexp")
 
 
