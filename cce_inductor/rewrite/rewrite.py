@@ -21,7 +21,7 @@ from .hoist import Hoist
 from .readings import Loss
 from .site import Site
 from .trace import Finding, Interpreter, Trace, WrittenOut, losses, written_between
-from .unnamed import unnamed
+from .unnamed import behind_break, unnamed
 from .values import Head, Refusal, Refused, fake
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def _rewrite_graph(
     interpreter = Interpreter(graph)
     interpreter.run()
     findings = interpreter.findings(statistics)
-    dense = {} if statistics else _unnamed(interpreter, findings, settings)
+    dense = {} if statistics else _unnamed(gm, interpreter, findings, settings)
     if not findings:
         return Rewritten(gm, list(dense.values()), unnamed=len(dense))
     if again := differentiated_again(gm):
@@ -193,11 +193,20 @@ def _rewrite_graph(
     return Rewritten(copy, sites, deferrals, user_outputs, unnamed=len(dense))
 
 
-def _unnamed(interpreter: Interpreter, findings: list[Finding], settings: Settings) -> dict[Node, Site]:
+def _unnamed(
+    gm: GraphModule, interpreter: Interpreter, findings: list[Finding], settings: Settings
+) -> dict[Node, Site]:
     """The losses that no rule has a name for. They are for the record: a fault of ours must not cost a fused loss."""
     try:
         found = unnamed(interpreter, findings, settings)
-        return {f.loss: site.make(f.loss, f.trace.head if f.trace else None, f.refusal) for f in found}
+        made = {f.loss: site.make(f.loss, f.trace.head if f.trace else None, f.refusal) for f in found}
+        ends = getattr(gm, "compile_subgraph_reason", None)
+        behind = behind_break(str(ends.reason), interpreter, [*findings, *found], settings) if ends is not None else None
+        if behind is not None and behind.trace is not None and ends.user_stack:
+            at = ends.user_stack[-1]
+            record = site.make(behind.loss, behind.trace.head, behind.refusal)
+            made[behind.loss] = replace(record, location=f"{at.filename}:{at.lineno}", source=at.line or "")
+        return made
     except Exception:
         log.exception("cce_inductor could not look for losses that it does not know")
         return {}

@@ -21,7 +21,7 @@ from ..config import Settings
 from . import vocabulary
 from .heads import HEADS, large
 from .trace import Finding, Interpreter, Trace
-from .values import Refusal, Value, example, fake
+from .values import Head, Refusal, Value, example, fake
 
 _NORMALISES = ("softmax", "log_softmax", "logsumexp")
 # Take entries of some classes out of each row.
@@ -51,6 +51,31 @@ def unnamed(interpreter: Interpreter, known: list[Finding], settings: Settings) 
             loss = refusal.node if refusal.node in candidates else candidates[0]
             found[loss] = Finding(loss, trace, refusal)
     return list(found.values())
+
+
+def behind_break(reason: str, interpreter: Interpreter, known: list[Finding], settings: Settings) -> Finding | None:
+    """The loss that a graph breaks at, if Dynamo's `reason` names one, and that logits leave the graph for.
+
+    CTC is one: it reads its lengths. The finding is at the logits; where the loss stands Dynamo says.
+    """
+    name = next((name for name in sorted(vocabulary.DENSE_LOSSES) if name in reason), None)
+    recorded = _recorded(interpreter, known)
+    for trace in interpreter.traces.values() if name is not None else ():
+        leaves = [value for value in trace.outputs if value.fake.requires_grad and _outnumbers(value.head, settings)]
+        if leaves and id(trace) not in recorded and not trace.escapes:
+            why = f"{name} breaks the graph, and reads the {leaves[0].words} of every class behind it"
+            cure = "use a loss of log-sum-exps, entries of a target or sums of the logits"
+            return Finding(leaves[0].node, trace, Refusal(leaves[0].node, why, cure))
+    return None
+
+
+def _outnumbers(head: Head, settings: Settings) -> bool:
+    """Whether a head has the classes of a vocabulary, where it is known that they are classes.
+
+    A router has fewer of them than its width. By what symbolic sizes were at capture, without a guard.
+    """
+    classes = compat.size_hint(head.vocab)
+    return classes >= settings.min_vocab and classes > compat.size_hint(head.width)
 
 
 def _recorded(interpreter: Interpreter, known: list[Finding]) -> set[int]:
@@ -92,15 +117,13 @@ def _classes(trace: Trace | None, node: Node, settings: Settings) -> int:
 
 def _may_have_a_loss(flow: _Flow, trace: Trace | None, settings: Settings) -> bool:
     """Whether what reads the logits, or else the sizes of their head, says that they are of a vocabulary."""
-    sizes = [(value.head.vocab, value.head.width) for value in _ways(trace)]
+    heads = [value.head for value in _ways(trace)]
     if flow.vocab < settings.min_vocab:
         return False
-    if sizes and compat.size_hint(sizes[0][0]) < settings.min_vocab and not flow.normalised:
-        return False  # many rows of few classes look like few rows of many
     if flow.named:
-        # A router has fewer classes than its width.
-        return not sizes or any(compat.size_hint(v) > compat.size_hint(d) for v, d in sizes)
-    return not flow.layered and any(large(v, d, settings) for v, d in sizes[:1])
+        # Many rows of few classes look like few rows of many: only a softmax says which it is.
+        return not heads or any(_outnumbers(head, settings) for head in (heads if flow.normalised else heads[:1]))
+    return not flow.layered and any(large(head.vocab, head.width, settings) for head in heads[:1])
 
 
 def _refusal(interpreter: Interpreter, trace: Trace | None, head: Node, flow: _Flow, loss: Node) -> Refusal:
