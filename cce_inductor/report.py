@@ -20,7 +20,6 @@ class Report:
     sites: list[Site] = field(default_factory=list)
     graphs: int = 0
     deferred: int = 0
-    workspace_mb: int = 0
 
     def __str__(self) -> str:
         fused = sum(site.fused for site in self.sites)
@@ -29,7 +28,9 @@ class Report:
             f"{len(self.sites) - fused} declined; {self.deferred} output(s) deferred"
         ]
         if not self.sites:
-            lines.append("No cross_entropy or nll_loss was captured: are the head and the loss in one compiled region?")
+            elsewhere = "Logits were deferred, and no loss over them was captured: one that comes later has its own record."
+            nothing = "No loss over a vocabulary was captured: are the head and the loss in one compiled region?"
+            lines.append(elsewhere if self.deferred else nothing)
             return "\n".join(lines)
         lines += ["", *_table([COLUMNS, *(_row(i, site) for i, site in enumerate(self.sites, 1))])]
         for i, site in enumerate(self.sites, 1):
@@ -39,7 +40,7 @@ class Report:
 
     def _cost(self, site: Site) -> list[str]:
         """What a fused site takes instead of its logits."""
-        scratch = f"scratch: workspace_mb={self.workspace_mb}"
+        scratch = f"scratch: workspace_mb={site.workspace_mb}"
         if site.logits_bytes is not None:
             accumulator = int(site.rows) * int(site.width) * 4
             scratch += f", and for 16-bit types {_mib(accumulator)} to accumulate the hidden gradient in fp32"
@@ -109,7 +110,6 @@ def of(graphs: list[record.GraphRecord]) -> Report:
         [site for graph in graphs for site in graph.sites],
         len(graphs),
         sum(graph.deferred for graph in graphs),
-        config.current().workspace_mb,
     )
 
 

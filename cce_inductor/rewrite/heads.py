@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import compat
 from ..config import Settings
 from . import vocabulary
-from .values import Affine, Head, Refused, RowMap, Shift, Value, example, fake, storages, written
+from .values import Affine, Head, Refusal, Refused, RowMap, Shift, Value, example, fake, storages, written
 
 
 def same(a: Any, b: Any) -> bool:
@@ -32,6 +33,19 @@ def large(vocab: int | torch.SymInt, width: int | torch.SymInt, settings: Settin
     """Whether a head is over a vocabulary. By what symbolic sizes were at capture, without a guard."""
     classes = compat.size_hint(vocab)
     return classes >= settings.min_vocab and classes > _WIDENING * compat.size_hint(width)
+
+
+def subclassed(head: Head) -> Refusal | None:
+    """Why a head is left alone whose operands are other than plain tensors."""
+    for node in dict.fromkeys([head.weight, *head.operands()]):
+        made = fake(node)
+        if is_traceable_wrapper_subclass(made):
+            kind, placements = type(made).__name__, getattr(made, "placements", ())
+            if node is head.weight and any(placement.is_shard() for placement in placements):
+                reason = f"a tensor-parallel head: its weight is a {kind} that is split over ranks"
+                return Refusal(node, reason, "gather the weight in front of the head, by full_tensor()")
+            return Refusal(node, f"an operand of the head is a {kind}", "give the head plain tensors")
+    return None
 
 
 def is_vocabulary_vector(other: Any, z: Any, class_dim: int) -> bool:

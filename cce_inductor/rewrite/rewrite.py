@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import compat
 from ..config import Settings
@@ -17,6 +16,7 @@ from ..ops.choice import Choice, Chooser, Problem
 from ..ops.filters import Filter
 from . import emit, emit_ranking, site
 from .defer import Deferral, Outputs
+from .heads import subclassed
 from .hoist import Hoist
 from .readings import Loss
 from .site import Site
@@ -306,11 +306,9 @@ def _refusal(graph: Graph, trace: Trace, settings: Settings) -> Refusal | None:
     transform = _transform_around(graph, {*heads, *(reading.node for reading in trace.readings)})
     if transform is not None:
         return Refusal(transform, "the head or the loss is inside a torch.func transform", "compute it outside")
-    read = [n for h in (head, *trace.heads) for n in h.operands()]
-    subclass = next((n for n in read if is_traceable_wrapper_subclass(fake(n))), None)
-    if subclass is not None:
-        kind = type(fake(subclass)).__name__
-        return Refusal(subclass, f"an operand of the head is a {kind}", "give the head plain tensors")
+    wrapped = next((refusal for h in (head, *trace.heads) if (refusal := subclassed(h)) is not None), None)
+    if wrapped is not None:
+        return wrapped
     return trace.escapes[0] if trace.escapes else None
 
 

@@ -46,7 +46,8 @@ class Site:
     symbolic. deferred: graph outputs made lazy. kernel: what runs in its place. name: under which
     `cce_inductor.diagnostics` has its numbers. filter: which columns its backward computes, a `grad_filter` as
     text: "exact" too where the one that is set has no bound for this loss. bound_bytes: what the forward leaves to
-    the backward for that, a byte for 128 rows and `bound_group` columns; None if a size is symbolic.
+    the backward for that, a byte for 128 rows and `bound_group` columns; None if a size is symbolic. workspace_mb: the
+    scratch of the operator, as the loss was compiled with.
     """
 
     fused: bool
@@ -69,6 +70,7 @@ class Site:
     filter: str = "exact"
     bound_bytes: int | None = 0
     bound_group: int = 1
+    workspace_mb: int = 0
 
     def __str__(self) -> str:
         place = f" at {self.location}" if self.location else ""
@@ -132,5 +134,6 @@ def make(
         kernel=kernel,
         name=name,
         filter=str(filter),
+        workspace_mb=workspace >> 20,
         **sizes,
     )

@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 from . import ranking, roots, vocabulary
 from .builder import Builder
 from .combine import added, rows
-from .heads import HEADS
+from .heads import HEADS, subclassed
 from .one_hot import Mixture, is_number, is_row_vector, is_tensor, marks_target, mixture, one_hot_target
 from .pointwise import INPLACE, MARGIN, VALUES, over_classes, product
 from .readings import LOSSES, Loss, Reading, maximum, reading
@@ -252,7 +252,8 @@ class Interpreter:
                 raise Refused("an alias of the logits was edited in place", "use the out-of-place form")
             self._step(node, op, touched)
         except Refused as refused:
-            refusal = Refusal(node, refused.reason, refused.cure)
+            # What reads the logits of a head that is split over ranks is not at fault.
+            refusal = subclassed(traces[0].head) or Refusal(node, refused.reason, refused.cure)
             self.refused[node] = refusal, traces[0]
             for trace in traces:
                 trace.escapes.append(refusal)
@@ -671,7 +672,8 @@ class Interpreter:
                 node = op_.args["tensors"][0]
                 continue
             if op_ is None or not any(op_.name in rules for rules in (VALUES, ROWS, PARTS)):
-                return None, _unknown(node)
+                before = next((self.refused[n] for n in node.all_input_nodes if n in self.refused), None)
+                return (before[1], before[0]) if before is not None else (None, _unknown(node))
             # 30.0 * z and bias + z have the logits second; the wider operand is the one to follow.
             given = [n for n in (op_.args.get("input"), op_.args.get("other")) if isinstance(n, Node)]
             if not given:
