@@ -1,9 +1,11 @@
 """What became of one loss: the record that `explain`, the counters, the log and the dumps show."""
 
+import os
 import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -14,6 +16,7 @@ from .values import Head, Refusal, example, fake
 
 EXACT = Filter()
 BOUNDED = ("budget", "unbiased")  # kinds of filter that go by a bound
+_TORCH = os.path.join(os.path.dirname(torch.__file__), "")
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+).*(?:\n +(?P<source>(?! *File ).*\S))?')
 
 
@@ -23,16 +26,22 @@ def name(loss: Node) -> str:
     return vocabulary.describe(loss) + (f" at {place}" if place else "")
 
 
+def _frame(node: Node) -> tuple[str, str, str]:
+    """File, line and text of the innermost of the calls that recorded a node, outside of PyTorch if one is."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    own = [frame for frame in frames if not frame[0].startswith(_TORCH)]
+    return (own or frames or [("", "", "")])[-1]
+
+
 def location(node: Node) -> str:
     """``file:line`` of the user's code that recorded a node, or "" where Dynamo kept none."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    return f"{frames[-1][0]}:{frames[-1][1]}" if frames else ""
+    file, line, _ = _frame(node)
+    return f"{file}:{line}" if file else ""
 
 
 def source(node: Node) -> str:
     """The text of that line, or "" where it is not known."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    return frames[-1][2] if frames else ""
+    return _frame(node)[2]
 
 
 @dataclass(frozen=True)

@@ -122,14 +122,15 @@ def _may_have_a_loss(flow: _Flow, trace: Trace | None, settings: Settings) -> bo
         return False
     if flow.named:
         # Many rows of few classes look like few rows of many: only a softmax says which it is.
-        return not heads or any(_outnumbers(head, settings) for head in (heads if flow.normalised else heads[:1]))
+        heads = [head for head in heads if compat.size_hint(head.vocab) in flow.over] or heads[:1]
+        return not heads or _outnumbers(heads[0], settings)
     return not flow.layered and any(large(head.vocab, head.width, settings) for head in heads[:1])
 
 
 def _refusal(interpreter: Interpreter, trace: Trace | None, head: Node, flow: _Flow, loss: Node) -> Refusal:
     """Why a loss is not fused: what reads the logits on the way to it, or else anything that needs them."""
     if GIVEN in head.meta:
-        reason = "the logits come from another graph, and are edited, or their head cannot be put in front of the loss"
+        reason = "the logits of another graph come computed: they were read before, are edited here, or have no plain head"
         return Refusal(loss, reason, "compile the head and the loss in one torch.compile region")
     if trace is None:
         return interpreter.refused[head][0]
@@ -149,7 +150,7 @@ class _Flow:
     """What becomes of the logits of one head, as far as gradients come back from there.
 
     wide: nodes that have a number for each class still. few: those that have a few for each row. sources: for each, the
-    nodes of the two that it is made of. layered: whether logits are multiplied with another matrix; what is behind it
+    nodes of the two that it is made of. normalised: softmaxes and what is behind them. over: of how many classes. layered: whether logits are multiplied with another matrix; what is behind it
     is not followed. named: whether something over the classes is a loss, or the softmax of one. ends: what leaves the
     graph. used: what the loss is made of, once it was found.
     """
@@ -163,6 +164,7 @@ class _Flow:
     few: set[Node] = field(default_factory=set)
     sources: dict[Node, list[Node]] = field(default_factory=dict)
     normalised: set[Node] = field(default_factory=set)
+    over: set[int] = field(default_factory=set)
     layered: bool = False
     named: bool = False
     ends: list[Node] = field(default_factory=list)
@@ -216,7 +218,10 @@ class _Flow:
         dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
         if not isinstance(dim, int) or not isinstance(example(of), Tensor):
             return False
-        return compat.size_hint(fake(of).shape[dim]) >= self.min_vocab
+        classes = compat.size_hint(fake(of).shape[dim])
+        if classes >= self.min_vocab:
+            self.over.add(classes)
+        return classes >= self.min_vocab
 
     def _is_layer(self, node: Node, op: vocabulary.Op | None, entries: Node) -> bool:
         """Whether a product takes logits to another width. With a vector, or entry by entry, it is a sum over them."""

@@ -87,8 +87,77 @@ REFUSED = {
     "subtracted from itself": (lambda z, t: ce(z - z, t), "multiplied by zero", "constant"),
     "rounded on the way": (lambda z, t: ce(z.bfloat16().float(), t), "narrower dtype", ""),
     "float64 statistics": (lambda z, t: ce(z.double(), t), "float64", "float32"),
-    "clamped": (lambda z, t: ce(z.clamp(min=-1.0), t), "clamped", "softcap"),
-    "a column of scales": (lambda z, t: ce(z * torch.ones(V), t), "multiplied by a tensor", ""),
+    "clamped": (lambda z, t: ce(z.clamp(min=-1.0), t), "the logits are clamped", "softcap"),
+    "clamped probabilities": (
+        lambda z, t: F.nll_loss(z.softmax(-1).clamp(1e-6, 1 - 1e-6).log().view(-1, V), t.view(-1)),
+        "the probabilities are clamped",
+        "log_softmax",
+    ),
+    "clamped log-probabilities": (
+        lambda z, t: F.nll_loss(z.log_softmax(-1).clamp(min=-9.0).view(-1, V), t.view(-1)),
+        "the log-probabilities are clamped",
+        "entry of the target",
+    ),
+    "Categorical of probabilities": (
+        lambda z, t: -torch.distributions.Categorical(probs=z.softmax(-1), validate_args=False).log_prob(t).mean(),
+        "a sum of probabilities",
+        "logits=",
+    ),
+    "a factor for each class": (lambda z, t: ce(z * torch.ones(V), t), "a factor for each class", "rows of the weight"),
+    "a divisor for each class": (lambda z, t: ce(z / torch.ones(V), t), "divided by a tensor", "rows of the weight"),
+    "a factor for each class behind a softcap": (
+        lambda z, t: ce(z.tanh() * torch.ones(V), t),
+        "a factor for each class",
+        "in front of the softcap, multiply the rows of the weight",
+    ),
+    "a temperature for each row": (
+        lambda z, t: ce(z / torch.full((B, S, 1), 2.0), t),
+        "a factor for each row",
+        "scale the hidden states",
+    ),
+    "a temperature for each row behind a bias": (
+        lambda z, t: ce((z + torch.ones(V)) / torch.full((B, S, 1), 2.0), t),
+        "a factor for each row",
+        "append the bias to the weight",
+    ),
+    "a factor for each entry": (
+        lambda z, t: ce(z * torch.ones(B, S, V), t),
+        "multiplied by a tensor of shape (2, 6, 40)",
+        "",
+    ),
+    "an integer factor": (lambda z, t: ce(z * torch.tensor(2), t), "of dtype torch.int64", "a number"),
+    "weighted log-probabilities": (
+        lambda z, t: -(z.log_softmax(-1) * torch.ones(V)).gather(-1, t[..., None]).mean(),
+        "log-probabilities multiplied by a tensor before the loss",
+        "weigh the loss",
+    ),
+    "probabilities of one head added": (
+        lambda z, t: -(z.softmax(-1) + z.flip(0).softmax(-1)).log().gather(-1, t[..., None]).mean(),
+        "probabilities of one head are added",
+        "add what is read of them",
+    ),
+    "an expected cost": (
+        lambda z, t: ce(z, t) + (z.softmax(-1) * (torch.ones(B, S, D) @ torch.ones(D, V))).sum(-1).mean(),
+        "another product of two matrices, such as costs",
+        "hidden states",
+    ),
+    "an expected embedding": (
+        lambda z, t: ce(z, t) + (z.softmax(-1) @ torch.ones(V, D)).square().mean(),
+        "multiplies the probabilities of all classes with something else",
+        "hidden states",
+    ),
+    "the softmax of a head as target": (
+        lambda z, t: F.cross_entropy(
+            z.flatten(0, 1), F.linear(torch.ones(B * S, D), torch.ones(V, D)).softmax(-1)
+        ),
+        "probabilities of a head are the target",
+        "class indices",
+    ),
+    "a keyword that is not known": (
+        lambda z, t: ce(z, t) + z.max(axis=-1).values.mean(),
+        "with axis=, which is not known here",
+        "leave the argument out",
+    ),
     "smoothing over masked classes": (
         lambda z, t: ce(z.masked_fill(torch.arange(V) > 30, -1e4), t % 30, label_smoothing=0.1),
         "masked",
@@ -152,6 +221,96 @@ REFUSED = {
     ),
     "pseudo-labels": (lambda z, t: ce(z, z.argmax(-1)), "computed from the logits", ""),
 }
+
+
+def one_hot(t):
+    return F.one_hot(t, V)
+
+
+def set_at(z, t, margin):
+    z[torch.arange(B)[:, None], torch.arange(S), t] = margin
+    return z
+
+
+# A margin at the target, as people spell it.
+MARGINS = {
+    "a one-hot tensor subtracted": lambda z, t: z - 0.3 * one_hot(t).to(z.dtype),
+    "a scattered tensor subtracted": lambda z, t: z - torch.zeros_like(z).scatter_(-1, t[..., None], 0.3),
+    "written at the target": lambda z, t: set_at(z.clone(), t, z.gather(-1, t[..., None]).squeeze(-1) - 0.3),
+    "a number written at the target": lambda z, t: set_at(z.clone(), t, 0.3),
+    "scattered": lambda z, t: z.scatter(-1, t[..., None], 0.5),
+    "scattered in place": lambda z, t: z.clone().scatter_(-1, t[..., None], 0.5),
+    "added by an index": lambda z, t: z.scatter_add(-1, t[..., None], torch.full((B, S, 1), -0.3)),
+    "where the target is, an angle": lambda z, t: torch.where(one_hot(t).bool(), (1 - z.sigmoid() ** 2).sqrt(), z),
+    "where the target is, less": lambda z, t: torch.where(one_hot(t) == 1, z - 0.3, z),
+    "where the target is not": lambda z, t: torch.where(one_hot(t) == 0, z, z - 0.3),
+    "where the target is not, a number": lambda z, t: torch.where(~one_hot(t).bool(), z, torch.tensor(0.3)),
+    "where the classes are the target": lambda z, t: torch.where(torch.arange(V) == t[..., None], z - 0.3, z),
+    "masked at the target": lambda z, t: z.masked_fill(one_hot(t) > 0, 0.3),
+    "both put together": lambda z, t: one_hot(t) * (z - 0.3) + (1.0 - one_hot(t)) * z,
+    "an angle and the others": lambda z, t: one_hot(t) * (1 - z.sigmoid() ** 2).sqrt() + (1.0 - one_hot(t)) * z,
+    "a margin in a buffer": lambda z, t: z - scattered(torch.zeros(B, S, V), t),
+}
+
+
+def scattered(made, t):
+    made.scatter_(-1, t[..., None], 0.3)
+    return made
+
+
+@pytest.mark.parametrize("name", MARGINS)
+def test_a_margin_at_the_target_is_one_reason(name, inputs):
+    def fn(h, w, t):
+        return ce(4 * MARGINS[name](F.linear(h, w), t), t)
+
+    assert_same_as_eager(fn, inputs, fused=0)
+    with config.patch(min_vocab=0):
+        (site,) = cce_inductor.explain(fn, *inputs).sites
+    assert "a margin at the target" in site.reason and "linear_logsumexp" in site.cure
+
+
+def test_the_cure_for_a_margin_is_right(inputs):
+    """What the record proposes has the loss and the gradients of the margin that it stands for."""
+    h, w, t = inputs
+
+    def margin(h, w):
+        z = F.linear(h, w)
+        return ce(z - 0.3 * one_hot(t), t)
+
+    def cure(h, w):
+        lse, z = cce_inductor.linear_logsumexp(h, w, t)
+        e = z - 0.3
+        return (lse + torch.log1p(torch.exp(e - lse) - torch.exp(z - lse)) - e).mean()
+
+    torch.testing.assert_close(cure(h, w), margin(h, w))
+    for a, b in zip(torch.autograd.grad(cure(h, w), (h, w)), torch.autograd.grad(margin(h, w), (h, w)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+NOT_MARGINS = {
+    "several classes of each row": lambda z, t: z.scatter(-1, torch.stack([t, t * 0], -1), 0.5),
+    "a mask of all that is likely": lambda z, t: z.masked_fill(
+        (z.detach() > 0).scatter(-1, t[..., None], False), -1e4
+    ),
+    "a prior": lambda z, t: z + torch.rand(B, S, V),
+}
+
+
+@pytest.mark.parametrize("name", NOT_MARGINS)
+def test_other_edits_are_no_margin(name, inputs):
+    with config.patch(min_vocab=0):
+        (site,) = cce_inductor.explain(lambda h, w, t: ce(NOT_MARGINS[name](F.linear(h, w), t), t), *inputs).sites
+    assert not site.fused and "margin" not in site.reason
+
+
+def test_rows_of_which_only_the_data_knows_the_number(inputs):
+    def fn(h, w, t):
+        some = t.view(-1) % 3 == 0
+        return F.cross_entropy(F.linear(h, w).view(-1, V)[some], t.view(-1)[some])
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True), config.patch(min_vocab=0):
+        (site,) = cce_inductor.explain(fn, *inputs).sites
+    assert "rows are chosen by a tensor" in site.reason and "hidden states" in site.cure
 
 
 @pytest.mark.filterwarnings("ignore:.*size_average.*")
