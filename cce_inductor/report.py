@@ -28,7 +28,7 @@ class Report:
             f"{len(self.sites) - fused} declined; {self.deferred} output(s) deferred"
         ]
         if not self.sites:
-            elsewhere = "Logits were deferred, and no loss over them was captured: one that comes later has its own record."
+            elsewhere = "Logits were deferred; no loss over them was captured: one that comes later has its own record."
             nothing = "No loss over a vocabulary was captured: are the head and the loss in one compiled region?"
             lines.append(elsewhere if self.deferred else nothing)
             return "\n".join(lines)

@@ -95,8 +95,23 @@ def marks_target(node: Any, value: Value) -> bool:
     return any(marks_target(op.args.get(name), value) for name in ("input", "other", "condition"))
 
 
-_OF_MASKS = frozenset("eq ne invert bitwise_not logical_not bool".split())
-_ENTRYWISE = frozenset("cast copy detach view reshape flatten neg mul div where gt ge lt le".split())
+_OF_MASKS = ("eq", "ne", "invert", "bitwise_not", "logical_not", "bool")
+_ENTRYWISE = (
+    "cast",
+    "copy",
+    "detach",
+    "view",
+    "reshape",
+    "flatten",
+    "neg",
+    "mul",
+    "div",
+    "where",
+    "gt",
+    "ge",
+    "lt",
+    "le",
+)
 
 
 def _scatters_one(op: vocabulary.Op, value: Value) -> bool:

@@ -201,11 +201,10 @@ def _unnamed(
         found = unnamed(interpreter, findings, settings)
         made = {f.loss: site.make(f.loss, f.trace.head if f.trace else None, f.refusal) for f in found}
         ends = getattr(gm, "compile_subgraph_reason", None)
-        behind = behind_break(str(ends.reason), interpreter, [*findings, *found], settings) if ends is not None else None
-        if behind is not None and behind.trace is not None and ends.user_stack:
-            at = ends.user_stack[-1]
-            record = site.make(behind.loss, behind.trace.head, behind.refusal)
-            made[behind.loss] = replace(record, location=f"{at.filename}:{at.lineno}", source=at.line or "")
+        behind = behind_break(ends, interpreter, [*findings, *found], settings)
+        if behind is not None and behind.trace is not None:
+            at = site.at_frame(ends.user_stack)
+            made[behind.loss] = replace(site.make(behind.loss, behind.trace.head, behind.refusal), **at)
         return made
     except Exception:
         log.exception("cce_inductor could not look for losses that it does not know")

@@ -2,6 +2,8 @@
 
 import os
 import re
+import traceback
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +33,15 @@ def _frame(node: Node) -> tuple[str, str, str]:
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     own = [frame for frame in frames if not frame[0].startswith(_TORCH)]
     return (own or frames or [("", "", "")])[-1]
+
+
+def at_frame(stack: Iterable[traceback.FrameSummary]) -> dict[str, str]:
+    """The place of a loss where Python is, as the fields of a site."""
+    frames = list(stack)
+    own = [frame for frame in frames if not frame.filename.startswith(_TORCH)]
+    return (
+        {"location": f"{f.filename}:{f.lineno}", "source": f.line or ""} if (f := (own or frames or [None])[-1]) else {}
+    )
 
 
 def location(node: Node) -> str:

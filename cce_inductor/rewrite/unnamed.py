@@ -27,8 +27,13 @@ _NORMALISES = ("softmax", "log_softmax", "logsumexp")
 # Take entries of some classes out of each row.
 _PICKS = ("gather", "take_along_dim", "topk")
 # Products with another matrix, besides those that may be heads.
-_PRODUCTS = ("scaled_dot_product_attention", "flex_attention", "bilinear") + tuple(
-    f"conv_transpose{n}d" for n in (1, 2, 3)
+_PRODUCTS = (
+    "scaled_dot_product_attention",
+    "flex_attention",
+    "bilinear",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
 )
 
 # In the `meta` of a placeholder: it is logits that another graph has deferred, computed on the way in.
@@ -53,12 +58,13 @@ def unnamed(interpreter: Interpreter, known: list[Finding], settings: Settings) 
     return list(found.values())
 
 
-def behind_break(reason: str, interpreter: Interpreter, known: list[Finding], settings: Settings) -> Finding | None:
-    """The loss that a graph breaks at, if Dynamo's `reason` names one, and that logits leave the graph for.
+def behind_break(ends: Any, interpreter: Interpreter, known: list[Finding], settings: Settings) -> Finding | None:
+    """The loss that a graph breaks at, if what Dynamo says of its end names one, and that logits leave the graph for.
 
     CTC is one: it reads its lengths. The finding is at the logits; where the loss stands Dynamo says.
     """
-    name = next((name for name in sorted(vocabulary.DENSE_LOSSES) if name in reason), None)
+    reason = str(getattr(ends, "reason", ""))
+    name = next((name for name in vocabulary.DENSE_LOSSES if name in reason), None)
     recorded = _recorded(interpreter, known)
     for trace in interpreter.traces.values() if name is not None else ():
         leaves = [value for value in trace.outputs if value.fake.requires_grad and _outnumbers(value.head, settings)]
@@ -130,7 +136,9 @@ def _may_have_a_loss(flow: _Flow, trace: Trace | None, settings: Settings) -> bo
 def _refusal(interpreter: Interpreter, trace: Trace | None, head: Node, flow: _Flow, loss: Node) -> Refusal:
     """Why a loss is not fused: what reads the logits on the way to it, or else anything that needs them."""
     if GIVEN in head.meta:
-        reason = "the logits of another graph come computed: they were read before, are edited here, or have no plain head"
+        reason = (
+            "logits of another graph that come computed: they were read before, are edited here, or are no plain head's"
+        )
         return Refusal(loss, reason, "compile the head and the loss in one torch.compile region")
     if trace is None:
         return interpreter.refused[head][0]
@@ -150,15 +158,16 @@ class _Flow:
     """What becomes of the logits of one head, as far as gradients come back from there.
 
     wide: nodes that have a number for each class still. few: those that have a few for each row. sources: for each, the
-    nodes of the two that it is made of. normalised: softmaxes and what is behind them. over: of how many classes. layered: whether logits are multiplied with another matrix; what is behind it
-    is not followed. named: whether something over the classes is a loss, or the softmax of one. ends: what leaves the
-    graph. used: what the loss is made of, once it was found.
+    nodes of the two that it is made of. normalised: softmaxes, of `over` classes, and what is behind them. layered:
+    whether logits are multiplied with another matrix; what is behind it is not followed. named: whether something over
+    the classes is a loss, or the softmax of one. ends: what leaves the graph. used: what the loss that was found is
+    made of.
     """
 
     given: Iterable[Node]
     head: Node
     vocab: int
-    stop: set[Node]  # losses that have a record
+    stop: set[Node]  # losses that have a record: what is behind them is theirs
     min_vocab: int
     wide: set[Node] = field(default_factory=set)
     few: set[Node] = field(default_factory=set)
@@ -290,5 +299,3 @@ def _numel(tensor: Tensor) -> int:
 
 def _size(node: Node) -> int:
     return max((_numel(t) for t in _tensors(example(node))), default=0)
-
-

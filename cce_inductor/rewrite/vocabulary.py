@@ -316,9 +316,15 @@ def _nodes(argument: Any) -> tuple[Node, ...]:
 
 
 # Losses over classes that read every one of them.
-DENSE_LOSSES = frozenset(
-    "kl_div ctc_loss multi_margin_loss multilabel_margin_loss multilabel_soft_margin_loss soft_margin_loss "
-    "binary_cross_entropy binary_cross_entropy_with_logits".split()
+DENSE_LOSSES = (
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "ctc_loss",
+    "kl_div",
+    "multi_margin_loss",
+    "multilabel_margin_loss",
+    "multilabel_soft_margin_loss",
+    "soft_margin_loss",
 )
 
 

@@ -7,7 +7,6 @@ fused where it stands (`cce_inductor.elsewhere`), and any other use computes the
 
 import logging
 
-import torch
 from torch.fx import Graph, GraphModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 

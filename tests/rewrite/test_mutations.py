@@ -1,7 +1,8 @@
 """Every guard of the rules is needed: without it, some program that is refused is refused no longer, or otherwise.
 
-A guard is an `if` whose body only raises `Refused`. Each is taken out of the running code in turn, and the captured
-graphs of REFUSED and PROGRAMS are rewritten: what becomes of one of them has to change.
+A guard is an `if` whose body only raises `Refused`; of losses without a name, one whose body only leaves a node or a
+head out. Each is taken out of the running code in turn, and the captured graphs of REFUSED and PROGRAMS are rewritten:
+what becomes of one of them has to change.
 """
 
 import ast
@@ -15,14 +16,15 @@ import torch.nn.functional as F
 from capture import graphs_of
 from test_ranking import REFUSED as RANKINGS
 from test_ranking import rank
-from test_refusals import REFUSED
+from test_refusals import MARGINS, NOT_MARGINS, REFUSED
+from test_unnamed import LOSSES, NOTHING
 
 from cce_inductor import config
-from cce_inductor.rewrite import combine, heads, pointwise, ranking, readings, roots, rows, trace, written_out
+from cce_inductor.rewrite import combine, heads, pointwise, ranking, readings, roots, rows, trace, unnamed, written_out
 from cce_inductor.rewrite.rewrite import rewrite
 
 B, S, D, V = 2, 6, 8, 40
-MODULES = (heads, rows, combine, pointwise, roots, readings, ranking, written_out, trace)
+MODULES = (heads, rows, combine, pointwise, roots, readings, ranking, written_out, trace, unnamed)
 
 
 def is_guard(node: ast.AST) -> bool:
@@ -33,6 +35,16 @@ def is_guard(node: ast.AST) -> bool:
     return isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Refused"
 
 
+def leaves_out(node: ast.AST) -> bool:
+    """Whether a node is the guard of a search: its body only goes on, or says yes or no."""
+    if not isinstance(node, ast.If) or node.orelse or len(node.body) != 1:
+        return False
+    (body,) = node.body
+    return isinstance(body, ast.Continue) or (
+        isinstance(body, ast.Return) and (body.value is None or isinstance(body.value, ast.Constant))
+    )
+
+
 class Without(ast.NodeTransformer):
     """Takes the guard out that starts at a line."""
 
@@ -40,7 +52,7 @@ class Without(ast.NodeTransformer):
         self.line = line
 
     def visit_If(self, node: ast.If) -> ast.AST:
-        if is_guard(node) and node.lineno == self.line:
+        if node.lineno == self.line:
             return ast.copy_location(ast.Pass(), node)
         return self.generic_visit(node)
 
@@ -52,7 +64,7 @@ def mutants() -> dict[str, tuple[types.FunctionType, types.CodeType]]:
         tree = ast.parse(inspect.getsource(module))
         for owner in [tree, *(n for n in tree.body if isinstance(n, ast.ClassDef))]:
             for made in (n for n in owner.body if isinstance(n, ast.FunctionDef)):
-                for guard in filter(is_guard, ast.walk(made)):
+                for guard in filter(leaves_out if module is unnamed else is_guard, ast.walk(made)):
                     path = [made.name] if owner is tree else [owner.name, made.name]
                     name = f"{module.__name__.rpartition('.')[2]}.{'.'.join(path)}: {ast.unparse(guard.test)}"
                     found[name] = look_up(vars(module), path), code_without(module, guard.lineno, path)
@@ -78,6 +90,14 @@ def ce(z, t, **kwargs):
 def linear(f):
     """A program over the logits of a head."""
     return lambda h, w, b, t: f(F.linear(h, w), t)
+
+
+def without_bias(f):
+    return lambda h, w, b, t: f(h, w, t)
+
+
+def margin(f):
+    return linear(lambda z, t: ce(4 * f(z, t), t))
 
 
 def in_16_bits(f):
@@ -390,9 +410,13 @@ DYNAMIC = {
 UNREACHED = {
     "pointwise._cast: new.device != old.device": "needs a second device",
     "readings._loss: fake(indices).dtype != torch.int64": "eager's own error for most, and Dynamo's for uint8",
+    "unnamed._may_have_a_loss: flow.vocab < settings.min_vocab": "no size is too small for these programs",
 }
 PROGRAMS = {
     **{name: linear(f) for name, (f, _, _) in REFUSED.items()},
+    **{f"margin: {name}": margin(f) for name, f in {**MARGINS, **NOT_MARGINS}.items()},
+    **{f"unnamed: {name}": linear(f) for name, (f, _, _) in LOSSES.items()},
+    **{f"nothing: {name}": without_bias(f) for name, f in NOTHING.items()},
     **HEADS,
     **{name: linear(f) for name, f in {**ROWS, **ENTRIES, **ROOTS, **STATISTICS}.items()},
     **{f"ranking: {name}": linear(beside_a_loss(metric)) for name, (metric, _, _) in RANKINGS.items()},

@@ -147,9 +147,7 @@ REFUSED = {
         "hidden states",
     ),
     "the softmax of a head as target": (
-        lambda z, t: F.cross_entropy(
-            z.flatten(0, 1), F.linear(torch.ones(B * S, D), torch.ones(V, D)).softmax(-1)
-        ),
+        lambda z, t: F.cross_entropy(z.flatten(0, 1), F.linear(torch.ones(B * S, D), torch.ones(V, D)).softmax(-1)),
         "probabilities of a head are the target",
         "class indices",
     ),
@@ -289,9 +287,7 @@ def test_the_cure_for_a_margin_is_right(inputs):
 
 NOT_MARGINS = {
     "several classes of each row": lambda z, t: z.scatter(-1, torch.stack([t, t * 0], -1), 0.5),
-    "a mask of all that is likely": lambda z, t: z.masked_fill(
-        (z.detach() > 0).scatter(-1, t[..., None], False), -1e4
-    ),
+    "a mask of all that is likely": lambda z, t: z.masked_fill((z.detach() > 0).scatter(-1, t[..., None], False), -1e4),
     "a prior": lambda z, t: z + torch.rand(B, S, V),
 }
 

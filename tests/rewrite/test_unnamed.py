@@ -173,6 +173,7 @@ LOSSES = {
         "max",
         "the largest probability",
     ),
+    "one log-sum-exp of all rows": (lambda z, t: z.logsumexp((1, 2)).mean(), "logsumexp", "logsumexp over dimension"),
     "a softmax that leaves": (lambda z, t: z.softmax(-1), "softmax", "the softmax leaves the graph"),
 }
 
@@ -272,6 +273,7 @@ NOTHING = {
     "a hidden layer with a penalty": sparse_autoencoder,
     "half of a hidden layer": lambda h, w, t: F.gelu(F.linear(h, w)),
     "attention": attention,
+    "queries": lambda h, w, t: (lambda u: F.scaled_dot_product_attention(u, u, u))(F.linear(h, w)).square().mean(),
     "attention in batches": lambda h, w, t: ((h @ h.mT).softmax(-1) @ h).sum(),
     "a router": router,
     "few classes of many rows": few_classes_of_many_rows,
