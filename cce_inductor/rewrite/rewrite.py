@@ -203,8 +203,8 @@ def _unnamed(
         ends = getattr(gm, "compile_subgraph_reason", None)
         behind = behind_break(ends, interpreter, [*findings, *found], settings)
         if behind is not None and behind.trace is not None:
-            at = site.at_frame(ends.user_stack)
-            made[behind.loss] = replace(site.make(behind.loss, behind.trace.head, behind.refusal), **at)
+            record = site.make(behind.loss, behind.trace.head, behind.refusal)
+            made[behind.loss] = site.moved(record, getattr(ends, "user_stack", ()))
         return made
     except Exception:
         log.exception("cce_inductor could not look for losses that it does not know")

@@ -4,7 +4,7 @@ import os
 import re
 import traceback
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,15 +33,6 @@ def _frame(node: Node) -> tuple[str, str, str]:
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     own = [frame for frame in frames if not frame[0].startswith(_TORCH)]
     return (own or frames or [("", "", "")])[-1]
-
-
-def at_frame(stack: Iterable[traceback.FrameSummary]) -> dict[str, str]:
-    """The place of a loss where Python is, as the fields of a site."""
-    frames = list(stack)
-    own = [frame for frame in frames if not frame.filename.startswith(_TORCH)]
-    return (
-        {"location": f"{f.filename}:{f.lineno}", "source": f.line or ""} if (f := (own or frames or [None])[-1]) else {}
-    )
 
 
 def location(node: Node) -> str:
@@ -157,3 +148,12 @@ def make(
         workspace_mb=workspace >> 20,
         **sizes,
     )
+
+
+def moved(made: Site, stack: Iterable[traceback.FrameSummary]) -> Site:
+    """The record of what stands elsewhere than in the graph: where `stack` is, outside of PyTorch if it is."""
+    frames = list(stack)
+    own = [frame for frame in frames if not frame.filename.startswith(_TORCH)]
+    for frame in (own or frames)[-1:]:
+        made = replace(made, location=f"{frame.filename}:{frame.lineno}", source=frame.line or "")
+    return made
