@@ -341,8 +341,6 @@ def _fill(value: Value, node: Node, mask: Node, fill: Any) -> Value:
 
 
 def _where(value: Value, node: Node, args: Args) -> Value:
-    if value.kind == "logits" and marks_target(args["condition"], value):
-        raise Refused(*MARGIN)
     if args["other"] is not value.node:
         raise Refused("torch.where keeps the logits where its condition holds", "use masked_fill on the others")
     return _fill(value, node, args["condition"], args["input"])
