@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 import cce_inductor
-from cce_inductor import config, doctor
+from cce_inductor import config, doctor, record, report
 
 SCRIPT = """
 import torch, torch.nn.functional as F
@@ -60,6 +60,33 @@ def test_explain_reports_every_site(inputs):
     text = str(report)
     assert "1 fused, 0 declined" in text and "1 output(s) deferred" in text and "workspace_mb=64" in text
     assert dict(counters["cce_inductor"]) == before  # looking changes nothing
+
+
+def test_the_report_has_the_workspace_that_a_loss_was_compiled_with(inputs):
+    with record.collect() as graphs:
+        torch.compile(returning, backend="cce", options={"compiler": "aot_eager", "workspace_mb": 32})(*inputs)
+    (site,) = report.of(graphs).sites
+    assert site.workspace_mb == 32 and "workspace_mb=32" in str(report.of(graphs))
+
+
+def test_a_loss_without_a_name_is_dumped_and_reported(tmp_path, inputs):
+    def fn(h, w, t):
+        z = F.linear(h, w).log_softmax(-1)
+        return F.kl_div(z, z.detach().exp(), reduction="sum")
+
+    with config.patch(dump_dir=tmp_path):
+        torch.compile(fn, backend="cce", options={"compiler": "aot_eager"})(*inputs)
+    (folder,) = (tmp_path / "cce_inductor").iterdir()
+    (site,) = json.loads((folder / "sites.json").read_text())
+    assert not site["fused"] and site["loss"].endswith("kl_div") and "test_debugging.py" in site["location"]
+    torch._dynamo.reset()
+    text = str(cce_inductor.explain(fn, *inputs))
+    assert "0 fused, 1 declined" in text and 'F.kl_div(z, z.detach().exp(), reduction="sum")' in text
+
+
+def test_explain_of_logits_whose_loss_comes_later(inputs):
+    text = str(cce_inductor.explain(lambda h, w, t: F.linear(h, w), *inputs))
+    assert "Logits were deferred" in text
 
 
 def test_explain_prints_a_table():

@@ -334,7 +334,7 @@ class Interpreter:
             pairs = list(zip(a.values, b.values, strict=False))
             self._set(node, a.trace, self._all(lambda pair: product(pair[0], pair[1], node), pairs))
             return
-        read = [self.values[n].values[0] for n in touched]
+        read = [self.values[n].values[0] for n in touched if n in self.values]
         if op.name == "where" and any(v.kind == "logits" and marks_target(op.args["condition"], v) for v in read):
             raise Refused(*MARGIN)
         if op.name in LOSSES and op.args["target"] in self.values:
