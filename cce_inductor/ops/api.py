@@ -9,7 +9,7 @@ from .. import compat, config, version
 from . import diagnostics
 from .call import SEEDS, Attributes, filtered, sampled
 from .library import FORWARD
-from .losses import CrossEntropy, cross_entropy
+from .losses import CrossEntropy, computed, cross_entropy
 
 
 @torch.compiler.assume_constant_result
@@ -130,14 +130,16 @@ def linear_cross_entropy(
     loss = CrossEntropy(ignore_index, reduction, label_smoothing, z_loss)
     x, t = _flatten(input, weight, target)
     active = t != ignore_index
-    operands = {"input": x, "weight": weight, "target": t}
+    # Rows that do not count, but are computed, need some class.
+    operands = {"input": x, "weight": weight, "target": torch.where(active, t, 0)}
     if bias is not None:
         operands["bias"] = bias
     if class_weight is not None:
         _check_class_weight(class_weight, weight)
         if label_smoothing:
             operands["column_weight"] = class_weight.detach()
-    stats = _statistics("linear_cross_entropy", operands, active, loss.statistics, scale, softcap)
+    rows = computed(active, x, bias)
+    stats = _statistics("linear_cross_entropy", operands, rows, loss.statistics, scale, softcap)
     value = cross_entropy(stats, t, active, class_weight, weight.shape[0], loss)
     return value.reshape(target.shape) if reduction == "none" else value
 

@@ -18,7 +18,7 @@ from ..ops.call import SEEDS, Attributes, filtered, sampled
 from ..ops.diagnostics import meter
 from ..ops.filters import Filter
 from ..ops.library import FORWARD
-from ..ops.losses import cross_entropy, tangents
+from ..ops.losses import computed, cross_entropy, normalizer, tangents
 from ..ops.softcap import softcapped
 from ..ops.statistics import TABLE
 from ..ops.with_gradients import ATTACH, WITH_GRADIENTS
@@ -252,7 +252,10 @@ class _Call:
             "input": builder.call(torch.cat, inputs) if len(inputs) > 1 else inputs[0],
             "weight": operands.weight(builder, value, detach),
         }
+        bias = operands.biases(builder, value, detach)
+        # The rows that count, and those that the operator computes.
         self.active: Proxy | None = None
+        self.computed: Proxy | None = None
         self.target: Proxy | None = None
         self.targets: list[Proxy] = []
         if group.target is not None:
@@ -264,13 +267,14 @@ class _Call:
             self.target = builder.call(torch.cat, self.targets) if len(self.targets) > 1 else self.targets[0]
             if group.ignored is not None:
                 self.active = self.target.ne(group.ignored)
+                self.computed = computed(self.active, self.operands["input"], bias)
+                self.operands["target"] = builder.call(torch.where, self.active, self.target, 0)
             elif group.wraps:
                 wrapped = self.target + operands.vocab(builder, value)
                 self.target = builder.call(torch.where, self.target < 0, wrapped, self.target)
             else:
                 self.target = _without_ignored(builder, self.target, bundle)
-            self.operands["target"] = self.target
-        bias = operands.biases(builder, value, detach)
+            self.operands.setdefault("target", self.target)
         if bias is not None:
             self.operands["bias"] = bias
         if group.column_weight is not None:
@@ -298,7 +302,7 @@ class _Call:
         """Records the operator; gives its results by name."""
         given, names = list(self.operands.values()), " ".join(self.operands)
         rest = " ".join(self.names), False, *self.attributes.args()
-        out = builder.call(FORWARD, given, names, self.active, *rest)
+        out = builder.call(FORWARD, given, names, self.computed, *rest)
         return {name: out[i] for i, name in enumerate(self.names)}
 
     def part(self, builder: Builder, results: dict[str, Proxy], i: int) -> dict[str, Proxy]:
@@ -340,7 +344,7 @@ def _with_gradients(builder: Builder, loss: Loss, call: _Call, hoist: Hoist) -> 
         " ".join(known),
         list(call.operands.values()),
         " ".join(call.operands),
-        call.active,
+        call.computed,
         " ".join(call.names),
         " ".join(needs),
         *call.attributes.args(),
@@ -387,6 +391,10 @@ class Statistics:
         return result
 
     @property
+    def normalizer(self) -> Any:
+        return normalizer(self.lse)
+
+    @property
     def target_logit(self) -> Any:
         result = self._shifted(self._part("target_logit"))
         for mask in self.value.masks:
@@ -422,7 +430,8 @@ class Statistics:
 
     @property
     def entropy(self) -> Any:
-        return self._part("entropy")
+        # Of log_softmax: where that is NaN, so is the entropy, and its gradient.
+        return self._part("entropy") + normalizer(self._part("lse")) * 0
 
     @property
     def argmax(self) -> Any:
@@ -472,11 +481,8 @@ def _loss(builder: Builder, loss: Loss, statistics: Statistics) -> Proxy:
     if active is None and loss.ignores and statistics.group.target is not None:
         # Others read every row: what is ignored was computed as well.
         active = operands.flat(builder, loss.target).ne(loss.arguments.ignore_index)  # type: ignore[arg-type]
-        stats = {name: builder.call(torch.where, active, p, 0) for name, p in stats.items()}
     elif active is None:
         active = target.ge(0)
-    elif loss.value.masks:
-        stats = {name: builder.call(torch.where, active, p, 0) for name, p in stats.items()}
     result = cross_entropy(stats, target, active, weight, statistics.vocab, loss.arguments)
     lead = loss.value.lead_shape
     if loss.arguments.reduction == "none" and len(lead) != 1:

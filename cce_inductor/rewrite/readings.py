@@ -228,9 +228,9 @@ def _entry(value: Value) -> tuple[tuple[str, ...], Callable[[Any], Any]]:
     if value.kind == "logits":
         return ("target_logit",), lambda s: _times(s.target_logit, factor)
     if value.kind == "log_softmax":
-        return ("lse", "target_logit"), lambda s: _times(s.target_logit - s.lse, factor)
+        return ("lse", "target_logit"), lambda s: _times(s.target_logit - s.normalizer, factor)
     if value.kind == "softmax":
-        return ("lse", "target_logit"), lambda s: _times((s.target_logit - s.lse).exp(), factor)
+        return ("lse", "target_logit"), lambda s: _times((s.target_logit - s.normalizer).exp(), factor)
     if value.kind == "exp":
         return ("target_logit",), lambda s: _times(s.target_logit.exp(), factor)
     raise Refused("one entry of the product of the softmax and its logarithm", "compute it from log_softmax")
@@ -256,7 +256,7 @@ def _total(value: Value) -> tuple[tuple[str, ...], Callable[[Any], Any]]:
     if value.kind == "logits":
         return ("logit_sum",), lambda s: _times(s.logit_sum, factor)
     if value.kind == "log_softmax":
-        return ("lse", "logit_sum"), lambda s: _times(s.logit_sum - s.lse * s.vocab, factor)
+        return ("lse", "logit_sum"), lambda s: _times(s.logit_sum - s.normalizer * s.vocab, factor)
     cure = "leave it out (torch.distributions.Categorical: give it logits=, not probs=)"
     raise Refused("a sum of probabilities, which is 1", cure)
 
