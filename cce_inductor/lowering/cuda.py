@@ -383,11 +383,11 @@ def _factor(tangents: dict[str, Any], active: Any) -> Any:
     largest = None
     for tangent in tangents.values():
         size = op("abs", tangent)
+        size = op("where.self", op("lt.Scalar", size, math.inf), size, 0.0)  # a row of NaN, of any factor
         size = size if active is None else op("where.self", active, size, 0.0)
         top = op("amax", size, [0], True)
         largest = top if largest is None else op("maximum", largest, top)
-    usable = op("logical_and", op("gt.Scalar", largest, 0.0), op("lt.Scalar", largest, math.inf))
-    return op("where.self", usable, op("reciprocal", largest), 1.0)
+    return op("where.self", op("gt.Scalar", largest, 0.0), op("reciprocal", largest), 1.0)
 
 
 def with_gradients(
@@ -411,6 +411,9 @@ def with_gradients(
     wanted += [name for name in ("lse", "entropy") if name not in wanted and {name, "entropy"} & set(tangents)]
     stats = dict(zip(wanted, _statistics(call, wanted, kept, pitch), strict=True))
     results = [stats[name] for name in statistics]
+    if "lse" in tangents:
+        finite = op("lt.Scalar", op("abs", stats["lse"]), math.inf)
+        tangents = tangents | {"lse": op("where.self", finite, tangents["lse"], math.nan)}
     if kept is None:
         return [*results, *backward(tangents, stats, operands, active, needs, attributes)]
     made = Backward(call, tangents, stats, needs)

@@ -57,7 +57,8 @@ def normalizer(lse: Any) -> Any:
     A logit of +inf, or all of -inf, make NaN of a whole row of `log_softmax`, and of its gradient even where the tangent
     is 0. `torch.logsumexp` gives infinity.
     """
-    return lse * (lse.detach() * 0 + 1)
+    # Not lse + 0 * lse: Inductor takes 0 * x for 0.
+    return lse * torch.where(lse.detach().isfinite(), 1.0, torch.nan).to(lse)  # its dtype
 
 
 def cross_entropy(

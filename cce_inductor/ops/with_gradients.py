@@ -2,7 +2,8 @@
 
 `linear_statistics_with_gradients` is `linear_statistics` followed by `linear_statistics_backward`, for tangents that
 are known beforehand up to one common factor, as those of a mean or a sum are. A kernel that does both need not compute
-the logits twice. `attach_gradients` ties such gradients to the loss: its backward multiplies them by its tangent.
+the logits twice. Those tangents cannot say what the statistics will be, so the operator itself takes the tangent of lse
+for NaN in rows whose lse is not finite, as `losses.normalizer` would. `attach_gradients` ties such gradients to the loss: its backward multiplies them by its tangent.
 """
 
 from typing import Any
@@ -40,6 +41,10 @@ ATTACH = torch.ops.cce_inductor.attach_gradients.default
 
 def _eager(tangents, tangent_names, operands, names, active, statistics, needs, *attributes) -> list[Tensor]:
     saved = eager_forward(operands, names, active, statistics, True, *attributes)
+    given = dict(zip(tangent_names.split(), tangents, strict=True))
+    if "lse" in given:
+        lse = saved[statistics.split().index("lse")]
+        tangents = [torch.where(lse.isfinite(), t, torch.nan) if name == "lse" else t for name, t in given.items()]
     call = (operands, names, active, statistics, needs, *attributes)
     return saved[: len(statistics.split())] + eager_backward(tangents, tangent_names, saved, *call)
 

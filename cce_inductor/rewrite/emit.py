@@ -430,8 +430,9 @@ class Statistics:
 
     @property
     def entropy(self) -> Any:
-        # Of log_softmax: where that is NaN, so is the entropy, and its gradient.
-        return self._part("entropy") + normalizer(self._part("lse")) * 0
+        # Of log_softmax: where that is NaN, so is the entropy, and its gradient in all classes.
+        lse = self._part("lse")
+        return self.builder.call(torch.where, lse.isfinite(), self._part("entropy"), normalizer(lse))
 
     @property
     def argmax(self) -> Any:
