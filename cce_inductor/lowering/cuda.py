@@ -37,9 +37,10 @@ LEAST_SPLIT = 2048
 # What the kernel leaves behind for each statistic, by split.
 PARTS = {
     "lse": ["LSE"],
+    "lse_low": ["LSE", "LSE_LOW"],
     "target_logit": ["TARGET_LOGIT"],
     "logit_sum": ["LOGIT_SUM"],
-    "entropy": ["LSE", "EXPECTED"],
+    "entropy": ["LSE", "ENTROPY"],
     "argmax": ["BEST", "ARGMAX"],
 }
 
@@ -224,22 +225,36 @@ def _merge(parts: dict[str, Any], splits: int) -> dict[str, Any]:
 
     merged = {name.lower(): total(parts[name]) for name in ("TARGET_LOGIT", "LOGIT_SUM") if name in parts}
     share = None
-    if "LSE" in parts and splits == 1:
-        merged["lse"] = total(parts["LSE"])
+    if splits == 1:
+        merged |= {name.lower(): total(parts[name]) for name in ("LSE", "LSE_LOW", "ENTROPY") if name in parts}
     elif "LSE" in parts:
         top = op("amax", parts["LSE"], [0])
         shift = op("where.self", op("isinf", top), 0.0, top)
-        power = op("exp", op("sub.Tensor", parts["LSE"], op("unsqueeze", shift, 0)))
+        below = op("sub.Tensor", parts["LSE"], op("unsqueeze", shift, 0))
+        below = op("add.Tensor", below, parts["LSE_LOW"]) if "LSE_LOW" in parts else below
+        power = op("exp", below)
         whole = total(power)
-        merged["lse"] = op("add.Tensor", op("log", whole), shift)
-        share = op("div.Tensor", power, op("unsqueeze", whole, 0))
-    if "EXPECTED" in parts:
-        expected = parts["EXPECTED"] if share is None else op("mul.Tensor", share, parts["EXPECTED"])
-        merged["entropy"] = op("sub.Tensor", merged["lse"], total(expected))
+        log = op("log", whole)
+        merged["lse"] = op("add.Tensor", log, shift)
+        if "LSE_LOW" in parts:
+            merged["lse_low"] = _lost(log, shift, merged["lse"])
+        log_share = op("sub.Tensor", below, op("unsqueeze", log, 0))
+        share = op("exp", log_share)
+    if "ENTROPY" in parts and share is not None:
+        # Of which split a class is in, and of the classes within it. A share of 0 has none of either.
+        each = op("mul.Tensor", share, op("sub.Tensor", parts["ENTROPY"], log_share))
+        merged["entropy"] = total(op("where.self", op("eq.Scalar", share, 0), 0.0, each))
     if "BEST" in parts:
         split = op("argmax", parts["BEST"], 0, True)
         merged["argmax"] = op("squeeze.dim", op("gather", parts["ARGMAX"], 0, split), 0)
     return merged
+
+
+def _lost(a: Any, b: Any, whole: Any) -> Any:
+    """What rounding left of whole = a + b (Knuth's TwoSum); 0 where that is not finite."""
+    of_b = op("sub.Tensor", whole, a)
+    lost = op("add.Tensor", op("sub.Tensor", a, op("sub.Tensor", whole, of_b)), op("sub.Tensor", b, of_b))
+    return op("where.self", op("lt.Scalar", op("abs", whole), math.inf), lost, 0.0)
 
 
 class Backward:
@@ -390,6 +405,21 @@ def _factor(tangents: dict[str, Any], active: Any) -> Any:
     return op("where.self", op("gt.Scalar", largest, 0.0), op("reciprocal", largest), 1.0)
 
 
+def _by_statistics(tangents: dict[str, Any], stats: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What ops/with_gradients.py does to tangents that are known before the statistics are, and to those."""
+    tangents, stats = dict(tangents), dict(stats)
+    if "lse" in tangents:
+        finite = op("lt.Scalar", op("abs", stats["lse"]), math.inf)
+        tangents["lse"] = op("where.self", finite, tangents["lse"], math.nan)
+    if "lse_low" in stats:
+        factor = op("exp", op("neg", stats["lse_low"]))
+        for name in {"lse", "entropy"} & set(tangents):
+            tangents[name] = op("mul.Tensor", tangents[name], factor)
+        if "entropy" in stats:
+            stats["entropy"] = op("sub.Tensor", stats["entropy"], stats["lse_low"])
+    return tangents, stats
+
+
 def with_gradients(
     tangents: dict[str, Any],
     operands: dict[str, Any],
@@ -411,9 +441,7 @@ def with_gradients(
     wanted += [name for name in ("lse", "entropy") if name not in wanted and {name, "entropy"} & set(tangents)]
     stats = dict(zip(wanted, _statistics(call, wanted, kept, pitch), strict=True))
     results = [stats[name] for name in statistics]
-    if "lse" in tangents:
-        finite = op("lt.Scalar", op("abs", stats["lse"]), math.inf)
-        tangents = tangents | {"lse": op("where.self", finite, tangents["lse"], math.nan)}
+    tangents, stats = _by_statistics(tangents, stats)
     if kept is None:
         return [*results, *backward(tangents, stats, operands, active, needs, attributes)]
     made = Backward(call, tangents, stats, needs)

@@ -167,5 +167,5 @@ def linear_logsumexp(
     operands = {"input": x, "weight": weight, "target": t}
     if bias is not None:
         operands["bias"] = bias
-    stats = _statistics("linear_logsumexp", operands, None, "lse target_logit", scale, softcap)
+    stats = _statistics("linear_logsumexp", operands, None, "lse lse_low target_logit", scale, softcap)
     return stats["lse"].reshape(target.shape), stats["target_logit"].reshape(target.shape)

@@ -38,7 +38,7 @@ from .reference import (
     tile_shape,
 )
 from .softcap import capped
-from .statistics import Statistic, Tile, finish_lse
+from .statistics import Statistic, Tile, finish_all, finish_lse, update_all
 
 TILE = 128  # columns of a tile under "eps"
 
@@ -49,7 +49,7 @@ def forward(call: Call) -> list[Tensor]:
     operands = Operands(call)
     check_targets(operands)
     out = empty_statistics(call)
-    (n, v), lse = (call.input.shape[0], call.weight.shape[0]), call.statistics.split().index("lse")
+    n, v = call.input.shape[0], call.weight.shape[0]
     group = call.filter.group
     bound = call.input.new_zeros((blocks(n), groups(v, group)), dtype=torch.uint8)
     piece_rows, columns = tile_shape(call, temporaries=4, slab_tensors=0)
@@ -57,22 +57,22 @@ def forward(call: Call) -> list[Tensor]:
     for block in cut(operands.n, max(piece_rows // BLOCK, 1) * BLOCK):
         # More than one where the rows of a block do not fit in the workspace at once.
         pieces = list(cut(block.stop, piece_rows, block.start)) if piece_rows < BLOCK else [block]
-        states: list[list] = [[None] * len(rows) for _ in pieces]
+        states: list[dict] = [{} for _ in pieces]
         own = [_target_logits(operands, operands.input(piece), piece) for piece in pieces]
         for slab in cut(v, columns):
             w, mass = operands.weight(slab), None
             for i, piece in enumerate(pieces):
                 tile = capped_tile(operands, operands.input(piece), w, piece, slab)
-                states[i] = [row.update(state, tile) for row, state in zip(rows, states[i], strict=True)]
-                part = _mass(tile, finish_lse(states[i][lse]), own[i], group)
+                update_all(rows, states[i], tile)
+                part = _mass(tile, finish_lse(states[i]["lse"]), own[i], group)
                 mass = part if mass is None else mass + part
             assert mass is not None
             b, j = block.start // BLOCK, slab.start // group
             bound[b : b + mass.shape[0], j : j + mass.shape[1]] = encode(mass)
         for piece, state in zip(pieces, states, strict=True):
             where = piece if operands.index is None else operands.index[piece]
-            for result, row, one in zip(out, rows, state, strict=True):
-                result[where] = row.finish(one)
+            for result, value in zip(out, finish_all(rows, state), strict=True):
+                result[where] = value
     return [*out, bound]
 
 

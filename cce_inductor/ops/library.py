@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import filtered, reference
 from .bound import blocks, groups
 from .call import DIFFERENTIABLE_OPERANDS, Attributes, Call, check, saved_names
+from .statistics import with_all_digits
 
 ATTRIBUTES = (
     "float scale, float softcap, str softcap_form, ScalarType? compute_dtype, str grad_filter, int workspace, "
@@ -141,6 +142,7 @@ class _LinearStatistics(torch.autograd.Function):
         statistics = ctx.statistics.split()
         active = rest.pop() if len(rest) > len(tangents) else None
         named = {name: t for name, t in zip(statistics, tangents, strict=False) if t is not None}
+        named, saved = with_all_digits(named, dict(zip(saved_names(ctx.statistics, rest), rest, strict=True)))
         names = ctx.names.split()
         needs = [
             name
@@ -152,7 +154,7 @@ class _LinearStatistics(torch.autograd.Function):
         grads = BACKWARD(
             list(named.values()),
             " ".join(named),
-            rest,
+            list(saved.values()),
             operands,
             ctx.names,
             active,

@@ -36,16 +36,16 @@ class CrossEntropy:
     @property
     def statistics(self) -> str:
         """What it asks of the logits."""
-        return "lse target_logit logit_sum" if self.label_smoothing else "lse target_logit"
+        return "lse lse_low target_logit logit_sum" if self.label_smoothing else "lse lse_low target_logit"
 
 
 def computed(active: Any, input: Any, bias: Any) -> Any:
     """Which rows the operators compute for a loss: (N,) bool.
 
     active: those that count, (N,) bool. input: (N, D). bias: (V,) or None. The others have no part in the loss, but
-    `log_softmax` gives a row whose logits are NaN, or +inf, the gradient NaN whatever its tangent: 0 * NaN. So rows that
-    are not finite are computed like those that count. A sum is finite only if its terms are; one that overflows makes a
-    row be computed that need not be. A bias of -inf is usual, as a mask.
+    `log_softmax` gives a row whose logits are NaN, or +inf, the gradient NaN whatever its tangent is: 0 * NaN. So rows
+    that are not finite are computed like those that count. A sum is finite only if its terms are; one that overflows
+    makes a row be computed that need not be. A bias of -inf is usual, as a mask.
     """
     active = active | ~input.detach().sum(-1).isfinite()
     return active if bias is None else active | ~bias.detach().amax().isfinite()
@@ -54,8 +54,8 @@ def computed(active: Any, input: Any, bias: Any) -> Any:
 def normalizer(lse: Any) -> Any:
     """What `log_softmax` subtracts from the logits: `lse`, or NaN, as its gradient is too, where that is not finite.
 
-    A logit of +inf, or all of -inf, make NaN of a whole row of `log_softmax`, and of its gradient even where the tangent
-    is 0. `torch.logsumexp` gives infinity.
+    A logit of +inf, or all of -inf, make NaN of a whole row of `log_softmax`, and of its gradient even where the
+    tangent is 0. `torch.logsumexp` gives infinity.
     """
     # Not lse + 0 * lse: Inductor takes 0 * x for 0.
     return lse * torch.where(lse.detach().isfinite(), 1.0, torch.nan).to(lse)  # its dtype
@@ -64,15 +64,15 @@ def normalizer(lse: Any) -> Any:
 def cross_entropy(
     stats: dict[str, Any], target: Any, active: Any, class_weight: Any, vocab: int, loss: CrossEntropy
 ) -> Any:
-    """Cross-entropy from `lse`, `target_logit` and, with label smoothing, `logit_sum`, all (N,).
+    """Cross-entropy from `lse`, `lse_low`, `target_logit` and, with label smoothing, `logit_sum`, all (N,).
 
     target: (N,) int64. active: (N,) bool, the rows whose target is not `ignore_index`. class_weight: (V,) or None; with
     label smoothing, `logit_sum` is weighted by it. Returns the loss in the statistics' dtype: a scalar, or (N,) for
     reduction "none". Follows torch.nn.CrossEntropyLoss: the mean divides by the sum of the weights of the targets, and
     no row at all gives NaN. z-loss is not weighted by class: its mean is over the active rows.
     """
-    lse = normalizer(stats["lse"])
-    nll = lse - stats["target_logit"]
+    lse, low = normalizer(stats["lse"]), stats["lse_low"]
+    nll = (lse - stats["target_logit"]) + low
     if class_weight is None:
         weight = None
     else:
@@ -81,7 +81,7 @@ def cross_entropy(
         nll = nll * weight
     if loss.label_smoothing:
         total_weight = vocab if class_weight is None else class_weight.sum()
-        smooth = lse * total_weight - stats["logit_sum"]
+        smooth = (lse * total_weight - stats["logit_sum"]) + low * total_weight
         nll = nll * (1.0 - loss.label_smoothing) + smooth * (loss.label_smoothing / vocab)
     nll = torch.where(active, nll, 0)
     squared = torch.where(active, lse * lse * loss.z_loss, 0) if loss.z_loss else None

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import diagnostics
 from .call import Call
 from .softcap import capped, capped_and_inner, times_slope
-from .statistics import TABLE, Statistic, Tile
+from .statistics import TABLE, Statistic, Tile, finish_all, update_all
 
 # A tile at most: enough for a GEMM to run at its rate, and small enough for the passes over it to run in cache.
 BLOCK_ROWS, SLAB_COLUMNS = 1024, 2048
@@ -128,14 +128,14 @@ def forward(call: Call) -> list[Tensor]:
     out = empty_statistics(call)
     block_rows, columns = tile_shape(call, temporaries=3, slab_tensors=0)
     for block in cut(operands.n, block_rows):
-        states: list = [None] * len(rows)
+        states: dict = {}
         x = operands.input(block)
         for slab in cut(call.weight.shape[0], columns):
             tile = capped_tile(operands, x, operands.weight(slab), block, slab)
-            states = [row.update(state, tile) for row, state in zip(rows, states, strict=True)]
+            update_all(rows, states, tile)
         where = block if operands.index is None else operands.index[block]
-        for result, row, state in zip(out, rows, states, strict=True):
-            result[where] = row.finish(state)
+        for result, value in zip(out, finish_all(rows, states), strict=True):
+            result[where] = value
     return out
 
 

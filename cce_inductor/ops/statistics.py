@@ -8,6 +8,7 @@ vectors of length N, and the gradient of any loss over them is
 | statistic    | value             | d / d z_j                      | kind    | filter          |
 |--------------|-------------------|--------------------------------|---------|-----------------|
 | lse          | log sum_j exp z_j | p_j                            | dense   | yes             |
+| lse_low      | what rounding left of lse | none                   | none    | yes             |
 | target_logit | z_t               | 1 at j = t                     | sparse  | yes             |
 | logit_sum    | sum_j c_j z_j     | c_j                            | linear  | without softcap |
 | entropy      | lse - sum_j p_j z_j | -p_j (z_j - lse + entropy)   | signed  | no              |
@@ -16,6 +17,10 @@ vectors of length N, and the gradient of any loss over them is
 "linear" is rank-1 without a softcap and dense with one. "filter" says whether a backward may leave out columns of small
 probability mass where the statistic is asked for (docs/design.md): the bound is one of the dense part of lse, the
 sparse part is never dropped, a rank-1 part is formed exactly beside it, and for the others no bound is proved.
+
+Where all logits are large, lse has few digits behind the point. `lse + lse_low` has them: `(z_t - lse) + lse_low` is as
+exact as `log_softmax`, which subtracts the maximum first. It is 0 where lse is not finite. See `with_all_digits` for
+the gradient.
 """
 
 from collections.abc import Callable
@@ -52,7 +57,7 @@ class RunningExp:
 
     maximum: Tensor  # (rows,)
     total: Tensor  # sum exp(z - maximum)
-    weighted: Tensor | None  # sum z exp(z - maximum)
+    weighted: Tensor | None  # sum (z - maximum) exp(z - maximum)
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class Statistic:
     add_gradient: Callable[[Tensor | None, Tile, Tensor, dict[str, Tensor]], Tensor] | None
     requires: tuple[str, ...] = ()  # operands and statistics that must be there as well
     integer: bool = False
+    state_of: str = ""  # the statistic whose state `finish` is given, where it has none of its own
 
     @property
     def differentiable(self) -> bool:
@@ -96,15 +102,17 @@ def _update_exp(state: RunningExp | None, tile: Tile, weighted: bool) -> Running
     z = tile.z
     maximum = z.amax(1) if state is None else torch.maximum(state.maximum, z.amax(1))
     shift = _shift(maximum)
-    exp = (z - shift[:, None]).exp_()
+    below = z - shift[:, None]
+    exp = below.exp() if weighted else below.exp_()
     total = exp.sum(1)
     # z exp z tends to 0 where z is -inf; 0 * -inf would be NaN.
-    product = exp.mul_(z).masked_fill_(z == -torch.inf, 0).sum(1) if weighted else None
+    product = exp.mul_(below).masked_fill_(z == -torch.inf, 0).sum(1) if weighted else None
     if state is not None:
-        rescale = torch.exp(torch.where(state.maximum == -torch.inf, -torch.inf, _shift(state.maximum) - shift))
+        change = _shift(state.maximum) - shift
+        rescale = torch.exp(torch.where(state.maximum == -torch.inf, -torch.inf, change))
         total += state.total * rescale
         if product is not None and state.weighted is not None:
-            product += state.weighted * rescale
+            product += (state.weighted + change * state.total) * rescale
     return RunningExp(maximum, total, product)
 
 
@@ -112,9 +120,18 @@ def finish_lse(state: RunningExp) -> Tensor:
     return state.total.log() + _shift(state.maximum)
 
 
+def _finish_lse_low(state: RunningExp) -> Tensor:
+    """What is left of the sum in `finish_lse` (Knuth's TwoSum)."""
+    log, shift = state.total.log(), _shift(state.maximum)
+    lse = log + shift
+    of_shift = lse - log
+    low = (log - (lse - of_shift)) + (shift - of_shift)
+    return torch.where(lse.isfinite(), low, 0)
+
+
 def _finish_entropy(state: RunningExp) -> Tensor:
     assert state.weighted is not None
-    return finish_lse(state) - state.weighted / state.total
+    return state.total.log() - state.weighted / state.total
 
 
 def _update_target(state: Tensor | None, tile: Tile) -> Tensor:
@@ -179,11 +196,41 @@ TABLE: dict[str, Statistic] = {
             "entropy", "signed", "no", lambda s, t: _update_exp(s, t, True), _finish_entropy, _grad_entropy, ("lse",)
         ),
         Statistic("lse", "dense", "yes", lambda s, t: _update_exp(s, t, False), finish_lse, _grad_lse),
+        Statistic("lse_low", "none", "yes", lambda s, t: s, _finish_lse_low, None, ("lse",), state_of="lse"),
         Statistic("logit_sum", "linear", "without softcap", _update_sum, _identity, _grad_sum),
         Statistic("target_logit", "sparse", "yes", _update_target, _identity, _grad_target, ("target",)),
         Statistic("argmax", "none", "yes", _update_argmax, lambda s: s[1], None, integer=True),
     )
 }
+
+
+def update_all(rows: list[Statistic], states: dict[str, Any], tile: Tile) -> None:
+    """Folds one tile into the states of the statistics, by name: {} at first."""
+    for row in rows:
+        if not row.state_of:
+            states[row.name] = row.update(states.get(row.name), tile)
+
+
+def finish_all(rows: list[Statistic], states: dict[str, Any]) -> list[Tensor]:
+    """The statistics of the rows whose tiles were folded into `states`."""
+    return [row.finish(states.get(row.state_of or row.name)) for row in rows]
+
+
+def with_all_digits(tangents: dict[str, Any], saved: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tangents and saved statistics, with what lse_low corrects of the gradient put into them.
+
+    A backward takes exp(z - lse) for p, which is off by the factor exp(lse_low), the same for a whole row. What that does
+    to the gradient of a softmax is worse: it no longer adds up to 0, and a component that the rows of the weight have
+    in common stays in dx. The factor is taken out of the tangents instead, and lse_low out of the entropy, as it would
+    have to be in p (z - lse - lse_low + entropy).
+    """
+    if "lse_low" not in saved:
+        return tangents, saved
+    low = saved["lse_low"]
+    tangents = {name: t * (-low).exp() if TABLE[name].uses_softmax else t for name, t in tangents.items()}
+    if "entropy" in tangents:
+        saved = saved | {"entropy": saved["entropy"] - low}
+    return tangents, saved
 
 
 def parse(names: str) -> list[Statistic]:

@@ -2,8 +2,10 @@
 
 `linear_statistics_with_gradients` is `linear_statistics` followed by `linear_statistics_backward`, for tangents that
 are known beforehand up to one common factor, as those of a mean or a sum are. A kernel that does both need not compute
-the logits twice. Those tangents cannot say what the statistics will be, so the operator itself takes the tangent of lse
-for NaN in rows whose lse is not finite, as `losses.normalizer` would. `attach_gradients` ties such gradients to the loss: its backward multiplies them by its tangent.
+the logits twice. Those tangents cannot depend on the statistics, so the operator does to them what arithmetic on the
+statistics would: the tangent of lse is NaN in rows whose lse is not finite (`losses.normalizer`), and lse_low counts
+(`statistics.with_all_digits`). `attach_gradients` ties such gradients to the loss: its backward multiplies them by its
+tangent.
 """
 
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .call import saved_names
 from .library import (
     ATTRIBUTES,
     autocast_off,
@@ -23,6 +26,7 @@ from .library import (
     kept,
     library,
 )
+from .statistics import with_all_digits
 
 # The gradients, of the operands named in `needs`, come behind the statistics in the result.
 library.define(
@@ -42,11 +46,13 @@ ATTACH = torch.ops.cce_inductor.attach_gradients.default
 def _eager(tangents, tangent_names, operands, names, active, statistics, needs, *attributes) -> list[Tensor]:
     saved = eager_forward(operands, names, active, statistics, True, *attributes)
     given = dict(zip(tangent_names.split(), tangents, strict=True))
+    results = dict(zip(saved_names(statistics, saved), saved, strict=True))
     if "lse" in given:
-        lse = saved[statistics.split().index("lse")]
-        tangents = [torch.where(lse.isfinite(), t, torch.nan) if name == "lse" else t for name, t in given.items()]
+        given["lse"] = torch.where(results["lse"].isfinite(), given["lse"], torch.nan)
+    given, results = with_all_digits(given, results)
     call = (operands, names, active, statistics, needs, *attributes)
-    return saved[: len(statistics.split())] + eager_backward(tangents, tangent_names, saved, *call)
+    gradients = eager_backward(list(given.values()), tangent_names, list(results.values()), *call)
+    return saved[: len(statistics.split())] + gradients
 
 
 def _autograd(tangents, tangent_names, operands, *rest) -> list[Tensor]:

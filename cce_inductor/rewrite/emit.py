@@ -116,7 +116,7 @@ class Group:
         return len({r.column_weight if isinstance(r, Loss) else None for r in sums}) <= 1
 
 
-TABLE_ORDER = ("lse", "target_logit", "logit_sum", "entropy", "argmax")
+TABLE_ORDER = ("lse", "lse_low", "target_logit", "logit_sum", "entropy", "argmax")
 assert set(TABLE_ORDER) == set(TABLE)
 
 
@@ -374,7 +374,7 @@ class Statistics:
 
     def _part(self, name: str) -> Proxy:
         p = self.parts[name]
-        return p.detach() if self.detach and name not in ("target", "active", "argmax") else p
+        return p.detach() if self.detach and name not in ("target", "active", "argmax", "lse_low") else p
 
     @property
     def vocab(self) -> Any:
@@ -391,8 +391,14 @@ class Statistics:
         return result
 
     @property
-    def normalizer(self) -> Any:
-        return normalizer(self.lse)
+    def lse_low(self) -> Any:
+        """What lse lacks. Another log-sum-exp that is added to it is not known that well either."""
+        added = any(mask.fill != -torch.inf for mask in self.value.masks)
+        return 0.0 if added else self._part("lse_low")
+
+    def log_p(self, z: Any, count: Any = 1) -> Any:
+        """z less `count` times what log_softmax subtracts; z is one logit, or the sum of `count` of them."""
+        return (z - normalizer(self.lse) * count) - self.lse_low * count
 
     @property
     def target_logit(self) -> Any:

@@ -21,6 +21,8 @@ from .rows import full, positions
 from .values import Refused, Value, fake, storages, written
 
 Args = dict[str, Any]
+# What a reading of a log-sum-exp, a softmax or its logarithm needs: a gradient is exact with both.
+SOFTMAX = ("lse", "lse_low")
 
 
 def _as_it_is(result: Any) -> Any:
@@ -202,7 +204,7 @@ def _logsumexp(value: Value, node: Node, args: Args) -> Reading:
     value.need("logits", "logsumexp of log-probabilities, which is 0", "leave it out")
     _readable(value, node)
     over_classes(value, "logsumexp", _single(args["dim"]))
-    return Reading(node, value, ("lse",), flat=lambda s: s.lse, shape=_keep(value, args["keepdim"]))
+    return Reading(node, value, SOFTMAX, flat=lambda s: s.lse, shape=_keep(value, args["keepdim"]))
 
 
 def _single(dim: Any) -> Any:
@@ -228,9 +230,9 @@ def _entry(value: Value) -> tuple[tuple[str, ...], Callable[[Any], Any]]:
     if value.kind == "logits":
         return ("target_logit",), lambda s: _times(s.target_logit, factor)
     if value.kind == "log_softmax":
-        return ("lse", "target_logit"), lambda s: _times(s.target_logit - s.normalizer, factor)
+        return (*SOFTMAX, "target_logit"), lambda s: _times(s.log_p(s.target_logit), factor)
     if value.kind == "softmax":
-        return ("lse", "target_logit"), lambda s: _times((s.target_logit - s.normalizer).exp(), factor)
+        return (*SOFTMAX, "target_logit"), lambda s: _times(s.log_p(s.target_logit).exp(), factor)
     if value.kind == "exp":
         return ("target_logit",), lambda s: _times(s.target_logit.exp(), factor)
     raise Refused("one entry of the product of the softmax and its logarithm", "compute it from log_softmax")
@@ -246,17 +248,17 @@ def _total(value: Value) -> tuple[tuple[str, ...], Callable[[Any], Any]]:
     if value.picked is not None:
         return _entry(value)
     if value.kind == "exp":
-        return ("lse",), lambda s: _times(s.lse.exp(), factor)
+        return SOFTMAX, lambda s: _times(s.lse.exp(), factor)
     if value.kind == "p log p":
-        return ("lse", "entropy"), lambda s: s.entropy * -factor
+        return (*SOFTMAX, "entropy"), lambda s: s.entropy * -factor
     if value.kind == "p z":
-        return ("lse", "entropy"), lambda s: _times(s.lse - s.entropy, factor)
+        return (*SOFTMAX, "entropy"), lambda s: _times((s.lse - s.entropy) + s.lse_low, factor)
     if value.masks:
         raise Refused("a sum over masked classes", "slice the weight instead of masking")
     if value.kind == "logits":
         return ("logit_sum",), lambda s: _times(s.logit_sum, factor)
     if value.kind == "log_softmax":
-        return ("lse", "logit_sum"), lambda s: _times(s.logit_sum - s.normalizer * s.vocab, factor)
+        return (*SOFTMAX, "logit_sum"), lambda s: _times(s.log_p(s.logit_sum, s.vocab), factor)
     cure = "leave it out (torch.distributions.Categorical: give it logits=, not probs=)"
     raise Refused("a sum of probabilities, which is 1", cure)
 

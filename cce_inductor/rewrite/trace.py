@@ -22,7 +22,7 @@ from .combine import added, rows
 from .heads import HEADS, subclassed
 from .one_hot import Mixture, is_number, is_row_vector, is_tensor, marks_target, mixture, one_hot_target
 from .pointwise import INPLACE, MARGIN, VALUES, over_classes, product
-from .readings import LOSSES, Loss, Reading, maximum, reading
+from .readings import LOSSES, SOFTMAX, Loss, Reading, maximum, reading
 from .rows import PARTS, ROWS, join
 from .values import Head, Listed, Refusal, Refused, Value, differentiates, example, fake, storages
 from .vocabulary import Op
@@ -615,7 +615,7 @@ class Interpreter:
     def _follow_lse(self, node: Node, op: Op, made: Reading | None = None) -> None:
         """Remembers the log-sum-exps of rows, in the rank of the logits."""
         if made is not None:
-            if made.statistics == ("lse",) and isinstance(example(node), Tensor):
+            if made.statistics == SOFTMAX and isinstance(example(node), Tensor):
                 (self.lse if op.name == "logsumexp" else self.sums)[node] = made
             return
         source = op.args.get("input")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Node, Proxy
 
-from ..ops.losses import cross_entropy
+from ..ops.losses import cross_entropy, normalizer
 from . import vocabulary
 from .builder import Builder
 from .one_hot import Mixture
@@ -152,7 +152,7 @@ def of_members(builder: Builder, reading: Reading) -> Proxy:
     value = reading.value
     if value.masks or value.terms or value.columns:
         raise Refused("logits of several heads are masked, shifted or cut", "do that to each of them")
-    if not set(reading.statistics) <= {"lse", "target_logit", "logit_sum"}:
+    if not set(reading.statistics) <= {"lse", "lse_low", "target_logit", "logit_sum"}:
         raise Refused(f"the {reading.statistics[-1]} of logits of several heads", "compute it of each of them")
     kind = _Concatenated if value.head.stacked_at is None else _Stacked
     statistics = kind(builder, reading)
@@ -162,7 +162,7 @@ def of_members(builder: Builder, reading: Reading) -> Proxy:
     if reading.column_weight is not None:
         raise Refused("label smoothing with class weights over several heads", "compute a loss of each")
     target, active = statistics.target, statistics.active
-    stats = {name: builder.call(torch.where, active, getattr(statistics, name), 0) for name in reading.statistics}
+    stats = {name: getattr(statistics, name) for name in reading.statistics}
     weight = None if reading.weight is None else builder.proxy(reading.weight)
     result = cross_entropy(stats, target, active, weight, statistics.vocab, reading.arguments)
     result = statistics.in_rows(result) if reading.arguments.reduction == "none" else result
@@ -213,6 +213,11 @@ class _Members(abc.ABC):
     @abc.abstractmethod
     def in_rows(self, flat: Any) -> Any:
         """In the leading shape of the logits."""
+
+    lse_low = 0.0  # log-sum-exps that are put together are not known to more digits
+
+    def log_p(self, z: Any, count: Any = 1) -> Any:
+        return z - normalizer(self.lse) * count  # type: ignore[attr-defined]
 
     def with_zeros(self, result: Any) -> Any:
         """Eager's gradients of heads that nothing is read of are zero, not none: this sends them zeros."""
