@@ -264,7 +264,7 @@ def _by_bound(operands: Operands, tangent: Tensor, saved: dict[str, Tensor], pie
     rest, slack = _own_mass(operands, saved)
     largest = torch.stack([part.amax() for part in g.split(BLOCK)]).double()
     total = torch.stack([part.sum() for part in (g.double() * rest).split(BLOCK)])
-    allowed = torch.where(largest == 0, torch.inf, budget * total / largest)
+    allowed = torch.where((largest == 0) & ~total.isnan(), torch.inf, budget * total / largest)
     bound = saved["bound"][: blocks(operands.n)]
     edge, start = edges(bound, allowed, max(1, call.attributes.workspace // (64 * bound.shape[0])))
     seed = call.operands["seed"] if unbiased else None
@@ -285,12 +285,16 @@ def _by_bound(operands: Operands, tangent: Tensor, saved: dict[str, Tensor], pie
 
 
 def _own_mass(operands: Operands, saved: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Of each active row, (n,): 1 - p_target, the mass of its dense gradient, and by how much that may be wrong."""
+    """Of each active row, (n,): 1 - p_target, the mass of its dense gradient, and by how much that may be wrong.
+
+    NaN where lse is not finite: nothing is known of such a row, and its block is done in full.
+    """
     every = slice(0, operands.n)
     lse = operands.rows(saved["lse"], every)
     rest = torch.ones_like(lse)
     if operands.target is not None:
         rest = -torch.expm1(operands.rows(saved["target_logit"], every) - lse)
+    rest = torch.where(lse.isfinite(), rest, torch.nan)
     # lse itself is known to half a unit of its last place.
     return rest, torch.finfo(lse.dtype).eps * (2 + lse.abs())
 

@@ -36,6 +36,8 @@ class Case:
     tiles: Tiles = SMALL
     early: bool = False  # gradients formed in the forward
     infinite: bool = False  # one column's logits are
+    offset: float = 0.0  # of all logits, which are exact: what is off is what is made of them
+    not_a_number: bool = False  # one row that counts, and one that does not
     ignored: bool = False  # every row is
     budget: float = 0.0  # 0: exact
     rounds: tuple[Round, ...] = ()  # of a forward that leaves a bound
@@ -53,6 +55,11 @@ class Case:
         t = torch.randint(0, self.v, (self.n,))
         if self.infinite:
             b[7], t = torch.inf, t % 7
+        if self.offset:
+            x, w, b = ((tensor * 16).round() / 16 for tensor in (x, w, b))
+            x[:, 0], w[:, 0] = 1.0, self.offset
+        if self.not_a_number:
+            x[2, 1] = x[4, 1] = torch.nan
         if self.giant:
             b[-1] = 30.0
         if self.confident:
@@ -103,10 +110,10 @@ def plain(x, w, b, t):
     return F.cross_entropy(F.linear(x, w, b).float(), t)
 
 
-def from_logsumexp(x, w, b, t):
-    """`plain`, but for infinite logits: F.cross_entropy gives NaN in the whole row, torch.logsumexp and we do not."""
-    z = F.linear(x, w, b).float() if x.dtype != torch.float64 else F.linear(x, w, b)
-    return (z.logsumexp(1) - z.gather(1, t[:, None])[:, 0]).mean()
+def with_entropy(x, w, b, t):
+    z = F.linear(x, w, b)
+    entropy = -(z.softmax(1) * z.log_softmax(1)).sum(1)
+    return F.cross_entropy(z, t) + 0.2 * entropy.mean()
 
 
 def softcapped(x, w, b, t):
@@ -240,9 +247,14 @@ CASES = {
         widely_capped, dtype=torch.bfloat16, sharp=60.0, early=True, tiles=KEEPING
     ),
     "gradients in the forward, infinite logits": Case(
-        plain, from_logsumexp, dtype=torch.bfloat16, infinite=True, early=True, tiles=KEEPING
+        plain, dtype=torch.bfloat16, infinite=True, early=True, tiles=KEEPING
     ),
-    "infinite logits": Case(plain, from_logsumexp, infinite=True),
+    "gradients in the forward, NaN": Case(plain, dtype=torch.bfloat16, not_a_number=True, early=True, tiles=KEEPING),
+    "gradients in the forward, large logits": Case(plain, offset=4096.0, early=True, tiles=KEEPING),
+    "infinite logits": Case(plain, infinite=True),
+    "NaN in float16": Case(scaled, dtype=torch.float16, not_a_number=True),
+    "large logits": Case(with_entropy, offset=4096.0),
+    "large logits, splits": Case(with_entropy, offset=-4096.0, n=33, v=4500, d=20),
     "budget": BUDGET,
     "budget, bfloat16": replace(BUDGET, dtype=torch.bfloat16),
     "budget, float16": replace(BUDGET, loss=scaled, dtype=torch.float16),
@@ -259,5 +271,6 @@ CASES = {
     ),
     "budget, any number of rows": replace(BUDGET, dynamic=True),
     "budget, every row ignored": replace(BUDGET, ignored=True),
+    "budget, NaN": replace(BUDGET, not_a_number=True),
     "budget, smoothing": replace(BUDGET, loss=softcapped, dtype=torch.bfloat16),
 }

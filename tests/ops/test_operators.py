@@ -20,7 +20,7 @@ VARIANTS = list(
 
 
 def test_the_table_is_covered():
-    assert set(EVERY.split()) == set(TABLE)
+    assert set(EVERY.split()) | {"lse_low"} == set(TABLE)  # which test_large_logits.py has
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
