@@ -47,8 +47,8 @@ def computed(active: Any, input: Any, bias: Any) -> Any:
     that are not finite are computed like those that count. A sum is finite only if its terms are; one that overflows
     makes a row be computed that need not be. A bias of -inf is usual, as a mask.
     """
-    active = active | ~input.detach().sum(-1).isfinite()
-    return active if bias is None else active | ~bias.detach().amax().isfinite()
+    active = active | ~input.sum(-1).isfinite()
+    return active if bias is None else active | ~bias.amax().isfinite()
 
 
 def normalizer(lse: Any) -> Any:
@@ -58,7 +58,7 @@ def normalizer(lse: Any) -> Any:
     tangent is 0. `torch.logsumexp` gives infinity.
     """
     # Not lse + 0 * lse: Inductor takes 0 * x for 0.
-    return lse * torch.where(lse.detach().isfinite(), 1.0, torch.nan).to(lse)  # its dtype
+    return lse * torch.where(lse.isfinite(), 1.0, torch.nan).to(lse)  # its dtype
 
 
 def cross_entropy(
