@@ -1,6 +1,6 @@
 """Logits that are not finite: NaN and infinities stand where eager has them, in the value and in every gradient.
 
-A grid of programs and troubles (troubles.py), with what differs by design (README.md, "Numbers that are not finite").
+A grid of programs and troubles (troubles.py), with what differs by design (README.md).
 Here the operators' eager implementation runs the rewritten programs.
 """
 
