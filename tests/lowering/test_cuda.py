@@ -120,15 +120,19 @@ def test_allocations_and_launches_of_a_training_step():
         """\
 allocate (512) bool
 allocate (512) int64
-allocate () int64
+allocate (512) bool
+launch persistent reduction
+allocate (512) int64
 launch persistent reduction
 allocate (512) int64
 launch pointwise x 2
 allocate (1) int64
 launch pointwise
-allocate (2048) float32 x 2
+allocate (2048) float32 x 3
 launch linear_statistics
 allocate (512) float32 x 2
+allocate (512) bool
+allocate (512) float32
 allocate () float32
 launch persistent reduction""",
     )
@@ -141,8 +145,6 @@ launch persistent reduction
 allocate (512) int64
 launch pointwise x 2
 allocate (1) int64
-launch pointwise
-allocate () float32
 launch pointwise
 allocate (512) float32
 launch pointwise
