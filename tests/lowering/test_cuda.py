@@ -186,16 +186,20 @@ def test_allocations_and_launches_of_gradients_in_the_forward():
     assert_expected_inline(
         rendered.summary(forward),
         """\
+allocate (512) bfloat16
+launch persistent reduction
 allocate () float32
 allocate (512) int64
 launch persistent reduction
 allocate (512) int64
-launch pointwise x 2
+launch pointwise
+allocate (512) int64
+launch pointwise
 allocate (1) int64
 launch pointwise
 allocate (512, 9216) bfloat16
 allocate (36352) float32
-allocate (2048) float32 x 2
+allocate (2048) float32 x 3
 launch linear_statistics, kept
 allocate (512) float32 x 3
 allocate () float32
@@ -231,13 +235,15 @@ def test_allocations_and_launches_under_a_budget():
         """\
 allocate (512) bool
 allocate (512) int64
-allocate () int64
+allocate (512) bool
+launch persistent reduction
+allocate (512) int64
 launch persistent reduction
 allocate (512) int64
 launch pointwise x 2
 allocate (1) int64
 launch pointwise
-allocate (9216) float32 x 2
+allocate (9216) float32 x 3
 allocate (4, 9000) uint8
 launch pointwise
 allocate (512) float32
@@ -247,8 +253,11 @@ launch pointwise
 allocate (512) float32
 launch pointwise
 launch linear_statistics, bound
+allocate (512) float32
+allocate (512) bool
 launch persistent reduction
 allocate () float32
+allocate () int64
 launch persistent reduction""",
     )
     assert_expected_inline(
@@ -259,8 +268,6 @@ launch persistent reduction
 allocate (512) int64
 launch pointwise x 2
 allocate (1) int64
-launch pointwise
-allocate () float32
 launch pointwise
 allocate (512) float32
 launch pointwise
