@@ -123,8 +123,13 @@ class _LinearStatistics(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             out = FORWARD(list(operands), names, active, statistics, True, *attributes)
         seed = [call.operands["seed"]] if "seed" in call.operands else []  # drawn again, it would be another one
-        beside = must_save([*out[len(call.rows) :], *seed])
-        out = [*must_save(out[: len(call.rows)], beside), *beside[: len(out) - len(call.rows)]]
+        # Of the statistics, lse_low may be one that only the backward reads.
+        low = [i for i, row in enumerate(call.rows) if row.name == "lse_low"]
+        beside = must_save([*out[len(call.rows) :], *(out[i] for i in low), *seed])
+        extra = len(out) - len(call.rows)
+        out = [*must_save(out[: len(call.rows)], beside), *beside[:extra]]
+        for i, saved in zip(low, beside[extra:], strict=False):
+            out[i] = saved
         if seed:
             call.operands["seed"] = beside[-1]
         ctx.names, ctx.statistics, ctx.attributes = names, statistics, attributes

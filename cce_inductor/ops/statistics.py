@@ -220,9 +220,9 @@ def with_all_digits(tangents: dict[str, Any], saved: dict[str, Any]) -> tuple[di
     """Tangents and saved statistics, with what lse_low corrects of the gradient put into them.
 
     A backward takes exp(z - lse) for p, which is off by the factor exp(lse_low), the same for a whole row. What that
-    does to the gradient of a softmax is worse: it no longer adds up to 0, and a component that the rows of the weight have
-    in common stays in dx. The factor is taken out of the tangents instead, and lse_low out of the entropy, as it would
-    have to be in p (z - lse - lse_low + entropy).
+    does to the gradient of a softmax is worse: it no longer adds up to 0, and a component that the rows of the weight
+    have in common stays in dx. The factor is taken out of the tangents instead, and lse_low out of the entropy, as it
+    would have to be in p (z - lse - lse_low + entropy).
     """
     if "lse_low" not in saved:
         return tangents, saved
