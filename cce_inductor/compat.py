@@ -103,6 +103,26 @@ def trace_artifact(name: str, text: Callable[[], str]) -> None:
     )
 
 
+def attribute_read(node: Node) -> str | None:
+    """The tensor attribute that `node` is a read of, as in ``z.mT``, or None.
+
+    torch before 2.14 captures it as ``getattr(z, "mT")``, later ones as the operator behind the attribute.
+    """
+    if node.op != "call_function" or not node.args:
+        return None
+    if node.target is getattr:
+        return str(node.args[1])
+    return _ATTRIBUTES.get(node.target)
+
+
+_ATTRIBUTES: dict[Any, str] = {
+    torch.ops.aten.numpy_T: "T",
+    torch.ops.aten.mT: "mT",
+    torch.ops.aten.matrix_H: "H",
+    torch.ops.aten.mH: "mH",
+}
+
+
 def copy_node_attributes(old: Node, new: Node) -> None:
     """What Dynamo keeps on a node outside its `meta`: where a placeholder came from, which AOTAutograd reads."""
     for name in ("_dynamo_source",):

@@ -4,7 +4,6 @@ A row of `SPELLINGS` says: these functions and these tensor methods are `name`, 
 A new spelling is a new entry here; what an op does to logits is decided in `trace`.
 """
 
-import builtins
 import functools
 import inspect
 import operator
@@ -16,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
+
+from .. import compat
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,6 @@ SPELLINGS = (
     # metadata
     Spelling("size", "input dim=None", (), ("size",)),
     Spelling("metadata", "input *rest", (), ("dim", "ndimension", "numel", "nelement", "stride", "is_contiguous")),
-    Spelling("getattr", "input name", (builtins.getattr,)),
     # losses
     Spelling("log_softmax", "input dim=None _stacklevel=3 dtype=None", (F.log_softmax,)),
     Spelling("log_softmax", "input dim dtype=None", (torch.log_softmax, torch.special.log_softmax), ("log_softmax",)),
@@ -215,6 +215,9 @@ _INPLACE_FORMS = {getattr(operator, f"i{name}"): getattr(operator, name) for nam
 
 def read(node: Node) -> Op | None:
     """What `node` is, or None for an op that the vocabulary does not have (or arguments it does not fit)."""
+    attribute = compat.attribute_read(node)
+    if attribute is not None:
+        return Op("getattr", {"input": node.args[0], "name": attribute})
     entry, inplace = _entry(node)
     if entry is None:
         return None
@@ -358,6 +361,9 @@ def describe(node: Node) -> str:
         return "torch.autograd.Function.apply"
     if node.op == "call_method":
         return f"Tensor.{node.target}"
+    attribute = compat.attribute_read(node)
+    if attribute is not None:
+        return f"Tensor.{attribute}"
     if node.op == "call_function":
         target = node.target
         module = getattr(target, "__module__", None)
