@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from types import CodeType
 from typing import Any
 
 import torch
@@ -305,12 +306,35 @@ def outputs(gm: GraphModule) -> tuple:
     return tuple(next(n for n in reversed(gm.graph.nodes) if n.op == "output").args[0])  # type: ignore[arg-type]
 
 
+_NOT_THE_PROGRAM = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
+
+
+def uncompiled_caller() -> CodeType | None:
+    """The function of the program that calls the one being compiled, where Dynamo has left it to Python.
+
+    From 2.15 on Dynamo does not break the graph at some calls but skips the function that makes them, and compiles
+    what that function calls one by one.
+    """
+    compiling = False
+    for frame, _ in traceback.walk_stack(sys._getframe(1)):
+        code = frame.f_code
+        compiling |= code.co_filename == _dynamo_file("convert_frame.py")
+        if code.co_filename == _dynamo_file("eval_frame.py") and code.co_name == "compile_wrapper":
+            return None  # the program calls what torch.compile gave it
+        if not code.co_filename.startswith(_NOT_THE_PROGRAM):
+            return code if compiling else None
+    return None
+
+
+def _dynamo_file(name: str) -> str:
+    return os.path.join(os.path.dirname(torch.__file__), "_dynamo", name)
+
+
 def python_stack() -> str:
     """The innermost Python frame outside of PyTorch and of this package, as in a traceback; "" if there is none."""
-    ours = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
     for frame, line in traceback.walk_stack(sys._getframe(1)):
         code = frame.f_code
-        if not code.co_filename.startswith(ours):
+        if not code.co_filename.startswith(_NOT_THE_PROGRAM):
             return f'  File "{code.co_filename}", line {line}, in {code.co_name}\n'
     return ""
 

@@ -1,5 +1,6 @@
 """The pass: a captured graph in, a rewritten copy and a record of every loss out."""
 
+import inspect
 import logging
 import math
 from collections import Counter
@@ -71,15 +72,23 @@ def _fault(loss: Node, error: Exception) -> Site:
 def differentiated_again(gm: GraphModule) -> str:
     """Where the program takes a derivative that it differentiates again, right behind a graph; "" if it does not.
 
-    Dynamo breaks the graph there, and says so.
+    Dynamo breaks the graph there, and says so, or leaves the function that does so to Python.
     """
     reason = getattr(gm, "compile_subgraph_reason", None)
-    if reason is None or "autograd.grad" not in str(reason.reason) or not reason.user_stack:
+    if reason is not None and "autograd.grad" in str(reason.reason) and reason.user_stack:
+        frame = reason.user_stack[-1]
+        return f"{frame.filename}:{frame.lineno}" if _AGAIN in (frame.line or "") else ""
+    caller = compat.uncompiled_caller()
+    if caller is None:
         return ""
-    frame = reason.user_stack[-1]
-    if "create_graph=True" not in (frame.line or ""):
+    try:
+        lines, first = inspect.getsourcelines(caller)
+    except (OSError, TypeError):  # typed in, or made by exec()
         return ""
-    return f"{frame.filename}:{frame.lineno}"
+    return next((f"{caller.co_filename}:{first + i}" for i, line in enumerate(lines) if _AGAIN in line), "")
+
+
+_AGAIN = "create_graph=True"
 
 
 def copy_graph(gm: GraphModule) -> GraphModule:

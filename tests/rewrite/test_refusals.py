@@ -563,11 +563,20 @@ def test_convolution_is_no_head(conv):
 def test_a_second_derivative_runs_uncompiled(inputs):
     """No compiled graph can be differentiated twice: this one is left to eager, and says so."""
 
-    def fn(h, w, t):
+    def of_logits(h, w, t):
         loss = ce(F.linear(h, w), t)
         (g,) = torch.autograd.grad(loss, h, create_graph=True)
         return loss + g.square().sum()
 
+    def of_head(h, w, t):
+        return ce(F.linear(h, w), t)
+
+    def fn(h, w, t):
+        loss = of_head(h, w, t)
+        (g,) = torch.autograd.grad(loss, h, create_graph=True)
+        return loss + g.square().sum()
+
+    assert_same_as_eager(of_logits, inputs, fused=0)
     assert_same_as_eager(fn, inputs, fused=0)
     with config.patch(min_vocab=0):
         (site,) = cce_inductor.explain(fn, *inputs).sites
