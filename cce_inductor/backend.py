@@ -18,7 +18,7 @@ from .lowering import register as lowering
 from .lowering.choose import choose
 from .ops import library, ranking, with_gradients  # noqa: F401 - they register the operators
 from .ops.choice import Chooser
-from .rewrite.rewrite import Rewritten, rewrite
+from .rewrite.rewrite import Rewritten, faulty, rewrite
 from .rewrite.site import Site
 from .rewrite.without_loss import defer_heads
 
@@ -65,9 +65,14 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], settings: Sett
 
 def _compile(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings, compiler: Callable) -> Callable:
     lowered = settings.compiler == "inductor"
-    if lowered:
-        lowering.register()
-    entry, result = _settle(elsewhere.entries(gm, example_inputs), settings, choose if lowered else None)
+    try:
+        if lowered:
+            lowering.register()
+        entry, result = _settle(elsewhere.entries(gm, example_inputs), settings, choose if lowered else None)
+    except DeclinedError:
+        raise
+    except Exception as error:  # a private name of PyTorch's that is gone, for one
+        entry, result = _settle([elsewhere.Entry(gm, list(example_inputs))], settings, None, error)
     # compile_fx calls itself, and enable() wraps it: the mark keeps the pass from running twice on one graph.
     # The parts of a graph that DDPOptimizer has cut share one `meta`.
     result.graph_module.meta = {**result.graph_module.meta, _MARK: True}
@@ -92,11 +97,17 @@ def _as_it_is(gm: GraphModule) -> Callable:
 
 
 def _settle(
-    forms: Iterable[elsewhere.Entry], settings: Settings, choose: Chooser | None
+    forms: Iterable[elsewhere.Entry], settings: Settings, choose: Chooser | None, fault: Exception | None = None
 ) -> tuple[elsewhere.Entry, Rewritten]:
-    """Rewrites a graph in the first of its forms that takes it, and keeps the record of what became of its losses."""
+    """Rewrites a graph in the first of its forms that takes it, and keeps the record of what became of its losses.
+
+    fault: what keeps the graph from being rewritten at all.
+    """
     unfused = None
     for entry in forms:
+        if fault is not None:
+            result = faulty(entry.graph_module, fault)
+            break
         result = rewrite(entry.graph_module, settings, version.source_hash(), choose)
         if len(result.sites) == result.unnamed:
             # Heads beside a loss that cannot be fused may still be deferred.

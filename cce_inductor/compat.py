@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+import warnings
 from types import CodeType
 from typing import Any
 
@@ -14,12 +15,29 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils.weak import WeakIdKeyDictionary
 
-SUPPORTED = ((2, 11), (2, 13))
+SUPPORTED = ((2, 11), (2, 15))
 
 
 def torch_version() -> tuple[int, int]:
     major, minor = torch.__version__.split("+")[0].split(".")[:2]
     return int(major), int(minor)
+
+
+def is_supported() -> bool:
+    low, high = SUPPORTED
+    return low <= torch_version() <= high
+
+
+def supported_span() -> str:
+    return " to ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
+
+
+if not is_supported():  # said where this module is loaded, which is once a process
+    warnings.warn(
+        f"cce_inductor supports torch {supported_span()}, and this is torch {torch.__version__}: what it does not know "
+        "its way around in is left as it is",
+        stacklevel=2,
+    )
 
 
 def inductor_wrapper(mode: str | None, options: Mapping[str, Any]) -> Any:

@@ -11,13 +11,11 @@ from . import backend, compat, config, version
 
 
 def _torch() -> list[tuple[str, str]]:
-    low, high = compat.SUPPORTED
-    supported = low <= compat.torch_version() <= high
-    span = f"{low[0]}.{low[1]} to {high[0]}.{high[1]}"
+    support = "supported" if compat.is_supported() else f"outside {compat.supported_span()}"
     triton = _installed("triton") or "not installed: no GPU kernels, no interpreter tests"
     return [
         ("python", platform.python_version()),
-        ("torch", f"{torch.__version__} ({'supported' if supported else f'outside {span}'})"),
+        ("torch", f"{torch.__version__} ({support})"),
         ("triton", triton),
         (
             "cce_inductor",

@@ -10,7 +10,7 @@ from capture import FUSE_ALL
 from torch._dynamo.utils import counters
 
 import cce_inductor
-from cce_inductor import backend, config
+from cce_inductor import backend, config, record
 
 
 def rand(*shape):
@@ -49,6 +49,33 @@ def test_compilers(inputs, compiler):
     compiled = torch.compile(loss, backend="cce", options={"min_vocab": 0, "compiler": compiler})
     torch.testing.assert_close(compiled(*inputs), loss(*inputs))
     assert counters["cce_inductor"]["fused"] == 1
+
+
+@pytest.mark.parametrize("name", ["lowering.register", "elsewhere.entries", "defer_heads", "rewrite"])
+def test_a_fault_of_ours_leaves_the_graph_as_it_is(inputs, monkeypatch, name):
+    """As where a PyTorch that we do not know has lost something that we build on."""
+
+    def gone(*args, **kwargs):
+        raise AttributeError("module 'torch._inductor' has no attribute 'gone'")
+
+    monkeypatch.setattr(f"cce_inductor.backend.{name}", gone)
+
+    def returning(h, w, t):
+        z = F.linear(h, w)
+        return F.cross_entropy(z, t) if name != "defer_heads" else z
+
+    expected = returning(*inputs)
+    with record.collect() as found, config.patch(min_vocab=0):
+        got = torch.compile(returning, backend="cce")(*inputs)
+    torch.testing.assert_close(got, expected)
+    ones = torch.ones_like(expected)
+    for a, e in zip(*(torch.autograd.grad(x, inputs[:2], ones) for x in (got, expected)), strict=True):
+        torch.testing.assert_close(a, e)
+    assert counters["cce_inductor"]["fused"] == counters["cce_inductor"]["deferred"] == 0
+    (graph,) = found
+    assert [s.reason.startswith("internal error: AttributeError") for s in graph.sites] == [True] * (
+        name != "defer_heads"
+    )
 
 
 def test_enable_gives_plain_compile_the_pass(inputs, enabled):

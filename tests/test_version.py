@@ -1,8 +1,13 @@
-"""The version string that keeps compiled kernels from going stale: it changes with every source file and template."""
+"""Versions: ours, a string that keeps compiled kernels from going stale, and the torch that we support."""
+
+import json
+import subprocess
+import sys
 
 import pytest
+import torch
 
-from cce_inductor import version
+from cce_inductor import compat, version
 
 
 @pytest.fixture
@@ -71,3 +76,66 @@ def test_every_operator_carries_it(monkeypatch):
     monkeypatch.setattr(reference, "forward", lambda call: seen.append(call.attributes.version) or forward(call))
     cce_inductor.linear_cross_entropy(torch.ones(2, 3), torch.ones(5, 3), torch.tensor([1, 4]))
     assert seen == [version.source_hash()]
+
+
+# A program that runs with a torch that calls itself `VERSION`, turns the pass on in every way, and prints what it was
+# warned of and what was fused.
+UNDER_ANOTHER_TORCH = """
+import json, sys, warnings
+import torch
+import torch.nn.functional as F
+
+torch.__version__ = sys.argv[1]
+hidden, weight = torch.randn(12, 8), torch.randn(40, 8, requires_grad=True)
+target = torch.randint(0, 40, (12,))
+
+def loss(hidden, weight, target):
+    return F.cross_entropy(F.linear(hidden, weight), target)
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import cce_inductor
+    from cce_inductor import doctor
+
+    for _ in range(2):
+        torch._dynamo.reset()
+        options = {"min_vocab": 0, "compiler": "aot_eager"}
+        value = torch.compile(loss, backend="cce", options=options)(hidden, weight, target)
+    cce_inductor.enable()
+    direct = cce_inductor.linear_cross_entropy(hidden, weight, target)
+    torch_line = next(line for line in doctor.report().splitlines() if line.split()[0] == "torch")
+print(json.dumps({
+    "warnings": [str(w.message) for w in caught if "cce_inductor" in str(w.message)],
+    "right": all(abs(x.item() - loss(hidden, weight, target).item()) < 1e-5 for x in (value, direct)),
+    "doctor": torch_line,
+}))
+"""
+
+
+def under(name: str) -> dict:
+    command = [sys.executable, "-c", UNDER_ANOTHER_TORCH, name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.strip().rpartition("\n")[2])
+
+
+def test_another_torch_is_warned_of_once_and_named():
+    result = under("2.16.0.dev20270101+cpu")
+    (warning,) = result["warnings"]
+    assert "2.11 to 2.15" in warning and "2.16.0.dev20270101+cpu" in warning
+    assert result["right"]
+    assert "2.16.0.dev20270101+cpu (outside 2.11 to 2.15)" in result["doctor"]
+
+
+def test_a_supported_torch_is_not():
+    result = under("2.15.3+cu132")
+    assert result["warnings"] == [] and "2.15.3+cu132 (supported)" in result["doctor"]
+
+
+@pytest.mark.parametrize(
+    ("name", "supported"),
+    [("2.10.1", False), ("2.11.0", True), ("2.13.0a0+git1234567", True), ("2.15.3", True), ("3.0.0", False)],
+)
+def test_which_torch_is_supported(monkeypatch, name, supported):
+    monkeypatch.setattr(torch, "__version__", name)
+    assert compat.is_supported() == supported

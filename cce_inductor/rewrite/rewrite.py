@@ -59,9 +59,16 @@ def rewrite(
     try:
         return _rewrite(gm, settings, version, choose, statistics)
     except Exception as error:
-        # A fault of ours must not cost the user the compilation: the graph stays as it was, and the record says why.
-        log.exception("cce_inductor could not rewrite a graph and left it as it was")
-        return Rewritten(gm, [_fault(loss, error) for loss in losses(gm.graph)])
+        return faulty(gm, error)
+
+
+def faulty(gm: GraphModule, error: Exception) -> Rewritten:
+    """What becomes of a graph in which the pass has failed; called where the error is handled.
+
+    A fault of ours must not cost the user the compilation: the graph stays as it was, and the record says why.
+    """
+    log.exception("cce_inductor could not rewrite a graph and left it as it was")
+    return Rewritten(gm, [_fault(loss, error) for loss in losses(gm.graph)])
 
 
 def _fault(loss: Node, error: Exception) -> Site:
