@@ -7,6 +7,7 @@
 #   make bench BENCH_ARGS="..."   the same with other options, see `python -m cce_inductor bench --help`
 #   make test                     the test suite
 #   make test TORCH=2.11.0        the same in an environment of its own with another torch
+#   make test PYTHON=python3.13 VENV=.venv-3.13   the same with another Python
 #   make nightly                  the same with torch's next release, where PyTorch's index of those can be reached
 #   make test-all                 the slow tests too
 #   make gpu-check                on a machine with a GPU: its tests and benchmark, with the packages PYTHON has
@@ -28,7 +29,7 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 DEVICE ?= cpu
 
-VENV := .venv-$(TORCH)
+VENV ?= .venv-$(TORCH)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.stamp

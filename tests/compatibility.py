@@ -222,7 +222,10 @@ def not_run(found: list[Environment]) -> Iterator[str]:
         yield "torch's next release: no environment here; `make nightly` makes one where its index can be reached."
     pythons = [f"3.{minor}" for minor in PYTHONS if minor not in {one.minor for one in found}]
     if pythons:
-        yield f"Any test with Python {', '.join(pythons)}: syntax and types only, as the table says."
+        yield (
+            f"Any test with Python {', '.join(pythons)}: syntax and types only, as the table says. "
+            "`make setup PYTHON=... VENV=.venv-...` makes an environment with another Python."
+        )
     if not any(one.about["gpus"] for one in found):
         yield (
             "Anything on a GPU: there is none here. "
