@@ -117,11 +117,16 @@ def load(kernel: Kernel):
 
 
 def fix_interpreter() -> None:
-    """bfloat16 in Triton's interpreter (3.6, 3.7): `tl.dot` multiplies the operands' bits, and casts cut off."""
+    """What Triton's interpreter cannot do.
+
+    bfloat16 (3.6, 3.7): `tl.dot` multiplies the operands' bits, and casts cut off. Masks: "and" with a comparison of
+    64-bit scalars gives 64 bits, which loads and stores do not take (3.9).
+    """
     builder = interpreter.InterpreterBuilder
     if getattr(builder, "fixed", False):
         return
     dot, cast = builder.create_dot, builder.cast_impl
+    load, store = builder.create_masked_load, builder.create_masked_store
 
     def floats(handle):
         if handle.dtype.scalar != tl.bfloat16:
@@ -135,6 +140,13 @@ def fix_interpreter() -> None:
             return interpreter.TensorHandle(data, tl.bfloat16)
         return cast(self, source, dtype)
 
+    def bits(mask):
+        return interpreter.TensorHandle(mask.data.astype(bool), tl.int1)
+
+    builder.create_masked_load = lambda self, pointers, mask, *rest: load(self, pointers, bits(mask), *rest)
+    builder.create_masked_store = lambda self, pointers, value, mask, *rest: store(
+        self, pointers, value, bits(mask), *rest
+    )
     builder.create_dot = lambda self, a, b, *rest: dot(self, floats(a), floats(b), *rest)
     builder.cast_impl = to_nearest
     builder.create_fp_trunc = to_nearest
