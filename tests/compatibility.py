@@ -83,8 +83,8 @@ def sources() -> str:
     return digest.hexdigest()[:16]
 
 
-def environments(jobs: int, areas: dict[str, tuple[str, ...]]) -> Iterator[Environment]:
-    """Every environment that is there, its tests run."""
+def environments(jobs: int, areas: list[str]) -> Iterator[Environment]:
+    """Every environment that is there, its tests of `areas` run."""
     for home in sorted(ROOT.glob(".venv-*")):
         if not (home / ".stamp").exists():
             continue
@@ -97,12 +97,12 @@ def environments(jobs: int, areas: dict[str, tuple[str, ...]]) -> Iterator[Envir
         known = json.loads(kept.read_text()) if kept.exists() else {}
         key = f"{sources()} {sorted(about.items())}"
         results = known["results"] if known.get("key") == key else {}
-        for area, files in areas.items():
+        for area in areas:
             if area not in results:
                 print(f"torch {about['torch']}: {area}", file=sys.stderr, flush=True)
-                results[area] = outcome(python, files, jobs, home)
+                results[area] = outcome(python, AREAS[area], jobs, home)
                 kept.write_text(json.dumps({"key": key, "results": results}, indent=1))
-        yield Environment(about, {area: results[area] for area in areas})
+        yield Environment(about, results)
 
 
 def outcome(python: Path, files: tuple[str, ...], jobs: int, home: Path) -> dict:
@@ -122,7 +122,9 @@ def outcome(python: Path, files: tuple[str, ...], jobs: int, home: Path) -> dict
     return {"passed": len(cases) - len(failed) - skipped, "skipped": skipped, "failed": failed}
 
 
-def counts(result: dict) -> str:
+def counts(result: dict | None) -> str:
+    if result is None:
+        return "not run"
     parts = [f"{result['passed']} passed"]
     parts += [f"{len(result['failed'])} failed"] if result["failed"] else []
     parts += [f"{result['skipped']} skipped"] if result["skipped"] else []
@@ -188,26 +190,26 @@ INTRODUCTION = """\
 """
 
 
-def document(found: list[Environment], areas: dict[str, tuple[str, ...]]) -> str:
+def document(found: list[Environment]) -> str:
     """The text of docs/compatibility.md."""
     machine = f"{platform.system()} on {platform.machine()}"
     cpus = ", ".join(sorted({one.about["cpu"] for one in found}))
     lines = [INTRODUCTION, f"Run on {machine}, CPU kernels for {cpus}; sources `{sources()}`.\n", "## torch\n"]
     lines += [f"Supported: torch {found[0].about['span']}. Any other one is warned of once.\n"]
     lines += [
-        "| torch | Triton | numpy | Python | " + " | ".join(areas) + " |",
-        "|---|---|---|---|" + "---|" * len(areas),
+        "| torch | Triton | numpy | Python | " + " | ".join(AREAS) + " |",
+        "|---|---|---|---|" + "---|" * len(AREAS),
     ]
     for one in sorted(found, key=lambda one: one.release):
         cells = [one.about["torch"], one.about["triton"], one.about["numpy"], one.about["python"]]
-        lines.append("| " + " | ".join([*cells, *(counts(one.results[area]) for area in areas)]) + " |")
-    lines += ["", *(f"* {area}: {', '.join(f'`tests/{name}`' for name in names)}" for area, names in areas.items()), ""]
-    failures = [(one, name) for one in found for area in areas for name in one.results[area]["failed"]]
+        lines.append("| " + " | ".join([*cells, *(counts(one.results.get(area)) for area in AREAS)]) + " |")
+    lines += ["", *(f"* {area}: {', '.join(f'`tests/{name}`' for name in names)}" for area, names in AREAS.items()), ""]
+    failures = [(one, name) for one in found for result in one.results.values() for name in result["failed"]]
     if failures:
         lines += ["Failed:\n", *(f"* torch {one.about['torch']}: `{name}`" for one, name in failures), ""]
     lines += ["## Python\n", "| Python | tests | syntax | types |", "|---|---|---|---|"]
     for minor in PYTHONS:
-        ran = ", ".join(one.about["torch"] for one in found if one.minor == minor)
+        ran = ", ".join(one.about["torch"] for one in found if one.minor == minor and one.results)
         lines.append(f"| 3.{minor} | {f'with torch {ran}' if ran else 'not run'} | {syntax(minor)} | {types(minor)} |")
     return "\n".join([*lines, "", "## Not run\n", *(f"* {line}" for line in not_run(found)), ""])
 
@@ -220,17 +222,14 @@ def not_run(found: list[Environment]) -> Iterator[str]:
         yield f"torch {', '.join(missing)}: no environment here."
     if all(one.about["supported"] for one in found):
         yield "torch's next release: no environment here; `make nightly` makes one where its index can be reached."
-    pythons = [f"3.{minor}" for minor in PYTHONS if minor not in {one.minor for one in found}]
+    pythons = [f"3.{minor}" for minor in PYTHONS if minor not in {one.minor for one in found if one.results}]
     if pythons:
         yield (
             f"Any test with Python {', '.join(pythons)}: syntax and types only, as the table says. "
             "`make setup PYTHON=... VENV=.venv-...` makes an environment with another Python."
         )
     if not any(one.about["gpus"] for one in found):
-        yield (
-            "Anything on a GPU: there is none here. "
-            "The GPU kernels ran in Triton's interpreter (`tests/lowering/test_cuda.py`)."
-        )
+        yield "Anything on a GPU: there is none here. The tests of kernels run those for GPUs in Triton's interpreter."
     else:
         yield "`make gpu-check`: a GPU is here, and this command does not use it."
     without = [one.about["torch"] for one in found if one.about["triton"] == "none"]
@@ -243,11 +242,12 @@ def not_run(found: list[Environment]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="worker processes of pytest")
+    parser.add_argument("--areas", nargs="*", choices=AREAS, default=list(AREAS), help="what to run if not yet run")
     arguments = parser.parse_args()
-    found = list(environments(arguments.jobs, AREAS))
+    found = list(environments(arguments.jobs, arguments.areas))
     if not found:
         raise SystemExit("no environment here: `make setup TORCH=...` makes one")
-    print(document(found, AREAS), end="")
+    print(document(found), end="")
 
 
 if __name__ == "__main__":

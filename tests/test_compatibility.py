@@ -24,18 +24,19 @@ def test_results_are_those_of_pytest(tmp_path):
     path.write_text(TESTS)
     result = outcome(Path(sys.executable), (str(path),), 0, tmp_path)
     assert result == {"passed": 2, "skipped": 1, "failed": ["test_wrong", "test_with_a_broken_fixture"]}
-    assert counts(result) == "2 passed, 2 failed, 1 skipped"
+    assert counts(result) == "2 passed, 2 failed, 1 skipped" and counts(None) == "not run"
     (path.parent / "empty").mkdir()
     assert outcome(Path(sys.executable), (str(path.parent / "empty" / "none.py"),), 0, tmp_path)["failed"]
 
 
 def environment(torch, python="3.11.7", **more):
     about = {"torch": torch, "python": python, "triton": "3.9.0", "gpus": [], "supported": True, "span": "2.11 to 2.15"}
-    return Environment(about | more, {})
+    return Environment(about | more, {"backend": {"passed": 1, "skipped": 0, "failed": []}})
 
 
 def test_what_was_not_run_is_named():
-    text = "\n".join(not_run([environment("2.11.0"), environment("2.15.0+cpu", "3.12.1", triton="none")]))
+    untried = Environment(environment("2.15.0", "3.13.0").about, {})
+    text = "\n".join(not_run([environment("2.11.0"), environment("2.15.0+cpu", "3.12.1", triton="none"), untried]))
     assert "torch 2.12, 2.13, 2.14: no environment" in text
     assert "Python 3.10, 3.13, 3.14" in text
     assert "no Triton" in text and "on a GPU: there is none" in text and "next release" in text
