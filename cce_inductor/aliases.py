@@ -10,6 +10,7 @@ the logits, has none of it. So:
   outputs that they share memory with (:func:`without_views`).
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,9 @@ from .deferred import DeferredLogits
 from .rewrite import vocabulary
 from .rewrite.rewrite import copy_graph
 from .rewrite.values import example, storages
+
+
+log = logging.getLogger(__name__)
 
 
 def memory(node: Node) -> StorageWeakRef | None:
@@ -71,6 +75,14 @@ def without_views(gm: GraphModule, min_vocab: int) -> tuple[GraphModule, Returne
     Views of deferred logits that it is given, and of matrices of at least `min_vocab` columns that may become deferred
     logits: those that it returns in two tensors that share memory.
     """
+    try:
+        return _without_views(gm, min_vocab)
+    except Exception:  # as in `rewrite`: a fault of ours must not cost the user the compilation
+        log.exception("cce_inductor could not take the views out of a graph's outputs, and left them there")
+        return gm, None
+
+
+def _without_views(gm: GraphModule, min_vocab: int) -> tuple[GraphModule, ReturnedViews | None]:
     outputs = compat.outputs(gm)
     bases = _bases(gm, outputs, min_vocab)
     positions = tuple(i for i, n in enumerate(outputs) if n in bases)

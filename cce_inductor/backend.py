@@ -58,8 +58,8 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], settings: Sett
     """Rewrites `gm` for the compiler of `settings`, and compiles the result with ``compiler(gm, example_inputs)``."""
     if gm.meta.get(_MARK):
         return compiler(gm, example_inputs)
-    gm, views = aliases.without_views(gm, settings.min_vocab)
-    compiled = _compile(gm, example_inputs, settings, compiler)
+    rest, views = aliases.without_views(gm, settings.min_vocab)
+    compiled = _compile(rest, example_inputs, settings, compiler)
     return compiled if views is None else views.put_back(compiled)
 
 

@@ -6,8 +6,8 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
 import warnings
+from collections.abc import Callable, Iterator, Mapping
 from types import CodeType
 from typing import Any
 
@@ -221,7 +221,7 @@ def has_kernel(operator: Any, key: str) -> bool:
 
 @contextlib.contextmanager
 def counting_versions() -> Iterator[None]:
-    """Views share a version with their base and edits raise it, as ever, also below autograd (``__torch_dispatch__``)."""
+    """Views share a version with their base and edits raise it, as ever, also below autograd."""
     key = torch._C.DispatchKey.ADInplaceOrView
     before = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
     torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)

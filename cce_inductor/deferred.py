@@ -284,8 +284,8 @@ class Recipe:
     """How a pending tensor follows from the operands of a head: ``steps`` behind ``compute(operands)``.
 
     needs: which operands a gradient reaches; none if the tensor does not require grad. connected: False for a tensor
-    whose gradient does not end in the operands, such as ``logits.detach().requires_grad_()``. dtype, device, offset: its
-    own, the last one in the memory that it shares with other views.
+    whose gradient does not end in the operands, such as ``logits.detach().requires_grad_()``. dtype, device: its own.
+    offset: where it begins in the memory that it shares with other views. of: the value that it is the recipe of.
 
     It is what a compiled graph is guarded on that was given pending logits.
     """
@@ -297,7 +297,7 @@ class Recipe:
     dtype: torch.dtype
     device: torch.device
     offset: int | torch.SymInt
-    of: weakref.ref[_Value] = field(compare=False)  # the value that it is of
+    of: weakref.ref[_Value] = field(compare=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recipe:
         return self

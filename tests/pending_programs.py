@@ -298,7 +298,7 @@ _MATRICES = {
 
 
 def write(seed: int, kind: str) -> Program:
-    """Program number `seed` of a kind: "eager" (edits in eager mode), "pieces" (some in compiled functions), "whole"."""
+    """Program number `seed` of a kind: "eager", "pieces" (some of it in compiled functions) or "whole" (all of it)."""
     writer = Writer(seed, kind)
     return writer.write(writer.random.randint(2, 6))
 
@@ -320,7 +320,7 @@ class Dirty(torch.autograd.Function):
         return grad * 2.0
 
 
-_library = torch.library.Library("pending_programs", "DEF")  # noqa: TOR901 - kept for the life of the process
+_library = torch.library.Library("pending_programs", "DEF")
 _library.define("scale_(Tensor(a!) x, float by) -> ()")
 _library.impl("scale_", lambda x, by: (x.mul_(by), None)[1], "CompositeExplicitAutograd")
 
@@ -409,8 +409,10 @@ def same(got: Outcome, expected: Outcome) -> bool:
 def _close(a: Any, b: Any) -> bool:
     if isinstance(b, Tensor):
         # Through a cast to float, kernels that add up in another order differ in its digits.
-        return isinstance(a, Tensor) and a.shape == b.shape and torch.allclose(
-            a.double(), b.double(), rtol=2e-6, atol=2e-6, equal_nan=True
+        return (
+            isinstance(a, Tensor)
+            and a.shape == b.shape
+            and torch.allclose(a.double(), b.double(), rtol=2e-6, atol=2e-6, equal_nan=True)
         )
     if isinstance(b, float) and isinstance(a, float):
         return bool(np.isclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True))

@@ -797,8 +797,7 @@ def written_between(graph: Graph, operands: list[Node], start: Node, end: Node |
     for node in graph.nodes:
         if node is end:
             return None
-        if inside:
-            if any(target in operands or storages(target) & memory for target in vocabulary.mutated(node)):
-                return node
+        if inside and any(target in operands or storages(target) & memory for target in vocabulary.mutated(node)):
+            return node
         inside |= node is start
     return None
