@@ -25,7 +25,6 @@ from .rewrite import vocabulary
 from .rewrite.rewrite import copy_graph
 from .rewrite.values import example, storages
 
-
 log = logging.getLogger(__name__)
 
 

@@ -490,6 +490,7 @@ class DeferredLogits(torch.Tensor):
     @torch.compiler.disable
     def materialize(self) -> Tensor:
         """These logits as a plain tensor, connected to autograd and sharing memory with all further reads."""
+        # The one view that is none of us. Whoever has it may edit it unseen.
         return aten._reshape_alias(self, self.size(), self.stride())
 
     def whole_shape(self) -> torch.Size:
@@ -611,10 +612,16 @@ class DeferredLogits(torch.Tensor):
     def _values(self) -> Tensor:
         return self._value.get()
 
-    def _may_stay_pending(self, rule: _Rule) -> bool:
-        """Whether what `rule` makes of this tensor may be pending: not the result of a graph that another backend's
-        AOTAutograd traces, which it would take for one whose gradient is deferred logits. Views, it makes itself."""
-        return rule in _VIEWS or not self._value.functional
+    def _is_traced_to_the_end(self) -> bool:
+        """Whether another backend's AOTAutograd traces what follows from this tensor, and is given its value.
+
+        What it traces must not be pending: neither behind the trace, nor as a result, whose gradient it would take for
+        deferred logits. Of views, all that it asks is that they share memory: it makes them itself.
+        """
+        functional = self._value.functional
+        if functional:
+            self._value.get()
+        return functional
 
     def __getattr__(self, name: str) -> Any:
         number = re.fullmatch(r"_operand_(\d+)", name)
@@ -647,8 +654,10 @@ class DeferredLogits(torch.Tensor):
         kwargs = kwargs or {}
         if func._schema.is_mutable:
             _leave_to_eager_mode(func, args, kwargs)
+        if func is aten._reshape_alias.default:
+            return func(args[0]._value.expose(), *args[1:], **kwargs)
         rule = _LAZY.get(func)
-        if rule is not None and isinstance(args[0], DeferredLogits) and args[0]._may_stay_pending(rule):
+        if rule is not None and isinstance(args[0], DeferredLogits) and not args[0]._is_traced_to_the_end():
             out = rule(args[0], func, args[1:], kwargs)
             if out is not NotImplemented:
                 return out
@@ -866,11 +875,6 @@ def _computed_view(of: DeferredLogits, tensor: Tensor, meta: Tensor) -> Deferred
         return DeferredLogits(value, meta, tensor.device, of, meta.storage_offset())
 
 
-def _handed_out(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The one view that is a plain tensor, :meth:`DeferredLogits.materialize`. Who has it may edit it unseen."""
-    return func(self._value.expose(), *args, **kwargs)
-
-
 def _change_shape_in_place(func: Any, args: Any, kwargs: Any) -> DeferredLogits:
     """``t_``, ``squeeze_`` and the like: other sizes and strides on the same memory, for this tensor alone."""
     self: DeferredLogits = args[0]
@@ -1032,7 +1036,6 @@ _LAZY: dict[Any, _Rule] = {
     aten.t.default: _viewed,
     aten.transpose.int: _viewed,
     aten.permute.default: _viewed,
-    aten._reshape_alias.default: _handed_out,
     aten.split.Tensor: _split,
     aten.split_with_sizes.default: _split,
     aten.unbind.int: _unbound,
@@ -1048,8 +1051,6 @@ _LAZY: dict[Any, _Rule] = {
     aten.new_full.default: _from_shape,
     aten.new_empty_strided.default: _from_shape,
 }
-
-_VIEWS = (_aliased, _viewed, _handed_out, _split, _unbound)
 
 # What entropies and temperatures are written with.  Lazy only where a statistic of it would be asked for: the longer
 # something is pending, the more often it is read too late.

@@ -260,7 +260,7 @@ def test_every_row_of_the_table_is_tested_above() -> None:
         set(LAZY)
         | set(ARITHMETIC)
         | set(FROM_SHAPE)
-        | {"_to_copy", "_log_softmax", "_softmax", "_unsafe_view", "_reshape_alias", "select"}
+        | {"_to_copy", "_log_softmax", "_softmax", "_unsafe_view", "select"}
     )
     assert {op.overloadpacket.__name__ for op in deferred._LAZY} <= tested
 
