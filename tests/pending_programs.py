@@ -118,7 +118,6 @@ EDITS = (
     "numpy_edit({v})",
     "torch.nn.init.constant_({v}, 0.3)",
     "{v}.set_({v}.detach().clone() * 2)",
-    "{v}.data = {v}.detach() * 2",
     "{v}.resize_({v}.shape)",
     "{v}.view(-1)[:3].mul_(2.0)",
     "{v}[1:].add_(1.0)",
