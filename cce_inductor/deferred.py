@@ -800,16 +800,23 @@ def _leave_to_eager_mode(func: Any, args: Any, kwargs: Any) -> None:
     sees to all of them.  Where a break would be an error (``fullgraph``), the logits are computed and the function is
     traced again, with them as an input.
     """
-    edited = [x._value for x in tree_leaves((args, kwargs)) if isinstance(x, DeferredLogits) and x._value.fake]
+    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, DeferredLogits)]
+    if any(x._value.functional and not (x.storage_offset() == 0 and x.is_contiguous()) for x in given):
+        # AOTAutograd would put views of what it has edited where they are in a tensor of their own.
+        raise DeferredLogitsError(
+            "a function that another backend compiles with fullgraph=True edits a view of deferred logits in place. "
+            "Give it .materialize() of the logits, or leave fullgraph out."
+        )
+    edited = [x._value for x in given if x._value.fake]
     if not edited:
         return
     reason = f"{func} edits deferred logits in place"
     if compat.may_break_graph():
         compat.break_graph(reason)
-    given = [value for value in map(_Value.stands_for, edited) if value is not None and value.pending]
-    if given and compat.dynamo_is_tracing():
+    real = [value for value in map(_Value.stands_for, edited) if value is not None and value.pending]
+    if real and compat.dynamo_is_tracing():
         with unset_fake_temporarily():
-            for value in given:
+            for value in real:
                 value.memory.edited_in_graph = True
                 value.get()
         compat.restart_tracing(reason)
