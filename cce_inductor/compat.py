@@ -386,6 +386,16 @@ def _by_fsdp1(parameter: torch.Tensor) -> bool:
     return bool(getattr(parameter, "_fsdp_flattened", False))
 
 
+def keeps_graph() -> bool:
+    """Whether the backward that is running is one of several through its graph: ``retain_graph``."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def boxed_grads(given: tuple) -> list[torch.Tensor | None]:
+    """What the backward of an autograd function with ``boxed_grads_call`` is given: older versions do not know it."""
+    return given[0] if isinstance(given[0], list) else list(given)
+
+
 def is_of_replayed_cuda_graph(error: RuntimeError) -> bool:
     """Whether an error says that a CUDA graph's output is read after the graph ran again (`cudagraph_trees`)."""
     return OVERWRITTEN in str(error)

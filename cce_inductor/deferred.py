@@ -37,6 +37,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -230,9 +231,7 @@ class _Head:
         self.device = operands[0].device
         self.watched = False  # somebody, such as a hook, waits for the gradient of the logits
         self.needs: tuple[bool, ...] = ()  # which operands a gradient reaches, if any
-        # What the logits came out as under grad mode, and from what: for the first backward through them.  Nobody may
-        # edit that tensor, which is the value itself: see `_Value.expose`.
-        self.graph: tuple[Tensor, list[Tensor]] | None = None
+        self.graph: _Graph | None = None  # of the value that was read, for the backward through the logits
 
     def check(self) -> list[Tensor]:
         """The operands, detached, which are still what they were; else a :class:`DeferredLogitsError`."""
@@ -242,11 +241,12 @@ class _Head:
 
     def __call__(self) -> Tensor:
         operands = self.check()
-        grad = torch.is_grad_enabled() and any(self.needs)
+        grad = any(self.needs)  # with grad mode off too: a metric may read what is trained through later
         if grad:
             operands = [t.detach().requires_grad_(need) for t, need in zip(operands, self.needs, strict=True)]
         with _surroundings(self.device, grad=grad):
             out = self.compute(operands).contiguous()  # the strides that the program has been told
+            graph = _Graph.of(out, operands) if out.requires_grad else None
         if self.shape is not None and (out.shape != self.shape or out.dtype != self.dtype):
             raise AssertionError(
                 f"deferred logits came out as {tuple(out.shape)} {out.dtype} where the graph has "
@@ -254,10 +254,38 @@ class _Head:
             )
         if not isinstance(out, (FakeTensor, FunctionalTensor)):
             counters["cce_inductor"]["deferred_materialized"] += 1
-        if grad:
-            self.graph = out, operands
-            out = out.detach()
-        return out
+            self.operands, self.graph = [], graph  # a value is computed once: nothing will be compared again
+        return out.detach() if grad else out
+
+
+class _Graph(NamedTuple):
+    """How a head's value leads back to its operands: an edge, and not the value, which lives as long as eager's logits.
+
+    reads_value: whether a gradient is computed from the value itself, as that of tanh is. Autograd would not notice an
+    edit there: they are done below it.
+    """
+
+    edge: GradientEdge
+    operands: Sequence[Tensor]
+    reads_value: bool
+
+    @classmethod
+    def of(cls, out: Tensor, operands: Sequence[Tensor]) -> _Graph:
+        node = type((out if out._base is None else out._base).grad_fn)
+        reads_value = any(hasattr(node, name) for name in ("_saved_result", "saved_tensors"))
+        return cls(get_gradient_edge(out.view_as(out)), operands, reads_value)
+
+    def gradients(self, wanted: Sequence[int], grad: list[Tensor | None], keep: bool) -> Sequence[Tensor | None]:
+        """Those of the operands `wanted`. `grad` is the logits' own, in a list, and gone as soon as it is used."""
+        assert grad[0] is not None
+        # A backward holds what it is started with until its end, so that is a tensor without memory.
+        start = grad[0].new_zeros(()).expand(grad[0].shape)
+        handle = self.edge.node.register_prehook(lambda _: (grad.pop(),))
+        try:
+            inputs = [self.operands[i] for i in wanted]
+            return torch.autograd.grad(self.edge, inputs, start, retain_graph=keep, allow_unused=True)
+        finally:
+            handle.remove()
 
 
 class Step(NamedTuple):
@@ -439,7 +467,9 @@ class _Value:
             child.get()
         self._memory.readers.clear()
         if self._memory.head is not None:
-            self._memory.head.graph = None
+            graph = self._memory.head.graph
+            if graph is not None and graph.reads_value:
+                self._memory.head.graph = None
         return tensor
 
 
@@ -1077,9 +1107,11 @@ class DeferLogits(torch.autograd.Function):
     """Gives deferred logits their ``grad_fn``.
 
     It saves the operands and not the value, and is not part of a backward that does not come through the logits.
-    One that does goes through the graph that a read under grad mode has left; without one, or for the second time, it
-    computes the head anew, since the value was computed below autograd.
+    One that does goes through the graph that a read has left; without one it computes the head anew, since the value
+    was computed below autograd.  So it does where the backward is to be differentiated itself.
     """
+
+    boxed_grads_call = True  # the gradient comes in a list, and need not be held until the backward is done
 
     @staticmethod
     def forward(ctx: Any, head: _Head, compute: Compute, shape: torch.Size, *operands: Tensor) -> Tensor:
@@ -1094,27 +1126,37 @@ class DeferLogits(torch.autograd.Function):
 
     @staticmethod
     @torch.compiler.disable
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *given: Any) -> tuple[Tensor | None, ...]:
+        grad = compat.boxed_grads(given)
         needed = ctx.needs_input_grad[3:]
         grads: list[Tensor | None] = [None] * len(needed)
-        if grad is None:
+        if grad[0] is None:
             return (None,) * 3 + tuple(grads)
         operands = ctx.saved_tensors  # raises, as for eager's head, if one of them has been modified in place
         for i, operand in enumerate(operands):
             _check_allocated(_operand_name(i), operand)
+        wanted = [i for i, need in enumerate(needed) if need]
         create_graph = torch.is_grad_enabled()
         with _surroundings(operands[0].device, grad=True):
-            graph, ctx.head.graph = ctx.head.graph, None
-            if graph is not None and not create_graph:
-                out, inputs = graph
-            else:
+            if create_graph:
                 # Aliases, not detached for the sake of create_graph; the operands' own hooks must not run here.
                 inputs = [t.view_as(t) if need else t.detach() for t, need in zip(operands, needed, strict=True)]
-                out = ctx.compute(inputs)
-            wanted = [i for i, need in enumerate(needed) if need]
-            found = torch.autograd.grad(
-                out, [inputs[i] for i in wanted], grad, create_graph=create_graph, allow_unused=True
-            )
+                found = torch.autograd.grad(
+                    ctx.compute(inputs), [inputs[i] for i in wanted], grad[0], create_graph=True, allow_unused=True
+                )
+            else:
+                found = _graph_of(ctx, operands).gradients(wanted, grad, compat.keeps_graph())
         for i, g in zip(wanted, found, strict=True):
             grads[i] = g
         return (None,) * 3 + tuple(grads)
+
+
+def _graph_of(ctx: Any, operands: Sequence[Tensor]) -> _Graph:
+    """The graph that a read has left, or else one of the head computed anew. Used up, unless the backward keeps it."""
+    graph = ctx.head.graph
+    if graph is None:
+        inputs = [t.detach().requires_grad_(need) for t, need in zip(operands, ctx.needs_input_grad[3:], strict=True)]
+        graph = _Graph.of(ctx.compute(inputs), inputs)
+    elif not compat.keeps_graph():
+        ctx.head.graph = None
+    return graph

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from allocations import Allocations
 from head_oracle import Head
-from torch.profiler import ProfilerActivity, profile
 
 import cce_inductor
 from cce_inductor.ops import reference
@@ -14,24 +14,6 @@ from cce_inductor.ops.library import BACKWARD, FORWARD
 
 N, D, V = 2048, 64, 50_000
 MIB = 1 << 20
-
-
-class Allocations:
-    """Records every allocation of torch's CPU allocator in a `with` block: the peak of the live bytes, the largest."""
-
-    def __enter__(self):
-        self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-        self.profile.__enter__()
-        return self
-
-    def __exit__(self, *exc):
-        self.profile.__exit__(*exc)
-        events = [e for e in self.profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-        live = self.peak = self.largest = 0
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            live += event.nbytes()
-            self.peak = max(self.peak, live)
-            self.largest = max(self.largest, event.nbytes())
 
 
 def test_the_meter_sees_temporaries():
