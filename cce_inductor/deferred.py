@@ -348,10 +348,11 @@ class _Memory:
 
     readers: pending values that are to be computed before it is edited. head: whose own value it holds, if any.
     edited_in_graph: whether a graph edits it that Dynamo may not break: it is compiled for computed logits, and takes
-    pending ones too.
+    pending ones too. piece: whether a graph that is traced is given no more than a part of it.
     """
 
     edited_in_graph = False
+    piece = False
 
     def __init__(self, head: _Head | None = None) -> None:
         self.readers: weakref.WeakSet[_Value] = weakref.WeakSet()
@@ -608,8 +609,9 @@ class DeferredLogits(torch.Tensor):
         if isinstance(recipe, bool):
             tensor = inner["_values"]
             value = _Value.computed(tensor)
-            value.memory.edited_in_graph = recipe
             dtype, device, offset = tensor.dtype, tensor.device, tensor.storage_offset()
+            value.memory.edited_in_graph = recipe
+            value.memory.piece = not (offset == 0 and tensor.is_contiguous())
         else:
             operands = [inner[f"_operand_{i}"] for i in range(len(inner))]
             head = _Head(recipe.compute, operands, None, recipe.dtype)
@@ -831,7 +833,7 @@ def _leave_to_eager_mode(func: Any, args: Any, kwargs: Any) -> None:
     traced again, with them as an input.
     """
     given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, DeferredLogits)]
-    if any(x._value.functional and not (x.storage_offset() == 0 and x.is_contiguous()) for x in given):
+    if any(x._value.functional and x._value.memory.piece for x in given):
         # AOTAutograd would put views of what it has edited where they are in a tensor of their own.
         raise DeferredLogitsError(
             "a function that another backend compiles with fullgraph=True edits a view of deferred logits in place. "

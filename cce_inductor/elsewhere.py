@@ -346,7 +346,7 @@ class EagerCalls:
                 break
             kept.remove(step)
         compute = self._with_rank(compute, rows.dim())
-        return replace(recipe, compute=compute, steps=tuple(kept)), (rows, *operands[1:])
+        return replace(recipe, compute=compute, steps=tuple(kept), offset=0), (rows, *operands[1:])
 
     def _with_rank(self, compute: Logits, rank: int) -> Logits:
         """The same logits, of hidden states with so many dimensions."""
