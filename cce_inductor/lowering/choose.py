@@ -7,6 +7,7 @@ import os
 
 import torch
 
+from ..ops.call import MIB
 from ..ops.choice import Choice, Problem
 from .unsupported import unsupported_dtype
 
@@ -69,7 +70,12 @@ def _keeps_logits(problem: Problem, element: torch.dtype) -> bool:
     if torch.float16 in (problem.compute_dtype, *problem.dtypes):
         # Gradients of float16 are kept from becoming 0 by the factor that the loss is scaled by, which comes later.
         return False
-    fit = int(problem.workspace * KEPT_SHARE) // max(1, problem.vocab * element.itemsize)
+    workspace = min(problem.workspace, max(problem.logits_bytes, MIB))  # as the kernel does
+    # What else the passes need: at least two panels of packed rows, as left and as right operand.
+    packed = 2 * min(problem.rows, 128) * problem.width * element.itemsize
+    if packed > workspace * (1 - KEPT_SHARE):
+        return False
+    fit = int(workspace * KEPT_SHARE) // max(1, problem.vocab * element.itemsize)
     if problem.weight_dtype == torch.float32:
         return fit >= min(problem.rows, LEAST_CHUNK[element])
     return fit >= problem.rows * LEAST_SHARE

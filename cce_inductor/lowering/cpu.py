@@ -24,7 +24,7 @@ def forward(
     element, compute = _dtypes(operands, attributes)
     given = _realize(operands | _mask(active))
     layouts = _statistics_layouts(operands, statistics)
-    constants = _constants(attributes) | {"statistics": statistics, "bounded": bounded}
+    constants = _constants(attributes, compute) | {"statistics": statistics, "bounded": bounded}
     if bounded:
         (n, _), (v, _) = operands["input"].get_size(), operands["weight"].get_size()
         size = [CeilDiv(n, bound.BLOCK), CeilDiv(v, Filter.read(attributes.grad_filter).group)]
@@ -49,7 +49,7 @@ def backward(
     if filtered:
         needed |= {"bound", "target_logit"}
     given = operands | _mask(active) | {name: t for name, t in saved.items() if name in needed} | _prefixed(tangents)
-    constants = _constants(attributes) | {"tangents": list(tangents), "needs": needs}
+    constants = _constants(attributes, compute) | {"tangents": list(tangents), "needs": needs}
     if filtered:
         constants |= _filter(tangents, attributes)
     absent = _ABSENT | dict.fromkeys(("lse", "target_logit", "entropy", *_prefixed(table.TABLE)), torch.float32)
@@ -87,7 +87,7 @@ def with_gradients(
 ) -> Sequence[Any]:
     element, compute = _dtypes(operands, attributes)
     bounded = bounded and "lse" in tangents
-    constants = _constants(attributes) | {
+    constants = _constants(attributes, compute) | {
         "statistics": statistics,
         "tangents": list(tangents),
         "needs": needs,
@@ -113,12 +113,13 @@ def _mask(active: Any) -> dict[str, Any]:
     return {} if active is None else {"active": active}
 
 
-def _constants(attributes: Attributes) -> dict[str, Any]:
+def _constants(attributes: Attributes, compute: torch.dtype) -> dict[str, Any]:
     return {
         "scale": attributes.scale,
         "softcap": attributes.softcap,
         "softcap_form": attributes.softcap_form,
         "workspace": attributes.workspace,
+        "logit_bytes": compute.itemsize,
         # Of the bound: how many rows and columns share a code, and what it stands for.
         "code_rows": bound.BLOCK,
         "code_columns": Filter.read(attributes.grad_filter).group,

@@ -16,6 +16,7 @@ from .softcap import FORMS
 from .statistics import Statistic, parse
 
 OPERANDS = ("input", "weight", "bias", "target", "column_weight", "seed", "diagnostics")
+MIB = 1 << 20
 # The operand "seed" is a number below this.
 SEEDS = 1 << 32
 # The gradient of "diagnostics" are numbers about the backward (diagnostics.py).
@@ -95,6 +96,20 @@ class Call:
     def accumulate_dtype(self) -> torch.dtype:
         """Dtype of logits tiles, accumulators and statistics."""
         return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
+
+    @property
+    def workspace(self) -> int:
+        """Bytes of scratch: what is allowed, and with the accumulator of dx never more than the logits that are saved.
+
+        That accumulator is fp32, (N, D); where it takes more than half of the logits, half of them remain. Nor is it
+        less than MIB, or than tiles of some hundred rows and columns need: where the logits are as small as that, tiles
+        smaller still would take all the time and spare nothing that counts.
+        """
+        (n, d), v = self.input.shape, self.weight.shape[0]
+        logits = n * v * self.compute_dtype.itemsize
+        accumulator = 0 if self.input.dtype == self.accumulate_dtype else n * d * self.accumulate_dtype.itemsize
+        tiles = 512 * d * self.accumulate_dtype.itemsize
+        return min(self.attributes.workspace, max(logits - accumulator, logits // 2, tiles, MIB))
 
     def grouped(self) -> "Call":
         """This call with the columns of its bound grouped as its size asks for, unless its filter says how already."""

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .call import MIB
 from .library import autocast_off, kept, library
 from .reference import check_classes, cut
 from .softcap import capped
@@ -93,6 +94,9 @@ class Ranking:
         n, v, d = self.shape
         x, w = self.operands["input"], self.operands["weight"]
         size, narrow = self.compute_dtype.itemsize, self.dtype.itemsize < 4
+        workspace = min(
+            self.workspace, max(n * v * self.dtype.itemsize, MIB)
+        )  # not more than the logits, as in call.py
         entry = size + (self.dtype.itemsize if self.dtype != self.compute_dtype else 0)
         # Comparisons are written over the last use of a tile; PyTorch adds up 16 bits on a CPU in a copy.
         entry += (len(self.counts) > 1) * self.dtype.itemsize + (4 if narrow and x.device.type == "cpu" else 0)
@@ -100,13 +104,13 @@ class Ranking:
         row = size * d if x.dtype != self.compute_dtype else 0
         column = size * d if w.dtype != self.compute_dtype else 0
         if "target" in self.operands and not column:
-            rows = self.workspace // (v * entry + row)
+            rows = workspace // (v * entry + row)
             if rows >= min(n, ROWS):
                 return max(1, min(n, rows)), v
         rows = max(n, 1)
-        while rows > 1 and self.workspace - rows * row < min(v, COLUMNS) * (rows * entry + column):
+        while rows > 1 and workspace - rows * row < min(v, COLUMNS) * (rows * entry + column):
             rows = -(-rows // 2)
-        columns = (self.workspace - rows * row) // (rows * entry + column)
+        columns = (workspace - rows * row) // (rows * entry + column)
         return rows, max(1, min(v, columns))
 
     def logits(self, x: Tensor, slab: slice) -> Tensor:

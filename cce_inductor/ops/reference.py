@@ -31,7 +31,7 @@ def tile_shape(call: Call, temporaries: int, slab_tensors: int) -> tuple[int, in
     casts of the operands.
     """
     (n, d), v = call.input.shape, call.weight.shape[0]
-    budget = call.attributes.workspace // call.accumulate_dtype.itemsize
+    budget = call.workspace // call.accumulate_dtype.itemsize
     copies = (call.weight.dtype != call.compute_dtype) + (call.compute_dtype != call.accumulate_dtype)
     rows = max(1, min(n, BLOCK_ROWS, budget // (4 * d + 1)))
     columns = (budget - 2 * rows * d) // (rows * temporaries + d * (copies + slab_tensors))

@@ -183,6 +183,13 @@ def test_explain_names_the_kernel():
     assert site(loss_of, x, w, t, compiler="aot_eager").kernel == "eager implementation"
 
 
+@pytest.mark.parametrize("rows,kept", [(120, False), (400, True)])
+def test_logits_are_kept_in_less_memory_than_they_take(rows, kept):
+    """What is kept, and all other scratch, is less than the logits: of few rows too little is left to keep."""
+    x, w, t = torch.randn(rows, 8, requires_grad=True), torch.randn(5000, 8), torch.randint(0, 5000, (rows,))
+    assert ("gradients formed" in site(loss_of, x, w, t).kernel) == kept
+
+
 def test_two_losses_leave_their_gradients_to_the_backward():
     """Each would hold a gradient of its weight from the forward on."""
 

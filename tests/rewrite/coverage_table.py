@@ -11,6 +11,7 @@ from pathlib import Path
 import productions  # noqa: F401 - fills the grammar
 from against_eager import Outcome, outcome
 from grammar import GRAMMAR, alone
+from peaks import LOGITS, SIZES, peak, program
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "coverage.md"
 FORMS = 3
@@ -101,6 +102,25 @@ def fusing() -> set[tuple[str, str]]:
     return found
 
 
+def memory() -> list[str]:
+    """The table of what each fused loss takes at its peak, against plain torch.compile, in logits tensors."""
+    lines = ["## Memory\n", MEMORY, "| | plain torch.compile | ours |", "|---|---:|---:|"]
+    fused = fusing()
+    for name in GRAMMAR["statistic"]:
+        of = program("statistic", name) if ("statistic", name) in fused else None
+        if of is not None:
+            lines.append(f"| {name} | {peak(of, False) / LOGITS:.2f} | {peak(of, True) / LOGITS:.2f} |")
+    return [*lines, ""]
+
+
+MEMORY = f"""\
+The peak of a loss and its gradients above the operands, in tensors of the size of the logits,
+{SIZES.b * SIZES.s} x {SIZES.v} in fp32, counted with `aot_eager` behind both. Scratch is never more
+than the logits that are saved, whatever `workspace_mb` says, and `tests/rewrite/test_peaks.py` holds
+every loss to at most plain's peak.
+"""
+
+
 def document() -> str:
     """The text of docs/coverage.md."""
     import models  # needs transformers, which those who only ask what is fusing may not have
@@ -112,6 +132,7 @@ def document() -> str:
         fused = sum(one.result.startswith(FUSED) for one in rows)
         lines += [f"## {heading}\n", f"{about} {fused} of {len(rows)} fuse.\n", "| | as written | |", "|---|---|---|"]
         lines += [*(one.row() for one in rows), ""]
+    lines += memory()
     lines += ["## Hugging Face models\n", FAMILIES, "| family | class | between head and loss | graphs | losses |"]
     lines += ["|---|---|---|---|---|"]
     for name, family in models.FAMILIES.items():

@@ -174,13 +174,14 @@ class Program:
 class Draft:
     """A program that is being written, with the values of its variables so far."""
 
-    def __init__(self, choices: Choices):
+    def __init__(self, choices: Choices, sizes: Sizes | None = None):
         rng = random.Random(choices.seed)
         b, s, d = rng.randint(1, 3), rng.randint(1, 5), rng.randint(2, 5)
         # A vocabulary as large as another dimension is where a shape alone does not tell the classes.
         v = max(5, rng.choice([7, 11, 11, 13, b * s, s, d + 3, 2 * s]))
         ignored = rng.random() < 0.4
-        self.sizes = Sizes(b, s, d, v, rng.choice([0, 2]))
+        self.sizes = sizes or Sizes(b, s, d, v, rng.choice([0, 2]))
+        self.largest = max(4096, 8 * self.sizes.b * self.sizes.s * self.sizes.v)
         self.dtype = choices.dtype
         self.rng = rng
         self.c = 2
@@ -267,7 +268,7 @@ class Draft:
         rows = list(self.z.shape)
         v = rows.pop(self.c)
         assert list(self.t.shape) == rows, f"rows {rows}, targets {list(self.t.shape)}:\n" + "\n".join(self.lines)
-        self.need(0 < self.z.numel() <= 4096 and int(self.t.max()) < v)
+        self.need(0 < self.z.numel() <= self.largest and int(self.t.max()) < v)
 
     def apply(self, part: str, name: str, seed: int) -> None:
         """Writes one production, or raises Inapplicable and leaves the draft as it was."""
@@ -332,7 +333,14 @@ def generate(seed: int, dtype: torch.dtype = torch.float64, only: Collection[tup
             return draft.program()
 
 
-def alone(part: str, name: str, forms: int = 1, beside_a_loss: bool = False) -> dict[str, Program]:
+def alone(
+    part: str,
+    name: str,
+    forms: int = 1,
+    beside_a_loss: bool = False,
+    sizes: Sizes | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Program]:
     """Programs in which one production stands in the plainest surroundings, by its text: up to so many forms of it."""
     head = ("head", "F.linear with bias" if name.startswith("bias") else "F.linear")
     loss = ("statistic", "cross_entropy")
@@ -352,7 +360,7 @@ def alone(part: str, name: str, forms: int = 1, beside_a_loss: bool = False) -> 
     }[part]
     found: dict[str, tuple[str, Program]] = {}
     for seed in range(100):
-        draft = Draft(Choices(seed, torch.float64))
+        draft = Draft(Choices(seed, dtype), sizes)
         text = ""
         try:
             for step in steps:
