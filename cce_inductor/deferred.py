@@ -373,6 +373,8 @@ class _Value:
         self._tensor: Tensor | None = None
         self._origin, self._source = origin, source
         self._memory = _Memory() if memory is None else memory
+        # Of a value in a graph that is traced: what it was made from, which it stays to the graph, computed or not.
+        self.given: tuple[Recipe, list[Tensor]] | None = None
 
     @classmethod
     def computed(cls, tensor: Tensor, memory: _Memory | None = None) -> _Value:
@@ -591,7 +593,8 @@ class DeferredLogits(torch.Tensor):
 
     @torch.compiler.disable
     def __tensor_flatten__(self) -> tuple[list[str], Recipe | bool]:
-        recipe = self.recipe()
+        given = self._value.given
+        recipe = given[0] if given is not None else self.recipe()
         if recipe is None:
             return ["_values"], self._value.memory.edited_in_graph
         return [f"_operand_{i}" for i in range(len(recipe.needs))], recipe
@@ -625,6 +628,7 @@ class DeferredLogits(torch.Tensor):
                 return out
 
             value = _Value(make, _Origin(head, recipe.steps, recipe))
+            value.given = recipe, operands
             if any(isinstance(s, torch.SymInt) for s in size):
                 # Dynamo gives us and the operands symbols of their own: say that they are the same sizes.
                 for own, of_operands in zip(size, value.get().size(), strict=True):
@@ -657,6 +661,8 @@ class DeferredLogits(torch.Tensor):
 
     def __getattr__(self, name: str) -> Any:
         number = re.fullmatch(r"_operand_(\d+)", name)
+        if number is not None and (given := self._value.given) is not None:
+            return given[1][int(number[1])]
         if number is not None and (origin := self._value.origin) is not None:
             i, operands = int(number[1]), origin.head.operands
             if i == 0 and not compat.is_tracing():
