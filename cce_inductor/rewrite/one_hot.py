@@ -84,7 +84,7 @@ def marks_target(node: Any, value: Value) -> bool:
     if op.name == "one_hot":
         return same(fake(node).shape[-1], value.vocab)
     if op.name in ("zeros", "full"):
-        edits = [vocabulary.read(user) for user in node.users if vocabulary.mutated(user) is node]
+        edits = [vocabulary.read(user) for user in node.users if node in vocabulary.mutated(user)]
         return bool(edits) and all(edit is not None and _scatters_one(edit, value) for edit in edits)
     if op.name in ("add", "sub", "rsub"):
         return is_number(op.args["input"]) + is_number(op.args["other"]) == 1 and any(

@@ -206,11 +206,10 @@ class _Flow:
         if entries and (vocabulary.is_dense_loss(node) or self._computes_a_loss(node)):
             self.named = True
         kind = self.few if self._is_few(node, op, read) else self.wide
-        for made in (node, vocabulary.mutated(node)):
-            if made is not None:
-                self.sources.setdefault(made, []).extend(read)
-                if made not in self.wide:
-                    kind.add(made)
+        for made in (node, *vocabulary.mutated(node)):
+            self.sources.setdefault(made, []).extend(read)
+            if made not in self.wide:
+                kind.add(made)
 
     def _is_few(self, node: Node, op: vocabulary.Op | None, read: list[Node]) -> bool:
         entries = [n for n in read if n in self.wide]
