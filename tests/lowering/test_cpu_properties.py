@@ -75,16 +75,18 @@ KINDS = {"normal": lambda head: None, "1e4": _large, "ties": _ties, "-inf column
          "confident": _confident}  # fmt: skip
 
 
-def size(most: int):
+def size(most: int, least: int = 2):
     """A size: small, prime, one beside the kernels' own units, or anything."""
     edges = [2, 3, 5, 7, 15, 16, 17, 31, 63, 64, 65, 127, 128, 129, 131, 257, 509]
-    return st.sampled_from([e for e in edges if e <= most]) | st.integers(2, most)
+    return st.sampled_from([e for e in edges if least <= e <= most]) | st.integers(least, most)
 
 
 # `derandomize` draws the examples from the text of this function: an edit draws others.
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(n=size(700), d=size(150), v=size(3000), kind=st.sampled_from(sorted(KINDS)), some=st.integers(0, 3))
+# Errors are compared with eager's: of a handful of numbers those may be nearly 0 by luck, and what is drawn depends on
+# hypothesis's version.
+@given(n=size(700, 15), d=size(150), v=size(3000, 15), kind=st.sampled_from(sorted(KINDS)), some=st.integers(0, 3))
 def test_error_rule(configuration, n, d, v, kind, some):
     dtype, compute, _, strided = CONFIGURATIONS[configuration]
     head = Head.make(n, d, v, dtype, bias=True, seed=n + d + v)
