@@ -41,6 +41,7 @@ from cce_inductor.bench.densities import densities
 from cce_inductor.bench.inputs import make_inputs
 from cce_inductor.bench.launch import GIB, Child, ChildError, Watch, environment
 from cce_inductor.bench.main import main
+from cce_inductor.bench.readers import READERS
 from cce_inductor.demo.memory import MIB
 from cce_inductor.demo.run import Spec
 from cce_inductor.ops.choice import Choice
@@ -570,6 +571,13 @@ class TestRun:
         # So small a model compiles fast, and the pass looks at its few nodes all the same.
         assert one["trace"] < compile_time.LIMIT * one["total"]
         assert f"{one['trace'] / one['total']:.2%} of the time to compile" in capsys.readouterr().out
+
+    def test_losses_that_read(self, tmp_path, capsys):
+        assert main(["--reads", "--quick", "--repeat=1", "--threads=1", "--output", str(tmp_path)]) == 0
+        found = json.loads((tmp_path / "cpu-reads.json").read_text())["reads"]
+        assert {one["loss"] for one in found} == set(READERS)
+        assert all(len(one["compile"]) == len(one["ours"]) == 1 for one in found)
+        assert "| label_smoother |" in capsys.readouterr().out
 
     def test_from_arguments_to_report(self, tmp_path, capsys):
         argv = [

@@ -14,8 +14,8 @@ from .contenders import CONTENDERS, names_on
 
 SUMMARY = "The head and its loss, by every way there is to compute them: time, memory, error."
 DETAILS = """\
-Without --bound, --columns, --compile-time, --headline, --step, --sweep, --sweep-budget or --training: a table of every
-contender at every shape.
+Without --bound, --columns, --compile-time, --headline, --reads, --step, --sweep, --sweep-budget or --training: a table
+of every contender at every shape.
 Each contender has a process of its own; they take turns, so that a machine that slows down slows all of them. Markdown,
 JSON and pictures go to --output, and with --docs into the documentation too."""
 
@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     add("--sweep-budget", action="store_true", help="cost against error of every gradient filter")
     add("--bound", action="store_true", help="bytes that a gradient filter keeps between the passes, by N and V")
     add("--compile-time", action="store_true", help="what the pass takes of the time to compile a model")
+    add("--reads", action="store_true", help="losses that have to read deferred logits, against plain torch.compile")
     add("--columns", action="store_true", help="schedules of dW for column lists, counted on a model's softmax")
     add("--finished", action="store_true", help="for --training: report the runs that are done, and do no more")
     add("--training", action="store_true", help="what gradient filters do to training: hours; goes on where it was")
@@ -102,13 +103,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Ends with a message where the arguments, or what is installed, will not do."""
     made = parser()
     args = made.parse_args(argv)
-    only_cpu = args.columns or args.compile_time or args.headline or args.step or args.sweep or args.training
+    only_cpu = (
+        args.columns or args.compile_time or args.headline or args.reads or args.step or args.sweep or args.training
+    )
     special = only_cpu or args.sweep_budget or args.bound
     reason = _cuda_missing() if args.device == "cuda" else _cpu_missing()
     if reason:
         made.error(f"--device {args.device}: {reason}")
     if args.device == "cuda" and only_cpu:
-        made.error("--columns, --compile-time, --headline, --step, --sweep and --training go with --device cpu")
+        made.error(
+            "--columns, --compile-time, --headline, --reads, --step, --sweep and --training go with --device cpu"
+        )
     elsewhere = set(args.contender or ()) - set(names_on(args.device))
     if elsewhere:
         made.error(f"--device {args.device} has no contender {', '.join(sorted(elsewhere))}")
@@ -120,7 +125,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         made.error("not installed: matplotlib; `pip install 'cce-inductor[bench]'` brings it")
     if special and args.ignored is not None and not args.headline:
         made.error("--ignored goes with the table and with --headline")
-    if args.shape and (args.columns or args.compile_time or args.step or args.sweep or args.sweep_budget or args.bound):
+    if args.shape and special and not args.headline:
         made.error("--shape goes with the table and with --headline")
     if args.headline and args.shape and len(args.shape) > 1:
         made.error("--headline takes one --shape")

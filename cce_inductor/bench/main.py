@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from . import bounds, columns, compile_time, headline, machine, plots, report, step, sweep, tradeoff
+from . import bounds, columns, compile_time, headline, machine, plots, reads, report, step, sweep, tradeoff
 from .arguments import parse, table_cases
 from .cases import HEADLINE, QUICK_SHAPES, Case, Shape
 from .contenders import names_on
@@ -105,13 +105,15 @@ def _sections(args: argparse.Namespace, options: Options) -> Iterator[Section]:
         yield _step(args, options)
     if args.compile_time:
         yield compile_time.run(options, args.quick)
+    if args.reads:
+        yield reads.run(options, args.quick)
     if args.columns:
         yield _columns(args)
     if args.bound:
         yield bounds.run()
     if args.training:
         yield from _training(args)
-    cpu = args.sweep or args.headline or args.step or args.columns or args.compile_time or args.training
+    cpu = args.sweep or args.headline or args.step or args.columns or args.compile_time or args.training or args.reads
     if not (cpu or args.sweep_budget or args.bound):
         yield from _table(args, options)
 
