@@ -60,13 +60,8 @@ def conclude(found: list[Reads], shape: tuple[int, int, int]) -> Section:
     middle, worst = statistics.median(one.ratio for one in found), max(found, key=lambda one: one.ratio)
     text = (
         "A model without its loss, compiled; the loss is called eagerly on its logits, which are deferred and which it "
-<<<<<<< HEAD
         f"has to read. N, D, V = {shape[0]}, {shape[1]}, {shape[2]}, fp32, forward and backward. The ratio is the "
         f"median over the rounds; over the losses its median is {middle:.3f}, and the largest is {worst.ratio:.3f} "
-=======
-        f"has to read. N, D, V = {shape[0]}, {shape[1]}, {shape[2]}, fp32, forward and backward. The ratio is a median "
-        f"over the rounds; over the losses its median is {middle:.3f}, and the largest is {worst.ratio:.3f} "
->>>>>>> 098a374 (bench --reads: a line's length)
         f"({worst.loss}). The aim is at most {LIMIT}."
     )
     table = report.markdown(("loss", "compile, ms", "ours, ms", "ours / compile"), rows)
