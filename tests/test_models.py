@@ -89,7 +89,8 @@ def test_family(name):
     # Older versions break the graph of some encoders and decoders: never behind the head.
     made = counters["stats"]["unique_graphs"]
     assert made == family.graphs if torch_version() >= (2, 13) else made >= family.graphs
-    assert counters["cce_inductor"]["deferred"] == family.fused
+    # Logits that are returned both ways, as CLIP's, are one tensor and a view of it.
+    assert counters["cce_inductor"]["deferred"] == (1 if family.model == "CLIPModel" else family.fused)
     assert counters["cce_inductor"]["deferred_materialized"] == 0
     if family.fused and "labels" in inputs:
         assert 0 < largest.numel < inputs["labels"].numel() * V

@@ -103,13 +103,15 @@ class Call:
 
         That accumulator is fp32, (N, D); where it takes more than half of the logits, half of them remain. Nor is it
         less than MIB, or than tiles of some hundred rows and columns need: where the logits are as small as that, tiles
-        smaller still would take all the time and spare nothing that counts.
+        smaller still would take all the time and spare nothing that counts. A bound is the looser the narrower they are,
+        and has four times as much.
         """
         (n, d), v = self.input.shape, self.weight.shape[0]
         logits = n * v * self.compute_dtype.itemsize
         accumulator = 0 if self.input.dtype == self.accumulate_dtype else n * d * self.accumulate_dtype.itemsize
         tiles = 512 * d * self.accumulate_dtype.itemsize
-        return min(self.attributes.workspace, max(logits - accumulator, logits // 2, tiles, MIB))
+        least = 4 * MIB if self.bounded else MIB
+        return min(self.attributes.workspace, max(logits - accumulator, logits // 2, tiles, least))
 
     def grouped(self) -> "Call":
         """This call with the columns of its bound grouped as its size asks for, unless its filter says how already."""

@@ -54,7 +54,7 @@ PROGRAMS: dict[str, Callable[..., Tensor]] = {
     "gathered softmax": lambda x, w, b, t: picked(z(x, w, b).softmax(1), t),
     "sum of log_softmax": lambda x, w, b, t: z(x, w, b).log_softmax(1).sum(1),
     "logsumexp": lambda x, w, b, t: z(x, w, b).logsumexp(1),
-    "logsumexp - target": lambda x, w, b, t: z(x, w, b).logsumexp(1) - picked(z(x, w, b), t),
+    "logsumexp - target": lambda x, w, b, t: (logits := z(x, w, b)).logsumexp(1) - picked(logits, t),
     "the same of one head": lambda x, w, b, t: (lambda l: l.logsumexp(1) - picked(l, t))(z(x, w, b)),
     "z-loss": lambda x, w, b, t: (lambda l: F.cross_entropy(l, t) + 0.1 * l.logsumexp(1).square().mean())(z(x, w, b)),
     "z-loss of rows that count": lambda x, w, b, t: (
