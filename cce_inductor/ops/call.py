@@ -103,8 +103,8 @@ class Call:
 
         That accumulator is fp32, (N, D); where it takes more than half of the logits, half of them remain. Nor is it
         less than MIB, or than tiles of some hundred rows and columns need: where the logits are as small as that, tiles
-        smaller still would take all the time and spare nothing that counts. A bound is the looser the narrower they are,
-        and has four times as much.
+        smaller still would take all the time and spare nothing that counts. The narrower they are, the looser is a
+        bound: that has four times as much.
         """
         (n, d), v = self.input.shape, self.weight.shape[0]
         logits = n * v * self.compute_dtype.itemsize
