@@ -104,13 +104,13 @@ class Call:
         That accumulator is fp32, (N, D); where it takes more than half of the logits, half of them remain. Nor is it
         less than MIB, or than tiles of some hundred rows and columns need: where the logits are as small as that, tiles
         smaller still would take all the time and spare nothing that counts. The narrower they are, the looser is a
-        bound: that has four times as much.
+        bound: that has sixteen times as much.
         """
         (n, d), v = self.input.shape, self.weight.shape[0]
         logits = n * v * self.compute_dtype.itemsize
         accumulator = 0 if self.input.dtype == self.accumulate_dtype else n * d * self.accumulate_dtype.itemsize
         tiles = 512 * d * self.accumulate_dtype.itemsize
-        least = 4 * MIB if self.bounded else MIB
+        least = 16 * MIB if self.bounded else MIB
         return min(self.attributes.workspace, max(logits - accumulator, logits // 2, tiles, least))
 
     def grouped(self) -> "Call":
