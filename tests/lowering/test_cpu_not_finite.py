@@ -58,7 +58,9 @@ def test_compiled(case):
     filtered = "grad_filter" in options
     rows = 200 if filtered else 70
     for trouble, change in TROUBLES.items():
-        if not differs("entropy" if fn is with_entropy else str(program), trouble, dtype):
+        # A block done in full adds to what it has: dW may have NaN where eager has an infinity, as the README says.
+        infinite = filtered and "entry" in trouble and "inf" in trouble
+        if not infinite and not differs("entropy" if fn is with_entropy else str(program), trouble, dtype):
             tensors = data(dtype, rows)
             change(tensors)
             wrong = compare(run(compiled, tensors), run(fn, tensors), 0.05 if filtered else TOLERANCE[dtype])
