@@ -143,9 +143,11 @@ def fix_interpreter() -> None:
     def bits(mask):
         return interpreter.TensorHandle(mask.data.astype(bool), tl.int1)
 
-    builder.create_masked_load = lambda self, pointers, mask, *rest: load(self, pointers, bits(mask), *rest)
-    builder.create_masked_store = lambda self, pointers, value, mask, *rest: store(
-        self, pointers, value, bits(mask), *rest
+    builder.create_masked_load = lambda self, pointers, mask, *rest, **named: load(
+        self, pointers, bits(mask), *rest, **named
+    )
+    builder.create_masked_store = lambda self, pointers, value, mask, *rest, **named: store(
+        self, pointers, value, bits(mask), *rest, **named
     )
     builder.create_dot = lambda self, a, b, *rest: dot(self, floats(a), floats(b), *rest)
     builder.cast_impl = to_nearest
