@@ -141,6 +141,8 @@ def fix_interpreter() -> None:
         return cast(self, source, dtype)
 
     def bits(mask):
+        if not isinstance(mask, interpreter.TensorHandle):  # a descriptor's own, bare and right
+            return mask
         return interpreter.TensorHandle(mask.data.astype(bool), tl.int1)
 
     builder.create_masked_load = lambda self, pointers, mask, *rest, **named: load(
