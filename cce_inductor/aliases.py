@@ -110,27 +110,27 @@ def _bases(gm: GraphModule, outputs: Sequence[Any], min_vocab: int) -> dict[Node
     """The outputs that are views, each with what it is a view of: an input or the first node in its memory."""
     first: dict[StorageWeakRef, Node] = {}
     for node in gm.graph.nodes:
-        for own in (memory(node),) if memory(node) is not None else storages(node):
-            if own is not None:
-                first.setdefault(own, node)
+        for own in _memories(node):
+            first.setdefault(own, node)
     bases: dict[Node, Node] = {}
     several: dict[Node, set[Node]] = {}
     for node in {n for n in outputs if isinstance(n, Node)}:
-        for own in (memory(node),) if memory(node) is not None else storages(node):
-            assert own is not None
+        for own in _memories(node):
             several.setdefault(first[own], set()).add(node)
     for base, nodes in several.items():
         given = memory(base) is not None
         logits = len(nodes) > 1 and base.op != "placeholder" and example(base).shape[-1:] >= (min_vocab,)
         within = _needed(list(nodes), {base})
-        plain = all(n is base or not isinstance(example(n), Tensor) or _same_memory(n, base) for n in within)
+        plain = all(n is base or not isinstance(example(n), Tensor) or _memories(n) & _memories(base) for n in within)
         if (given or logits) and plain:
             bases |= {node: base for node in nodes if given or node is not base}
     return bases
 
 
-def _same_memory(node: Node, base: Node) -> bool:
-    return memory(node) == memory(base) if memory(base) is not None else bool(storages(node) & storages(base))
+def _memories(node: Node) -> set[StorageWeakRef]:
+    """The memory of a node's tensor: that of deferred logits, or else its own."""
+    own = memory(node)
+    return storages(node) if own is None else {own}
 
 
 def _needed(nodes: Sequence[Any], end: set[Node]) -> set[Node]:
