@@ -11,14 +11,16 @@ import torch
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
-from . import aliases, compat, config, elsewhere, record, version
+from . import compat, config, record, version
 from .config import Settings
-from .deferred import computed, defer
+from .deferred import aliases, eager_calls, other_graphs
+from .deferred.autograd import computed, defer
 from .lowering import register as lowering
 from .lowering.choose import choose
 from .ops import library, ranking, with_gradients  # noqa: F401 - they register the operators
 from .ops.choice import Chooser
-from .rewrite.rewrite import Rewritten, faulty, rewrite
+from .rewrite.result import Rewritten
+from .rewrite.run import faulty, rewrite
 from .rewrite.site import Site
 from .rewrite.without_loss import defer_heads
 
@@ -68,11 +70,11 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings,
     try:
         if lowered:
             lowering.register()
-        entry, result = _settle(elsewhere.entries(gm, example_inputs), settings, choose if lowered else None)
+        entry, result = _settle(other_graphs.entries(gm, example_inputs), settings, choose if lowered else None)
     except DeclinedError:
         raise
     except Exception as error:  # a private name of PyTorch's that is gone, for one
-        entry, result = _settle([elsewhere.Entry(gm, list(example_inputs))], settings, None, error)
+        entry, result = _settle([other_graphs.Entry(gm, list(example_inputs))], settings, None, error)
     # compile_fx calls itself, and enable() wraps it: the mark keeps the pass from running twice on one graph.
     # The parts of a graph that DDPOptimizer has cut share one `meta`.
     result.graph_module.meta = {**result.graph_module.meta, _MARK: True}
@@ -83,7 +85,7 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings,
     if entry.inlined or entry.read or entry.unused:
         compiled = _with_logits(compiled, entry)
     # The parts of a graph that DDPOptimizer has cut are compiled before anybody knows what the others return.
-    return elsewhere.reading(compiled) if compat.is_part_of_a_graph() else compiled
+    return other_graphs.reading(compiled) if compat.is_part_of_a_graph() else compiled
 
 
 def _as_it_is(gm: GraphModule) -> Callable:
@@ -97,8 +99,8 @@ def _as_it_is(gm: GraphModule) -> Callable:
 
 
 def _settle(
-    forms: Iterable[elsewhere.Entry], settings: Settings, choose: Chooser | None, fault: Exception | None = None
-) -> tuple[elsewhere.Entry, Rewritten]:
+    forms: Iterable[other_graphs.Entry], settings: Settings, choose: Chooser | None, fault: Exception | None = None
+) -> tuple[other_graphs.Entry, Rewritten]:
     """Rewrites a graph in the first of its forms that takes it, and keeps the record of what became of its losses.
 
     fault: what keeps the graph from being rewritten at all.
@@ -124,7 +126,7 @@ def _settle(
     return entry, result
 
 
-def _settle_statistic(entry: elsewhere.Entry, settings: Settings) -> Rewritten:
+def _settle_statistic(entry: other_graphs.Entry, settings: Settings) -> Rewritten:
     """Rewrites the graph of one statistic: no loss, so the record and ``strict`` have nothing to say about it."""
     result = rewrite(entry.graph_module, settings, version.source_hash(), statistics=True)
     counters[COUNTERS]["statistics"] += entry.accepts(result)
@@ -139,7 +141,7 @@ def _left(site: Site) -> Site:
     return replace(site, fused=False, reason=reason, cure="compute it behind the loss", kernel="", deferred=0)
 
 
-def _with_logits(compiled: Callable, entry: elsewhere.Entry) -> Callable:
+def _with_logits(compiled: Callable, entry: other_graphs.Entry) -> Callable:
     """Wraps a compiled function whose graph takes logits of another graph in the form of `entry`."""
 
     def run(*args: Any) -> Any:
@@ -160,7 +162,7 @@ def _with_deferred(compiled: Callable, result: Rewritten, settings: Settings) ->
     deferrals, n = result.deferrals, result.user_outputs
     positions = {deferral.position for deferral in deferrals}
     # What is called eagerly runs the operators' eager implementation.
-    fuse = elsewhere.EagerCalls(
+    fuse = eager_calls.EagerCalls(
         lambda entry: _settle([entry], settings, None)[1],
         lambda entry: _settle_statistic(entry, settings),
     )

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .ops.filters import Filter
+from .filters import Filter
 
 ENV_PREFIX = "CCE_INDUCTOR_"
 

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from . import compat
 from .config import Settings
-from .rewrite.rewrite import Rewritten
+from .rewrite.result import Rewritten
 from .rewrite.site import Site
 
 log = logging.getLogger("cce_inductor")

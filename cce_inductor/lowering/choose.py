@@ -9,27 +9,16 @@ import torch
 
 from ..ops.call import MIB
 from ..ops.choice import Choice, Problem
+from .limits import KEPT_SHARE, LEAST_CHUNK
 from .unsupported import unsupported_dtype
 
-# A chunk of rows whose logits are kept costs one more pass over W and dW: with fewer rows that takes longer than the
-# GEMM it saves, on two cores with 20 GB/s and 230 (fp32) or 460 (bfloat16) GFLOP/s.
-LEAST_CHUNK = {torch.float32: 128, torch.bfloat16: 256}
 # Where dW can not be added up over chunks, the share of the rows whose logits must fit: with less than half, the pass
 # over dW that multiplies it by the loss's tangent, and smaller blocks, take what is saved (at 0.2 nothing was gained).
 LEAST_SHARE = 0.5
-# The part of the workspace that holds kept logits. (At 0.8 the rows of two chunks no longer stay packed: 6 % slower.)
-KEPT_SHARE = 0.75
+
+
 # Logits that take a larger part of the machine's memory are not written if that can be helped.
 LARGE_LOGITS = 1 / 8
-
-
-def sixteen_bits_hold(softcap: float) -> bool:
-    """Whether 16 bits can keep logits for a second pass, behind a softcap if there is one (0.0 for none).
-
-    They hold how far below the largest a logit is, up to 64. What is further below has no p that counts, but behind a
-    softcap it has a slope.
-    """
-    return 2 * softcap < 63
 
 
 def choose(problem: Problem) -> Choice:

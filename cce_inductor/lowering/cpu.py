@@ -9,12 +9,12 @@ from torch._inductor import cpu_vec_isa, ir
 from torch._inductor.virtualized import V
 from torch.utils._sympy.functions import CeilDiv
 
+from ..filters import Filter
 from ..ops import bound, diagnostics
 from ..ops import statistics as table
 from ..ops.call import Attributes
-from ..ops.filters import Filter
-from .choose import KEPT_SHARE, LEAST_CHUNK, sixteen_bits_hold
 from .cpu_template import Spec, emit
+from .limits import KEPT_SHARE, LEAST_CHUNK, sixteen_bits_hold
 from .unsupported import Unsupported, unsupported_dtype
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..filters import Filter
 from .bound import group
-from .filters import Filter
 from .softcap import FORMS
 from .statistics import Statistic, parse
 

@@ -6,15 +6,16 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node, Proxy
 
+from ..graph.builder import Builder
+from ..graph.fakes import example, fake
+from ..graph.hoist import Hoist
 from ..ops.call import Attributes
 from ..ops.ranking import RANKING, RESULTS
-from . import operands
-from .builder import Builder
+from ..trace import operands
+from ..trace.ranking import Ranking
+from ..trace.trace import Trace
+from ..trace.values import Affine, Shift, Value
 from .emit import in_rows
-from .hoist import Hoist
-from .ranking import Ranking
-from .trace import Trace
-from .values import Affine, Shift, Value, example, fake
 
 
 @dataclass

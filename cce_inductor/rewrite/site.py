@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..filters import Filter
+from ..graph import spellings
+from ..graph.fakes import example, fake
+from ..graph.refusal import Refusal
 from ..ops import bound
-from ..ops.filters import Filter
-from . import vocabulary
-from .values import Head, Refusal, example, fake
+from ..trace.values import Head
 
 EXACT = Filter()
 BOUNDED = ("budget", "unbiased")  # kinds of filter that go by a bound
@@ -25,7 +27,7 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+).*(?:\n +(?P<sou
 def name(loss: Node) -> str:
     """What a loss is called: where it stands in the user's code."""
     place = location(loss)
-    return vocabulary.describe(loss) + (f" at {place}" if place else "")
+    return spellings.describe(loss) + (f" at {place}" if place else "")
 
 
 def _frame(node: Node) -> tuple[str, str, str]:
@@ -95,7 +97,7 @@ class Site:
 
 def _read_by(loss: Node) -> tuple[Tensor | None, Any]:
     """The logits that a loss over classes reads, and how many classes they have, where no head was found."""
-    op = vocabulary.read(loss)
+    op = spellings.read(loss)
     node = op.args.get("input") if op is not None else None
     z = example(node) if isinstance(node, Node) else None
     if not isinstance(z, Tensor) or z.dim() == 0:
@@ -134,7 +136,7 @@ def make(
         fused=refusal is None,
         reason=refusal.reason if refusal else "",
         cure=refusal.cure if refusal else "",
-        loss=vocabulary.describe(loss),
+        loss=spellings.describe(loss),
         node=loss.name,
         location=location(loss),
         at=at.name if at is not None and at is not loss else "",

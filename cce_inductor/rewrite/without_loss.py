@@ -11,12 +11,15 @@ from torch.fx import Graph, GraphModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..config import Settings
-from . import emit
-from .defer import Outputs
-from .heads import large
-from .rewrite import Rewritten, copy_graph, differentiated_again
-from .trace import Interpreter, Trace, written_between
-from .values import fake
+from ..graph.fakes import fake
+from ..graph.memory import written_between
+from ..graph.regions import copy_graph, differentiated_again
+from ..trace.heads import large
+from ..trace.interpreter import Interpreter
+from ..trace.trace import Trace
+from . import cleanup
+from .outputs import Outputs
+from .result import Rewritten
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +48,8 @@ def _defer_heads(gm: GraphModule, settings: Settings) -> Rewritten:
     user_outputs = outputs.finish()
     for found in traces:
         for trace in found.with_parts:
-            emit.replace_metadata(copy.graph, trace)
-        emit.erase_dead(copy.graph, found, [])
+            cleanup.replace_metadata(copy.graph, trace)
+        cleanup.erase_dead(copy.graph, found, [])
     interpreter.erase_unused()
     copy.graph.lint()
     copy.recompile()

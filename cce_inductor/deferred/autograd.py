@@ -1,0 +1,123 @@
+"""Deferred logits as autograd sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import compat
+from .pending import Compute, Fuse, Origin, PendingHead, PendingValue, SharedMemory, ValueGraph, surroundings
+from .staleness import check_allocated, operand_name
+from .tensor import DeferredLogits
+
+
+def defer(
+    compute: Compute,
+    operands: Sequence[Tensor],
+    *,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    requires_grad: bool,
+    fuse: Fuse | None = None,
+    statistics: bool = False,
+) -> Tensor:
+    """A tensor of this shape and dtype that stands for ``compute(operands)`` and computes it on first touch.
+
+    ``compute`` is a pure, differentiable function of the operands and returns a tensor of ``shape`` and ``dtype`` that
+    does not alias them; ours is contiguous.  ``operands[0]`` are the hidden states (..., D), ``operands[1]`` the
+    head's weight.  It runs outside autocast and outside Dynamo: once for the value, and once more inside the backward
+    if a gradient reaches the logits.  ``requires_grad`` says whether eager's logits would have required grad.
+
+    ``fuse`` is asked for the result when a function of ``LOSSES`` is called on the pending logits, or on a pending
+    tensor made from them; where it gives ``NotImplemented`` the call reads the logits. With ``statistics`` it is asked
+    for functions of ``STATISTICS`` and ``ROWS`` as well, and what their arguments are made with stays lazy
+    (``_ARITHMETIC``).
+
+    The operands are referred to, not copied.  A read after they have changed raises
+    :class:`DeferredLogitsError`; see :class:`Operand` for what is recognised and what cannot be.
+    """
+    shape = torch.Size(shape)
+    head = PendingHead(compute, operands, shape, dtype, fuse, statistics)
+    if not requires_grad:
+        return root(head, shape)
+    with torch.enable_grad():  # the caller may have left a no_grad region that the logits were not computed in
+        return DeferLogits.apply(head, compute, shape, *operands)
+
+
+def computed(compute: Compute, operands: Sequence[Tensor]) -> Tensor:
+    """What :func:`defer` stands for, at once: a plain tensor, differentiable by ordinary autograd."""
+    with surroundings(operands[0].device, grad=True):
+        return compute(operands).contiguous()
+
+
+def root(head: PendingHead, shape: torch.Size) -> DeferredLogits:
+    return DeferredLogits(
+        PendingValue(head, Origin(head), memory=SharedMemory(head)),
+        torch.empty(shape, dtype=head.dtype, device="meta"),
+        head.device,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ autograd
+
+
+class DeferLogits(torch.autograd.Function):
+    """Gives deferred logits their ``grad_fn``.
+
+    It saves the operands and not the value, and is not part of a backward that does not come through the logits.
+    One that does goes through the graph that a read has left; without one it computes the head anew, since the value
+    was computed below autograd.  So it does where the backward is to be differentiated itself.
+    """
+
+    boxed_grads_call = True  # the gradient comes in a list, and need not be held until the backward is done
+
+    @staticmethod
+    def forward(ctx: Any, head: PendingHead, compute: Compute, shape: torch.Size, *operands: Tensor) -> Tensor:
+        ctx.compute = compute
+        # For a loss that goes around the logits: inputs, not outputs, so this is no cycle, and nothing is kept alive
+        # that is not an input of the graph behind them.
+        ctx.head, ctx.operands = head, operands
+        head.needs = tuple(ctx.needs_input_grad[3:])
+        ctx.save_for_backward(*operands)
+        ctx.set_materialize_grads(False)
+        return root(head, shape)
+
+    @staticmethod
+    @torch.compiler.disable
+    def backward(ctx: Any, *given: Any) -> tuple[Tensor | None, ...]:
+        grad = compat.boxed_grads(given)
+        needed = ctx.needs_input_grad[3:]
+        grads: list[Tensor | None] = [None] * len(needed)
+        if grad[0] is None:
+            return (None,) * 3 + tuple(grads)
+        operands = ctx.saved_tensors  # raises, as for eager's head, if one of them has been modified in place
+        for i, operand in enumerate(operands):
+            check_allocated(operand_name(i), operand)
+        wanted = [i for i, need in enumerate(needed) if need]
+        create_graph = torch.is_grad_enabled()
+        with surroundings(operands[0].device, grad=True):
+            if create_graph:
+                # Aliases, not detached for the sake of create_graph; the operands' own hooks must not run here.
+                inputs = [t.view_as(t) if need else t.detach() for t, need in zip(operands, needed, strict=True)]
+                found = torch.autograd.grad(
+                    ctx.compute(inputs), [inputs[i] for i in wanted], grad[0], create_graph=True, allow_unused=True
+                )
+            else:
+                found = _graph_of(ctx, operands).gradients(wanted, grad, compat.keeps_graph())
+        for i, g in zip(wanted, found, strict=True):
+            grads[i] = g
+        return (None,) * 3 + tuple(grads)
+
+
+def _graph_of(ctx: Any, operands: Sequence[Tensor]) -> ValueGraph:
+    """The graph that a read has left, or else one of the head computed anew. Used up, unless the backward keeps it."""
+    graph = ctx.head.graph
+    if graph is None:
+        inputs = [t.detach().requires_grad_(need) for t, need in zip(operands, ctx.needs_input_grad[3:], strict=True)]
+        graph = ValueGraph.of(ctx.compute(inputs), inputs)
+    elif not compat.keeps_graph():
+        ctx.head.graph = None
+    return graph

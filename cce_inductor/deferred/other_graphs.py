@@ -1,0 +1,259 @@
+"""The loss elsewhere: losses over logits that another graph has deferred.
+
+The model was compiled without its loss, or the graph broke between the two.  What arrives at the loss is a pending
+:class:`DeferredLogits`, and it knows how it follows from the hidden states and the head's weight.  So its head is put
+into the graph of the loss, and the pass does the rest as if it had always been there:
+
+* a compiled graph that is given pending logits: the backend asks for its :func:`entries`;
+* a loss that is called eagerly on pending logits: :class:`EagerCalls` makes a graph of that one call.
+
+Where the pass does not fuse such a loss, the logits are read: they are computed once, and remembered.
+
+A statistic of the rows that is asked for eagerly (a log-sum-exp, the entry of one class, the largest one, an entropy)
+is served as a loss is, where the logits are larger than the workspace. Each costs a product with the weight of its own,
+so several of them take longer than one read would, which is what they save the memory of.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch.fx import Graph, GraphModule, Node, Proxy
+
+from .. import compat
+from ..graph.builder import Builder
+from ..graph.fakes import example
+from ..graph.regions import copy_graph
+from ..rewrite.recipe import RECORDED, Logits
+from ..rewrite.result import Rewritten
+from ..trace.unnamed import GIVEN
+from . import aliases
+from .pending import Recipe, Step
+from .tensor import DeferredLogits, times
+
+log = logging.getLogger(__name__)
+
+aten = torch.ops.aten
+
+# ---------------------------------------------------------------------------------- pending logits as nodes of a graph
+
+
+class _NotRecordableError(Exception):
+    """Pending logits follow from their head by a step that has no form in a graph.  The message names it."""
+
+
+def _rank(z: Proxy) -> int:
+    return example(z.node).dim()
+
+
+def _index(z: Proxy, dim: int, at: Any) -> Proxy:
+    return z[(slice(None),) * (dim % _rank(z)) + (at,)]
+
+
+def _cast(z: Proxy, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> Proxy:
+    if device is not None and torch.device(device).type != example(z.node).device.type:
+        raise _NotRecordableError(f"the logits were moved to {device}")
+    return z if dtype is None else z.to(dtype)
+
+
+# What each lazy operator of `deferred` is as a user writes it, on recorded tensors.
+_WRITTEN: dict[Any, Callable[..., Any]] = {
+    aten.detach.default: lambda z: z.detach(),
+    aten.clone.default: lambda z, memory_format=None: z.clone(),
+    aten._to_copy.default: _cast,
+    aten.exp.default: lambda z: z.exp(),
+    aten._softmax.default: lambda z, dim, half_to_float: z.softmax(
+        dim, **({"dtype": torch.float32} if half_to_float else {})
+    ),
+    times: lambda z, first, second: _written(z, first) * _written(z, second),
+    aten.mul.Tensor: lambda z, other: z * other,
+    aten.div.Tensor: lambda z, other: z / other,
+    aten._log_softmax.default: lambda z, dim, half_to_float: z.log_softmax(
+        dim, **({"dtype": torch.float32} if half_to_float else {})
+    ),
+    aten.view.default: lambda z, size: z.view(*size),
+    aten._unsafe_view.default: lambda z, size: z.view(*size),
+    aten.slice.Tensor: lambda z, dim=0, start=None, end=None, step=1: _index(z, dim, slice(start, end, step)),
+    aten.select.int: _index,
+    aten.unsqueeze.default: lambda z, dim: z.unsqueeze(dim),
+    aten.squeeze.dim: lambda z, dim: z.squeeze(dim),
+    aten.t.default: lambda z: z.t(),
+    aten.transpose.int: lambda z, dim0, dim1: z.transpose(dim0, dim1),
+    aten.permute.default: lambda z, dims: z.permute(*dims),
+}
+
+
+def _record(recipe: Recipe, operands: Sequence[Proxy]) -> Proxy:
+    """Records the logits of `recipe`."""
+    assert isinstance(recipe.compute, Logits)
+    z = _written(recipe.compute.record(operands), recipe.steps)
+    return z if any(recipe.needs) else z.detach()
+
+
+def _written(z: Proxy, steps: Sequence[Step]) -> Proxy:
+    for step in steps:
+        if step.op not in _WRITTEN:
+            raise _NotRecordableError(f"{step.op} lies between the head and the loss")
+        z = _WRITTEN[step.op](z, *step.args, **dict(step.kwargs))
+    return z
+
+
+# Steps that do the same to every entry, wherever it stands.
+ENTRYWISE = frozenset((aten.clone.default, aten._to_copy.default, aten.mul.Tensor, aten.div.Tensor))
+
+# ------------------------------------------------------------------------------------- graphs with logits as inputs
+
+
+@dataclass
+class Entry:
+    """A form that a graph can be compiled in: the graph, its example inputs, and its inputs for the program's own.
+
+    inlined: positions of pending logits that the graph takes as the operands of their head. read: positions of
+    those that it takes computed. unused: of those that it does not take at all. as_it_is: to be run without a compiler.
+    """
+
+    graph_module: GraphModule
+    inputs: list[Any]
+    inlined: frozenset[int] = frozenset()
+    read: frozenset[int] = frozenset()
+    unused: frozenset[int] = frozenset()
+    as_it_is: bool = False
+
+    def arguments(self, given: Sequence[Any]) -> list[Any]:
+        """What to pass to the graph where the program passes `given`."""
+        # Reading one of several that share memory would end what the others are known by.
+        operands = {i: given[i].operands() for i in self.inlined}
+        result: list[Any] = []
+        for i, argument in enumerate(given):
+            if i in operands:
+                result += operands[i]
+            elif i not in self.unused:
+                result.append(argument.materialize() if i in self.read else argument)
+        return result
+
+    def accepts(self, result: Rewritten) -> bool:
+        """Whether nothing is left of the logits that were put into the graph."""
+        return not any(RECORDED in node.meta for node in result.graph_module.graph.nodes)
+
+
+def entries(gm: GraphModule, inputs: Sequence[Any]) -> Iterator[Entry]:
+    """The forms of a captured graph, the best first; the last one accepts every result."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    logits = {i: x for i, n in enumerate(placeholders) if isinstance(x := example(n), DeferredLogits)}
+    if not logits:
+        # A part of a graph that is given what another part, already compiled, gives for fake inputs: see `reading`.
+        yield Entry(gm, [_plain(x) if isinstance(x, DeferredLogits) else x for x in inputs])
+        return
+    if aliases.edited(gm):
+        yield Entry(gm, list(inputs), as_it_is=True)
+        return
+    used = {i: x for i, x in logits.items() if placeholders[i].users}
+    pending = {i: recipe for i, x in used.items() if (recipe := usable(x)) is not None}
+    if pending:
+        operands = {i: (recipe, _fake_operands(logits[i], recipe)) for i, recipe in pending.items()}
+        inlined = with_inlined(gm, inputs, logits, operands)
+        if inlined is not None:
+            yield inlined
+    yield _entry(gm, inputs, logits, {})
+
+
+def reading(compiled: Callable) -> Callable:
+    """`compiled`, with pending logits, for which it was not compiled, computed on the way in."""
+
+    def run(*args: Any) -> Any:
+        return compiled(*(a.materialize() if isinstance(a, DeferredLogits) else a for a in args))
+
+    return run
+
+
+def usable(logits: DeferredLogits, grad: bool = True) -> Recipe | None:
+    """The recipe of pending logits that can be put into a graph. grad: whether gradients are recorded there."""
+    recipe = logits.recipe()
+    if recipe is not None and not grad:
+        # A view that was made under no_grad says that it requires grad, and leads nowhere.
+        recipe = replace(recipe, needs=(False,) * len(recipe.needs), connected=True)
+    return recipe if recipe is not None and recipe.connected and isinstance(recipe.compute, Logits) else None
+
+
+def _fake_operands(logits: DeferredLogits, recipe: Recipe) -> list[Tensor]:
+    """The operands of fake logits, requiring grad as the real ones do."""
+    return [t.detach().requires_grad_(need) for t, need in zip(logits.operands(), recipe.needs, strict=True)]
+
+
+def with_inlined(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    logits: dict[int, DeferredLogits],
+    operands: dict[int, tuple[Recipe, list[Tensor]]],
+) -> Entry | None:
+    """The form that takes the operands of some of its `logits`; None, and a word in the log, where there is none."""
+    try:
+        return _entry(gm, inputs, logits, operands)
+    except _NotRecordableError as reason:
+        log.info("deferred logits are read where their loss is: %s", reason)
+    except Exception:
+        log.exception("cce_inductor could not put a head in front of its loss, and reads the logits there")
+    return None
+
+
+def _entry(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    logits: dict[int, DeferredLogits],
+    inlined: dict[int, tuple[Recipe, list[Tensor]]],
+) -> Entry:
+    """`gm` with some of its `logits` replaced by what they are computed from, and the others by plain tensors."""
+    copy = copy_graph(gm)
+    graph = copy.graph
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    new_inputs: list[Any] = []
+    operands: dict[int, list[Node]] = {}
+    for i, (node, given) in enumerate(zip(placeholders, inputs, strict=True)):
+        if i in inlined:
+            _, fakes = inlined[i]
+            operands[i] = [_operand(graph, node, k, fake) for k, fake in enumerate(fakes)]
+            new_inputs += fakes
+        elif i in logits and not node.users:
+            graph.erase_node(node)
+        elif i in logits:
+            node.meta["example_value"] = _plain(logits[i])
+            node.meta[GIVEN] = True
+            node.meta.pop("grapharg", None)
+            new_inputs.append(node.meta["example_value"])
+        else:
+            new_inputs.append(given)
+    behind = next(n for n in graph.nodes if n.op != "placeholder")
+    for i, nodes in operands.items():
+        placeholder = placeholders[i]
+        builder = Builder(graph, placeholder)
+        # The dispatcher keeps symbolic sizes where torch 2.11's linear, in C++, would ask for their numbers.
+        with graph.inserting_before(behind), enable_python_dispatcher():
+            z = _record(inlined[i][0], [builder.proxy(n) for n in nodes])
+        expected = example(placeholder)
+        if example(z.node).shape != expected.shape or example(z.node).dtype != expected.dtype:
+            raise AssertionError(f"logits came out as {example(z.node)}, not {expected}; please report this")
+        placeholder.replace_all_uses_with(z.node)
+        graph.erase_node(placeholder)
+    graph.lint()
+    copy.recompile()
+    unused = frozenset(i for i in logits if not placeholders[i].users and i not in inlined)
+    return Entry(copy, new_inputs, frozenset(inlined), frozenset(logits.keys() - inlined.keys() - unused), unused)
+
+
+def _operand(graph: Graph, placeholder: Node, k: int, fake: Tensor) -> Node:
+    with graph.inserting_before(placeholder):
+        node = graph.placeholder(f"{placeholder.name}_operand_{k}")
+    node.meta["example_value"] = fake
+    compat.set_source(node, compat.operand_source(placeholder, f"_operand_{k}"))
+    return node
+
+
+def _plain(fake: DeferredLogits) -> Tensor:
+    """A fake tensor as :meth:`DeferredLogits.materialize` gives a real one."""
+    with compat.fake_mode_of(fake):
+        plain = torch.empty_strided(fake.size(), fake.stride(), dtype=fake.dtype, device=fake.device)
+    return plain.requires_grad_(fake.requires_grad)

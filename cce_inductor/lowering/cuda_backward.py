@@ -1,0 +1,214 @@
+"""The gradients on a GPU."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._inductor.lowering import fallback_handler, to_dtype
+
+from ..filters import Filter
+from ..ops import diagnostics
+from ..ops.call import Attributes
+from ..ops.library import BACKWARD, MM
+from . import cuda_budget
+from .buffers import in_memory, numbers, op, part, zeros
+from .cuda import _statistics
+from .cuda_call import Call
+from .limits import sixteen_bits_hold
+from .schedule_choice import fastest
+from .schedules import Schedule, Sweep, schedules, whole_tiles
+from .triton_configs import KEPT_TILE
+from .unsupported import Unsupported
+
+
+class Backward:
+    """The gradients of a call, made region by region."""
+
+    def __init__(self, call: Call, tangents: dict[str, Any], saved: dict[str, Any], needs: list[str]):
+        self.call, self.needs = call, needs
+        given = call.named("input", "weight", "bias", "target", "column_weight") | call.rows
+        if "lse" in tangents or "entropy" in tangents:
+            given |= {name.upper(): in_memory(saved[name]) for name in ("lse", "entropy") if name in saved}
+        given |= {f"G_{name.upper()}": in_memory(t) for name, t in tangents.items()}
+        self.factor = factor(tangents, call.active) if call.compute == torch.float16 else None
+        if self.factor is not None:
+            given["FACTOR"] = in_memory(self.factor)
+        self.given = given
+        self.results: dict[str, Any] = {}
+
+    def sweep(self, sweep: Sweep, kept: dict[str, Any] | None = None) -> None:
+        """One pass over the logits, or over those that the forward `kept`."""
+        call = self.call
+        rows = sweep.rows if 0 < sweep.rows < call.hint else 0
+        add_dx, add_dw = sweep.columns < call.v, bool(rows)
+        outputs = self._outputs(sweep.makes, add_dx)
+        sums = self._sums(sweep) if add_dw else {}
+        # Which gradients our own kernels make.
+        dx = {name: t for name, t in outputs.items() if name == "DX" and (add_dx or not sweep.library)}
+        dw = {name: t for name, t in outputs.items() if name == "DB" or (name == "DW" and not sweep.library)}
+        size = [rows or call.n, sweep.columns]
+        dacc = kept["KEPT"] if kept else call.empty(size, call.compute)
+        # Where a region begins, in a buffer and not in the kernel's text: one kernel serves all regions.
+        for column in range(0, call.v, sweep.columns):
+            for position in range(0, call.hint if rows else 1, rows or 1):
+                begin = {"BEGIN": numbers([column, position], call.device)}
+                region = {"ROWS": rows, "SLAB": sweep.columns}
+                inputs = self.given | ({"TOPS": kept["TOPS"]} if kept and "TOPS" in kept else {}) | begin
+                keeping = {"KEPT": KEPT_TILE if kept else 0}
+                call.emit("linear_statistics_dacc", inputs, {"DACC": dacc}, size, **keeping, **region)
+                if sweep.library:
+                    others = {name: t for name, t in outputs.items() if name not in dx | dw}
+                    self._by_library(dacc, others, column, position, rows)
+                inputs = {"DACC": dacc} | call.named("input", "weight") | call.rows | begin
+                if dw:
+                    given = inputs | ({"FACTOR": self.given["FACTOR"]} if self.factor is not None else {})
+                    call.emit("linear_statistics_dw", given, dw | sums, [sweep.columns, call.d], ADD=add_dw, **region)
+                if dx:
+                    call.emit("linear_statistics_dx", inputs, dx, [rows or call.n, call.d], ADD=add_dx, **region)
+        self._finish(outputs)
+
+    def _by_library(self, dacc: Any, outputs: dict[str, Any], column: int, position: int, rows: int) -> None:
+        """These gradients of a region, by PyTorch's GEMM."""
+        call = self.call
+        last, end = min(column + dacc.get_size()[1], call.v), min(position + (rows or call.hint), call.hint)
+        dacc = part(part(dacc, 0, 0, end - position), 1, 0, last - column)
+        if "DW" in outputs:
+            x = part(call.given["input"], 0, position, end)
+            mm(part(outputs["DW"], 0, column, last), op("permute", dacc, [1, 0]), x)
+        if "DX" in outputs:
+            mm(part(outputs["DX"], 0, position, end), dacc, part(call.given["weight"], 0, column, last))
+
+    def _outputs(self, makes: Sequence[str], add_dx: bool) -> dict[str, Any]:
+        call, outputs = self.call, {}
+        if "weight" in makes:
+            outputs["DW"] = call.empty([call.v, call.d], call.weight.get_dtype())
+        if "bias" in makes:
+            outputs["DB"] = call.empty([call.v], call.operands["bias"].get_dtype())
+        if "input" in makes:
+            # Multiplied by the factor until the end: no dtype but fp32 will do.
+            dtype = torch.float32 if add_dx or self.factor is not None else call.input.get_dtype()
+            if call.active is None:
+                outputs["DX"] = call.empty([call.n, call.d], dtype)
+            else:  # the kernel does not touch the other rows
+                outputs["DX"] = zeros([call.n, call.d], dtype, call.device)
+        return outputs
+
+    def _sums(self, sweep: Sweep) -> dict[str, Any]:
+        """What dW and db are added up in over regions of the same columns."""
+        call, sums = self.call, {}
+        if "weight" in sweep.makes and call.weight.get_dtype() != torch.float32:
+            sums["DW_SUM"] = call.empty([sweep.columns, call.d], torch.float32)
+        if "bias" in sweep.makes:
+            sums["DB_SUM"] = call.empty([sweep.columns], torch.float32)
+        return sums
+
+    def _finish(self, outputs: dict[str, Any]) -> None:
+        if "DX" in outputs:
+            dx = outputs["DX"] if self.factor is None else op("div.Tensor", outputs["DX"], self.factor)
+            self.results["input"] = to_dtype(dx, self.call.input.get_dtype())
+        self.results |= {name: outputs[key] for name, key in (("weight", "DW"), ("bias", "DB")) if key in outputs}
+
+    def gradients(self) -> list[Any]:
+        return [self.results[name] for name in self.needs]
+
+
+def mm(out: Any, a: Any, b: Any) -> None:
+    fallback_handler(MM, add_to_fallback_set=False)(out, a, b)
+
+
+def backward(
+    tangents: dict[str, Any],
+    saved: dict[str, Any],
+    operands: dict[str, Any],
+    active: Any,
+    needs: list[str],
+    attributes: Attributes,
+) -> list[Any]:
+    bound = saved.get("bound")
+    saved = {name: t for name, t in saved.items() if name != "bound"}
+    call = Call(operands, active, attributes)
+    if diagnostics.OPERAND in needs:
+        raise Unsupported("no Triton template leaves diagnostics")
+    chosen = Filter.read(attributes.grad_filter)
+    if bound is not None and chosen.kind == "budget" and "lse" in tangents and {*tangents} <= {"lse", "target_logit"}:
+        made = Backward(call, tangents, saved, needs)
+        if cuda_budget.run(made, saved, bound, chosen.value):
+            return made.gradients()
+    l2 = torch.cuda.get_device_properties(call.device).L2_cache_size
+    found = schedules(
+        call.hint,
+        call.d,
+        call.v,
+        call.compute,
+        call.weight.get_dtype(),
+        needs,
+        attributes.workspace,
+        l2,
+        call.static,
+        library=active is None and set(call.dtypes) == {call.compute} and call.compute != torch.float16,
+    )
+
+    def run(schedule: Schedule) -> list[Any]:
+        made = Backward(call, tangents, saved, needs)
+        for sweep in schedule.sweeps:
+            made.sweep(sweep)
+        return made.gradients()
+
+    return fastest(found, run, BACKWARD, tangents, saved, operands, active, needs, attributes)
+
+
+def factor(tangents: dict[str, Any], active: Any) -> Any:
+    """1 / max |tangent| of the active rows, (1,): dacc in float16 would lose what a mean makes small."""
+    largest = None
+    for tangent in tangents.values():
+        size = op("abs", tangent)
+        size = op("where.self", op("lt.Scalar", size, math.inf), size, 0.0)  # a row of NaN, of any factor
+        size = size if active is None else op("where.self", active, size, 0.0)
+        top = op("amax", size, [0], True)
+        largest = top if largest is None else op("maximum", largest, top)
+    return op("where.self", op("gt.Scalar", largest, 0.0), op("reciprocal", largest), 1.0)
+
+
+def _by_statistics(tangents: dict[str, Any], stats: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What ops/with_gradients.py does to tangents that are known before the statistics are, and to those."""
+    tangents, stats = dict(tangents), dict(stats)
+    if "lse" in tangents:
+        finite = op("lt.Scalar", op("abs", stats["lse"]), math.inf)
+        tangents["lse"] = op("where.self", finite, tangents["lse"], math.nan)
+    if "lse_low" in stats:
+        factor = op("exp", op("neg", stats["lse_low"]))
+        for name in {"lse", "entropy"} & set(tangents):
+            tangents[name] = op("mul.Tensor", tangents[name], factor)
+        if "entropy" in stats:
+            stats["entropy"] = op("sub.Tensor", stats["entropy"], stats["lse_low"])
+    return tangents, stats
+
+
+def with_gradients(
+    tangents: dict[str, Any],
+    operands: dict[str, Any],
+    active: Any,
+    statistics: list[str],
+    needs: list[str],
+    attributes: Attributes,
+    bounded: bool,  # nothing is left out all the same: the logits are there
+) -> list[Any]:
+    call = Call(operands, active, attributes)
+    pitch = whole_tiles(call.v)
+    kept = None
+    if call.compute == torch.float32 or sixteen_bits_hold(attributes.softcap):
+        kept = {"KEPT": call.empty([call.n, pitch], call.compute)}
+    if kept is not None and call.compute != torch.float32:
+        kept["TOPS"] = call.empty([math.ceil(call.v / KEPT_TILE) * call.n], torch.float32)
+    # What the second pass reads is needed even if it is no result.
+    wanted = list(statistics)
+    wanted += [name for name in ("lse", "entropy") if name not in wanted and {name, "entropy"} & set(tangents)]
+    stats = dict(zip(wanted, _statistics(call, wanted, kept, pitch), strict=True))
+    results = [stats[name] for name in statistics]
+    tangents, stats = _by_statistics(tangents, stats)
+    if kept is None:
+        return [*results, *backward(tangents, stats, operands, active, needs, attributes)]
+    made = Backward(call, tangents, stats, needs)
+    made.sweep(Sweep(0, pitch, tuple(needs)), kept)
+    return [*results, *made.gradients()]

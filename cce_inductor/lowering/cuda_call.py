@@ -1,0 +1,124 @@
+"""What all kernels for GPUs are given: operands, sizes, buffers."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch._inductor.lowering import empty_strided
+from torch._inductor.virtualized import V
+
+from .. import compat
+from ..ops.bound import BLOCK
+from ..ops.call import Attributes
+from .buffers import in_memory, iota, op, own
+from .schedules import whole_tiles
+from .triton_configs import KEPT_TILE, configurations
+from .triton_template import DTYPES, emit
+from .unsupported import Unsupported, unsupported_dtype
+
+# A split of the vocabulary should be worth a program of its own.
+LEAST_SPLIT = 2048
+# What the kernel leaves behind for each statistic, by split.
+PARTS = {
+    "lse": ["LSE"],
+    "lse_low": ["LSE", "LSE_LOW"],
+    "target_logit": ["TARGET_LOGIT"],
+    "logit_sum": ["LOGIT_SUM"],
+    "entropy": ["LSE", "ENTROPY"],
+    "argmax": ["BEST", "ARGMAX"],
+}
+
+
+class Call:
+    """What every kernel of a call needs: operands in memory, the rows that count, options."""
+
+    def __init__(self, operands: dict[str, Any], active: Any, attributes: Attributes):
+        self.attributes = attributes
+        self.compute = attributes.compute_dtype or operands["input"].get_dtype()
+        reason = unsupported_dtype([self.compute, *(t.get_dtype() for n, t in operands.items() if n != "target")])
+        if reason:
+            raise Unsupported(reason)
+        self.given = operands
+        self.operands = {name: in_memory(t) for name, t in operands.items()}
+        self.input, self.weight = self.operands["input"], self.operands["weight"]
+        self.device = self.input.get_device()
+        self.n = self.input.get_size()[0]
+        # Kernels with symbolic D and V spill registers; N alone stays symbolic.
+        self.d = V.graph.sizevars.guard_int(self.input.get_size()[1])
+        self.v = V.graph.sizevars.guard_int(self.weight.get_size()[0])
+        if not self.d or not self.v:
+            raise Unsupported("the hidden states or the vocabulary are empty")
+        self.active = active
+        # How the autotuner is to fill inputs that cannot hold anything.
+        self.examples: dict[str, Callable[[Any], torch.Tensor]] = {}
+        self.rows = {} if active is None else self._compacted(active)
+
+    def _compacted(self, active: Any) -> dict[str, Any]:
+        """INDEX, the active rows in order and then the others, and COUNT, how many are active."""
+        rank = op("cumsum", active, 0, dtype=torch.int64)
+        rank.realize()
+        count = op("slice.Tensor", rank, 0, self.n - 1, self.n)
+        rows = iota(self.n, self.device)
+        behind = op("sub.Tensor", op("add.Tensor", rows, count), rank)
+        place = op("where.self", active, op("sub.Tensor", rank, 1), behind)
+        index = op("full", [self.n], 0, dtype=torch.int64, device=self.device)
+        return {"INDEX": in_memory(op("index_put", index, [place], rows)), "COUNT": own(count)}
+
+    def named(self, *names: str) -> dict[str, Any]:
+        return {name.upper(): self.operands[name] for name in names if name in self.operands}
+
+    @property
+    def precision(self) -> str:
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+    @property
+    def hint(self) -> int:
+        return int(V.graph.sizevars.optimization_hint(self.n, fallback=8192))
+
+    @property
+    def static(self) -> bool:
+        return isinstance(self.n, (int, sympy.Integer))
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        return [self.input.get_dtype(), self.weight.get_dtype()]
+
+    def emit(self, kernel: str, inputs: dict, mutated: dict, sizes: Sequence[Any], **constants: Any) -> None:
+        matrices = [self.weight] if "INDEX" in inputs else [self.input, self.weight]
+        tma = compat.can_use_tma(*matrices)
+        block_n = KEPT_TILE if "KEPT" in mutated else None
+        variant = ", kept" * bool("KEPT" in mutated or constants.get("KEPT")) + ", added" * ("DW_SUM" in mutated)
+        variant += ", bound" * ("BOUND" in mutated)
+        block_m = BLOCK if "BOUND" in mutated else None
+        if kernel == "budget_dacc":
+            block_n = constants["CHUNK"]
+        found = configurations(kernel + variant, self.dtypes, self.compute, self.device, tma, block_n, block_m)
+        emit(
+            kernel,
+            inputs,
+            mutated,
+            self.device,
+            sizes,
+            found,
+            lambda step: self.d % step == 0,
+            {
+                **self.examples,
+                "COUNT": lambda t: torch.full((1,), self.hint, dtype=torch.int64, device=self.device),
+                "INDEX": lambda t: torch.arange(self.hint, device=self.device),
+                "ROUND": lambda t: torch.tensor([0, min(whole_tiles(self.v), 4096), self.v, 0], device=self.device),
+            },
+            KERNEL=repr(kernel + variant),
+            COMPUTE=DTYPES[self.compute],
+            PRECISION=repr(self.precision),
+            SCALE=float(self.attributes.scale),
+            SOFTCAP=float(self.attributes.softcap),
+            SOFTCAP_FORM=repr(self.attributes.softcap_form),
+            GROUP=8,
+            **constants,
+        )
+
+    def empty(self, size: Sequence[Any], dtype: torch.dtype) -> Any:
+        buffer = empty_strided(list(size), None, dtype=dtype, device=self.device)
+        buffer.realize()
+        return buffer

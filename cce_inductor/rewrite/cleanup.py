@@ -1,0 +1,42 @@
+"""What is left of the logits once their reductions are served."""
+
+from __future__ import annotations
+
+from torch.fx import Graph, Node, Proxy
+
+from ..graph import spellings
+from ..graph.builder import Builder
+from ..graph.regions import descendants
+from ..trace import operands
+from ..trace.trace import Trace
+from ..trace.values import Value
+
+# ---- what is left
+
+
+def replace_metadata(graph: Graph, trace: Trace) -> None:
+    """Lets reads of the logits' shape read it off the hidden states, so that they do not keep the logits alive."""
+    for node, read, value in trace.metadata:
+        builder = Builder(graph, node)
+        node.replace_input_with(read, builder.run(_same_shape, builder, value).node)
+
+
+def _same_shape(builder: Builder, value: Value) -> Proxy:
+    """A tensor of the logits' shape that takes no memory of its own: one column of the hidden states, expanded."""
+    h = operands.hidden(builder, value, detach=True).narrow(value.class_dim, 0, 1)
+    h = h if value.fake.dtype == h.node.meta["example_value"].dtype else h.to(value.fake.dtype)
+    sizes = [-1] * value.fake.dim()
+    sizes[value.class_dim] = operands.vocab(builder, value)
+    return h.expand(*sizes)
+
+
+def erase_dead(graph: Graph, trace: Trace, findings: list[Node]) -> None:
+    """Erases losses and logits without a use. Only nodes of the trace: they are known to be pure, or to edit logits."""
+    dead = set(findings)
+    for part in trace.with_parts:
+        dead |= set(part.values)
+        # Views of what was broadcast together with the logits.
+        dead |= {n for n in descendants(part.first.node) if (op := spellings.read(n)) and op.name == "getitem"}
+    for node in reversed(list(graph.nodes)):
+        if node in dead and not node.users:
+            graph.erase_node(node)

@@ -1,0 +1,187 @@
+"""Which reductions share one call of the operator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch.fx import Node
+
+from ..filters import Filter
+from ..graph.fakes import fake
+from ..graph.hoist import Hoist
+from ..graph.regions import descendants
+from ..ops.call import Attributes, filtered
+from ..ops.statistics import TABLE
+from ..trace.ranking import Ranking
+from ..trace.reduction import Loss, Reading
+from ..trace.trace import Trace
+from ..trace.values import Value
+
+EXACT = Filter()
+
+
+@dataclass
+class Group:
+    """Readings that share one operator call, in graph order."""
+
+    members: list[Reading]
+
+    @property
+    def value(self) -> Value:
+        return self.members[0].value
+
+    @property
+    def anchor(self) -> Node:
+        """The operator stands in front of this node."""
+        return self.members[0].node
+
+    @property
+    def statistics(self) -> list[str]:
+        names = {name for reading in self.members for name in reading.statistics}
+        return [name for name in TABLE_ORDER if name in names]
+
+    @property
+    def target(self) -> Node | None:
+        return next((r.target for r in self.members if r.target is not None), None)
+
+    def given(self, hoist: Hoist, anchor: Node) -> Node | None:
+        """The target in the form that takes least: as a vector where the program has made one before `anchor`."""
+        for r in self.members:
+            if r.given is not None and fake(r.given).dim() == 1 and hoist.before(r.given, anchor):
+                return r.given
+        return self.target
+
+    @property
+    def wraps(self) -> bool:
+        """Whether a negative target counts from the end, for all of them that read one."""
+        return all(r.wraps for r in self.members if r.target is not None)
+
+    @property
+    def ignored(self) -> int | None:
+        """The class of rows that do not count, or None if some reading counts every row."""
+        first = self.members[0]
+        if not isinstance(first, Loss) or not all(isinstance(r, Loss) and r.ignores for r in self.members):
+            return None
+        return first.arguments.ignore_index
+
+    @property
+    def column_weight(self) -> Node | None:
+        """The class weights that `logit_sum` is taken with: the same for all members."""
+        return next((r.column_weight for r in self.members if isinstance(r, Loss) and r.column_weight), None)
+
+    def reads(self) -> list[Node]:
+        """The nodes that the rows of the operator are made of: hidden states, what they are indexed by, the target."""
+        value = self.value
+        logits = {value.head.node, *descendants(value.head.node)}
+        given = [value.head.input, *(n for node, _ in value.rows for n in node.all_input_nodes if n not in logits)]
+        return given if self.target is None else [*given, self.target]
+
+    def takes(self, reading: Reading, hoist: Hoist, exact: bool) -> bool:
+        """Whether one operator can serve `reading` as well."""
+        first = self.members[0]
+        if reading.value.source != first.value.source:
+            return False
+        if reading.differentiated != first.differentiated:
+            # Statistics for logging come along, unless they keep a filter from being applied.
+            if reading.differentiated or ("entropy" in reading.statistics and not exact):
+                return False
+        elif reading.value.fake.requires_grad != first.value.fake.requires_grad:
+            return False
+        if None not in (reading.target, self.target):
+            if reading.target is not self.target:
+                return False
+        elif reading.target is not None and not hoist.can(reading.target, self.anchor):
+            return False
+        if isinstance(reading, Loss):
+            for other in self.members:
+                if isinstance(other, Loss) and (other.ignores, other.arguments.ignore_index) != (
+                    reading.ignores,
+                    reading.arguments.ignore_index,
+                ):
+                    return False
+        sums = [r for r in (*self.members, reading) if "logit_sum" in r.statistics]
+        return len({r.column_weight if isinstance(r, Loss) else None for r in sums}) <= 1
+
+
+TABLE_ORDER = ("lse", "lse_low", "target_logit", "logit_sum", "entropy", "argmax")
+assert set(TABLE_ORDER) == set(TABLE)
+
+
+def in_groups(trace: Trace, hoist: Hoist, exact: bool) -> list[Group]:
+    """The readings of a head in groups. `exact`: no filter is set that a statistic could keep from being applied."""
+    found: list[Group] = []
+    readings = [r for r in trace.readings if not isinstance(r, Ranking)]
+    for reading in sorted(readings, key=lambda r: hoist.position(r.node)):
+        group = next((g for g in found if g.takes(reading, hoist, exact)), None)
+        if group is None:
+            reading.value.affine.operator()  # refused here, not where it is emitted
+            found.append(Group([reading]))
+        else:
+            group.members.append(reading)
+    return found
+
+
+@dataclass
+class Bundle:
+    """Groups whose rows go through one operator call, one behind the other."""
+
+    in_groups: list[Group]
+    name: str = ""  # of the site: where its first loss stands
+
+    @property
+    def members(self) -> list[Reading]:
+        return [reading for group in self.groups for reading in group.members]
+
+    @property
+    def first(self) -> Group:
+        return self.groups[0]
+
+    @property
+    def statistics(self) -> list[str]:
+        names = {name for group in self.groups for name in group.statistics}
+        return [name for name in TABLE_ORDER if name in names]
+
+    def filter(self, attributes: Attributes) -> Filter:
+        """What the gradient filter comes to for these logits and statistics: "exact" where none applies to them."""
+        _, softcap, _, _ = self.first.value.affine.operator()
+        applies = filtered(" ".join(self.statistics), replace(attributes, softcap=softcap))
+        return Filter.read(attributes.grad_filter) if applies else EXACT
+
+    def takes(self, group: Group, hoist: Hoist) -> bool:
+        """Whether the rows of `group` can stand behind those of this bundle."""
+        a, b = self.first, group
+        one, two = a.value, b.value
+        alike = all(
+            (
+                one.source[2:] == two.source[2:],
+                (one.head.weight, one.head.transposed, one.head.bias)
+                == (two.head.weight, two.head.transposed, two.head.bias),
+                one.head.dtype == two.head.dtype,
+                fake(one.head.input).dtype == fake(two.head.input).dtype,
+                one.fake.requires_grad == two.fake.requires_grad,
+                a.members[0].differentiated == b.members[0].differentiated,
+                a.ignored == b.ignored,
+                (a.target is None) == (b.target is None),
+                a.wraps == b.wraps,
+                a.statistics == b.statistics,
+                a.column_weight is b.column_weight,
+                not one.masks,
+            )
+        )
+        if not alike:
+            return False
+        operands = [*two.head.operands(), *(s.node for s in two.affine.shifts), *(f.node for f in two.affine.factors)]
+        if any(hoist.written(n, a.anchor, b.anchor) for n in (*b.reads(), *operands)):
+            return False
+        return all(hoist.can(n, a.anchor) for n in b.reads())
+
+
+def in_bundles(found: list[Group], hoist: Hoist) -> list[Bundle]:
+    made: list[Bundle] = []
+    for group in sorted(found, key=lambda g: hoist.position(g.anchor)):
+        bundle = next((b for b in made if b.takes(group, hoist)), None)
+        if bundle is None:
+            made.append(Bundle([group]))
+        else:
+            bundle.groups.append(group)
+    return made

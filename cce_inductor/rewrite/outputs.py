@@ -1,0 +1,163 @@
+"""Logits that leave the graph: what the rewritten graph returns in their place, and how to compute them from it.
+
+The graph gives back the hidden states (with the logits' row maps replayed) where it gave the logits. At run time the
+backend makes a lazy tensor of them and of the head's weight, which is a graph input as a rule.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from ..graph import spellings
+from ..graph.builder import Builder
+from ..graph.fakes import fake
+from ..graph.refusal import Refused
+from ..trace import operands
+from ..trace.values import Listed, Value
+from .recipe import Logits
+
+# Ops that derive a weight from a parameter and are cheaper to repeat at a read than to keep the result of.
+_CHEAP = frozenset(("cast", "view", "reshape", "transpose", "t", "permute", "getattr", "getitem", "detach", "flatten"))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a run of the compiled graph finds an operand: argument `index`, or additional output `index`.
+
+    `chain` are the nodes to repeat on it, in order.
+    """
+
+    argument: bool
+    index: int
+    chain: tuple[Node, ...] = ()
+
+    def get(self, arguments: Sequence[Any], extra: Sequence[Any]) -> Tensor:
+        value = (arguments if self.argument else extra)[self.index]
+        for node in self.chain:
+            value = _repeat(node, value)
+        return value
+
+
+def _repeat(node: Node, value: Tensor) -> Tensor:
+    """What `node` gives for `value` as its only tensor argument."""
+    args, kwargs = map_arg((node.args, node.kwargs), lambda _: value)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _count(part: Listed) -> int:
+    count = fake(part.indices).shape[0] if isinstance(part.indices, Node) else len(part.indices)
+    if not isinstance(count, int):
+        raise Refused("logits of a symbolic number of classes leave the graph", "return all of them")
+    return count
+
+
+@dataclass(frozen=True)
+class Deferral:
+    """One graph output that is made lazy. `operands` are hidden states, weight, and what `compute` reads besides."""
+
+    position: int
+    operands: tuple[Source, ...]
+    compute: Logits
+    dtype: torch.dtype
+    requires_grad: bool
+
+    def shape(self, operands: Sequence[Tensor]) -> tuple[int, ...]:
+        """The shape of the logits, from the operands of one run."""
+        sizes = list(operands[0].shape)
+        sizes[self.compute.class_dim] = self.compute.classes(operands)
+        return tuple(sizes)
+
+
+class Outputs:
+    """The outputs of a graph while it is rewritten: replaces logits and collects additional outputs."""
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self.node = next(n for n in reversed(graph.nodes) if n.op == "output")
+        self.outputs = list(self.node.args[0])  # type: ignore[arg-type]
+        self.placeholders = {n: i for i, n in enumerate(p for p in graph.nodes if p.op == "placeholder")}
+        self.deferred: set[int] = set()
+        self.extra: list[Node] = []
+
+    def source(self, node: Node) -> Source:
+        """An operand's source, with an additional output where it is neither an input nor cheap to derive from one."""
+        chain: list[Node] = []
+        base = node
+        while base not in self.placeholders:
+            op = spellings.read(base)
+            if op is None or op.inplace or op.name not in _CHEAP or list(base.all_input_nodes) != [op.args["input"]]:
+                break
+            chain.append(base)
+            base = op.args["input"]
+        if base in self.placeholders:
+            return Source(True, self.placeholders[base], tuple(reversed(chain)))
+        return self._own_output(node)
+
+    def defer(self, value: Value) -> list[Deferral]:
+        """Takes one traced value out of the outputs."""
+        positions = [i for i, out in enumerate(self.outputs) if out is value.node]
+        if not positions or not all(n is None or isinstance(n, Node) for n in self.outputs):
+            raise Refused("the logits leave the graph inside a structure", "return them as a tensor")
+        compute, sources = self._recipe(Builder(self.graph, self.node), value, value.fake.dim(), value.class_dim)
+        requires_grad = value.fake.requires_grad
+        self.deferred.update(positions)
+        return [
+            Deferral(
+                i,
+                tuple(sources),
+                compute,
+                fake(value.node).dtype,
+                requires_grad,
+            )
+            for i in positions
+        ]
+
+    def _recipe(self, builder: Builder, value: Value, rank: int, class_dim: int) -> tuple[Logits, list[Source]]:
+        """How to compute a value whose hidden states have `rank` dimensions, and the operands that takes."""
+        head = value.head
+        sources: list[Source] = []
+        terms = []
+        for factor, part in head.sum_of or [(1.0, member) for member in head.members]:
+            # What was done to the rows of the whole is done to those of each term.
+            of_rows = replace(part, rows=(*part.rows, *value.rows))
+            term, given = self._recipe(builder, of_rows, rank, class_dim)
+            terms.append((factor, term))
+            sources += given
+        if not terms:
+            h = builder.run(operands.hidden, builder, value, False).node
+            sources.append(Source(True, self.placeholders[h]) if h in self.placeholders else self._own_output(h))
+            sources += [self.source(n) for n in (head.weight, head.bias) if n is not None]
+        sources += [self.source(n) for n in value.extra]
+        pointwise, biased = fake(head.weight).dim() > 2, head.bias is not None
+        compute = Logits(
+            head.dtype,
+            head.transposed,
+            pointwise,
+            biased,
+            rank,
+            class_dim,
+            value.steps,
+            len(sources),
+            tuple(_count(part) if isinstance(part, Listed) else part for part in value.columns),
+            tuple(terms),
+            bool(head.members),
+        )
+        return compute, sources
+
+    def _own_output(self, node: Node) -> Source:
+        if node not in self.extra:
+            self.extra.append(node)
+        return Source(False, self.extra.index(node))
+
+    def finish(self) -> int:
+        """Writes the outputs back, without those that were deferred; gives the number of the user's own."""
+        kept = [out for i, out in enumerate(self.outputs) if i not in self.deferred]
+        self.node.args = ((*kept, *self.extra),)
+        return len(self.outputs)

@@ -1,0 +1,215 @@
+"""What is to be done with each head: its reductions in groups, or the reason to leave it alone."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch.fx import Graph, Node
+
+from .. import compat
+from ..config import Settings
+from ..filters import Filter
+from ..graph.fakes import fake
+from ..graph.hoist import Hoist
+from ..graph.memory import written_between
+from ..graph.refusal import Refusal, Refused
+from ..graph.regions import transform_around
+from ..ops.call import Attributes
+from ..ops.choice import Choice, Chooser, Problem
+from ..trace.heads import subclassed
+from ..trace.reduction import Loss
+from ..trace.trace import Finding, Trace, WrittenOut
+from ..trace.values import Head
+from . import emit_ranking, site
+from .groups import Bundle, Group, in_groups
+from .site import Site
+
+# What the operators run where nobody lowers them.
+EAGER = Choice("eager implementation")
+
+
+@dataclass
+class Plan:
+    """What is to be done with one head: its losses and rankings in groups, or the reason to leave it alone."""
+
+    trace: Trace
+    groups: list[Group] = field(default_factory=list)
+    ranks: list[emit_ranking.Group] = field(default_factory=list)
+    refusal: Refusal | None = None
+    choice: Choice = EAGER
+
+
+def make_plan(graph: Graph, trace: Trace, hoist: Hoist, settings: Settings, choose: Chooser | None) -> Plan:
+    try:
+        refusal = _refusal(graph, trace, settings)
+        if refusal is not None:
+            return Plan(trace, refusal=refusal)
+        groups = in_groups(trace, hoist, settings.grad_filter == "exact")
+        ranks = emit_ranking.groups(trace, hoist)
+        choice = choose(_problem(trace.head, settings)) if choose else EAGER
+        if choice.refusal:
+            return Plan(trace, refusal=Refusal(trace.head.node, choice.refusal, choice.cure))
+        return Plan(trace, groups, ranks, _late_write(graph, trace, [*groups, *ranks], hoist, settings), choice)
+    except Refused as refused:
+        return Plan(trace, refusal=Refusal(trace.head.node, refused.reason, refused.cure))
+
+
+def refuse_together(plans: list[Plan], written_out: list[WrittenOut]) -> None:
+    """Heads that were combined are fused together, or none of them is."""
+    bound = [{id(trace) for trace in plan.trace.with_parts} for plan in plans]
+    bound += [{id(trace) for trace in written.traces} for written in written_out]
+    refused = True
+    while refused:
+        refused = False
+        for traces in bound:
+            together = [plan for plan in plans if id(plan.trace) in traces]
+            refusal = next((plan.refusal for plan in together if plan.refusal is not None), None)
+            for plan in together:
+                if refusal is not None and plan.refusal is None:
+                    plan.refusal = refusal
+                    refused = True
+
+
+def _problem(head: Head, settings: Settings) -> Problem:
+    """A head in numbers. Symbolic sizes give what they were at capture: asking must not put a guard on them."""
+    z = fake(head.node)
+    sizes = [compat.size_hint(s) for s in z.shape]
+    vocab = compat.size_hint(head.vocab)
+    entries = math.prod(sizes)
+    return Problem(
+        rows=entries // max(1, vocab),
+        width=compat.size_hint(head.width),
+        vocab=vocab,
+        device=z.device.type,
+        dtypes=tuple(fake(n).dtype for n in head.operands()),
+        compute_dtype=head.dtype,
+        workspace=settings.workspace_bytes,
+        logits_bytes=entries * z.element_size(),
+        filter=Filter.read(settings.grad_filter).kind,
+    )
+
+
+def one_linear_loss(calls: list[Bundle]) -> bool:
+    """Whether the gradients may be formed in the forward.
+
+    One loss in the graph, since each holds a gradient of its weight until the backward; a mean or a sum under grad,
+    since only then all tangents are known but for a factor.
+    """
+    members = [reading for call in calls for reading in call.members]
+    if len(members) != 1:
+        return False
+    (loss,) = members
+    # Masked columns are put back into the log-sum-exp behind the operator, and change its tangent.
+    return isinstance(loss, Loss) and loss.arguments.linear and loss.differentiated and not loss.value.masks
+
+
+def _refusal(graph: Graph, trace: Trace, settings: Settings) -> Refusal | None:
+    """Why a head is not fused at all, or None."""
+    head = trace.head
+    if head.vocab < settings.min_vocab:
+        return Refusal(
+            head.node,
+            f"{head.vocab} classes are fewer than min_vocab={settings.min_vocab}: there is little to save",
+            "lower cce_inductor.config.min_vocab",
+        )
+    if (reason := _copies(head, settings)) is not None:
+        return Refusal(head.node, reason, "merge the weights, or compute the sum of the hidden states instead")
+    heads = [h.node for h in trace.heads]
+    transform = transform_around(graph, {*heads, *(reading.node for reading in trace.readings)})
+    if transform is not None:
+        return Refusal(transform, "the head or the loss is inside a torch.func transform", "compute it outside")
+    wrapped = next((refusal for h in (head, *trace.heads) if (refusal := subclassed(h)) is not None), None)
+    if wrapped is not None:
+        return wrapped
+    return trace.escapes[0] if trace.escapes else None
+
+
+def _copies(head: Head, settings: Settings) -> str | None:
+    """Why the weights of several heads are not put together in one, or None. Sizes are those at capture."""
+    if not head.sum_of:
+        return None
+    problem = _problem(head, settings)
+    size = compat.size_hint(head.vocab) * compat.size_hint(head.width) * fake(head.weight).element_size()
+    size *= 1 + fake(head.weight).requires_grad
+    if size <= max(settings.workspace_bytes, 2 * problem.logits_bytes):
+        return None
+    return f"the weights of the heads put together take {size >> 20} MiB, more than the logits and their gradient"
+
+
+def _late_write(
+    graph: Graph,
+    trace: Trace,
+    groups: Sequence[Group | emit_ranking.Group],
+    hoist: Hoist,
+    settings: Settings,
+) -> Refusal | None:
+    """A write to an operand between where the program read it and where the operator (or a deferred read) does."""
+    if not hoist.writes:
+        return None
+    head = trace.head
+    readings = {reading.node for group in groups for reading in group.members}
+    last = next((n for n in reversed(graph.nodes) if n in readings), None)
+    returned = any(t.outputs for t in (trace, *trace.wholes))
+    end = None if returned and settings.defer_logits else last
+    writer = None
+    for h in trace.heads:
+        writer = writer or written_between(graph, [*head.operands(), *h.operands()], h.node, end)
+    values = list(dict.fromkeys(node for t in (*trace.with_parts, *trace.wholes) for node in t.values))
+    for made in values:
+        others = [n for n in made.all_input_nodes if n not in values]
+        writer = writer or written_between(graph, others, made, end)
+    for group in groups:
+        since, final = {reading.since for reading in group.members}, group.members[-1].node
+        first = next(n for n in graph.nodes if n in since)
+        targets = [n for reading in group.members for n in (reading.target, reading.given) if n is not None]
+        writer = writer or written_between(graph, targets, first, final)
+    if writer is None:
+        return None
+    reason = "an operand of the head or the target is written to in place before the loss is computed"
+    return Refusal(writer, reason, "write to a copy")
+
+
+def name_bundles(calls: Iterable[Bundle]) -> None:
+    """Gives each call a name of its own. A line of code may hold several, and those that follow are numbered."""
+    seen: Counter[str] = Counter()
+    for call in calls:
+        name = site.name(call.members[0].node)
+        seen[name] += 1
+        call.name = name if seen[name] == 1 else f"{name} #{seen[name]}"
+
+
+def record(
+    finding: Finding,
+    plans: dict[Node, Plan],
+    calls: list[Bundle],
+    settings: Settings,
+    early: bool,
+    attributes: Attributes,
+    source: Callable[[Node], Node],
+) -> Site:
+    if finding.trace is None:
+        return site.make(finding.loss, None, finding.refusal)
+    plan = plans[finding.trace.first.node]
+    refusal = finding.refusal or plan.refusal
+    reading = next((r for r in plan.trace.readings if source(r.node) is finding.loss), None)
+    if refusal is None and reading is None:
+        reason = "the loss reads the logits in a way the trace did not follow"
+        refusal = Refusal(finding.loss, reason, "please report it")
+    if refusal is not None:
+        return site.make(finding.loss, finding.trace.head, refusal)
+    deferred = len(plan.trace.outputs) if settings.defer_logits else 0
+    kernel = plan.choice.kernel
+    if early and plan.choice.gradients_in_forward:
+        kernel += ", gradients formed in the forward"
+    call = next(c for c in calls if reading in c.members)
+    return site.make(
+        finding.loss,
+        finding.trace.head,
+        None,
+        deferred,
+        kernel,
+        call.name,
+        call.filter(attributes),
+        attributes.workspace,
+    )

@@ -1,0 +1,151 @@
+"""The pass: a captured graph in, a rewritten copy and a record of every loss out."""
+
+import logging
+from dataclasses import replace
+
+from torch.fx import GraphModule, Node
+
+from ..config import Settings
+from ..graph.hoist import Hoist
+from ..graph.refusal import Refusal
+from ..graph.regions import checkpointed, copy_graph, differentiated_again
+from ..ops.call import Attributes
+from ..ops.choice import Chooser
+from ..trace.interpreter import Interpreter
+from ..trace.trace import Finding, losses
+from ..trace.unnamed import behind_break, unnamed
+from . import cleanup, emit, emit_ranking, groups, site
+from .outputs import Deferral, Outputs
+from .plan import make_plan, name_bundles, one_linear_loss, record, refuse_together
+from .result import Rewritten
+from .site import Site
+
+log = logging.getLogger(__name__)
+
+
+def rewrite(
+    gm: GraphModule, settings: Settings, version: str, choose: Chooser | None = None, statistics: bool = False
+) -> Rewritten:
+    """Fuses every loss that can be; never raises for a graph it cannot take, and never changes `gm` itself.
+
+    `choose` is asked for the kernel of each head, and may refuse it; without one, the operators run as they are.
+    statistics: whether to serve any statistic of the rows, also where the graph has no loss.
+    """
+    try:
+        return _rewrite(gm, settings, version, choose, statistics)
+    except Exception as error:
+        return faulty(gm, error)
+
+
+def faulty(gm: GraphModule, error: Exception) -> Rewritten:
+    """What becomes of a graph in which the pass has failed; called where the error is handled.
+
+    A fault of ours must not cost the user the compilation: the graph stays as it was, and the record says why.
+    """
+    log.exception("cce_inductor could not rewrite a graph and left it as it was")
+    return Rewritten(gm, [_fault(loss, error) for loss in losses(gm.graph)])
+
+
+def _fault(loss: Node, error: Exception) -> Site:
+    refusal = Refusal(loss, f"internal error: {type(error).__name__}: {error}", "please report it")
+    return site.make(loss, None, refusal)
+
+
+def _rewrite(gm: GraphModule, settings: Settings, version: str, choose: Chooser | None, statistics: bool) -> Rewritten:
+    """The pass over a graph, and over the regions in it that are checkpointed."""
+    # A region is run again for the backward, by PyTorch: what is formed in its forward only must not leave it.
+    inside = replace(settings, gradients_in_forward=False, diagnostics=False, defer_logits=False)
+    regions = {name: _rewrite(region, inside, version, choose, statistics) for name, region in checkpointed(gm)}
+    result = _rewrite_graph(gm, settings, version, choose, statistics)
+    sites = [site for region in regions.values() for site in region.sites]
+    result.sites[:0] = sites
+    result.unnamed += sum(region.unnamed for region in regions.values())
+    if any(site.fused for site in sites):
+        if result.graph_module is gm:
+            result.graph_module = copy_graph(gm)
+        for name, region in regions.items():
+            setattr(result.graph_module, name, region.graph_module)
+    return result
+
+
+def _rewrite_graph(
+    gm: GraphModule, settings: Settings, version: str, choose: Chooser | None, statistics: bool
+) -> Rewritten:
+    copy = copy_graph(gm)
+    graph = copy.graph
+    interpreter = Interpreter(graph)
+    interpreter.run()
+    findings = interpreter.findings(statistics)
+    dense = {} if statistics else _unnamed(gm, interpreter, findings, settings)
+    if not findings:
+        return Rewritten(gm, list(dense.values()), unnamed=len(dense))
+    if again := differentiated_again(gm):
+        reason = f"the loss is differentiated with create_graph=True ({again}): compiled code has no second derivative"
+        cure = "compile the model without the penalty, or compute the penalty from another loss"
+        sites = [site.make(f.loss, f.trace.head if f.trace else None, Refusal(f.loss, reason, cure)) for f in findings]
+        return Rewritten(gm, [*sites, *dense.values()], uncompiled=True, unnamed=len(dense))
+    hoist = Hoist(graph)
+    attributes = Attributes(grad_filter=settings.grad_filter, workspace=settings.workspace_bytes, version=version)
+    traces = {f.trace.first.node: f.trace for f in findings if f.trace is not None}
+    for written in interpreter.written_out:
+        traces |= {trace.first.node: trace for trace in written.traces if not trace.first.head.members}
+    plans = {node: make_plan(graph, trace, hoist, settings, choose) for node, trace in traces.items()}
+    refuse_together(list(plans.values()), interpreter.written_out)
+    fused = [plan for plan in plans.values() if plan.refusal is None]
+    calls = groups.in_bundles([group for plan in fused for group in plan.groups], hoist)
+    # The numbers that diagnostics are made of are a gradient that no loss may scale.
+    numbers = settings.diagnostics and settings.grad_filter != "exact"
+    early = settings.gradients_in_forward and not numbers and one_linear_loss(calls)
+    name_bundles(calls)
+    made = {f.loss: record(f, plans, calls, settings, early, attributes, interpreter.source) for f in findings} | dense
+    sites = [made[node] for node in interpreter.given if node in made]
+    if not fused:
+        return Rewritten(gm, sites, unnamed=len(dense))
+    deferrals: list[Deferral] = []
+    for call in calls:
+        gradients = early and fused[0].choice.gradients_in_forward
+        emit.emit(graph, call, attributes, hoist, gradients, settings.diagnostics)
+    # Behind them: a comparison may be with what they gave.
+    for ranks in [ranks for plan in fused for ranks in plan.ranks]:
+        emit_ranking.emit(graph, ranks, attributes, hoist)
+    for plan in fused:
+        for trace in plan.trace.with_parts:
+            cleanup.replace_metadata(graph, trace)
+    refused = {id(plan.trace) for plan in plans.values() if plan.refusal is not None}
+    done = [w for w in interpreter.written_out if not any(id(t) in refused or t.escapes for t in w.traces)]
+    for written in done:
+        written.node.replace_all_uses_with(written.result)
+        graph.erase_node(written.node)
+    # The outputs are read after the losses were replaced: a loss is one of them.
+    outputs = Outputs(graph)
+    several = {id(trace): trace for written in done for trace in written.traces if trace.first.head.members}
+    for trace in (*(plan.trace for plan in fused), *several.values()):
+        for value in trace.outputs if settings.defer_logits else []:
+            deferrals += outputs.defer(value)
+    user_outputs = outputs.finish()
+    for trace in (trace for written in done for trace in written.traces):
+        cleanup.erase_dead(graph, trace, [])
+    for plan in fused:
+        cleanup.erase_dead(graph, plan.trace, [reading.node for reading in plan.trace.readings])
+    interpreter.erase_unused()
+    graph.lint()
+    copy.recompile()
+    return Rewritten(copy, sites, deferrals, user_outputs, unnamed=len(dense))
+
+
+def _unnamed(
+    gm: GraphModule, interpreter: Interpreter, findings: list[Finding], settings: Settings
+) -> dict[Node, Site]:
+    """The losses that no rule has a name for. They are for the record: a fault of ours must not cost a fused loss."""
+    try:
+        found = unnamed(interpreter, findings, settings)
+        made = {f.loss: site.make(f.loss, f.trace.head if f.trace else None, f.refusal) for f in found}
+        ends = getattr(gm, "compile_subgraph_reason", None)
+        behind = behind_break(ends, interpreter, [*findings, *found], settings)
+        if behind is not None and behind.trace is not None:
+            record = site.make(behind.loss, behind.trace.head, behind.refusal)
+            made[behind.loss] = site.moved(record, getattr(ends, "user_stack", ()))
+        return made
+    except Exception:
+        log.exception("cce_inductor could not look for losses that it does not know")
+        return {}

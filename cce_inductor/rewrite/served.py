@@ -1,0 +1,121 @@
+"""The statistics of a group as one reduction sees them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Proxy
+
+from ..graph.builder import Builder
+from ..graph.fakes import example
+from ..graph.hoist import Hoist
+from ..ops.losses import normalizer
+from ..ops.softcap import softcapped
+from ..trace import operands
+from ..trace.reduction import Loss, Reading
+from .groups import Group
+
+# ---- what the program gets
+
+
+class Statistics:
+    """The statistics of a group as one reading sees them, (N,): of the logits with all that was done to them."""
+
+    def __init__(self, builder: Builder, reading: Reading, group: Group, parts: dict[str, Proxy], hoist: Hoist) -> None:
+        self.builder, self.reading, self.group = builder, reading, group
+        self.value = reading.value
+        self.parts = parts
+        self.replaced = hoist.replaced
+        # A loss reads differences only; what masked columns are filled with is as large as the logits are.
+        cancels = isinstance(reading, Loss) and not self.value.masks
+        self.constant = 0.0 if cancels else self.value.affine.constant
+        self.detach = group.members[0].differentiated and not reading.differentiated
+
+    def _part(self, name: str) -> Proxy:
+        p = self.parts[name]
+        return p.detach() if self.detach and name not in ("target", "active", "argmax", "lse_low") else p
+
+    @property
+    def vocab(self) -> Any:
+        return operands.vocab(self.builder, self.value)
+
+    @property
+    def lse(self) -> Any:
+        result = self._shifted(self._part("lse"))
+        for mask in self.value.masks:
+            if mask.fill != -torch.inf:
+                count = operands.masked(self.builder, mask, self.value).sum()
+                other = count.to(example(result.node).dtype).log() + mask.fill
+                result = self.builder.call(torch.logaddexp, result, other)
+        return result
+
+    @property
+    def lse_low(self) -> Any:
+        """What lse lacks. Another log-sum-exp that is added to it is not known that well either."""
+        added = any(mask.fill != -torch.inf for mask in self.value.masks)
+        return 0.0 if added else self._part("lse_low")
+
+    def log_p(self, z: Any, count: Any = 1) -> Any:
+        """z less `count` times what log_softmax subtracts; z is one logit, or the sum of `count` of them."""
+        return (z - normalizer(self.lse) * count) - self.lse_low * count
+
+    @property
+    def target_logit(self) -> Any:
+        result = self._shifted(self._part("target_logit"))
+        for mask in self.value.masks:
+            held = operands.masked(self.builder, mask, self.value)[self.classes]
+            result = self.builder.call(torch.where, held, mask.fill, result)
+        return result
+
+    @property
+    def classes(self) -> Any:
+        """The target, and some class in rows without one."""
+        target, active = self.parts["target"], self.parts.get("active")
+        return target if active is None else self.builder.call(torch.where, active, target, 0)
+
+    @property
+    def logit_sum(self) -> Any:
+        total = self._part("logit_sum")
+        total = total + self.vocab * self.constant if self.constant else total
+        return self._with_terms(total, self.vocab)
+
+    @property
+    def maximum(self) -> Any:
+        """The logit of the class that is argmax: a product of one row with one row of the weight."""
+        value, detach = self.group.value, not self.reading.differentiated
+        scale, softcap, _, _ = value.affine.operator()
+        exact = torch.float64 if value.head.dtype == torch.float64 else torch.float32
+        x = operands.input_rows(self.builder, value, detach).to(exact)
+        classes = self._part("argmax")
+        w = self.builder.call(F.embedding, classes, operands.weight(self.builder, value, detach)).to(exact)
+        z = (x * w).sum(-1)
+        bias = operands.biases(self.builder, value, detach)
+        z = (z if bias is None else z + bias.to(exact)[classes]) * scale
+        return self._shifted(softcapped(z, softcap, value.affine.form, exact) if softcap else z)
+
+    @property
+    def entropy(self) -> Any:
+        # Of log_softmax: where that is NaN, so is the entropy, and its gradient in all classes.
+        lse = self._part("lse")
+        return self.builder.call(torch.where, lse.isfinite(), self._part("entropy"), normalizer(lse))
+
+    @property
+    def argmax(self) -> Any:
+        return self._part("argmax")
+
+    def _shifted(self, p: Any) -> Any:
+        return self._with_terms(p + self.constant if self.constant else p)
+
+    def _with_terms(self, p: Any, times: Any = 1) -> Any:
+        """With what was added to the rows. A loss reads differences only."""
+        for term in () if isinstance(self.reading, Loss) else self.value.terms:
+            t = self.builder.proxy(self.replaced.get(term.node, term.node))
+            for _, row_map in self.value.rows[term.start :]:
+                t = row_map(t, 1)
+            t = t.detach() if self.detach else t
+            p = p + operands.flat_rows(t, self.value.fake.dim(), self.value.class_dim).squeeze(-1) * (
+                term.factor * times
+            )
+        return p

@@ -1,0 +1,161 @@
+"""Logits made of several heads that are the logits of one: sums of heads, and rows of one weight put together.
+
+``x1 @ W1.T + x2 @ W2.T`` is one product, of [x1, x2] with [W1, W2], as in a head with a LoRA adapter. Rows of logits of
+one weight, put together, are the product of their hidden states put together. The operands of that product are put into
+the graph where the logits were combined. Nothing reads them until a loss is fused; those that nothing reads are erased.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node, Proxy
+
+from ..graph.builder import Builder
+from ..graph.fakes import fake, same
+from ..graph.refusal import Refused
+from . import operands
+from .reasons import MARGIN
+from .values import Affine, Factor, Head, Shift, Step, Value
+
+
+def _plain(value: Value) -> None:
+    """Refused for logits that more was done to than a scale and a bias."""
+    value.need("logits", f"the {value.words} of a head are added to those of another", "compute a loss of each")
+    if value.masks or value.terms or value.affine.capped or value.head.members:
+        raise Refused("capped, masked or shifted logits are combined with others", "combine them before")
+    if value.rounded:
+        raise Refused("logits that were rounded to a narrower dtype are combined with others", "leave the cast out")
+
+
+def _same_shape(a: Value, b: Value) -> bool:
+    if a.fake.dim() != b.fake.dim() or a.class_dim != b.class_dim:
+        return False
+    return all(same(x, y) for x, y in zip(a.fake.shape, b.fake.shape, strict=True))
+
+
+def _detached(value: Value) -> bool:
+    """Whether no gradient goes through logits that are made of tensors which have one."""
+    return not value.fake.requires_grad and any(fake(n).requires_grad for n in value.operands())
+
+
+# ---- sums
+
+
+def added(builder: Builder, a: Value, b: Value, node: Node, factor: float) -> Value:
+    """The value of a + factor * b."""
+    if a.kind == b.kind == "logits" and (a.picked is not None or b.picked is not None):
+        raise Refused(*MARGIN)
+    if a.head == b.head and (a.kind, b.kind) != ("logits", "logits"):
+        what = a.words if a.kind == b.kind else f"{a.words} and {b.words}"
+        raise Refused(f"{what} of one head are added class by class", "add what is read of them: entries, sums")
+    for value in (a, b):
+        _plain(value)
+    if not _same_shape(a, b) or fake(node).shape != a.fake.shape:
+        raise Refused(f"logits of shapes {tuple(a.fake.shape)} and {tuple(b.fake.shape)} are added", "expand neither")
+    if a.head.dtype != b.head.dtype:
+        raise Refused(
+            f"logits computed in {a.head.dtype} and in {b.head.dtype} are added", "compute both heads in one dtype"
+        )
+    if _same_logits(a, b):
+        return _twice(a, b, node, factor)
+    return builder.run(_one_head, builder, a, b, node, factor)
+
+
+def _same_logits(a: Value, b: Value) -> bool:
+    """Whether two values are the same rows of the same product, but for a scale and biases."""
+    alike = (a.head, a.order, a.columns, a.affine.factors) == (b.head, b.order, b.columns, b.affine.factors)
+    return alike and a.fake.requires_grad == b.fake.requires_grad
+
+
+def _twice(a: Value, b: Value, node: Node, factor: float) -> Value:
+    other = b.affine.scaled(factor)
+    affine = replace(
+        a.affine,
+        scale=a.affine.scale + other.scale,
+        shifts=(*a.affine.shifts, *other.shifts),
+        inner=a.affine.inner + other.inner,
+    )
+    count = len(a.extra)
+
+    def step(z: Tensor, extra: list[Tensor]) -> Tensor:
+        return _through(a.steps, z, extra[:count]) + factor * _through(b.steps, z, extra[count:])
+
+    rounded = (*a.arithmetic, *b.arithmetic, fake(node).dtype)
+    return replace(a, node=node, affine=affine, steps=(step,), plain=1, extra=(*a.extra, *b.extra), arithmetic=rounded)
+
+
+def _through(steps: Sequence[Step], z: Tensor, extra: list[Tensor]) -> Tensor:
+    for step in steps:
+        z = step(z, extra)
+    return z
+
+
+def _one_head(builder: Builder, a: Value, b: Value, node: Node, factor: float) -> Value:
+    inputs, weights = [], []
+    shifts: list[Shift] = []
+    inner = 0.0
+    for value, times in ((a, 1.0), (b, factor)):
+        detach = _detached(value)
+        affine = value.affine.scaled(times)
+        x: Any = operands.scaled(builder, value, operands.hidden(builder, value, detach), detach)
+        inputs.append(x if affine.scale == 1.0 else x * affine.scale)
+        weights.append(operands.weight(builder, value, detach))
+        shifts += [_without_gradient(builder, s) for s in affine.shifts] if detach else affine.shifts
+        inner += affine.inner
+    x, w = builder.call(torch.cat, inputs, a.class_dim), builder.call(torch.cat, weights, 1)
+    head = Head(
+        node,
+        x.node,
+        w.node,
+        None,
+        transposed=False,
+        width_dim=a.class_dim,
+        product_dtype=a.head.dtype,
+        sum_of=((1.0, a), (factor, b)),
+    )
+    rounded = (fake(node).dtype,) * 2  # eager rounds each term, and their sum
+    return Value(head, node, a.class_dim, affine=Affine(shifts=tuple(shifts), inner=inner), arithmetic=rounded)
+
+
+def _without_gradient(builder: Builder, shift: Shift) -> Shift:
+    def detached(node: Node) -> Node:
+        return builder.proxy(node).detach().node
+
+    factors = tuple(Factor(detached(f.node), f.divides) for f in shift.factors)
+    return replace(shift, node=detached(shift.node), factors=factors)
+
+
+# ---- rows
+
+
+def rows(builder: Builder, values: Sequence[Value], node: Node, dim: int, stacked: bool) -> Value:
+    """The value of cat, along other than the classes, or stack over logits of other hidden states and one weight."""
+    first = values[0]
+    if not all(_alike(first, value) for value in values[1:]):
+        raise Refused("logits of different heads, or treated differently, are put together", "compute a loss of each")
+    class_dim = first.class_dim + (stacked and dim <= first.class_dim)
+
+    def record() -> Proxy:
+        made = [operands.hidden(builder, value, False) for value in values]
+        return builder.call(torch.stack if stacked else torch.cat, made, dim)
+
+    head = replace(first.head, node=node, input=builder.run(record).node, width_dim=class_dim)
+    head = replace(head, product_dtype=first.head.dtype)
+    return replace(first, head=head, node=node, rows=(), class_dim=class_dim, order=None)
+
+
+def _alike(a: Value, b: Value) -> bool:
+    """Whether the rows of two values can be rows of one head: the same weight, and the same done to the logits."""
+    one = {"node": a.node, "input": a.head.input, "width_dim": a.head.width_dim}
+    other = replace(b, node=a.node, head=replace(b.head, **one), rows=(), order=None)
+    both_plain = not (a.picked or a.comparison or a.terms or a.head.sum_of or a.head.members)
+    shapes = a.fake.dim() == b.fake.dim() and a.fake.requires_grad == b.fake.requires_grad
+    of_dtypes = (a.fake.dtype, a.head.dtype, fake(a.head.input).dtype)
+    same_dtypes = of_dtypes == (b.fake.dtype, b.head.dtype, fake(b.head.input).dtype)
+    mine = replace(a, head=replace(a.head, **one), rows=(), order=None)
+    return both_plain and shapes and same_dtypes and other == mine

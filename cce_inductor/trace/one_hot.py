@@ -1,0 +1,230 @@
+"""One-hot tensors over the classes, and mixtures of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..graph import memory, spellings
+from ..graph.fakes import fake, is_number, is_tensor, same
+from ..graph.memory import written_after
+from .shapes import is_row_vector, same_rows
+from .values import Factor, Mixture, Value
+
+
+def one_hot_target(node: Node, value: Value) -> Node | None:
+    """The class indices of a one-hot tensor of the logits' shape with the classes last, cast or not; else None."""
+    seen = node
+    while True:
+        op = spellings.read(seen)
+        if op is None or op.inplace or op.name not in ("cast", "one_hot", "copy") or written_after(seen):
+            return None
+        if op.name == "one_hot":
+            break
+        seen = op.args["input"]
+    target = op.args["input"]
+    rank = value.fake.dim()
+    if fake(seen).shape != value.fake.shape or value.class_dim != rank - 1 or not same_rows(target, value):
+        return None
+    return target
+
+
+# ---- the entry of a target
+
+
+def marks_target(node: Any, value: Value) -> bool:
+    """Whether a tensor is a constant but for one class of each row, as far as one can see.
+
+    For the words of a reason only: a rule that builds on it needs more (`one_hot_target`, `mixture`).
+    """
+    if not is_tensor(node):
+        return False
+    op = spellings.read(node)
+    if op is None:
+        name = getattr(node.target, "__name__", str(node.target)).strip("_")
+        read = [n for n in node.all_input_nodes if is_tensor(n)]
+        if name in ("eq", "ne") and len(read) == 2:
+            return any(is_row_vector(n, value) for n in read) and any(_counts(n) for n in read)
+        return name in _OF_MASKS and any(marks_target(n, value) for n in read)
+    if op.name == "one_hot":
+        return same(fake(node).shape[-1], value.vocab)
+    if op.name in ("zeros", "full"):
+        edits = [spellings.read(user) for user in node.users if node in memory.mutated(user)]
+        return bool(edits) and all(edit is not None and _scatters_one(edit, value) for edit in edits)
+    if op.name in ("add", "sub", "rsub"):
+        return is_number(op.args["input"]) + is_number(op.args["other"]) == 1 and any(
+            marks_target(op.args[name], value) for name in ("input", "other")
+        )
+    if op.name not in _ENTRYWISE:
+        return _scatters_one(op, value) and _is_constant(op.args["input"])
+    return any(marks_target(op.args.get(name), value) for name in ("input", "other", "condition"))
+
+
+_OF_MASKS = ("eq", "ne", "invert", "bitwise_not", "logical_not", "bool")
+_ENTRYWISE = (
+    "cast",
+    "copy",
+    "detach",
+    "view",
+    "reshape",
+    "flatten",
+    "neg",
+    "mul",
+    "div",
+    "where",
+    "gt",
+    "ge",
+    "lt",
+    "le",
+)
+
+
+def _scatters_one(op: spellings.Op, value: Value) -> bool:
+    """Whether an op puts something in the place of one class of each row."""
+    index = op.args.get("index")
+    return op.name in ("scatter", "scatter_add") and is_tensor(index) and is_row_vector(index, value)
+
+
+def _is_constant(node: Any) -> bool:
+    op = spellings.read(node) if is_tensor(node) else None
+    return op is not None and op.name in ("zeros", "full")
+
+
+def _counts(node: Node) -> bool:
+    """Whether a tensor holds the numbers of the classes."""
+    while (op := spellings.read(node)) is not None and op.name in ("view", "unsqueeze", "getitem", "expand", "cast"):
+        node = op.args["input"]
+    return node.op == "call_function" and node.target is torch.arange
+
+
+def mixture(node: Any, value: Value) -> Mixture | None:
+    """What a tensor is a mixture of, or None: with the logits' shape, and the classes last as in `value`."""
+    if not is_tensor(node) or not _same_shape(node, value) or value.class_dim != value.fake.dim() - 1:
+        return None
+    found = _mixed(node, value)
+    if found is None or not found.terms or not all(_as_many(target, value) for _, _, target in found.terms):
+        return None
+    return found
+
+
+def _same_shape(node: Node, value: Value) -> bool:
+    given, shape = fake(node).shape, value.fake.shape
+    return len(given) == len(shape) and all(same(a, b) for a, b in zip(given, shape, strict=True))
+
+
+def _as_many(target: Node, value: Value) -> bool:
+    rows: Any = 1
+    for size in value.lead_shape:
+        rows = rows * size
+    return same(fake(target).numel(), rows)
+
+
+def _mixed(node: Any, value: Value) -> Mixture | None:
+    if is_number(node):
+        return Mixture((), float(node))
+    op = spellings.read(node) if is_tensor(node) else None
+    if op is not None and op.name == "one_hot" and same(fake(node).shape[-1], value.vocab) and not written_after(node):
+        return Mixture(((1.0, (), op.args["input"]),), 0.0)
+    rule = _MIXED.get(op.name) if op is not None else None
+    if op is None or rule is None or (op.inplace and op.name != "scatter") or written_after(node):
+        return None
+    made = fake(node).dtype
+    if op.name == "cast" and not made.is_floating_point and _is_floating(op.args["input"]):
+        return None  # its numbers are cut off
+    if made.is_floating_point and torch.finfo(made).eps > torch.finfo(value.head.dtype).eps:
+        return None  # its numbers are rounded
+    return rule(op.args, value)
+
+
+def _is_floating(node: Any) -> bool:
+    return is_tensor(node) and fake(node).is_floating_point()
+
+
+def _same(args: dict[str, Any], value: Value) -> Mixture | None:
+    source = args["input"]
+    return None if is_tensor(source) and fake(source).dtype == torch.bool else _mixed(source, value)
+
+
+def _viewed(args: dict[str, Any], value: Value) -> Mixture | None:
+    """One-hot tensors of the logits' rows in another shape: as many classes, and so as many rows, in order."""
+    found = _mixed(args["input"], value)
+    if found is None or not found.terms or any(w for _, w, _ in found.terms):
+        return None
+    return found if same(fake(args["input"]).shape[-1], value.vocab) else None
+
+
+def _negative(args: dict[str, Any], value: Value) -> Mixture | None:
+    found = _mixed(args["input"], value)
+    return None if found is None else found.times(-1.0)
+
+
+def _sum(args: dict[str, Any], value: Value, sign: float = 1.0) -> Mixture | None:
+    a, b, alpha = _mixed(args["input"], value), _mixed(args["other"], value), args["alpha"]
+    if a is None or b is None or not is_number(alpha):
+        return None
+    b = b.times(sign * alpha)
+    return Mixture((*a.terms, *b.terms), a.constant + b.constant)
+
+
+def _difference(args: dict[str, Any], value: Value) -> Mixture | None:
+    return _sum(args, value, -1.0)
+
+
+def _scaled(args: dict[str, Any], value: Value, divides: bool = False) -> Mixture | None:
+    """A mixture times something else: a number, or a tensor that is the same for all classes."""
+    a, b = args["input"], args["other"]
+    if not divides and (is_number(a) or _mixed(a, value) is None):
+        a, b = b, a
+    found = _mixed(a, value)
+    if found is None:
+        return None
+    if is_number(b):
+        return found.times(1.0 / b if divides else b) if b or not divides else None
+    fits = is_tensor(b) and fake(b).is_floating_point() and (fake(b).numel() == 1 or is_row_vector(b, value))
+    if not fits or found.constant:
+        return None
+    return Mixture(tuple((f, (*w, Factor(b, divides)), t) for f, w, t in found.terms), 0.0)
+
+
+def _quotient(args: dict[str, Any], value: Value) -> Mixture | None:
+    return _scaled(args, value, divides=True) if args["rounding_mode"] is None else None
+
+
+def _scattered(args: dict[str, Any], value: Value) -> Mixture | None:
+    """A number put in the place of a constant, at one class of each row."""
+    base, index, dim = args["input"], args["index"], args["dim"]
+    number = args["src"] if args["value"] is None else args["value"]
+    constant = _constant(base) if args["reduce"] is None else None
+    if constant is None or not is_number(number) or not is_row_vector(index, value):
+        return None
+    if not isinstance(dim, int) or dim % value.fake.dim() != value.class_dim or fake(index).dtype != torch.int64:
+        return None
+    return Mixture(((number - constant, (), index),), constant)
+
+
+def _constant(node: Any) -> float | None:
+    """The number that a tensor is full of, made for what reads it only: an edit in place shows nowhere else."""
+    op = spellings.read(node) if is_tensor(node) and len(node.users) == 1 else None
+    if op is None or op.name not in ("full", "zeros") or not fake(node).is_floating_point():
+        return None
+    number = op.args.get("fill_value", 0.0)
+    return float(number) if is_number(number) else None
+
+
+_MIXED: dict[str, Callable[[dict[str, Any], Value], Mixture | None]] = {
+    "cast": _same,
+    "copy": _same,
+    "detach": _same,
+    "view": _viewed,
+    "reshape": _viewed,
+    "flatten": _viewed,
+    "neg": _negative,
+    "add": _sum,
+    "sub": _difference,
+    "mul": _scaled,
+    "div": _quotient,
+    "scatter": _scattered,
+}

@@ -1,0 +1,146 @@
+"""What an operator reads, recorded: the hidden states with the row maps replayed, the weight, the biases, the masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node, Proxy
+
+from ..graph.builder import Builder
+from ..graph.fakes import fake
+from .values import Head, Listed, Mask, Range, Shift, Value
+
+
+def width(builder: Builder, head: Head) -> Any:
+    """D as a number, or as a proxy where it is symbolic."""
+    d = head.width
+    return d if isinstance(d, int) else builder.proxy(head.input).size(head.width_dim)
+
+
+def vocab(builder: Builder, value: Value) -> Any:
+    """The number of classes as a number, or as a proxy where it is symbolic."""
+    v = value.vocab
+    if isinstance(v, int):
+        return v
+    return weight(builder, value, False).size(0)
+
+
+def span(part: Range) -> slice:
+    return slice(*part)
+
+
+def cut(builder: Builder, p: Proxy, part: Range | Listed) -> Proxy:
+    """Some of the classes, which are the first dimension of `p`."""
+    if not isinstance(part, Listed):
+        return p[span(part)]
+    if isinstance(part.indices, Node):
+        return p.index_select(0, builder.proxy(part.indices))
+    return p[list(part.indices)]
+
+
+def weight(builder: Builder, value: Value, detach: bool) -> Proxy:
+    """The (V, D) weight of the classes that are left."""
+    w = builder.proxy(value.head.weight)
+    w = value.head.matrix(w.detach() if detach else w)
+    for part in value.columns:
+        w = cut(builder, w, part)
+    return w
+
+
+def hidden(builder: Builder, value: Value, detach: bool) -> Proxy:
+    """The hidden states with the value's row maps replayed: its shape, with D where the classes are."""
+    h = builder.proxy(value.head.input)
+    if detach:
+        h = h.detach()
+    for _, row_map in value.rows:
+        h = row_map(h, width(builder, value.head))
+    return h
+
+
+def flat_rows(h: Proxy, rank: int, class_dim: int) -> Proxy:
+    """(N, D) from hidden states of `rank` dimensions with D at `class_dim`."""
+    if class_dim != rank - 1:
+        h = h.movedim(class_dim, -1)
+    if rank == 1:
+        return h.unsqueeze(0)
+    return h.flatten(0, -2) if rank > 2 else h
+
+
+def flat(builder: Builder, node: Node) -> Proxy:
+    p = builder.proxy(node)
+    return p.reshape(-1) if fake(node).dim() != 1 else p
+
+
+def input_rows(builder: Builder, value: Value, detach: bool) -> Proxy:
+    """(N, D), multiplied by the tensors that the logits are multiplied with."""
+    return scaled(builder, value, flat_rows(hidden(builder, value, detach), value.fake.dim(), value.class_dim), detach)
+
+
+def scaled(builder: Builder, value: Value, h: Proxy, detach: bool) -> Proxy:
+    """Hidden states, multiplied by the tensors that the logits are multiplied with."""
+    for factor in value.affine.factors:
+        f = number(builder, factor.node, detach)
+        h = h / f if factor.divides else h * f
+    return h
+
+
+def number(builder: Builder, node: Node, detach: bool) -> Proxy:
+    """A tensor of one element without dimensions: it does not change the dtype of what it is multiplied with."""
+    f = builder.proxy(node)
+    f = f.detach() if detach else f
+    return f.reshape(()) if fake(node).dim() else f
+
+
+def biases(builder: Builder, value: Value, detach: bool) -> Proxy | None:
+    """The sum of all that is added inside the scale, (V,), in fp32 where there is anything to compute."""
+    scale, _, shifts, constant = value.affine.operator()
+    exact = torch.float64 if value.head.dtype == torch.float64 else torch.float32
+    total: Any = None
+    plain = len(shifts) == 1 and not constant and not value.masks
+    for shift in shifts:
+        own = bias(builder, shift, detach, exact, plain)
+        total = own if total is None else total + own
+    if constant:
+        if total is None:
+            total = builder.call(torch.zeros, (vocab(builder, value),), **like(value, exact))
+        total = total + constant
+    for mask in value.masks:
+        held = masked(builder, mask, value)
+        if total is None:
+            total = builder.call(torch.zeros, (vocab(builder, value),), **like(value, exact))
+        total = total.masked_fill(held, -torch.inf if scale > 0 else torch.inf)
+    return total
+
+
+def like(value: Value, dtype: torch.dtype) -> dict[str, Any]:
+    return {"dtype": dtype, "device": value.fake.device}
+
+
+def bias(builder: Builder, shift: Shift, detach: bool, exact: torch.dtype, plain: bool) -> Proxy:
+    b = builder.proxy(shift.node)
+    b = b.detach() if detach else b
+    b = b.reshape(-1) if fake(shift.node).dim() != 1 else b
+    for part in shift.columns:
+        b = cut(builder, b, part)
+    if shift.factor == 1.0 and plain and not shift.factors:
+        return b
+    b = b.to(exact) * shift.factor
+    for factor in shift.factors:
+        f = number(builder, factor.node, detach).to(exact)
+        b = b / f if factor.divides else b * f
+    return b
+
+
+def masked(builder: Builder, mask: Mask, value: Value) -> Proxy:
+    """(V,) bool: the classes that are left and masked."""
+    if mask.node is not None:
+        held = flat(builder, mask.node)
+    else:
+        assert mask.range is not None
+        held = builder.call(torch.zeros, (mask.vocab,), **like(value, torch.bool))
+        places = builder.call(torch.arange, mask.vocab, device=value.fake.device)
+        held = held.index_fill(0, places[span(mask.range)], True)
+    for part in mask.columns:
+        held = cut(builder, held, part)
+    return held

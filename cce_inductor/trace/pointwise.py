@@ -1,0 +1,278 @@
+"""Ops on the entries of logits: casts, scales, biases, a softcap, masks over the vocabulary, softmax and its logarithm.
+
+A rule gives the `Value` of the node, or raises `Refused` with the reason and the cure.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..graph.fakes import differentiates, fake, is_number, is_tensor
+from ..graph.refusal import Refused
+from . import rsqrt_softcap
+from .masks import masked_fill, scatter, setitem, where
+from .one_hot import marks_target, mixture, one_hot_target
+from .reasons import MARGIN
+from .shapes import is_row_vector, is_vocabulary_vector
+from .softmax import clamp, exp, log, log_softmax, softmax
+from .values import SQUARES, Args, Factor, Shift, Term, Value
+
+
+def cast(value: Value, node: Node, args: Args) -> Value:
+    old, new = value.fake, fake(node)
+    if value.kind == "comparison" and new.device == old.device:
+        return value.at(node)
+    if not new.is_floating_point():
+        raise Refused(f"logits cast to {new.dtype}", "keep them floating")
+    if new.device != old.device:
+        raise Refused(f"logits moved from {old.device} to {new.device}", "compute the loss where the head is")
+    if new.dtype == torch.float64 and value.head.dtype != torch.float64:
+        raise Refused(
+            f"logits computed in {value.head.dtype} and cast to float64: the fused statistics are fp32",
+            "cast to float32 instead",
+        )
+    dtype = new.dtype
+    # A wider cast of what was rounded does not bring the digits back: only a loss minds, see `not_rounded`.
+    rounded = value.rounded or torch.finfo(dtype).eps > torch.finfo(value.head.dtype).eps
+    return value.then(node, lambda z, _: z.to(dtype), rounded=rounded)
+
+
+def not_rounded(value: Value) -> None:
+    if value.rounded:
+        raise Refused(
+            f"logits computed in {value.head.dtype} are rounded to a narrower dtype before the loss",
+            "compute the head in that dtype, or leave the cast out",
+        )
+
+
+def _scale(value: Value, node: Node, factor: float, step: Any) -> Value:
+    if value.kind == "square":
+        return rsqrt_softcap.scaled(value, node, factor, step)
+    if value.kind != "logits" or value.picked is not None:
+        return value.then(node, step, factor=value.factor * factor)
+    if value.masks and not (factor > 0 and math.isfinite(factor)):
+        raise Refused("masked logits are multiplied by a number that is not positive", "mask them afterwards")
+    masks = tuple(replace(m, fill=m.fill * factor) for m in value.masks)
+    terms = tuple(replace(t, factor=t.factor * factor) for t in value.terms)
+    return value.then(node, step, affine=value.affine.scaled(factor), masks=masks, terms=terms)
+
+
+def _factors(value: Value, other: Node, divides: bool) -> tuple[str, str]:
+    """What a tensor that is no number does to logits, as the reason, and what may be scaled instead."""
+    what = f"{value.words} {'divided' if divides else 'multiplied'} by a tensor"
+    if value.kind != "logits":
+        return f"{what} before the loss reads them", "weigh the loss, or what it is the sum of"
+    scale = fake(other)
+    if is_vocabulary_vector(scale, value.fake, value.class_dim) and not is_row_vector(other, value):
+        cure = "multiply the rows of the weight by it, and the bias, instead"
+        return f"{what} that has a factor for each class", _in_front(value, cure)
+    if is_row_vector(other, value):
+        cure = "scale the hidden states instead, a row each"
+        if value.affine.shifts:
+            cure += " (and append the bias to the weight as a column, with a 1 in the hidden states)"
+        return f"{what} that has a factor for each row", _in_front(value, cure)
+    form = f"of shape {tuple(scale.shape)}" if scale.is_floating_point() else f"of dtype {scale.dtype}"
+    return f"{what} {form}", "multiply by a number, or scale the hidden states instead"
+
+
+def _in_front(value: Value, cure: str) -> str:
+    return f"in front of the softcap, {cure}" if value.affine.capped else cure
+
+
+def _tensor_scale(value: Value, node: Node, other: Node, divides: bool) -> Value:
+    scale = fake(other)
+    one = scale.numel() == 1 and all(isinstance(s, int) for s in scale.shape) and scale.dim() <= value.fake.dim()
+    if not one or fake(node).shape != value.fake.shape or not scale.is_floating_point():
+        raise Refused(*_factors(value, other, divides))
+    value.need("logits", "log-probabilities are multiplied by a tensor before the loss", "scale the loss instead")
+    if value.affine.capped or value.affine.inner or value.masks or value.terms:
+        raise Refused("logits are multiplied by a tensor behind a softcap, a mask or a constant", "multiply before it")
+    if scale.dtype == torch.float64 and value.head.dtype != torch.float64:
+        raise Refused("logits multiplied by a float64 tensor", "cast it to float32")
+    index = len(value.extra)
+
+    def step(z: Tensor, extra: list[Tensor]) -> Tensor:
+        return z / extra[index] if divides else z * extra[index]
+
+    affine = value.affine.times(Factor(other, divides))
+    return value.then(node, step, affine=affine, extra=(*value.extra, other))
+
+
+def mul(value: Value, node: Node, args: Args) -> Value:
+    factor = args["other"] if args["input"] is value.node else args["input"]
+    if is_number(factor):
+        return _scale(value, node, float(factor), lambda z, _: z * factor)
+    if not is_tensor(factor):
+        raise Refused("logits multiplied by something computed", "multiply by a number, or scale the hidden states")
+    target = one_hot_target(factor, value)
+    if target is not None:
+        if value.picked is not None or value.kind in SQUARES:
+            raise Refused("logits multiplied by two masks, or their square by one", "use class indices")
+        return replace(value, node=node, picked=target, steps=(*value.steps, no_step))
+    mixed = mixture(factor, value)
+    if mixed is not None and value.picked is None and value.kind not in SQUARES:
+        return replace(value, node=node, picked=replace(mixed, source=value), steps=(*value.steps, no_step))
+    return _tensor_scale(value, node, factor, False)
+
+
+def no_step(z: Tensor, extra: list[Tensor]) -> Tensor:
+    raise AssertionError("a product with a one-hot tensor is never deferred")
+
+
+def div(value: Value, node: Node, args: Args) -> Value:
+    divisor = args["other"]
+    if value.kind == "root" and is_number(args["input"]) and args["rounding_mode"] is None:
+        return rsqrt_softcap.reciprocal(value, node, float(args["input"]))
+    if args["input"] is not value.node or args["rounding_mode"] is not None:
+        raise Refused("logits are a divisor, or divided with rounding", "divide by a number")
+    if is_number(divisor) and divisor != 0:
+        return _scale(value, node, 1.0 / divisor, lambda z, _: z / divisor)
+    if not is_tensor(divisor):
+        raise Refused("logits divided by something computed", "divide by a number, or scale the hidden states")
+    return _tensor_scale(value, node, divisor, True)
+
+
+def neg(value: Value, node: Node, args: Args) -> Value:
+    return _scale(value, node, -1.0, lambda z, _: -z)
+
+
+def _squashed(value: Value, node: Node, function: Callable[[Tensor], Tensor], name: str) -> Value:
+    value.need("logits", f"{name} of probabilities", "use one softcap, cap * tanh(logits / cap)")
+    if value.affine.capped or value.masks or value.terms:
+        raise Refused(
+            f"{name} of logits that were capped, masked or shifted", "use one softcap, cap * tanh(logits / cap)"
+        )
+    return value.then(node, lambda z, _: function(z), affine=replace(value.affine, capped=True))
+
+
+def tanh(value: Value, node: Node, args: Args) -> Value:
+    return _squashed(value, node, torch.tanh, "tanh")
+
+
+def sigmoid(value: Value, node: Node, args: Args) -> Value:
+    """1 / (1 + exp(-z)) = tanh(z / 2) / 2 + 1 / 2."""
+    made = _squashed(replace(value, affine=value.affine.scaled(0.5)), node, torch.sigmoid, "sigmoid")
+    return replace(made, affine=replace(made.affine, post=0.5, offset=0.5))
+
+
+def add(value: Value, node: Node, args: Args, sign: float = 1.0) -> Value:
+    first = args["input"] is value.node
+    other = args["other"] if first else args["input"]
+    alpha = args["alpha"]
+    if value.kind == "square" and is_number(other) and alpha == 1:
+        return rsqrt_softcap.plus(value, node, float(other))
+    if value.kind == "logits" and (value.picked is not None or marks_target(other, value)):
+        raise Refused(*MARGIN)
+    value.need("logits", f"something is added to {value.words} before the loss reads them", "add it to the loss")
+    if not is_number(alpha):
+        raise Refused("logits are added with a computed factor", "multiply them by it")
+    factor = sign * alpha
+    expanded = fake(node).shape != value.fake.shape
+    if not first:
+        times = factor  # b - z, b + alpha * z
+        value, factor = value if times == 1 else _scale(value, node, times, lambda z, _: z * times), 1.0
+    if is_number(other) and math.isfinite(other):
+        masks = tuple(replace(m, fill=m.fill + factor * other) for m in value.masks)
+        affine = value.affine.plus(factor * other)
+        return value.then(node, lambda z, _: z + factor * other, affine=affine, masks=masks)
+    if not is_tensor(other):
+        raise Refused("something that is no tensor is added to the logits", "add a bias over the vocabulary")
+    if is_row_vector(other, value) and not expanded:
+        return _add_term(value, node, other, factor)
+    if value.affine.capped:
+        raise Refused("a prior is added behind the softcap", "add it in front of the softcap")
+    if not is_vocabulary_vector(fake(other), value.fake, value.class_dim) or expanded:
+        raise Refused(
+            f"a tensor of shape {tuple(fake(other).shape)} is added to logits of shape {tuple(value.fake.shape)}: it "
+            "is not one bias per class",
+            "only a bias over the vocabulary can be fused",
+        )
+    if fake(other).dtype == torch.float64 and value.head.dtype != torch.float64:
+        raise Refused("a float64 bias is added to the logits", "cast it to float32")
+    if not fake(other).is_floating_point():
+        raise Refused(f"a tensor of dtype {fake(other).dtype} is added to the logits", "cast it to the logits' dtype")
+    if any(math.isfinite(m.fill) for m in value.masks):
+        raise Refused("a bias is added to masked logits", "add it in front of the mask")
+    index = len(value.extra)
+
+    def step(z: Tensor, extra: list[Tensor]) -> Tensor:
+        b = extra[index].reshape(-1)
+        return z + b if factor == 1 else z - b if factor == -1 else z + factor * b
+
+    affine = replace(value.affine, shifts=(*value.affine.shifts, Shift(other, factor)))
+    return value.then(node, step, affine=affine, extra=(*value.extra, other))
+
+
+def _add_term(value: Value, node: Node, other: Node, sign: float) -> Value:
+    """A constant of the row: it cancels in a softmax."""
+    if not fake(other).is_floating_point() or fake(other).dtype == torch.float64 != value.head.dtype:
+        raise Refused(f"a tensor of dtype {fake(other).dtype} is added to the rows", "cast it to the logits' dtype")
+    if any(math.isfinite(m.fill) for m in value.masks):
+        raise Refused("a tensor is added to the rows of masked logits", "add it in front of the mask")
+    terms = (*value.terms, Term(other, sign, len(value.rows)))
+    return value.then(node, no_step, terms=terms, affine=value.affine)
+
+
+def sub(value: Value, node: Node, args: Args) -> Value:
+    return add(value, node, args, sign=-1.0)
+
+
+def detach(value: Value, node: Node, args: Args) -> Value:
+    return value.then(node, lambda z, _: z.detach())
+
+
+VALUES: dict[str, Callable[[Value, Node, Args], Value]] = {
+    "cast": cast,
+    "mul": mul,
+    "div": div,
+    "neg": neg,
+    "tanh": tanh,
+    "sigmoid": sigmoid,
+    "add": add,
+    "sub": sub,
+    "detach": detach,
+    "log_softmax": log_softmax,
+    "softmax": softmax,
+    "exp": exp,
+    "log": log,
+    "clamp": clamp,
+    "masked_fill": masked_fill,
+    "where": where,
+    "setitem": setitem,
+    "scatter": scatter,
+    "scatter_add": scatter,
+    **rsqrt_softcap.RULES,
+}
+# What may write its result into the logits: afterwards they are that.
+INPLACE = frozenset(
+    ("mul", "div", "neg", "tanh", "sigmoid", "add", "sub", "masked_fill", "setitem", "scatter", "scatter_add")
+)
+
+
+# ---- products of two values
+
+
+def product(a: Value, b: Value, node: Node) -> Value:
+    """The softmax times its logarithm or times the logits, entry by entry; or logits times the root of their square."""
+    if b.kind in SQUARES:
+        a, b = b, a
+    if a.kind in SQUARES:
+        return rsqrt_softcap.softcap(b, a, node, False)
+    if a.kind != "softmax":
+        a, b = b, a
+    kinds = {"log_softmax": "p log p", "logits": "p z"}
+    if a.kind != "softmax" or b.kind not in kinds or a.picked is not None or b.picked is not None:
+        raise Refused("the logits are multiplied by themselves", "compute it from the hidden states")
+    if a.source != b.source or a.affine != b.affine or a.class_dim != b.class_dim or fake(node).shape != a.fake.shape:
+        raise Refused("the softmax of some logits is multiplied by others", "use the same logits in both")
+    if not differentiates(node, a.node, b.node):
+        raise Refused("a softmax is multiplied by detached logits, or a detached one by logits", "detach both, or none")
+    if a.masks or a.terms or b.terms:
+        raise Refused("the entropy of masked or shifted logits", "slice the weight instead of masking")
+    factor = a.factor * b.factor
+    return replace(b, node=node, kind=kinds[b.kind], factor=factor, steps=(*b.steps, no_step))

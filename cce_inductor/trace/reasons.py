@@ -1,0 +1,61 @@
+"""What a person is told of a use of logits that no rule follows."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from ..graph import spellings
+from ..graph.refusal import Refusal, Refused
+from .heads import HEADS
+from .values import Value
+
+MARGIN = (
+    "the target's logit is edited in front of the softmax: a margin at the target",
+    "edit it behind: with lse, z = cce_inductor.linear_logsumexp(...) and e for the edited z, the loss is "
+    "lse + log1p(exp(e - lse) - exp(z - lse)) - e",
+)
+
+
+def dense(node: Node, words: str) -> Refused:
+    """What reads logits that no rule follows, and what to do instead."""
+    what, op = spellings.describe(node), spellings.read(node)
+    own = "write the loss with PyTorch's own operations"
+    if spellings.is_autograd_function(node):
+        return Refused(f"a torch.autograd.Function takes the {words}: what it reads of them is not known", own)
+    if spellings.is_custom(node):
+        return Refused(f"the operator {what} takes the {words}: what it reads of them is not known", own)
+    if names := spellings.unknown_arguments(node):
+        return Refused(f"{what} of the {words} with {names}, which is not known here", "leave the argument out")
+    if spellings.reads_size(node):
+        reason = "rows are chosen by a tensor, such as a mask, and only the data knows how many they are"
+        return Refused(reason, "choose the rows of the hidden states, in front of the head")
+    if op is not None and op.name in HEADS:
+        reason = f"{what} multiplies the {words} of all classes with something else"
+        return Refused(reason, "compute it from the hidden states, or outside the compiled region")
+    if spellings.is_dense_loss(node):
+        cure = "use a loss of log-sum-exps, entries of a target or sums of the logits"
+        return Refused(f"{what} reads the {words} of every class", cure)
+    cure = "compute it from the returned logits outside the compiled region, or from the hidden states"
+    return Refused(f"{what} reads the {words} themselves", cure)
+
+
+def product_of_two(a: Value, b: Value) -> tuple[str, str]:
+    """Why the entries of two products with a matrix are not multiplied, and what to do instead."""
+    costs = next((v for v in (a, b) if v.kind == "logits" and not v.fake.requires_grad), None)
+    if costs is not None and {a.kind, b.kind} != {"logits"}:
+        words = (a if costs is b else b).words
+        reason = f"the {words} are multiplied class by class with another product of two matrices, such as costs"
+        return reason, "compute the expected cost from the hidden states, or outside the compiled region"
+    reason = f"the {a.words} of a head are multiplied with the {b.words} of another: a loss over two heads"
+    return reason, "compute a loss of each"
+
+
+def unknown(node: Node) -> Refusal:
+    if node.op == "placeholder":
+        return Refusal(
+            node,
+            "the logits come into the graph from outside",
+            "compile the head and the loss in one torch.compile region",
+        )
+    cure = "apply it to the hidden states, or compute the loss outside the compiled region"
+    return Refusal(node, f"{spellings.describe(node)} between the head and the loss has no fused form", cure)

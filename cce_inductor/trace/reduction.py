@@ -1,0 +1,75 @@
+"""A node that is a function of row statistics, and of which."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Node
+
+from ..graph.fakes import fake
+from ..ops.losses import CrossEntropy
+from .targets import base
+from .values import Value
+
+# What a reading of a log-sum-exp, a softmax or its logarithm needs: a gradient is exact with both.
+SOFTMAX = ("lse", "lse_low")
+
+
+def as_it_is(result: Any) -> Any:
+    return result
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A node that is made of row statistics of `value`.
+
+    statistics: those it needs. given: the node with a class for each row, in the rows' order, or None. wraps: whether
+    a negative class counts from the end. flat: from the statistics, a `emit.Statistics`, to a (N,) result.
+    shape: from that in the leading shape of the logits to the node's.
+    """
+
+    node: Node
+    value: Value
+    statistics: tuple[str, ...]
+    given: Node | None = None
+    wraps: bool = False
+    flat: Callable[[Any], Any] = as_it_is
+    shape: Callable[[Any], Any] = as_it_is
+
+    @functools.cached_property
+    def target(self) -> Node | None:
+        """The tensor that `given` is a view of: equal for readings of the same targets."""
+        return None if self.given is None else base(self.given)
+
+    @property
+    def others(self) -> tuple[Node, ...]:
+        """What it reads besides the logits and the target."""
+        return ()
+
+    @property
+    def since(self) -> Node:
+        """The node that read the target and `others`."""
+        return self.node
+
+    @property
+    def differentiated(self) -> bool:
+        """Whether a gradient comes back through it to the logits."""
+        return fake(self.node).requires_grad and self.value.fake.requires_grad
+
+
+DEFAULTS = CrossEntropy()
+
+
+@dataclass(frozen=True)
+class Loss(Reading):
+    """A loss over classes, with all its arguments: `weight` per class or None."""
+
+    weight: Node | None = None
+    arguments: CrossEntropy = DEFAULTS
+    ignores: bool = True  # False: every row counts, whatever its class
+
+    @property
+    def column_weight(self) -> Node | None:
+        """What the sum of the logits is weighted by."""
+        return self.weight if self.arguments.label_smoothing else None

@@ -1,0 +1,322 @@
+"""Which nodes are functions of row statistics, and of which.
+
+`READINGS` give the `Reading` of a node that reduces a value over the classes: a loss, a log-sum-exp, the entry of a
+target, a sum, an argmax. A rule that cannot take a node raises `Refused` with the reason and the cure.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..graph import spellings
+from ..graph.fakes import fake, is_number, is_tensor, same
+from ..graph.refusal import Refused
+from ..ops.losses import CrossEntropy
+from .indexing import full, positions
+from .one_hot import one_hot_target
+from .pointwise import not_rounded
+from .reduction import SOFTMAX, Loss, Reading, as_it_is
+from .shapes import same_rows
+from .softmax import over_classes
+from .targets import base
+from .values import Args, Mixture, Value
+
+# ---- losses over classes
+
+
+def arguments_of(args: Args) -> CrossEntropy:
+    """The arguments of cross_entropy or nll_loss, or Refused where they ask for more than row statistics."""
+    if args["size_average"] is not None or args["reduce"] is not None:
+        raise Refused("the deprecated arguments size_average or reduce", "use reduction=")
+    smoothing = args.get("label_smoothing", 0.0)
+    if not isinstance(args["ignore_index"], int) or not is_number(smoothing) or not isinstance(args["reduction"], str):
+        raise Refused("an argument of the loss is computed in the graph", "use Python numbers")
+    return CrossEntropy(args["ignore_index"], args["reduction"], float(smoothing))
+
+
+def reads_the_classes(name: str, value: Value) -> None:
+    """Refused unless the classes are where the loss expects them."""
+    expected = 1 if value.fake.dim() > 1 else 0
+    if value.class_dim != expected:
+        raise Refused(
+            f"the classes are dimension {value.class_dim} of {tuple(value.fake.shape)}, but {name} takes dimension "
+            f"{expected} for the classes",
+            "flatten the logits to (N, V)",
+        )
+
+
+def _loss(value: Value, node: Node, args: Args, name: str) -> Loss:
+    target, weight = args["target"], args["weight"]
+    arguments = arguments_of(args)
+    indices, ignores = target, True
+    if fake(target).is_floating_point():
+        found = one_hot_target(target, value) if weight is None else None
+        if found is None:
+            raise Refused("class probabilities as target: they need every logit", "use class indices")
+        indices, ignores = found, False
+    if fake(indices).dtype != torch.int64:
+        raise Refused(f"targets of dtype {fake(indices).dtype}", "use target.long()")
+    wanted = ("log_softmax",) if name == "nll_loss" else ("logits", "log_softmax")
+    if value.kind not in wanted or value.factor != 1.0 or value.picked is not None:
+        kind = value.kind.replace("_", "-")
+        raise Refused(f"{name} reads {kind}, not {wanted[0]}", "use cross_entropy on logits")
+    not_rounded(value)
+    reads_the_classes(name, value)
+    if not same_rows(indices, value):
+        shape = tuple(fake(indices).shape)
+        raise Refused(f"targets of shape {shape} for logits with rows {value.lead_shape}", "give each row one target")
+    if arguments.label_smoothing and value.masks:
+        raise Refused("label smoothing over masked classes", "slice the weight instead of masking")
+    statistics = tuple(arguments.statistics.split())
+    return Loss(node, value, statistics, indices, weight=weight, arguments=arguments, ignores=ignores)
+
+
+def cross_entropy(value: Value, node: Node, args: Args) -> Reading:
+    return _loss(value, node, args, "cross_entropy")
+
+
+def nll_loss(value: Value, node: Node, args: Args) -> Reading:
+    return _loss(value, node, args, "nll_loss")
+
+
+LOSSES = ("cross_entropy", "nll_loss")
+
+
+# ---- reductions over the classes
+
+
+def _readable(value: Value, node: Node) -> None:
+    not_rounded(value)
+    if fake(node).dtype == torch.float64 and value.head.dtype != torch.float64:
+        raise Refused("a float64 statistic of logits in a narrower dtype", "use float32")
+
+
+def _keep(value: Value, keepdim: bool) -> Callable[[Any], Any]:
+    return (lambda r: r.unsqueeze(value.class_dim)) if keepdim else as_it_is
+
+
+def logsumexp(value: Value, node: Node, args: Args) -> Reading:
+    value.need("logits", "logsumexp of log-probabilities, which is 0", "leave it out")
+    _readable(value, node)
+    over_classes(value, "logsumexp", _single(args["dim"]))
+    return Reading(node, value, SOFTMAX, flat=lambda s: s.lse, shape=_keep(value, args["keepdim"]))
+
+
+def _single(dim: Any) -> Any:
+    return dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+
+
+def argmax(value: Value, node: Node, args: Args) -> Reading:
+    over_classes(value, "argmax", args["dim"])
+    if value.picked is not None or value.kind not in ("logits", "log_softmax", "softmax") or value.factor <= 0:
+        raise Refused("argmax of something that does not grow with the logits", "take it of the logits")
+    _no_finite_mask(value)
+    return Reading(node, value, ("argmax",), flat=lambda s: s.argmax, shape=_keep(value, args["keepdim"]))
+
+
+def _no_finite_mask(value: Value) -> None:
+    if any(m.fill != -torch.inf for m in value.masks):
+        raise Refused("logits that are masked with a finite number", "use -inf")
+
+
+def _entry(value: Value) -> tuple[tuple[str, ...], Callable[[Any], Any]]:
+    """The statistics that the entry of a row's target needs, and the entry."""
+    factor = value.factor
+    if value.kind == "logits":
+        return ("target_logit",), lambda s: _times(s.target_logit, factor)
+    if value.kind == "log_softmax":
+        return (*SOFTMAX, "target_logit"), lambda s: _times(s.log_p(s.target_logit), factor)
+    if value.kind == "softmax":
+        return (*SOFTMAX, "target_logit"), lambda s: _times(s.log_p(s.target_logit).exp(), factor)
+    if value.kind == "exp":
+        return ("target_logit",), lambda s: _times(s.target_logit.exp(), factor)
+    raise Refused("one entry of the product of the softmax and its logarithm", "compute it from log_softmax")
+
+
+def _times(result: Any, factor: float) -> Any:
+    return result if factor == 1.0 else result * factor
+
+
+def _whole(value: Value) -> tuple[tuple[str, ...], Callable[[Any], Any]]:
+    """The statistics that the sum over the classes needs, and the sum."""
+    factor = value.factor
+    if value.picked is not None:
+        return _entry(value)
+    if value.kind == "exp":
+        return SOFTMAX, lambda s: _times(s.lse.exp(), factor)
+    if value.kind == "p log p":
+        return (*SOFTMAX, "entropy"), lambda s: s.entropy * -factor
+    if value.kind == "p z":
+        return (*SOFTMAX, "entropy"), lambda s: _times((s.lse - s.entropy) + s.lse_low, factor)
+    if value.masks:
+        raise Refused("a sum over masked classes", "slice the weight instead of masking")
+    if value.kind == "logits":
+        return ("logit_sum",), lambda s: _times(s.logit_sum, factor)
+    if value.kind == "log_softmax":
+        return (*SOFTMAX, "logit_sum"), lambda s: _times(s.log_p(s.logit_sum, s.vocab), factor)
+    cure = "leave it out (torch.distributions.Categorical: give it logits=, not probs=)"
+    raise Refused("a sum of probabilities, which is 1", cure)
+
+
+def total(value: Value, node: Node, args: Args) -> Reading:
+    return _reduced(value, node, args, mean=False)
+
+
+def mean(value: Value, node: Node, args: Args) -> Reading:
+    return _reduced(value, node, args, mean=True)
+
+
+def _reduced(value: Value, node: Node, args: Args, mean: bool) -> Reading:
+    _readable(value, node)
+    shape = over_rows(value, args["dim"], bool(args["keepdim"]), mean)
+    statistics, total = _whole(value)
+
+    def flat(s: Any) -> Any:
+        return total(s) / s.vocab if mean else total(s)
+
+    assert not isinstance(value.picked, Mixture)
+    return Reading(node, value, statistics, value.picked, flat=flat, shape=shape)
+
+
+def over_rows(value: Value, dim: Any, keepdim: bool, mean: bool) -> Callable[[Any], Any]:
+    """What a sum (or mean) over the classes, and perhaps some rows, makes of one over the classes alone."""
+    rank, c = value.fake.dim(), value.class_dim
+    listed = range(rank) if dim is None else [dim] if isinstance(dim, int) else dim
+    dims = sorted(d % rank for d in listed)
+    if c not in dims:
+        raise Refused("the logits are summed over rows", "sum the hidden states instead")
+    others = [d for d in dims if d != c]
+
+    def shape(r: Any) -> Any:
+        r = r.unsqueeze(c)
+        if others:
+            r = r.mean(others, keepdim=True) if mean else r.sum(others, keepdim=True)
+        for d in reversed(dims) if not keepdim else ():
+            r = r.squeeze(d)
+        return r
+
+    return shape
+
+
+# ---- the entry of a target
+
+
+def _indices(index: Any) -> Node:
+    if not is_tensor(index) or fake(index).dtype != torch.int64:
+        raise Refused("classes are picked by something other than int64 indices", "use target.long()")
+    return index
+
+
+def _picked(value: Value, node: Node, target: Node, wraps: bool, shape: Callable[[Any], Any]) -> Reading:
+    _readable(value, node)
+    if value.picked is not None:
+        raise Refused("an entry of logits multiplied by a one-hot tensor", "use one of the two")
+    statistics, entry = _entry(value)
+    return Reading(node, value, statistics, target, wraps, entry, shape)
+
+
+def gather(value: Value, node: Node, args: Args) -> Reading:
+    index, dim = _indices(args["index"]), args["dim"]
+    over_classes(value, "gather", dim)
+    return _picked(value, node, _one_for_each_row(value, index), False, _keep(value, True))
+
+
+def _one_for_each_row(value: Value, index: Node) -> Node:
+    given = tuple(fake(index).shape)
+    lead = given[: value.class_dim] + given[value.class_dim + 1 :]
+    if len(given) != value.fake.dim() or not all(same(a, b) for a, b in zip(lead, value.lead_shape, strict=True)):
+        raise Refused(f"classes of shape {given} are picked out of logits of shape {tuple(value.fake.shape)}", ONE)
+    if not same(given[value.class_dim], 1):
+        raise Refused(f"{given[value.class_dim]} classes are picked out of each row", FEW)
+    return index
+
+
+ONE = "pick one class for each row"
+FEW = "pick one class for each row, in as many calls as there are classes if they are few"
+
+
+def take_along_dim(value: Value, node: Node, args: Args) -> Reading:
+    return gather(value, node, {"index": args["indices"], "dim": args["dim"]})
+
+
+def getitem(value: Value, node: Node, args: Args) -> Reading | None:
+    """logits[arange(N), target], or None for an index that takes no classes out."""
+    entries = positions(value, args["index"], lists=True)
+    own = next((i for dim, i in entries if dim == value.class_dim), None)
+    if not is_tensor(own) or fake(own).dtype in (torch.bool, torch.uint8):
+        return None
+    lead = [i for dim, i in entries if dim != value.class_dim]
+    if fake(own).dim() == 1 and all(full(i) for i in lead):
+        return None  # the same classes of every row
+    target = _indices(own)
+    if value.class_dim != value.fake.dim() - 1 or any(dim is None for dim, _ in entries):
+        raise Refused("classes are picked with new dimensions", ONE)
+    counts = all(_is_arange(i, d, value) for d, i in enumerate(lead))
+    if not counts or not same_rows(target, value):
+        raise Refused("classes are picked out of some rows of the logits", "use gather, with " + ONE)
+    return _picked(value, node, target, True, as_it_is)
+
+
+def _is_arange(index: Any, dim: int, value: Value) -> bool:
+    """Whether `index` holds 0, 1, 2, ... along dimension `dim` of the rows, and is broadcast along the others."""
+    lead = value.lead_shape
+    if isinstance(index, (list, tuple, range)):
+        return len(lead) == 1 and same(len(index), lead[0]) and list(index) == list(range(len(index)))
+    if not is_tensor(index):
+        return False
+    shape = fake(index).shape
+    at = dim - (len(lead) - len(shape))  # dimensions are aligned from the right
+    if at < 0 or not all(same(s, lead[dim] if i == at else 1) for i, s in enumerate(shape)):
+        return False
+    node: Any = index
+    while True:
+        node = base(node)
+        op = spellings.read(node)
+        if op is not None and op.name == "cast" and fake(node).dtype == torch.int64:
+            node = op.args["input"]
+            continue
+        break
+    if node.op != "call_function" or node.target is not torch.arange:
+        return False
+    given = list(node.args)
+    start, step = (given[0], 1) if len(given) == 2 else (0, 1)
+    return len(given) in (1, 2) and start == 0 and step == 1 and set(node.kwargs) <= {"device", "dtype"}
+
+
+def maximum(value: Value, node: Node, keepdim: bool) -> Reading:
+    """The largest logit: that of the class that argmax finds."""
+    value.need("logits", "the largest probability", "take it of the logits")
+    _readable(value, node)
+    _no_finite_mask(value)
+    return Reading(node, value, ("argmax",), flat=lambda s: s.maximum, shape=_keep(value, keepdim))
+
+
+def amax(value: Value, node: Node, args: Args) -> Reading:
+    over_classes(value, "amax", _single(args["dim"]))
+    return maximum(value, node, args["keepdim"])
+
+
+READINGS: dict[str, Callable[[Value, Node, Args], Reading | None]] = {
+    "cross_entropy": cross_entropy,
+    "nll_loss": nll_loss,
+    "logsumexp": logsumexp,
+    "sum": total,
+    "mean": mean,
+    "argmax": argmax,
+    "amax": amax,
+    "take_along_dim": take_along_dim,
+}
+
+
+def reading(value: Value, node: Node, op: spellings.Op) -> Reading | None:
+    """The reading of a node, or None for an op that leaves the classes where they are."""
+    if op.name == "gather":
+        dim = op.args["dim"]
+        of_classes = isinstance(dim, int) and dim % value.fake.dim() == value.class_dim
+        return gather(value, node, op.args) if of_classes else None
+    if op.name == "getitem":
+        return getitem(value, node, op.args)
+    rule = READINGS.get(op.name)
+    return None if rule is None else rule(value, node, op.args)

@@ -1,0 +1,37 @@
+"""Which tensors stand for a number per class, and which for one per row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Node
+
+from ..graph.fakes import fake, is_tensor, same
+from .values import Value
+
+
+def is_vocabulary_vector(other: Any, z: Any, class_dim: int) -> bool:
+    """Whether `other` broadcasts against logits `z` along every dimension but the classes."""
+    from_right = z.dim() - class_dim  # 1 for the last dimension
+    if other.dim() < from_right or other.dim() > z.dim():
+        return False
+    return all(
+        same(size, z.shape[class_dim]) if other.dim() - i == from_right else same(size, 1)
+        for i, size in enumerate(other.shape)
+    )
+
+
+def is_row_vector(node: Node, value: Value) -> bool:
+    """Whether a tensor holds one number for each row of `value`, in its shape but for a single class."""
+    shape = list(value.fake.shape)
+    shape[value.class_dim] = 1
+    given = fake(node).shape
+    # One class of a single row could as well be a bias: it does not matter, both are constants.
+    return len(given) == len(shape) and all(same(a, b) for a, b in zip(given, shape, strict=True))
+
+
+def same_rows(node: Any, value: Value) -> bool:
+    """Whether a tensor has one element for each row of `value`, in its leading shape."""
+    if not is_tensor(node) or fake(node).dim() != len(value.lead_shape):
+        return False
+    return all(same(a, b) for a, b in zip(fake(node).shape, value.lead_shape, strict=True))

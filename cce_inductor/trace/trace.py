@@ -1,0 +1,85 @@
+"""What came of following one head's logits: its reductions, outputs and escapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch.fx import Graph, Node
+
+from ..graph import spellings
+from ..graph.refusal import Refusal
+from .reduction import Loss, Reading
+from .reductions import LOSSES
+from .values import Head, Value
+
+
+@dataclass
+class Trace:
+    """One head and every use of its logits. `values` are all nodes made from them, and what they are.
+
+    parts: the traces of the heads that were combined in this one.
+    """
+
+    first: Value
+    parts: list[Trace] = field(default_factory=list)
+    values: dict[Node, list[Value]] = field(default_factory=dict)
+    readings: list[Reading] = field(default_factory=list)
+    outputs: list[Value] = field(default_factory=list)
+    metadata: list[tuple[Node, Node, Value]] = field(default_factory=list)  # the read, what it reads, its value
+    escapes: list[Refusal] = field(default_factory=list)
+    wholes: list[Trace] = field(default_factory=list)  # tensors of several heads' logits that hold this one's
+
+    @property
+    def head(self) -> Head:
+        """As its losses read it, or else its statistics."""
+        read = self.sites or self.readings
+        return read[0].value.head if read else self.first.head
+
+    @property
+    def heads(self) -> list[Head]:
+        """The heads as the program computes them: this one, or those that were combined in it."""
+        return [head for part in self.parts for head in part.heads] or [self.first.head]
+
+    @property
+    def with_parts(self) -> list[Trace]:
+        """This trace, and those of everything that was combined in it."""
+        return [self, *(trace for part in self.parts for trace in part.with_parts)]
+
+    @property
+    def sites(self) -> list[Reading]:
+        """The readings that are losses as the user wrote them, one of each.
+
+        Calls of a loss function; or, where there are none, log-probabilities of a target; or a log-sum-exp.
+        """
+        losses: list[Reading] = [r for r in self.readings if isinstance(r, Loss)]
+        if losses or not any("lse" in r.statistics for r in self.readings):
+            return losses
+        picks: dict[Node, Reading] = {}
+        for r in self.readings:
+            if r.target is not None and r.statistics:
+                picks.setdefault(r.target, r)
+        return list(picks.values()) or [next(r for r in self.readings if "lse" in r.statistics)]
+
+
+@dataclass
+class Finding:
+    """A loss of the graph: the trace of its head, or why there is none."""
+
+    loss: Node
+    trace: Trace | None
+    refusal: Refusal | None
+
+
+def losses(graph: Graph) -> list[Node]:
+    """The calls of a loss function over classes."""
+    return [n for n in graph.nodes if (op := spellings.read(n)) is not None and op.name in LOSSES]
+
+
+@dataclass
+class WrittenOut:
+    """A node that is replaced by `result` if all of `traces` are fused. added: what that needs, put into the graph."""
+
+    node: Node
+    result: Node
+    traces: list[Trace]
+    added: list[Node]
