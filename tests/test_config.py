@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from cce_inductor import config
-from cce_inductor.ops.filters import Filter
+from cce_inductor.filters import Filter
 
 OTHER = {  # for every knob: a value that is not the default, how the environment spells it, unusable values
     "compiler": ("aot_eager", "aot_eager", ["nvcc", "", None, 1]),

@@ -123,7 +123,7 @@ def test_a_pool_that_pytorch_has_invalidated(read: str, monkeypatch: pytest.Monk
         def sample(_: Tensor) -> Tensor:
             raise RuntimeError(MESSAGE)
 
-        monkeypatch.setattr("cce_inductor.deferred._sample", sample)
+        monkeypatch.setattr("cce_inductor.deferred.staleness.sample", sample)
     with pytest.raises(DeferredLogitsError, match=r"hidden states.*overwritten.*CUDA graph.*materialize"):
         READS[read](logits)
 
@@ -136,6 +136,6 @@ def test_other_errors_of_a_device_are_not_named_so(monkeypatch: pytest.MonkeyPat
     def sample(_: Tensor) -> Tensor:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr("cce_inductor.deferred._sample", sample)
+    monkeypatch.setattr("cce_inductor.deferred.staleness.sample", sample)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         logits.argmax(-1)

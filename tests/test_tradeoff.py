@@ -11,7 +11,7 @@ from cce_inductor.bench import arguments, bounds, contenders, main, masses, meas
 from cce_inductor.bench.cases import CALIBRATED, FLAT, Case
 from cce_inductor.bench.inputs import make_inputs
 from cce_inductor.demo.data import DemoError
-from cce_inductor.ops.filters import Filter
+from cce_inductor.filters import Filter
 
 CASE = Case(256, 64, 4096, activations=CALIBRATED)
 

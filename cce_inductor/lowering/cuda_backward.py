@@ -13,8 +13,8 @@ from ..ops.call import Attributes
 from ..ops.library import BACKWARD, MM
 from . import cuda_budget
 from .buffers import in_memory, numbers, op, part, zeros
-from .cuda import _statistics
 from .cuda_call import Call
+from .cuda_forward import exact
 from .limits import sixteen_bits_hold
 from .schedule_choice import fastest
 from .schedules import Schedule, Sweep, schedules, whole_tiles
@@ -42,7 +42,7 @@ class Backward:
         call = self.call
         rows = sweep.rows if 0 < sweep.rows < call.hint else 0
         add_dx, add_dw = sweep.columns < call.v, bool(rows)
-        outputs = self._outputs(sweep.makes, add_dx)
+        outputs = self.outputs(sweep.makes, add_dx)
         sums = self._sums(sweep) if add_dw else {}
         # Which gradients our own kernels make.
         dx = {name: t for name, t in outputs.items() if name == "DX" and (add_dx or not sweep.library)}
@@ -66,7 +66,7 @@ class Backward:
                     call.emit("linear_statistics_dw", given, dw | sums, [sweep.columns, call.d], ADD=add_dw, **region)
                 if dx:
                     call.emit("linear_statistics_dx", inputs, dx, [rows or call.n, call.d], ADD=add_dx, **region)
-        self._finish(outputs)
+        self.finish(outputs)
 
     def _by_library(self, dacc: Any, outputs: dict[str, Any], column: int, position: int, rows: int) -> None:
         """These gradients of a region, by PyTorch's GEMM."""
@@ -79,7 +79,7 @@ class Backward:
         if "DX" in outputs:
             mm(part(outputs["DX"], 0, position, end), dacc, part(call.given["weight"], 0, column, last))
 
-    def _outputs(self, makes: Sequence[str], add_dx: bool) -> dict[str, Any]:
+    def outputs(self, makes: Sequence[str], add_dx: bool) -> dict[str, Any]:
         call, outputs = self.call, {}
         if "weight" in makes:
             outputs["DW"] = call.empty([call.v, call.d], call.weight.get_dtype())
@@ -103,7 +103,7 @@ class Backward:
             sums["DB_SUM"] = call.empty([sweep.columns], torch.float32)
         return sums
 
-    def _finish(self, outputs: dict[str, Any]) -> None:
+    def finish(self, outputs: dict[str, Any]) -> None:
         if "DX" in outputs:
             dx = outputs["DX"] if self.factor is None else op("div.Tensor", outputs["DX"], self.factor)
             self.results["input"] = to_dtype(dx, self.call.input.get_dtype())
@@ -204,7 +204,7 @@ def with_gradients(
     # What the second pass reads is needed even if it is no result.
     wanted = list(statistics)
     wanted += [name for name in ("lse", "entropy") if name not in wanted and {name, "entropy"} & set(tangents)]
-    stats = dict(zip(wanted, _statistics(call, wanted, kept, pitch), strict=True))
+    stats = dict(zip(wanted, exact(call, wanted, kept, pitch), strict=True))
     results = [stats[name] for name in statistics]
     tangents, stats = _by_statistics(tangents, stats)
     if kept is None:

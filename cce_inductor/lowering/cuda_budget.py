@@ -120,7 +120,7 @@ class _Budget:
         made["MASS"] = call.empty([ceildiv(slots, self.constants["CHUNK"]), BLOCK], torch.float32)
         made["TOTAL"] = zeros([blocks, BLOCK], torch.float32, call.device)
         made["FULL"] = call.empty([blocks], int32)
-        outputs = backward._outputs(backward.needs, True)
+        outputs = backward.outputs(backward.needs, True)
         made |= outputs
         slabs = [numbers([index], call.device) for index in range(self.slabs)]
         for again in (False, True):
@@ -134,7 +134,7 @@ class _Budget:
             if not again:
                 reads = "TARGET LSE TARGET_LOGIT G_LSE RUN NUMBER START MASS TOTAL"
                 self.emit("budget_check", reads, "FULL", [blocks], SLAB=numbers([self.slabs], call.device))
-        backward._finish(outputs)
+        backward.finish(outputs)
 
     def _order(self) -> None:
         """PERM, the columns sorted by the blocks that keep them, and MASK, which those are."""

@@ -125,7 +125,7 @@ def in_groups(trace: Trace, hoist: Hoist, exact: bool) -> list[Group]:
 class Bundle:
     """Groups whose rows go through one operator call, one behind the other."""
 
-    in_groups: list[Group]
+    groups: list[Group]
     name: str = ""  # of the site: where its first loss stands
 
     @property

@@ -63,7 +63,7 @@ def only(sweeps, vocab: int):
     if not larger or DEVICE == "cpu":
         yield
         return
-    with patch("cce_inductor.lowering.cuda.schedules", return_value=[Schedule("chosen", tuple(larger))]):
+    with patch("cce_inductor.lowering.cuda_backward.schedules", return_value=[Schedule("chosen", tuple(larger))]):
         yield
 
 
@@ -287,7 +287,7 @@ def test_every_configuration_is_right(tiles, masked):
         return [t for t in found if str(t) == tiles] or found[:1]
 
     inputs = [tensor.detach().requires_grad_() for tensor in data[:3]]
-    with patch("cce_inductor.lowering.cuda.configurations", one):
+    with patch("cce_inductor.lowering.cuda_call.configurations", one):
         value = compiled(case.function(), workspace_mb=1, gradients_in_forward=False)(*inputs, data[3])
         gradients = torch.autograd.grad(value, inputs)
     exact = case.eager(data, torch.float64)

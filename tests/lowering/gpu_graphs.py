@@ -11,12 +11,12 @@ from gpu_cases import SMALL
 from torch._inductor.select_algorithm import AlgorithmSelectorCache
 
 from cce_inductor import config
-from cce_inductor.lowering import triton_configs
+from cce_inductor.lowering import cuda_backward, cuda_call, cuda_forward, triton_configs
 from cce_inductor.lowering.register import register
 from cce_inductor.lowering.schedules import Round, Schedule, Sweep
 from cce_inductor.lowering.triton_template import Tiles
 from cce_inductor.ops.choice import Chooser
-from cce_inductor.rewrite.rewrite import rewrite
+from cce_inductor.rewrite.run import rewrite
 from cce_inductor.version import source_hash
 
 
@@ -38,8 +38,6 @@ def generate(
     `fastest` wins among those that fit; each of the others adds its wrapper before the backward's, as it was timed.
     rounds: those of a forward that leaves a bound, if given.
     """
-    import cce_inductor.lowering.cuda as lowering
-
     register()
     (gm,) = graphs_of(fn, *inputs)
     result = rewrite(gm, config.Settings(min_vocab=0, grad_filter=grad_filter), source_hash(), choose)
@@ -55,7 +53,7 @@ def generate(
         return [replace(tiles, tma=tiles.tma and tma, **shape)]
 
     chosen = triton_configs.configurations if tiles is None else only
-    schedules, cut = lowering.schedules, lowering.rounds
+    schedules, cut = cuda_backward.schedules, cuda_forward.rounds
 
     def scheduled(*arguments, **options):
         return [Schedule("chosen", sweeps)] if sweeps else schedules(*arguments, **options)
@@ -68,9 +66,9 @@ def generate(
 
     with (
         mock_cuda.device(capability),
-        patch.object(lowering, "configurations", chosen),
-        patch.object(lowering, "schedules", scheduled),
-        patch.object(lowering, "rounds", in_rounds),
+        patch.object(cuda_call, "configurations", chosen),
+        patch.object(cuda_backward, "schedules", scheduled),
+        patch.object(cuda_forward, "rounds", in_rounds),
         patch.object(AlgorithmSelectorCache, "make_benchmark_fn", timings),
         torch._inductor.config.patch(autotune_local_cache=False),
     ):

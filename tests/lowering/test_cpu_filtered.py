@@ -26,12 +26,12 @@ from torch import Tensor
 
 import cce_inductor
 from cce_inductor import version
+from cce_inductor.filters import Filter
 from cce_inductor.lowering import cpu
 from cce_inductor.lowering.register import register
 from cce_inductor.ops import filtered, reference
 from cce_inductor.ops.bound import BLOCK, ROW_CAP, blocks, values
 from cce_inductor.ops.call import Attributes, Call
-from cce_inductor.ops.filters import Filter
 from cce_inductor.ops.library import BACKWARD, FORWARD
 
 # Small enough that the check of every row is one: ROW_CAP * TAU < 1.

@@ -28,7 +28,7 @@ import rendered
 from gpu_cases import CASES, KEEPING, Case
 from gpu_graphs import generate
 
-from cce_inductor.lowering import budget
+from cce_inductor.lowering import cuda_budget
 from cce_inductor.lowering.schedule_choice import ScheduleChoice, _example
 from cce_inductor.lowering.schedules import budget_slabs, rounds, schedules
 from cce_inductor.lowering.triton_configs import KEPT_TILE, TABLE
@@ -347,7 +347,7 @@ def test_the_autotuner_is_given_a_slab_that_keeps_everything():
     head = SimpleNamespace(hint=300, v=1700, device=torch.device("cpu"))
     blocks, width, tiles, slabs = 3, 768, 14, 4
     made = SimpleNamespace(call=head, width=width, tiles=tiles, slabs=slabs, constants={"CHUNK": 128})
-    example = {name: fill(None) for name, fill in budget._Budget._examples(made).items()}
+    example = {name: fill(None) for name, fill in cuda_budget._Budget._examples(made).items()}
     assert all(t.dtype == torch.int32 for name, t in example.items() if name != "PERM")
     assert example["RANGE"].tolist() == [[0, 6]] * slabs and example["MOST"].tolist() == [6] * slabs
     for name in ("START", "BASE"):
@@ -488,7 +488,7 @@ def test_a_schedule_that_cannot_be_timed_loses():
 
 
 def test_a_fault_in_a_lowering_falls_back_to_the_eager_implementation(caplog):
-    with patch("cce_inductor.lowering.cuda._factor", side_effect=RuntimeError("broken")):
+    with patch("cce_inductor.lowering.cuda_backward.factor", side_effect=RuntimeError("broken")):
         wrappers = generate(CASES["float16"].loss, make_leaves(CASES["float16"]))
     assert "cce_inductor.linear_statistics_backward" in wrappers[-1]
     assert "launch linear_statistics" in rendered.summary(wrappers[0])

@@ -7,10 +7,10 @@ from head_oracle import Head, error, logits
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from cce_inductor.filters import Filter
 from cce_inductor.ops import filtered, reference
 from cce_inductor.ops.bound import BLOCK, LAST, ROW_CAP, beyond, blocks, bound_bytes, edges, encode, group, values
 from cce_inductor.ops.call import Attributes, Call, bounded, sampled
-from cce_inductor.ops.filters import Filter
 from cce_inductor.ops.library import BACKWARD, FORWARD
 
 NAMES = "lse target_logit"

@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 import cce_inductor
 from cce_inductor import config
+from cce_inductor.filters import Filter
 from cce_inductor.ops import filtered
 from cce_inductor.ops.bound import BLOCK, LAST, THRESHOLDS, WEIGHT_CAP, hashed, values
 from cce_inductor.ops.call import Attributes, Call
-from cce_inductor.ops.filters import Filter
 from cce_inductor.ops.library import BACKWARD, FORWARD
 
 TAU = 0.05

@@ -10,7 +10,7 @@ from capture import assert_same_as_eager, graphs_of
 
 from cce_inductor import config
 from cce_inductor.ops.choice import Choice
-from cce_inductor.rewrite.rewrite import rewrite
+from cce_inductor.rewrite.run import rewrite
 
 B, S, D, V = 2, 6, 8, 40
 

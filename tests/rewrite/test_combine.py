@@ -7,7 +7,7 @@ from capture import assert_same_as_eager, graphs_of, text
 from torch._dynamo.utils import counters
 
 from cce_inductor import config
-from cce_inductor.rewrite.rewrite import rewrite
+from cce_inductor.rewrite.run import rewrite
 
 B, S, D, V, R = 2, 6, 8, 40, 3
 

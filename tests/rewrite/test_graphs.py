@@ -8,7 +8,7 @@ from capture import graphs_of, text
 from expecttest import TestCase
 
 from cce_inductor import config
-from cce_inductor.rewrite.rewrite import rewrite
+from cce_inductor.rewrite.run import rewrite
 
 
 def rewritten(fn, *inputs, **settings):

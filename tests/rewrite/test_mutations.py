@@ -20,11 +20,39 @@ from test_refusals import MARGINS, NOT_MARGINS, REFUSED
 from test_unnamed import LOSSES, NOTHING
 
 from cce_inductor import config
-from cce_inductor.rewrite import combine, heads, pointwise, ranking, readings, roots, rows, trace, unnamed, written_out
-from cce_inductor.rewrite.rewrite import rewrite
+from cce_inductor.rewrite.run import rewrite
+from cce_inductor.trace import (
+    decompose,
+    heads,
+    indexing,
+    interpreter,
+    layout,
+    masks,
+    merge_heads,
+    pointwise,
+    ranking,
+    reductions,
+    rsqrt_softcap,
+    softmax,
+    unnamed,
+)
 
 B, S, D, V = 2, 6, 8, 40
-MODULES = (heads, rows, combine, pointwise, roots, readings, ranking, written_out, trace, unnamed)
+MODULES = (
+    heads,
+    layout,
+    indexing,
+    merge_heads,
+    pointwise,
+    masks,
+    softmax,
+    rsqrt_softcap,
+    reductions,
+    ranking,
+    decompose,
+    interpreter,
+    unnamed,
+)
 
 
 def is_guard(node: ast.AST) -> bool:
@@ -408,8 +436,8 @@ DYNAMIC = {
 }
 # No program that runs reaches them on a CPU.
 UNREACHED = {
-    "pointwise._cast: new.device != old.device": "needs a second device",
-    "readings._loss: fake(indices).dtype != torch.int64": "eager's own error for most, and Dynamo's for uint8",
+    "pointwise.cast: new.device != old.device": "needs a second device",
+    "reductions._loss: fake(indices).dtype != torch.int64": "eager's own error for most, and Dynamo's for uint8",
     "unnamed._may_have_a_loss: flow.vocab < settings.min_vocab": "no size is too small for these programs",
 }
 PROGRAMS = {

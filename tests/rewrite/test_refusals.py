@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 import cce_inductor
 from cce_inductor import config
-from cce_inductor.rewrite.rewrite import rewrite
+from cce_inductor.rewrite.run import rewrite
 
 B, S, D, V = 2, 6, 8, 40
 

@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 
 import cce_inductor
 from cce_inductor import config, record
-from cce_inductor.rewrite.rewrite import rewrite
+from cce_inductor.rewrite.run import rewrite
 
 B, S, D, V, K = 2, 6, 8, 40, 3
 N = B * S
@@ -402,7 +402,7 @@ def test_logits_of_another_graph(edit, inputs):
 
 
 def test_a_fault_in_the_search_costs_nothing(inputs, monkeypatch, caplog):
-    from cce_inductor.rewrite import rewrite as module
+    from cce_inductor.rewrite import run as module
 
     def broken(*args):
         raise KeyError("deliberate")
