@@ -85,7 +85,7 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings,
     if entry.inlined or entry.read or entry.unused:
         compiled = _with_logits(compiled, entry)
     # The parts of a graph that DDPOptimizer has cut are compiled before anybody knows what the others return.
-    return other_graphs.reading(compiled) if compat.is_part_of_a_graph() else compiled
+    return other_graphs.computed_on_entry(compiled) if compat.is_part_of_a_graph() else compiled
 
 
 def _as_it_is(gm: GraphModule) -> Callable:

@@ -25,10 +25,10 @@ PYTHONS = (10, 11, 12, 13, 14)
 
 # What stands for each part of the package; `make test TORCH=...` runs everything.
 AREAS = {
-    "rewrite": ("rewrite/test_idioms.py", "rewrite/test_refusals.py", "rewrite/test_written_out.py"),
+    "rewrite": ("rewrite/test_idioms.py", "rewrite/test_refusals.py", "rewrite/test_decompose.py"),
     "operators": ("ops/test_operators.py", "ops/test_autograd.py", "ops/test_autocast.py"),
     "kernels": ("lowering/test_cpu.py", "lowering/test_cuda.py"),
-    "deferral": ("test_deferred.py", "test_elsewhere.py"),
+    "deferral": ("test_deferred.py", "test_other_graphs.py"),
     "backend": ("test_backend.py", "test_version.py"),
 }
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from capture import FUSE_ALL
-from test_elsewhere import Counted, D, V, data, same
+from test_other_graphs import Counted, D, V, data, same
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

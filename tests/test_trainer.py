@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from capture import FUSE_ALL
-from test_elsewhere import Counted
+from test_other_graphs import Counted
 
 import cce_inductor
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 BUDGETS = {"2⁻⁹": 2**-9, "4e-3": 4e-3, "1e-2": 1e-2}
 MIDDLE = "4e-3"
 WIDTHS = (16, 32, 64, 128)
-WORKSPACE = 64 << 20  # bytes of dacc at a time
+WORKSPACE = 64 << 20  # bytes of dlogits at a time
 L2_SLAB = 16 << 20  # bytes of fp32 rows of dW that stay in the cache
 REGROUPED = 16  # blocks after which an order of columns may change
 MMA = 128  # columns that a list is padded to
@@ -36,9 +36,9 @@ SPLITS = (2, 4, 8, 16)
 CAPTION = f"""\
 Blocks of {BLOCK} rows. dW: multiply-adds with all padding, in % of the dense dW's. In all: forward, logits again, dx
 and dW in NVD, where exact is 8: 2 + 4·(kept) + 2·(dW). At τ = {MIDDLE}: "sums" is what is written to and read from dW
-and its fp32 partial sums, over the bytes of a 16-bit dW; "operands" is what tiles read of dacc and x, over the dense
-dW's in tiles of 128 x 128; scratch is at most {WORKSPACE >> 20} MiB of 16-bit dacc at a time, partial sums and lists;
-launches form dacc and dW, if the lists' lengths are known (if not, the dense one's, of which the last find nothing to
+and its fp32 partial sums, over the bytes of a 16-bit dW; "operands" is what tiles read of dlogits and x, over the dense
+dW's in tiles of 128 x 128; scratch is at most {WORKSPACE >> 20} MiB of 16-bit dlogits at a time, partial sums and lists;
+launches form dlogits and dW, if the lists' lengths are known (if not, the dense one's, of which the last find nothing to
 do). All are deterministic without atomics: what adds to an element is one program, or launches in order."""
 
 ABOUT = """\

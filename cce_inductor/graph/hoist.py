@@ -27,7 +27,7 @@ class Hoist:
         self.order: dict[Node, float] = {node: float(i) for i, node in enumerate(graph.nodes)}
         self.writes: list[tuple[float, Node]] = []
         self.switches: list[float] = []
-        self.replaced: dict[Node, Node] = {}  # readings that the program now gets from an operator
+        self.replaced: dict[Node, Node] = {}  # reductions that the program now gets from an operator
         for node, position in self.order.items():
             self.writes += [(position, target) for target in memory.mutated(node)]
             name = getattr(node.target, "__name__", "")

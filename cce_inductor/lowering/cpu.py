@@ -19,10 +19,10 @@ from .unsupported import Unsupported, unsupported_dtype
 
 
 def forward(
-    operands: dict[str, Any], active: Any, statistics: list[str], attributes: Attributes, bounded: bool
+    operands: dict[str, Any], row_mask: Any, statistics: list[str], attributes: Attributes, bounded: bool
 ) -> Sequence[Any]:
     element, compute = _dtypes(operands, attributes)
-    given = _realize(operands | _mask(active))
+    given = _realize(operands | _mask(row_mask))
     layouts = _statistics_layouts(operands, statistics)
     constants = _constants(attributes, compute) | {"statistics": statistics, "bounded": bounded}
     if bounded:
@@ -37,7 +37,7 @@ def backward(
     tangents: dict[str, Any],
     saved: dict[str, Any],
     operands: dict[str, Any],
-    active: Any,
+    row_mask: Any,
     needs: list[str],
     attributes: Attributes,
 ) -> Sequence[Any]:
@@ -48,7 +48,7 @@ def backward(
         needed |= {"lse", "entropy"}
     if filtered:
         needed |= {"bound", "target_logit"}
-    given = operands | _mask(active) | {name: t for name, t in saved.items() if name in needed} | _prefixed(tangents)
+    given = operands | _mask(row_mask) | {name: t for name, t in saved.items() if name in needed} | _prefixed(tangents)
     constants = _constants(attributes, compute) | {"tangents": list(tangents), "needs": needs}
     if filtered:
         constants |= _filter(tangents, attributes)
@@ -79,7 +79,7 @@ def _filter(tangents: dict[str, Any], attributes: Attributes) -> dict[str, Any]:
 def with_gradients(
     tangents: dict[str, Any],
     operands: dict[str, Any],
-    active: Any,
+    row_mask: Any,
     statistics: list[str],
     needs: list[str],
     attributes: Attributes,
@@ -97,7 +97,7 @@ def with_gradients(
     }
     if bounded:
         constants |= _filter(tangents, attributes)
-    given = _realize(operands | _mask(active) | _prefixed(tangents))
+    given = _realize(operands | _mask(row_mask) | _prefixed(tangents))
     absent = _ABSENT | dict.fromkeys(_prefixed(table.TABLE), torch.float32)
     layouts = _statistics_layouts(operands, statistics) | _gradient_layouts(operands, needs)
     spec = Spec("linear_statistics_with_gradients", element, compute, given, absent, layouts, constants)
@@ -109,8 +109,8 @@ def _prefixed(tangents: Mapping[str, Any]) -> dict[str, Any]:
     return {f"g_{name}": tangent for name, tangent in tangents.items()}
 
 
-def _mask(active: Any) -> dict[str, Any]:
-    return {} if active is None else {"active": active}
+def _mask(row_mask: Any) -> dict[str, Any]:
+    return {} if row_mask is None else {"row_mask": row_mask}
 
 
 def _constants(attributes: Attributes, compute: torch.dtype) -> dict[str, Any]:
@@ -153,7 +153,7 @@ _ABSENT = {
     "bias": torch.float32,
     "target": torch.int64,
     "column_weight": torch.float32,
-    "active": torch.bool,
+    "row_mask": torch.bool,
 }
 
 

@@ -31,7 +31,7 @@ class Backward:
         if "lse" in tangents or "entropy" in tangents:
             given |= {name.upper(): in_memory(saved[name]) for name in ("lse", "entropy") if name in saved}
         given |= {f"G_{name.upper()}": in_memory(t) for name, t in tangents.items()}
-        self.factor = factor(tangents, call.active) if call.compute == torch.float16 else None
+        self.factor = factor(tangents, call.row_mask) if call.compute == torch.float16 else None
         if self.factor is not None:
             given["FACTOR"] = in_memory(self.factor)
         self.given = given
@@ -48,7 +48,7 @@ class Backward:
         dx = {name: t for name, t in outputs.items() if name == "DX" and (add_dx or not sweep.library)}
         dw = {name: t for name, t in outputs.items() if name == "DB" or (name == "DW" and not sweep.library)}
         size = [rows or call.n, sweep.columns]
-        dacc = kept["KEPT"] if kept else call.empty(size, call.compute)
+        dlogits = kept["KEPT"] if kept else call.empty(size, call.compute)
         # Where a region begins, in a buffer and not in the kernel's text: one kernel serves all regions.
         for column in range(0, call.v, sweep.columns):
             for position in range(0, call.hint if rows else 1, rows or 1):
@@ -56,11 +56,11 @@ class Backward:
                 region = {"ROWS": rows, "SLAB": sweep.columns}
                 inputs = self.given | ({"TOPS": kept["TOPS"]} if kept and "TOPS" in kept else {}) | begin
                 keeping = {"KEPT": KEPT_TILE if kept else 0}
-                call.emit("linear_statistics_dacc", inputs, {"DACC": dacc}, size, **keeping, **region)
+                call.emit("linear_statistics_dlogits", inputs, {"DLOGITS": dlogits}, size, **keeping, **region)
                 if sweep.library:
                     others = {name: t for name, t in outputs.items() if name not in dx | dw}
-                    self._by_library(dacc, others, column, position, rows)
-                inputs = {"DACC": dacc} | call.named("input", "weight") | call.rows | begin
+                    self._by_library(dlogits, others, column, position, rows)
+                inputs = {"DLOGITS": dlogits} | call.named("input", "weight") | call.rows | begin
                 if dw:
                     given = inputs | ({"FACTOR": self.given["FACTOR"]} if self.factor is not None else {})
                     call.emit("linear_statistics_dw", given, dw | sums, [sweep.columns, call.d], ADD=add_dw, **region)
@@ -68,16 +68,16 @@ class Backward:
                     call.emit("linear_statistics_dx", inputs, dx, [rows or call.n, call.d], ADD=add_dx, **region)
         self.finish(outputs)
 
-    def _by_library(self, dacc: Any, outputs: dict[str, Any], column: int, position: int, rows: int) -> None:
+    def _by_library(self, dlogits: Any, outputs: dict[str, Any], column: int, position: int, rows: int) -> None:
         """These gradients of a region, by PyTorch's GEMM."""
         call = self.call
-        last, end = min(column + dacc.get_size()[1], call.v), min(position + (rows or call.hint), call.hint)
-        dacc = part(part(dacc, 0, 0, end - position), 1, 0, last - column)
+        last, end = min(column + dlogits.get_size()[1], call.v), min(position + (rows or call.hint), call.hint)
+        dlogits = part(part(dlogits, 0, 0, end - position), 1, 0, last - column)
         if "DW" in outputs:
             x = part(call.given["input"], 0, position, end)
-            mm(part(outputs["DW"], 0, column, last), op("permute", dacc, [1, 0]), x)
+            mm(part(outputs["DW"], 0, column, last), op("permute", dlogits, [1, 0]), x)
         if "DX" in outputs:
-            mm(part(outputs["DX"], 0, position, end), dacc, part(call.given["weight"], 0, column, last))
+            mm(part(outputs["DX"], 0, position, end), dlogits, part(call.given["weight"], 0, column, last))
 
     def outputs(self, makes: Sequence[str], add_dx: bool) -> dict[str, Any]:
         call, outputs = self.call, {}
@@ -88,7 +88,7 @@ class Backward:
         if "input" in makes:
             # Multiplied by the factor until the end: no dtype but fp32 will do.
             dtype = torch.float32 if add_dx or self.factor is not None else call.input.get_dtype()
-            if call.active is None:
+            if call.row_mask is None:
                 outputs["DX"] = call.empty([call.n, call.d], dtype)
             else:  # the kernel does not touch the other rows
                 outputs["DX"] = zeros([call.n, call.d], dtype, call.device)
@@ -121,13 +121,13 @@ def backward(
     tangents: dict[str, Any],
     saved: dict[str, Any],
     operands: dict[str, Any],
-    active: Any,
+    row_mask: Any,
     needs: list[str],
     attributes: Attributes,
 ) -> list[Any]:
     bound = saved.get("bound")
     saved = {name: t for name, t in saved.items() if name != "bound"}
-    call = Call(operands, active, attributes)
+    call = Call(operands, row_mask, attributes)
     if diagnostics.OPERAND in needs:
         raise Unsupported("no Triton template leaves diagnostics")
     chosen = Filter.read(attributes.grad_filter)
@@ -146,7 +146,7 @@ def backward(
         attributes.workspace,
         l2,
         call.static,
-        library=active is None and set(call.dtypes) == {call.compute} and call.compute != torch.float16,
+        library=row_mask is None and set(call.dtypes) == {call.compute} and call.compute != torch.float16,
     )
 
     def run(schedule: Schedule) -> list[Any]:
@@ -155,16 +155,16 @@ def backward(
             made.sweep(sweep)
         return made.gradients()
 
-    return fastest(found, run, BACKWARD, tangents, saved, operands, active, needs, attributes)
+    return fastest(found, run, BACKWARD, tangents, saved, operands, row_mask, needs, attributes)
 
 
-def factor(tangents: dict[str, Any], active: Any) -> Any:
-    """1 / max |tangent| of the active rows, (1,): dacc in float16 would lose what a mean makes small."""
+def factor(tangents: dict[str, Any], row_mask: Any) -> Any:
+    """1 / max |tangent| of the active rows, (1,): dlogits in float16 would lose what a mean makes small."""
     largest = None
     for tangent in tangents.values():
         size = op("abs", tangent)
         size = op("where.self", op("lt.Scalar", size, math.inf), size, 0.0)  # a row of NaN, of any factor
-        size = size if active is None else op("where.self", active, size, 0.0)
+        size = size if row_mask is None else op("where.self", row_mask, size, 0.0)
         top = op("amax", size, [0], True)
         largest = top if largest is None else op("maximum", largest, top)
     return op("where.self", op("gt.Scalar", largest, 0.0), op("reciprocal", largest), 1.0)
@@ -188,13 +188,13 @@ def _by_statistics(tangents: dict[str, Any], stats: dict[str, Any]) -> tuple[dic
 def with_gradients(
     tangents: dict[str, Any],
     operands: dict[str, Any],
-    active: Any,
+    row_mask: Any,
     statistics: list[str],
     needs: list[str],
     attributes: Attributes,
     bounded: bool,  # nothing is left out all the same: the logits are there
 ) -> list[Any]:
-    call = Call(operands, active, attributes)
+    call = Call(operands, row_mask, attributes)
     pitch = whole_tiles(call.v)
     kept = None
     if call.compute == torch.float32 or sixteen_bits_hold(attributes.softcap):
@@ -208,7 +208,7 @@ def with_gradients(
     results = [stats[name] for name in statistics]
     tangents, stats = _by_statistics(tangents, stats)
     if kept is None:
-        return [*results, *backward(tangents, stats, operands, active, needs, attributes)]
+        return [*results, *backward(tangents, stats, operands, row_mask, needs, attributes)]
     made = Backward(call, tangents, stats, needs)
     made.sweep(Sweep(0, pitch, tuple(needs)), kept)
     return [*results, *made.gradients()]

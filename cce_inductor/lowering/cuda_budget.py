@@ -2,7 +2,7 @@
 
 All of it is decided on the device, and every launch has a fixed grid. The columns are sorted by the set of blocks that
 keep them; the backward goes over this order slab by slab. A slab takes as many columns as there are slots for: a column
-that a block keeps is an entry, and its dacc, of 128 rows, fills one slot. As many slabs are launched as a flat softmax
+that a block keeps is an entry, and its dlogits, of 128 rows, fills one slot. As many slabs are launched as a flat softmax
 needs; the last ones are usually empty. Then the rows that lost too much have their blocks marked, and all is done once
 more, in slabs that are empty if there is no such row.
 """
@@ -116,7 +116,7 @@ class _Budget:
         made |= {"OF_TILE": call.empty([tiles, blocks], int32), "IN_TILE": call.empty([tiles], int32)}
         made |= {name: call.empty([self.slabs, blocks], int32) for name in ("START", "NUMBER", "BASE")}
         made |= {"RANGE": call.empty([self.slabs, 2], int32), "MOST": call.empty([self.slabs], int32)}
-        made |= {"LIST": call.empty([slots], int32), "DACC": call.empty([slots, BLOCK], call.compute)}
+        made |= {"LIST": call.empty([slots], int32), "DLOGITS": call.empty([slots, BLOCK], call.compute)}
         made["MASS"] = call.empty([ceildiv(slots, self.constants["CHUNK"]), BLOCK], torch.float32)
         made["TOTAL"] = zeros([blocks, BLOCK], torch.float32, call.device)
         made["FULL"] = call.empty([blocks], int32)
@@ -160,9 +160,9 @@ class _Budget:
         call, made, n = self.call, self.made, self.blocks * BLOCK
         self.emit("budget_list", "PERM BITS RUN NUMBER START BASE RANGE MASS", "LIST TOTAL", [self.blocks], SLAB=slab)
         reads = "BIAS TARGET LSE G_LSE G_TARGET_LOGIT FACTOR LIST NUMBER START MOST"
-        self.emit("budget_dacc", reads, "DACC MASS", [n, self.width], SLAB=slab)
+        self.emit("budget_dlogits", reads, "DLOGITS MASS", [n, self.width], SLAB=slab)
         if "DW" in made or "DB" in made:
-            reads = "FACTOR DACC PERM BITS RUN BASE RANGE OF_TILE IN_TILE"
+            reads = "FACTOR DLOGITS PERM BITS RUN BASE RANGE OF_TILE IN_TILE"
             self.emit("budget_dw", reads, "DW DB", [self.width, call.d], SLAB=slab)
         if "DX" in made:
-            self.emit("budget_dx", "DACC LIST NUMBER START RANGE", "DX", [n, call.d], SLAB=slab)
+            self.emit("budget_dx", "DLOGITS LIST NUMBER START RANGE", "DX", [n, call.d], SLAB=slab)

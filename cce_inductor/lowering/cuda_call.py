@@ -33,7 +33,7 @@ PARTS = {
 class Call:
     """What every kernel of a call needs: operands in memory, the rows that count, options."""
 
-    def __init__(self, operands: dict[str, Any], active: Any, attributes: Attributes):
+    def __init__(self, operands: dict[str, Any], row_mask: Any, attributes: Attributes):
         self.attributes = attributes
         self.compute = attributes.compute_dtype or operands["input"].get_dtype()
         reason = unsupported_dtype([self.compute, *(t.get_dtype() for n, t in operands.items() if n != "target")])
@@ -49,19 +49,19 @@ class Call:
         self.v = V.graph.sizevars.guard_int(self.weight.get_size()[0])
         if not self.d or not self.v:
             raise Unsupported("the hidden states or the vocabulary are empty")
-        self.active = active
+        self.row_mask = row_mask
         # How the autotuner is to fill inputs that cannot hold anything.
         self.examples: dict[str, Callable[[Any], torch.Tensor]] = {}
-        self.rows = {} if active is None else self._compacted(active)
+        self.rows = {} if row_mask is None else self._compacted(row_mask)
 
-    def _compacted(self, active: Any) -> dict[str, Any]:
+    def _compacted(self, row_mask: Any) -> dict[str, Any]:
         """INDEX, the active rows in order and then the others, and COUNT, how many are active."""
-        rank = op("cumsum", active, 0, dtype=torch.int64)
+        rank = op("cumsum", row_mask, 0, dtype=torch.int64)
         rank.realize()
         count = op("slice.Tensor", rank, 0, self.n - 1, self.n)
         rows = iota(self.n, self.device)
         behind = op("sub.Tensor", op("add.Tensor", rows, count), rank)
-        place = op("where.self", active, op("sub.Tensor", rank, 1), behind)
+        place = op("where.self", row_mask, op("sub.Tensor", rank, 1), behind)
         index = op("full", [self.n], 0, dtype=torch.int64, device=self.device)
         return {"INDEX": in_memory(op("index_put", index, [place], rows)), "COUNT": own(count)}
 
@@ -91,7 +91,7 @@ class Call:
         variant = ", kept" * bool("KEPT" in mutated or constants.get("KEPT")) + ", added" * ("DW_SUM" in mutated)
         variant += ", bound" * ("BOUND" in mutated)
         block_m = BLOCK if "BOUND" in mutated else None
-        if kernel == "budget_dacc":
+        if kernel == "budget_dlogits":
             block_n = constants["CHUNK"]
         found = configurations(kernel + variant, self.dtypes, self.compute, self.device, tma, block_n, block_m)
         emit(

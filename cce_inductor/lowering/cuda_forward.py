@@ -17,9 +17,9 @@ from .unsupported import Unsupported
 
 
 def forward(
-    operands: dict[str, Any], active: Any, statistics: list[str], attributes: Attributes, bounded: bool
+    operands: dict[str, Any], row_mask: Any, statistics: list[str], attributes: Attributes, bounded: bool
 ) -> list[Any]:
-    call = Call(operands, active, attributes)
+    call = Call(operands, row_mask, attributes)
     if not bounded:
         return exact(call, statistics)
     chosen = Filter.read(attributes.grad_filter)
@@ -56,8 +56,8 @@ def _results(call: Call, statistics: list[str], parts: dict[str, Any], splits: i
     results = []
     for name in statistics:
         value = merged[name]
-        if call.active is not None:
-            value = op("where.self", call.active, value, 0 if table.TABLE[name].integer else 0.0)
+        if call.row_mask is not None:
+            value = op("where.self", call.row_mask, value, 0 if table.TABLE[name].integer else 0.0)
         results.append(value)
     return results
 

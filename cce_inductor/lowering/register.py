@@ -51,11 +51,11 @@ def _lower(operator: Any, read: Callable, *call: Any) -> Sequence[Any]:
     return fallback_handler(operator, add_to_fallback_set=False)(*call)
 
 
-def _forward(operands, names, active, statistics, training, *attributes) -> tuple[str, dict, dict]:
+def _forward(operands, names, row_mask, statistics, training, *attributes) -> tuple[str, dict, dict]:
     named, options = _read(names, operands), Attributes(*attributes)
     arguments = {
         "operands": named,
-        "active": active,
+        "row_mask": row_mask,
         "statistics": statistics.split(),
         "attributes": options,
         "bounded": training and bounded(statistics, options),
@@ -63,7 +63,7 @@ def _forward(operands, names, active, statistics, training, *attributes) -> tupl
     return "forward", named, arguments
 
 
-def _backward(tangents, tangent_names, saved, operands, names, active, statistics, needs, *attributes):
+def _backward(tangents, tangent_names, saved, operands, names, row_mask, statistics, needs, *attributes):
     named, options = _read(names, operands), Attributes(*attributes)
     if filtered(statistics, options) and not bounded(statistics, options):
         raise Unsupported("no template has the filter eps")
@@ -71,21 +71,21 @@ def _backward(tangents, tangent_names, saved, operands, names, active, statistic
         "tangents": differentiable(_named(tangent_names, tangents)),
         "saved": _named(saved_names(statistics, saved), saved),
         "operands": named,
-        "active": active,
+        "row_mask": row_mask,
         "needs": needs.split(),
         "attributes": options,
     }
     return "backward", named, arguments
 
 
-def _with_gradients(tangents, tangent_names, operands, names, active, statistics, needs, *attributes):
+def _with_gradients(tangents, tangent_names, operands, names, row_mask, statistics, needs, *attributes):
     named, options = _read(names, operands), Attributes(*attributes)
     if filtered(statistics, options) and not bounded(statistics, options):
         raise Unsupported("no template has the filter eps")
     arguments = {
         "tangents": differentiable(_named(tangent_names, tangents)),
         "operands": named,
-        "active": active,
+        "row_mask": row_mask,
         "statistics": statistics.split(),
         "needs": needs.split(),
         "attributes": options,

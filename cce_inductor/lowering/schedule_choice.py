@@ -34,7 +34,7 @@ def fastest(
     tangents: dict[str, Any],
     saved: dict[str, Any],
     operands: dict[str, Any],
-    active: Any,
+    row_mask: Any,
     needs: Sequence[str],
     attributes: Attributes,
 ) -> list[Any]:
@@ -46,14 +46,14 @@ def fastest(
         return run(found[0])
     lists = [list(tangents.values()), list(saved.values()), list(operands.values())]
     nodes = [ir.ExternKernel.realize_input(t) for t in (*lists[0], *lists[1], *lists[2])]
-    nodes += [] if active is None else [ir.ExternKernel.realize_input(active)]
+    nodes += [] if row_mask is None else [ir.ExternKernel.realize_input(row_mask)]
 
     def call(*tensors: torch.Tensor) -> list[torch.Tensor]:
         parts, at = [], 0
         for values in lists:
             parts.append(list(tensors[at : at + len(values)]))
             at += len(values)
-        mask = None if active is None else tensors[-1]
+        mask = None if row_mask is None else tensors[-1]
         names = [" ".join(named) for named in (tangents, operands, saved, needs)]
         return operator(parts[0], names[0], parts[1], parts[2], names[1], mask, names[2], names[3], *attributes.args())
 

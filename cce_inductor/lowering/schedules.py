@@ -1,9 +1,9 @@
 """The schedules of the exact backward on a GPU: in which order it goes over the logits, and what that takes.
 
-A sweep cuts the logits into regions of rows x columns. For each region one kernel computes dacc into the workspace, and
+A sweep cuts the logits into regions of rows x columns. For each region one kernel computes dlogits into the workspace, and
 one for each gradient its share of it. Sums that go on from region to region are kept in fp32.
 
-| schedule | regions              | GEMM work | fp32 sums besides the workspace's dacc                  |
+| schedule | regions              | GEMM work | fp32 sums besides the workspace's dlogits                  |
 |----------|----------------------|-----------|---------------------------------------------------------|
 | slab     | all rows x columns   | 8 NVD     | N D of dx (none if x is fp32)                           |
 | blocks   | rows x columns       | 8 NVD     | as slab, and columns x D of dW, small enough for the L2 |
@@ -11,7 +11,7 @@ one for each gradient its share of it. Sums that go on from region to region are
 | separate | dx by chunk, dW by slab | 10 NVD | none                                                    |
 
 Where no row can be left out, operands are multiplied as they are, and a sweep finishes what it makes, PyTorch's library
-of GEMMs may read dacc in the place of our kernels: slab and separate come in that form too.
+of GEMMs may read dlogits in the place of our kernels: slab and separate come in that form too.
 
 The logits are computed once more than in the forward; with gradients formed there (6 NVD) nothing is swept.
 """
@@ -151,7 +151,7 @@ def budget_slabs(n: int, v: int, item: int, workspace: int) -> tuple[int, int]:
     """
     blocks, whole = max(math.ceil(n / 128), 1), math.ceil(v / 128) * 128
     tables = v * (3 * 8 + blocks * (3 / 8 + 1 / 32))  # keys and their sort, masks, blocks of tiles
-    slot = 128 * item + 12  # dacc, its column, masses
+    slot = 128 * item + 12  # dlogits, its column, masses
     width = min(int(workspace - tables) // (blocks * slot) // 128 * 128, whole + 2 * 128)
     # One tile may come on top of the capacity, and what pads the lists.
     slabs = math.ceil(whole / (width - 2 * 128)) if width > 2 * 128 else 0

@@ -17,7 +17,7 @@ KEPT_TILE = 128
 # "kept": the forward keeps the logits; "bound": it leaves the bound, in blocks of 128 rows; "added": dW is added up
 # over regions. All need more registers.
 Table = dict[str, dict[str, list[Tiles]]]
-# dacc of kept logits is no GEMM: it has no step.
+# dlogits of kept logits is no GEMM: it has no step.
 _POINTWISE = [Tiles(16, 128, 16, 1, 4), Tiles(32, 128, 16, 1, 8)]
 _EARLY = [Tiles(16, 16, 256, 1, 4)]
 # What chooses the columns of a backward under a budget: 128 of them to a tile.
@@ -27,11 +27,11 @@ _SMALL_STEPS = [Tiles(128, 128, 16, 1, 8)]
 def _table(by_kernel: dict[str, list[Tiles]], cast: list[Tiles]) -> Table:
     """by_kernel: for 16-bit operands. cast: for fp32 ones that are rounded to 16 bits, whatever the kernel."""
     gemms = {kernel: {"16 bits": tiles, "cast": cast, "fp32": _FP32} for kernel, tiles in by_kernel.items()}
-    alike = {"linear_statistics_dacc, kept": _POINTWISE, "linear_statistics_early": _EARLY}
+    alike = {"linear_statistics_dlogits, kept": _POINTWISE, "linear_statistics_early": _EARLY}
     alike |= {f"budget_{name}": _SMALL_STEPS for name in ("select", "mask", "bits", "tiles", "plan", "list", "check")}
     gemms["linear_statistics, bound"] |= {"cast": _CAST_BLOCKS, "fp32": _FP32_BLOCKS}
     gemms["budget_dx"]["cast"] = [tiles for tiles in cast if tiles.block_n == 64]
-    gemms["budget_dacc"] |= {"cast": _CAST_BLOCKS, "fp32": _FP32_BLOCKS}
+    gemms["budget_dlogits"] |= {"cast": _CAST_BLOCKS, "fp32": _FP32_BLOCKS}
     return gemms | {kernel: dict.fromkeys(("16 bits", "cast", "fp32"), tiles) for kernel, tiles in alike.items()}
 
 
@@ -60,11 +60,11 @@ _AMPERE = _table(
         "linear_statistics": [_MIDDLE, _SMALL],
         "linear_statistics, kept": [_MIDDLE, _SMALL],
         "linear_statistics, bound": [_MIDDLE, Tiles(128, 64, 64, 4, 8)],
-        "linear_statistics_dacc": [_MIDDLE, _SMALL],
+        "linear_statistics_dlogits": [_MIDDLE, _SMALL],
         "linear_statistics_dw": [_MIDDLE, _SMALL],
         "linear_statistics_dw, added": [_MIDDLE, _SMALL],
         "linear_statistics_dx": [_MIDDLE, _SMALL],
-        "budget_dacc": [_MIDDLE, _SMALL],
+        "budget_dlogits": [_MIDDLE, _SMALL],
         "budget_dw": [_MIDDLE, _SMALL],
         "budget_dx": [_MIDDLE, _SMALL],
     },
@@ -77,11 +77,11 @@ _HOPPER = _table(
         "linear_statistics": [_LARGE_TMA, _LARGE, _MIDDLE_TMA, _MIDDLE, _SMALL],
         "linear_statistics, kept": [_MIDDLE_TMA, _MIDDLE, _SMALL],
         "linear_statistics, bound": _BOUND,
-        "linear_statistics_dacc": [_TALL_TMA, _MIDDLE_TMA, _MIDDLE, _SMALL],
+        "linear_statistics_dlogits": [_TALL_TMA, _MIDDLE_TMA, _MIDDLE, _SMALL],
         "linear_statistics_dw": [_LARGE_TMA, _LARGE, _MIDDLE_TMA, _MIDDLE, _SMALL],
         "linear_statistics_dw, added": [_MIDDLE_TMA, _MIDDLE, _SMALL],
         "linear_statistics_dx": [_LARGE_TMA, _LARGE, _MIDDLE_TMA, _MIDDLE, _SMALL],
-        "budget_dacc": [_MIDDLE, _SMALL],
+        "budget_dlogits": [_MIDDLE, _SMALL],
         "budget_dw": [_LARGE, _MIDDLE, _SMALL],
         "budget_dx": [_LARGE, _MIDDLE, _SMALL],
     },
@@ -92,11 +92,11 @@ _BLACKWELL = _table(
         "linear_statistics": [_LARGE_TMA, _MIDDLE, _SMALL],
         "linear_statistics, kept": [_MIDDLE_TMA, Tiles(64, 128, 64, 4, 8)],
         "linear_statistics, bound": _BOUND,
-        "linear_statistics_dacc": [_LARGE_TMA, _MIDDLE_TMA, _MIDDLE, _SMALL],
+        "linear_statistics_dlogits": [_LARGE_TMA, _MIDDLE_TMA, _MIDDLE, _SMALL],
         "linear_statistics_dw": [_LARGE_TMA, _SPECIALISED, _MIDDLE, _SMALL],
         "linear_statistics_dw, added": [_MIDDLE_TMA, _MIDDLE, _SMALL],
         "linear_statistics_dx": [_MIDDLE_TMA, _MIDDLE, _SMALL],
-        "budget_dacc": [_SMALL],
+        "budget_dlogits": [_SMALL],
         "budget_dw": [_LARGE, _MIDDLE, _SMALL],
         "budget_dx": [_MIDDLE, _SMALL],
     },

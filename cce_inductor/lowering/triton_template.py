@@ -68,7 +68,7 @@ GRIDS = {
     "linear_statistics": _statistics_grid,
     "linear_statistics_early": _rows_grid,
     "budget_mask": _columns_grid,
-    **dict.fromkeys(("budget_dacc", "budget_dw", "budget_dx"), _lasting_grid),
+    **dict.fromkeys(("budget_dlogits", "budget_dw", "budget_dx"), _lasting_grid),
     **{f"budget_{name}": _each_grid for name in ("select", "bits", "tiles", "plan", "list", "check")},
 }
 

@@ -33,7 +33,7 @@ def _slot(name: str, grad_filter: str, device: torch.device) -> torch.nn.Paramet
 def _statistics(
     name: str,
     operands: dict[str, Tensor],
-    active: Tensor | None,
+    row_mask: Tensor | None,
     statistics: str,
     scale: float,
     softcap: float | None,
@@ -53,7 +53,7 @@ def _statistics(
         slot = _slot(name, attributes.grad_filter, operands["input"].device)
         if slot is not None:
             operands["diagnostics"] = slot
-    out = FORWARD(list(operands.values()), " ".join(operands), active, statistics, False, *attributes.args())
+    out = FORWARD(list(operands.values()), " ".join(operands), row_mask, statistics, False, *attributes.args())
     return dict(zip(statistics.split(), out, strict=True))
 
 
@@ -129,18 +129,18 @@ def linear_cross_entropy(
     """
     loss = CrossEntropy(ignore_index, reduction, label_smoothing, z_loss)
     x, t = _flatten(input, weight, target)
-    active = t != ignore_index
+    row_mask = t != ignore_index
     # Rows that do not count, but are computed, need some class.
-    operands = {"input": x, "weight": weight, "target": torch.where(active, t, 0)}
+    operands = {"input": x, "weight": weight, "target": torch.where(row_mask, t, 0)}
     if bias is not None:
         operands["bias"] = bias
     if class_weight is not None:
         _check_class_weight(class_weight, weight)
         if label_smoothing:
             operands["column_weight"] = class_weight.detach()
-    rows = computed(active, x, bias)
+    rows = computed(row_mask, x, bias)
     stats = _statistics("linear_cross_entropy", operands, rows, loss.statistics, scale, softcap)
-    value = cross_entropy(stats, t, active, class_weight, weight.shape[0], loss)
+    value = cross_entropy(stats, t, row_mask, class_weight, weight.shape[0], loss)
     return value.reshape(target.shape) if reduction == "none" else value
 
 

@@ -50,16 +50,16 @@ class Attributes:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an operator, with its operands by name. `active` is a (N,) mask of rows that count, or None."""
+    """One call of an operator, with its operands by name. `row_mask` is a (N,) mask of rows that count, or None."""
 
     operands: dict[str, Tensor]
-    active: Tensor | None
+    row_mask: Tensor | None
     statistics: str
     attributes: Attributes
 
     @staticmethod
-    def read(operands: list[Tensor], names: str, active: Tensor | None, stats: str, attributes: tuple) -> "Call":
-        return Call(dict(zip(names.split(), operands, strict=True)), active, stats, Attributes(*attributes))
+    def read(operands: list[Tensor], names: str, row_mask: Tensor | None, stats: str, attributes: tuple) -> "Call":
+        return Call(dict(zip(names.split(), operands, strict=True)), row_mask, stats, Attributes(*attributes))
 
     @property
     def input(self) -> Tensor:
@@ -201,10 +201,11 @@ def check(call: Call, training: bool = False) -> None:
             seed.dtype == torch.int64 and seed.shape == (1,) and seed.device == x.device,
             f"seed must be one int64 of shape (1,) on {x.device}, got {seed.dtype} {_shape(seed)} on {seed.device}",
         )
-    if call.active is not None:
-        mask = call.active
+    if call.row_mask is not None:
+        mask = call.row_mask
         _check(
-            mask.dtype == torch.bool and mask.shape == x.shape[:1], "active must be a bool mask with one entry per row"
+            mask.dtype == torch.bool and mask.shape == x.shape[:1],
+            "row_mask must be a bool mask with one entry per row",
         )
     for row in call.rows:
         missing = [r for r in row.requires if r not in ops and r not in call.statistics.split()]

@@ -32,8 +32,8 @@ from .reference import (
     capped_tile,
     check_targets,
     cut,
-    dacc,
     differentiated,
+    dlogits,
     empty_statistics,
     tile_shape,
 )
@@ -159,7 +159,7 @@ def _backward_slab(
         part = w[place]
         for piece in cut(block.stop, piece_rows, block.start):
             x = operands.input(piece)
-            tile = dacc(operands, x, part, rows, tangents, saved, piece, columns)
+            tile = dlogits(operands, x, part, rows, tangents, saved, piece, columns)
             if weight is not None:
                 tile *= weight.to(tile.dtype)
             if dw is not None:

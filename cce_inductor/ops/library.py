@@ -26,13 +26,13 @@ ATTRIBUTES = (
 )
 # `training` asks for what a backward reads besides the statistics; it comes behind them in the result.
 _FORWARD = (
-    "linear_statistics(Tensor[] operands, str names, Tensor? active, str statistics, bool training, "
+    "linear_statistics(Tensor[] operands, str names, Tensor? row_mask, str statistics, bool training, "
     f"{ATTRIBUTES}) -> Tensor[]"
 )
 # `tangents` go with the statistics named in `tangent_names`; the result with the operands named in `needs`.
 _BACKWARD = (
     "linear_statistics_backward(Tensor[] tangents, str tangent_names, Tensor[] saved, Tensor[] operands, str names, "
-    f"Tensor? active, str statistics, str needs, {ATTRIBUTES}) -> Tensor[]"
+    f"Tensor? row_mask, str statistics, str needs, {ATTRIBUTES}) -> Tensor[]"
 )
 
 library = torch.library.Library("cce_inductor", "DEF")
@@ -53,16 +53,16 @@ KEEP = torch.ops.cce_inductor.keep.default
 MM = torch.ops.cce_inductor.mm_.default
 
 
-def eager_forward(operands, names, active, statistics, training, *attributes) -> list[Tensor]:
-    call = Call.read(operands, names, active, statistics, attributes)
+def eager_forward(operands, names, row_mask, statistics, training, *attributes) -> list[Tensor]:
+    call = Call.read(operands, names, row_mask, statistics, attributes)
     check(call, training)
     return filtered.forward(call) if training and call.bounded else reference.forward(call)
 
 
 def eager_backward(
-    tangents, tangent_names, saved, operands, names, active, statistics, needs, *attributes
+    tangents, tangent_names, saved, operands, names, row_mask, statistics, needs, *attributes
 ) -> list[Tensor]:
-    call = Call.read(operands, names, active, statistics, attributes)
+    call = Call.read(operands, names, row_mask, statistics, attributes)
     check(call, training=True)
     given = dict(zip(tangent_names.split(), tangents, strict=True))
     results = dict(zip(saved_names(statistics, saved), saved, strict=True))
@@ -83,8 +83,8 @@ library.impl("mm_", _eager_mm, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("cce_inductor::linear_statistics", lib=library)
-def fake_forward(operands, names, active, statistics, training, *attributes) -> list[Tensor]:
-    call = Call.read(operands, names, active, statistics, attributes)
+def fake_forward(operands, names, row_mask, statistics, training, *attributes) -> list[Tensor]:
+    call = Call.read(operands, names, row_mask, statistics, attributes)
     check(call, training)
     x = call.input
     out = [x.new_empty(x.shape[0], dtype=torch.int64 if row.integer else call.accumulate_dtype) for row in call.rows]
@@ -97,9 +97,9 @@ def fake_forward(operands, names, active, statistics, training, *attributes) -> 
 
 @torch.library.register_fake("cce_inductor::linear_statistics_backward", lib=library)
 def fake_backward(
-    tangents, tangent_names, saved, operands, names, active, statistics, needs, *attributes
+    tangents, tangent_names, saved, operands, names, row_mask, statistics, needs, *attributes
 ) -> list[Tensor]:
-    call = Call.read(operands, names, active, statistics, attributes)
+    call = Call.read(operands, names, row_mask, statistics, attributes)
     return [call.operands[name].new_empty(call.operands[name].shape) for name in needs.split()]
 
 
@@ -117,11 +117,11 @@ class _LinearStatistics(torch.autograd.Function):
     """Autograd of the forward operator: saves the operands and the statistics, never a logit."""
 
     @staticmethod
-    def forward(ctx: Any, names: str, active: Tensor | None, statistics: str, attributes: tuple, *operands: Tensor):
-        call = Call.read(list(operands), names, active, statistics, attributes).grouped()
+    def forward(ctx: Any, names: str, row_mask: Tensor | None, statistics: str, attributes: tuple, *operands: Tensor):
+        call = Call.read(list(operands), names, row_mask, statistics, attributes).grouped()
         attributes = call.attributes.args()
         with torch._C._AutoDispatchBelowAutograd():
-            out = FORWARD(list(operands), names, active, statistics, True, *attributes)
+            out = FORWARD(list(operands), names, row_mask, statistics, True, *attributes)
         seed = [call.operands["seed"]] if "seed" in call.operands else []  # drawn again, it would be another one
         # Of the statistics, lse_low may be one that only the backward reads.
         low = [i for i, row in enumerate(call.rows) if row.name == "lse_low"]
@@ -134,7 +134,7 @@ class _LinearStatistics(torch.autograd.Function):
             call.operands["seed"] = beside[-1]
         ctx.names, ctx.statistics, ctx.attributes = names, statistics, attributes
         ctx.operands = len(operands)
-        ctx.save_for_backward(*call.operands.values(), *out, *(() if active is None else (active,)))
+        ctx.save_for_backward(*call.operands.values(), *out, *(() if row_mask is None else (row_mask,)))
         ctx.set_materialize_grads(False)
         plain = [o for o, row in zip(out, call.rows, strict=False) if not row.differentiable]
         ctx.mark_non_differentiable(*plain, *out[len(call.rows) :])
@@ -145,7 +145,7 @@ class _LinearStatistics(torch.autograd.Function):
         tensors = list(ctx.saved_tensors)  # read once: inside an activation checkpoint a second time is an error
         operands, rest = tensors[: ctx.operands], tensors[ctx.operands :]
         statistics = ctx.statistics.split()
-        active = rest.pop() if len(rest) > len(tangents) else None
+        row_mask = rest.pop() if len(rest) > len(tangents) else None
         named = {name: t for name, t in zip(statistics, tangents, strict=False) if t is not None}
         named, saved = with_all_digits(named, dict(zip(saved_names(ctx.statistics, rest), rest, strict=True)))
         names = ctx.names.split()
@@ -162,7 +162,7 @@ class _LinearStatistics(torch.autograd.Function):
             list(saved.values()),
             operands,
             ctx.names,
-            active,
+            row_mask,
             ctx.statistics,
             " ".join(needs),
             *ctx.attributes,
@@ -171,13 +171,13 @@ class _LinearStatistics(torch.autograd.Function):
         return (None, None, None, None, *(by_name.get(name) for name in names))
 
 
-def _autograd_forward(operands, names, active, statistics, training, *attributes) -> list[Tensor]:
+def _autograd_forward(operands, names, row_mask, statistics, training, *attributes) -> list[Tensor]:
     wanted = (t for name, t in zip(names.split(), operands, strict=True) if name != "diagnostics")
     if torch.is_grad_enabled() and any(t.requires_grad for t in wanted):
-        results = list(_LinearStatistics.apply(names, active, statistics, attributes, *operands))
+        results = list(_LinearStatistics.apply(names, row_mask, statistics, attributes, *operands))
         return results if training else results[: len(statistics.split())]
     with torch._C._AutoDispatchBelowAutograd():
-        return FORWARD(operands, names, active, statistics, training, *attributes)
+        return FORWARD(operands, names, row_mask, statistics, training, *attributes)
 
 
 def kept(operator: Any, *args: Any) -> list[Tensor]:
@@ -241,12 +241,12 @@ def _autocast_forward(device_type: str, key: str) -> None:
     """An unspecified compute dtype becomes the ambient autocast dtype; the operands themselves are never copied."""
     exclude = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def forward(operands, names, active, statistics, training, *attributes) -> list[Tensor]:
+    def forward(operands, names, row_mask, statistics, training, *attributes) -> list[Tensor]:
         attrs = Attributes(*attributes)
         if attrs.compute_dtype is None and all(t.dtype != torch.float64 for t in operands[:2]):
             attributes = replace(attrs, compute_dtype=torch.get_autocast_dtype(device_type)).args()
         with torch._C._ExcludeDispatchKeyGuard(exclude):
-            return FORWARD(operands, names, active, statistics, training, *attributes)
+            return FORWARD(operands, names, row_mask, statistics, training, *attributes)
 
     library.impl("linear_statistics", forward, key)
 
@@ -264,7 +264,9 @@ def _forward_flops(operands, names, *args, out_val=None, **kwargs) -> int:
 
 
 @register_flop_formula(torch.ops.cce_inductor.linear_statistics_backward)
-def backward_flops(tangents, tangent_names, saved, operands, names, active, statistics, needs, *args, **kwargs) -> int:
+def backward_flops(
+    tangents, tangent_names, saved, operands, names, row_mask, statistics, needs, *args, **kwargs
+) -> int:
     """2 N V D for recomputing the logits and as much again for each of dx and dW that is wanted."""
     shapes = dict(zip(names.split(), operands, strict=True))
     return _gemm_flops(shapes) * (1 + sum(name in ("input", "weight") for name in needs.split()))

@@ -39,16 +39,16 @@ class CrossEntropy:
         return "lse lse_low target_logit logit_sum" if self.label_smoothing else "lse lse_low target_logit"
 
 
-def computed(active: Any, input: Any, bias: Any) -> Any:
+def computed(row_mask: Any, input: Any, bias: Any) -> Any:
     """Which rows the operators compute for a loss: (N,) bool.
 
-    active: those that count, (N,) bool. input: (N, D). bias: (V,) or None. The others have no part in the loss, but
+    row_mask: those that count, (N,) bool. input: (N, D). bias: (V,) or None. The others have no part in the loss, but
     `log_softmax` gives a row whose logits are NaN, or +inf, the gradient NaN whatever its tangent is: 0 * NaN. So rows
     that are not finite are computed like those that count. A sum is finite only if its terms are; one that overflows
     makes a row be computed that need not be. A bias of -inf is usual, as a mask.
     """
-    active = active | ~input.sum(-1).isfinite()
-    return active if bias is None else active | ~bias.amax().isfinite()
+    row_mask = row_mask | ~input.sum(-1).isfinite()
+    return row_mask if bias is None else row_mask | ~bias.amax().isfinite()
 
 
 def normalizer(lse: Any) -> Any:
@@ -62,11 +62,11 @@ def normalizer(lse: Any) -> Any:
 
 
 def cross_entropy(
-    stats: dict[str, Any], target: Any, active: Any, class_weight: Any, vocab: int, loss: CrossEntropy
+    stats: dict[str, Any], target: Any, row_mask: Any, class_weight: Any, vocab: int, loss: CrossEntropy
 ) -> Any:
     """Cross-entropy from `lse`, `lse_low`, `target_logit` and, with label smoothing, `logit_sum`, all (N,).
 
-    target: (N,) int64. active: (N,) bool, the rows whose target is not `ignore_index`. class_weight: (V,) or None; with
+    target: (N,) int64. row_mask: (N,) bool, the rows whose target is not `ignore_index`. class_weight: (V,) or None; with
     label smoothing, `logit_sum` is weighted by it. Returns the loss in the statistics' dtype: a scalar, or (N,) for
     reduction "none". Follows torch.nn.CrossEntropyLoss: the mean divides by the sum of the weights of the targets, and
     no row at all gives NaN. z-loss is not weighted by class: its mean is over the active rows.
@@ -77,39 +77,39 @@ def cross_entropy(
         weight = None
     else:
         class_weight = class_weight.detach().to(lse)  # its dtype
-        weight = torch.where(active, class_weight[torch.where(active, target, 0)], 0)
+        weight = torch.where(row_mask, class_weight[torch.where(row_mask, target, 0)], 0)
         nll = nll * weight
     if loss.label_smoothing:
         total_weight = vocab if class_weight is None else class_weight.sum()
         smooth = (lse * total_weight - stats["logit_sum"]) + low * total_weight
         nll = nll * (1.0 - loss.label_smoothing) + smooth * (loss.label_smoothing / vocab)
-    nll = torch.where(active, nll, 0)
-    squared = torch.where(active, lse * lse * loss.z_loss, 0) if loss.z_loss else None
+    nll = torch.where(row_mask, nll, 0)
+    squared = torch.where(row_mask, lse * lse * loss.z_loss, 0) if loss.z_loss else None
     if loss.reduction == "none":
         return nll if squared is None else nll + squared
     value = nll.sum()
     if loss.reduction == "mean":
-        value = value / (active.sum() if weight is None else weight.sum())
+        value = value / (row_mask.sum() if weight is None else weight.sum())
     if squared is None:
         return value
     extra = squared.sum()
-    return value + (extra / active.sum() if loss.reduction == "mean" else extra)
+    return value + (extra / row_mask.sum() if loss.reduction == "mean" else extra)
 
 
 def tangents(
-    target: Any, active: Any, class_weight: Any, vocab: int, loss: CrossEntropy, dtype: torch.dtype = torch.float32
+    target: Any, row_mask: Any, class_weight: Any, vocab: int, loss: CrossEntropy, dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
     """d loss / d statistic, by name, of what `cross_entropy` reads: (N,) of `dtype`, and 0 in inactive rows.
 
     For losses that are linear in the statistics, a mean or a sum without z-loss (`CrossEntropy.linear`): what
     multiplies a statistic is then known before the statistic is. Arguments as there.
     """
-    counts = active.to(dtype)
+    counts = row_mask.to(dtype)
     if class_weight is None:
         weight = counts
     else:
         class_weight = class_weight.detach().to(dtype)
-        weight = torch.where(active, class_weight[torch.where(active, target, 0)], 0)
+        weight = torch.where(row_mask, class_weight[torch.where(row_mask, target, 0)], 0)
     total = weight.sum() if loss.reduction == "mean" else None
     own = weight * (1.0 - loss.label_smoothing)
     result = {"lse": own, "target_logit": -own}
@@ -120,4 +120,4 @@ def tangents(
     if total is None:
         return result
     # No active row: the loss is NaN, and its gradients are 0.
-    return {name: torch.where(active, t / total, 0) for name, t in result.items()}
+    return {name: torch.where(row_mask, t / total, 0) for name, t in result.items()}

@@ -48,7 +48,7 @@ class Operands:
     def __init__(self, call: Call):
         self.call = call
         # The positions of the active rows, None where that is all of them.
-        self.index = None if call.active is None or call.active.all() else call.active.nonzero()[:, 0]
+        self.index = None if call.row_mask is None or call.row_mask.all() else call.row_mask.nonzero()[:, 0]
         self.n = call.input.shape[0] if self.index is None else self.index.shape[0]
         target = call.operands.get("target")
         self.target = None if target is None else self.rows(target, slice(0, self.n))
@@ -218,7 +218,7 @@ def _backward_slab(
     db = None if grads.db is None else w.new_zeros(w.shape[0])
     for block in cut(operands.n, block_rows):
         x = operands.input(block)
-        tile = dacc(operands, x, w, rows, tangents, saved, block, slab)
+        tile = dlogits(operands, x, w, rows, tangents, saved, block, slab)
         if dw is not None:
             dw.addmm_(tile.t(), x, beta=0 if block.start == 0 else 1)
         if db is not None:
@@ -231,7 +231,7 @@ def _backward_slab(
         grads.db[slab] = db
 
 
-def dacc(
+def dlogits(
     operands: Operands,
     x: Tensor,
     w: Tensor,

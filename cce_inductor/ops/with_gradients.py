@@ -31,7 +31,7 @@ from .statistics import with_all_digits
 # The gradients, of the operands named in `needs`, come behind the statistics in the result.
 library.define(
     "linear_statistics_with_gradients(Tensor[] tangents, str tangent_names, Tensor[] operands, str names, "
-    f"Tensor? active, str statistics, str needs, {ATTRIBUTES}) -> Tensor[]",
+    f"Tensor? row_mask, str statistics, str needs, {ATTRIBUTES}) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
 library.define(
@@ -43,14 +43,14 @@ WITH_GRADIENTS = torch.ops.cce_inductor.linear_statistics_with_gradients.default
 ATTACH = torch.ops.cce_inductor.attach_gradients.default
 
 
-def _eager(tangents, tangent_names, operands, names, active, statistics, needs, *attributes) -> list[Tensor]:
-    saved = eager_forward(operands, names, active, statistics, True, *attributes)
+def _eager(tangents, tangent_names, operands, names, row_mask, statistics, needs, *attributes) -> list[Tensor]:
+    saved = eager_forward(operands, names, row_mask, statistics, True, *attributes)
     given = dict(zip(tangent_names.split(), tangents, strict=True))
     results = dict(zip(saved_names(statistics, saved), saved, strict=True))
     if "lse" in given:
         given["lse"] = torch.where(results["lse"].isfinite(), given["lse"], torch.nan)
     given, results = with_all_digits(given, results)
-    call = (operands, names, active, statistics, needs, *attributes)
+    call = (operands, names, row_mask, statistics, needs, *attributes)
     gradients = eager_backward(list(given.values()), tangent_names, list(results.values()), *call)
     return saved[: len(statistics.split())] + gradients
 
@@ -66,17 +66,17 @@ autocast_off("linear_statistics_with_gradients", WITH_GRADIENTS)
 
 
 @torch.library.register_fake("cce_inductor::linear_statistics_with_gradients", lib=library)
-def _fake(tangents, tangent_names, operands, names, active, statistics, needs, *attributes) -> list[Tensor]:
-    saved = fake_forward(operands, names, active, statistics, True, *attributes)
+def _fake(tangents, tangent_names, operands, names, row_mask, statistics, needs, *attributes) -> list[Tensor]:
+    saved = fake_forward(operands, names, row_mask, statistics, True, *attributes)
     return saved[: len(statistics.split())] + fake_backward(
-        tangents, tangent_names, saved, operands, names, active, statistics, needs, *attributes
+        tangents, tangent_names, saved, operands, names, row_mask, statistics, needs, *attributes
     )
 
 
 @register_flop_formula(torch.ops.cce_inductor.linear_statistics_with_gradients)
-def _flops(tangents, tangent_names, operands, names, active, statistics, needs, *args, **kwargs) -> int:
+def _flops(tangents, tangent_names, operands, names, row_mask, statistics, needs, *args, **kwargs) -> int:
     """2 N V D for the logits, and as much again for each of dx and dW that is wanted."""
-    return backward_flops(tangents, tangent_names, (), operands, names, active, statistics, needs)
+    return backward_flops(tangents, tangent_names, (), operands, names, row_mask, statistics, needs)
 
 
 class _Attach(torch.autograd.Function):

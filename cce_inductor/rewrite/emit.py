@@ -1,6 +1,6 @@
-"""Puts the fused operator and the arithmetic on its (N,) results in the place of traced readings.
+"""Puts the fused operator and the arithmetic on its (N,) results in the place of traced reductions.
 
-Readings of the same rows of the same logits share one operator (`Group`), and so do losses of other rows that are
+Reductions of the same rows of the same logits share one operator (`Group`), and so do losses of other rows that are
 multiplied by the same weight (`Bundle`): their rows are put behind each other, or else the gradients of the weight
 would be added up in 16 bits.
 """
@@ -21,7 +21,7 @@ from ..ops.library import FORWARD
 from ..ops.losses import computed, cross_entropy, tangents
 from ..ops.with_gradients import ATTACH, WITH_GRADIENTS
 from ..trace import operands
-from ..trace.reduction import Loss, Reading
+from ..trace.reduction import Loss, Reduction
 from ..trace.values import Value
 from .groups import Bundle, Group
 from .served import Statistics
@@ -37,7 +37,7 @@ def emit(
     gradients: bool = False,
     diagnostics: bool = False,
 ) -> None:
-    """Replaces the readings of one bundle. With `gradients`, of one `linear` loss, they are formed in the forward.
+    """Replaces the reductions of one bundle. With `gradients`, of one `linear` loss, they are formed in the forward.
 
     diagnostics: whether a filtered backward leaves its numbers to the site's meter.
     """
@@ -55,12 +55,12 @@ def emit(
     results = builder.run(call.statistics, builder)
     for i, group in enumerate(bundle.groups):
         parts = builder.run(call.part, builder, results, i)
-        for reading in group.members:
-            after = Builder(graph, reading.node)
-            again = Statistics(after, reading, group, {name: after.proxy(p.node) for name, p in parts.items()}, hoist)
-            made = after.run(_result, after, reading, again).node
-            hoist.replaced[reading.node] = made
-            reading.node.replace_all_uses_with(made)
+        for reduction in group.members:
+            after = Builder(graph, reduction.node)
+            again = Statistics(after, reduction, group, {name: after.proxy(p.node) for name, p in parts.items()}, hoist)
+            made = after.run(_result, after, reduction, again).node
+            hoist.replaced[reduction.node] = made
+            reduction.node.replace_all_uses_with(made)
 
 
 class _Call:
@@ -80,7 +80,7 @@ class _Call:
         }
         bias = operands.biases(builder, value, detach)
         # The rows that count, and those that the operator computes.
-        self.active: Proxy | None = None
+        self.row_mask: Proxy | None = None
         self.computed: Proxy | None = None
         self.target: Proxy | None = None
         self.targets: list[Proxy] = []
@@ -92,9 +92,9 @@ class _Call:
             ]
             self.target = builder.call(torch.cat, self.targets) if len(self.targets) > 1 else self.targets[0]
             if group.ignored is not None:
-                self.active = self.target.ne(group.ignored)
-                self.computed = computed(self.active, self.operands["input"], bias)
-                self.operands["target"] = builder.call(torch.where, self.active, self.target, 0)
+                self.row_mask = self.target.ne(group.ignored)
+                self.computed = computed(self.row_mask, self.operands["input"], bias)
+                self.operands["target"] = builder.call(torch.where, self.row_mask, self.target, 0)
             elif group.wraps:
                 wrapped = self.target + operands.vocab(builder, value)
                 self.target = builder.call(torch.where, self.target < 0, wrapped, self.target)
@@ -136,8 +136,8 @@ class _Call:
         every = dict(results)
         if self.target is not None:
             every["target"] = self.target
-        if self.active is not None:
-            every["active"] = self.active
+        if self.row_mask is not None:
+            every["row_mask"] = self.row_mask
         if len(self.sizes) == 1:
             return every
         start: Any = 0
@@ -152,7 +152,7 @@ def _rows(p: Proxy) -> Any:
 
 
 def _without_ignored(builder: Builder, target: Proxy, bundle: Bundle) -> Proxy:
-    """The target with a class that there is in rows that a loss ignores and another reading does not."""
+    """The target with a class that there is in rows that a loss ignores and another reduction does not."""
     ignored = next((r.arguments.ignore_index for r in bundle.members if isinstance(r, Loss) and r.ignores), 0)
     if ignored >= 0 and not (isinstance(bundle.first.value.vocab, int) and ignored >= bundle.first.value.vocab):
         return target  # it is a class itself
@@ -162,7 +162,7 @@ def _without_ignored(builder: Builder, target: Proxy, bundle: Bundle) -> Proxy:
 def _with_gradients(builder: Builder, loss: Loss, call: _Call, hoist: Hoist) -> Proxy:
     """Records the operator that forms the gradients as well, and the loss they are attached to."""
     weight = None if loss.weight is None else builder.proxy(loss.weight)
-    known = tangents(call.target, call.active, weight, operands.vocab(builder, loss.value), loss.arguments)
+    known = tangents(call.target, call.row_mask, weight, operands.vocab(builder, loss.value), loss.arguments)
     needs = [name for name, p in call.operands.items() if example(p.node).requires_grad]
     out = builder.call(
         WITH_GRADIENTS,
@@ -182,13 +182,13 @@ def _with_gradients(builder: Builder, loss: Loss, call: _Call, hoist: Hoist) -> 
     return builder.call(ATTACH, result, [call.operands[name] for name in needs], gradients)
 
 
-def _result(builder: Builder, reading: Reading, statistics: Statistics) -> Proxy:
-    """Records what the program gets for a reading, in eager's shape and dtype."""
-    if isinstance(reading, Loss):
-        result = _loss(builder, reading, statistics)
+def _result(builder: Builder, reduction: Reduction, statistics: Statistics) -> Proxy:
+    """Records what the program gets for a reduction, in eager's shape and dtype."""
+    if isinstance(reduction, Loss):
+        result = _loss(builder, reduction, statistics)
     else:
-        result = reading.shape(in_rows(builder, reading.value, reading.flat(statistics)))
-    dtype = fake(reading.node).dtype
+        result = reduction.shape(in_rows(builder, reduction.value, reduction.flat(statistics)))
+    dtype = fake(reduction.node).dtype
     return result if dtype == result.node.meta["example_value"].dtype else result.to(dtype)
 
 
@@ -205,14 +205,14 @@ def in_rows(builder: Builder, value: Value, flat: Any) -> Any:
 def _loss(builder: Builder, loss: Loss, statistics: Statistics) -> Proxy:
     """Records the arithmetic of one loss over classes."""
     weight = None if loss.weight is None else builder.proxy(loss.weight)
-    target, active = statistics.parts["target"], statistics.parts.get("active")
+    target, row_mask = statistics.parts["target"], statistics.parts.get("row_mask")
     stats = {name: getattr(statistics, name) for name in loss.statistics}
-    if active is None and loss.ignores and statistics.group.target is not None:
+    if row_mask is None and loss.ignores and statistics.group.target is not None:
         # Others read every row: what is ignored was computed as well.
-        active = operands.flat(builder, loss.target).ne(loss.arguments.ignore_index)  # type: ignore[arg-type]
-    elif active is None:
-        active = target.ge(0)
-    result = cross_entropy(stats, target, active, weight, statistics.vocab, loss.arguments)
+        row_mask = operands.flat(builder, loss.target).ne(loss.arguments.ignore_index)  # type: ignore[arg-type]
+    elif row_mask is None:
+        row_mask = target.ge(0)
+    result = cross_entropy(stats, target, row_mask, weight, statistics.vocab, loss.arguments)
     lead = loss.value.lead_shape
     if loss.arguments.reduction == "none" and len(lead) != 1:
         result = in_rows(builder, loss.value, result)

@@ -1,4 +1,4 @@
-"""Puts the operator of rankings in the place of the readings it serves: the largest logits, counts of comparisons."""
+"""Puts the operator of rankings in the place of the reductions it serves: the largest logits, counts of comparisons."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +20,7 @@ from .emit import in_rows
 
 @dataclass
 class Group:
-    """Readings that share one operator call, in graph order."""
+    """Reductions that share one operator call, in graph order."""
 
     members: list[Ranking]
 
@@ -35,7 +35,7 @@ class Group:
 
     @property
     def counted(self) -> Ranking | None:
-        """The first reading that counts."""
+        """The first reduction that counts."""
         return next((r for r in self.members if r.value.comparison), None)
 
     @property
@@ -46,50 +46,50 @@ class Group:
     def k(self) -> int:
         return max(r.k for r in self.members)
 
-    def takes(self, reading: Ranking, hoist: Hoist) -> bool:
-        """Whether one operator can serve `reading` as well: of the same rows, compared with the same numbers."""
-        mine, other = ((r.value.source, r.value.affine.constant, r.dtype) for r in (self.members[0], reading))
+    def takes(self, reduction: Ranking, hoist: Hoist) -> bool:
+        """Whether one operator can serve `reduction` as well: of the same rows, compared with the same numbers."""
+        mine, other = ((r.value.source, r.value.affine.constant, r.dtype) for r in (self.members[0], reduction))
         if mine != other:
             return False
-        if reading.value.comparison is None:
+        if reduction.value.comparison is None:
             return True
         if self.counted is None:
-            return reading.operand is not None and hoist.can(reading.operand, self.anchor)
-        return (reading.target, reading.others) == (self.counted.target, self.counted.others)
+            return reduction.operand is not None and hoist.can(reduction.operand, self.anchor)
+        return (reduction.target, reduction.others) == (self.counted.target, self.counted.others)
 
 
 def groups(trace: Trace, hoist: Hoist) -> list[Group]:
     """The rankings of a head in groups: apart from its statistics, so that those are computed as without them."""
     found: list[Group] = []
-    rankings = [r for r in trace.readings if isinstance(r, Ranking)]
-    for reading in sorted(rankings, key=lambda r: hoist.position(r.node)):
-        group = next((g for g in found if g.takes(reading, hoist)), None)
+    rankings = [r for r in trace.reductions if isinstance(r, Ranking)]
+    for reduction in sorted(rankings, key=lambda r: hoist.position(r.node)):
+        group = next((g for g in found if g.takes(reduction, hoist)), None)
         if group is None:
-            found.append(Group([reading]))
+            found.append(Group([reduction]))
         else:
-            group.members.append(reading)
+            group.members.append(reduction)
     return found
 
 
 @dataclass
 class Counts:
-    """What a reading of counts makes its result of."""
+    """What a reduction of counts makes its result of."""
 
     count: Proxy
     vocab: Any
 
 
 def emit(graph: Graph, group: Group, attributes: Attributes, hoist: Hoist) -> None:
-    """Replaces the readings of one group."""
+    """Replaces the reductions of one group."""
     builder = Builder(graph, group.anchor)
     if group.counted is not None and group.counted.operand is not None:
         hoist.move(group.counted.operand, group.anchor)
     results = builder.run(_call, builder, group, attributes, hoist)
-    for reading in group.members:
-        after = Builder(graph, reading.node)
-        made = after.run(_result, after, reading, results, hoist).node
-        hoist.replaced[reading.node] = made
-        reading.node.replace_all_uses_with(made)
+    for reduction in group.members:
+        after = Builder(graph, reduction.node)
+        made = after.run(_result, after, reduction, results, hoist).node
+        hoist.replaced[reduction.node] = made
+        reduction.node.replace_all_uses_with(made)
 
 
 def _call(builder: Builder, group: Group, attributes: Attributes, hoist: Hoist) -> dict[str, Proxy]:
@@ -158,12 +158,12 @@ def _own_bias(value: Value) -> tuple[Shift | None, Affine]:
     return None, affine
 
 
-def _compared_with(builder: Builder, reading: Ranking, hoist: Hoist) -> dict[str, Proxy]:
+def _compared_with(builder: Builder, reduction: Ranking, hoist: Hoist) -> dict[str, Proxy]:
     """The operand that the logits are compared with, (N,)."""
-    value, comparison = reading.value, reading.value.comparison
-    assert comparison is not None and reading.operand is not None
-    p = builder.proxy(hoist.replaced.get(reading.operand, reading.operand))
-    if fake(reading.operand).dim() < fake(comparison.node).dim():
+    value, comparison = reduction.value, reduction.value.comparison
+    assert comparison is not None and reduction.operand is not None
+    p = builder.proxy(hoist.replaced.get(reduction.operand, reduction.operand))
+    if fake(reduction.operand).dim() < fake(comparison.node).dim():
         p = p.unsqueeze(comparison.class_dim)
     p = _column(value, p, comparison.start).squeeze(-1)
     if comparison.target is None:
@@ -180,21 +180,21 @@ def _column(value: Value, p: Proxy, start: int) -> Proxy:
     return operands.flat_rows(p, value.fake.dim(), value.class_dim)
 
 
-def _result(builder: Builder, reading: Ranking, results: dict[str, Proxy], hoist: Hoist) -> Proxy:
-    """Records what the program gets for a reading, in eager's shape and dtype."""
-    value, result = reading.value, builder.proxy(results[reading.result].node)
+def _result(builder: Builder, reduction: Ranking, results: dict[str, Proxy], hoist: Hoist) -> Proxy:
+    """Records what the program gets for a reduction, in eager's shape and dtype."""
+    value, result = reduction.value, builder.proxy(results[reduction.result].node)
     if value.comparison is not None:
         counts = Counts(result, operands.vocab(builder, value))
-        made = reading.shape(in_rows(builder, value, reading.flat(counts)))
+        made = reduction.shape(in_rows(builder, value, reduction.flat(counts)))
     else:
-        result = result[:, : reading.k]
-        if reading.result == "values":
+        result = result[:, : reduction.k]
+        if reduction.result == "values":
             result = result + value.affine.constant if value.affine.constant else result
             for term in value.terms:
                 t = builder.proxy(hoist.replaced.get(term.node, term.node)).detach()
                 result = result + _column(value, t, term.start) * term.factor
         made = _in_rows(builder, value, result)
-    dtype = fake(reading.node).dtype
+    dtype = fake(reduction.node).dtype
     return made if dtype == example(made.node).dtype else made.to(dtype)
 
 

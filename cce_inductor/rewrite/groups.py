@@ -13,7 +13,7 @@ from ..graph.regions import descendants
 from ..ops.call import Attributes, filtered
 from ..ops.statistics import TABLE
 from ..trace.ranking import Ranking
-from ..trace.reduction import Loss, Reading
+from ..trace.reduction import Loss, Reduction
 from ..trace.trace import Trace
 from ..trace.values import Value
 
@@ -22,9 +22,9 @@ EXACT = Filter()
 
 @dataclass
 class Group:
-    """Readings that share one operator call, in graph order."""
+    """Reductions that share one operator call, in graph order."""
 
-    members: list[Reading]
+    members: list[Reduction]
 
     @property
     def value(self) -> Value:
@@ -37,7 +37,7 @@ class Group:
 
     @property
     def statistics(self) -> list[str]:
-        names = {name for reading in self.members for name in reading.statistics}
+        names = {name for reduction in self.members for name in reduction.statistics}
         return [name for name in TABLE_ORDER if name in names]
 
     @property
@@ -58,7 +58,7 @@ class Group:
 
     @property
     def ignored(self) -> int | None:
-        """The class of rows that do not count, or None if some reading counts every row."""
+        """The class of rows that do not count, or None if some reduction counts every row."""
         first = self.members[0]
         if not isinstance(first, Loss) or not all(isinstance(r, Loss) and r.ignores for r in self.members):
             return None
@@ -76,30 +76,30 @@ class Group:
         given = [value.head.input, *(n for node, _ in value.rows for n in node.all_input_nodes if n not in logits)]
         return given if self.target is None else [*given, self.target]
 
-    def takes(self, reading: Reading, hoist: Hoist, exact: bool) -> bool:
-        """Whether one operator can serve `reading` as well."""
+    def takes(self, reduction: Reduction, hoist: Hoist, exact: bool) -> bool:
+        """Whether one operator can serve `reduction` as well."""
         first = self.members[0]
-        if reading.value.source != first.value.source:
+        if reduction.value.source != first.value.source:
             return False
-        if reading.differentiated != first.differentiated:
+        if reduction.differentiated != first.differentiated:
             # Statistics for logging come along, unless they keep a filter from being applied.
-            if reading.differentiated or ("entropy" in reading.statistics and not exact):
+            if reduction.differentiated or ("entropy" in reduction.statistics and not exact):
                 return False
-        elif reading.value.fake.requires_grad != first.value.fake.requires_grad:
+        elif reduction.value.fake.requires_grad != first.value.fake.requires_grad:
             return False
-        if None not in (reading.target, self.target):
-            if reading.target is not self.target:
+        if None not in (reduction.target, self.target):
+            if reduction.target is not self.target:
                 return False
-        elif reading.target is not None and not hoist.can(reading.target, self.anchor):
+        elif reduction.target is not None and not hoist.can(reduction.target, self.anchor):
             return False
-        if isinstance(reading, Loss):
+        if isinstance(reduction, Loss):
             for other in self.members:
                 if isinstance(other, Loss) and (other.ignores, other.arguments.ignore_index) != (
-                    reading.ignores,
-                    reading.arguments.ignore_index,
+                    reduction.ignores,
+                    reduction.arguments.ignore_index,
                 ):
                     return False
-        sums = [r for r in (*self.members, reading) if "logit_sum" in r.statistics]
+        sums = [r for r in (*self.members, reduction) if "logit_sum" in r.statistics]
         return len({r.column_weight if isinstance(r, Loss) else None for r in sums}) <= 1
 
 
@@ -108,16 +108,16 @@ assert set(TABLE_ORDER) == set(TABLE)
 
 
 def in_groups(trace: Trace, hoist: Hoist, exact: bool) -> list[Group]:
-    """The readings of a head in groups. `exact`: no filter is set that a statistic could keep from being applied."""
+    """The reductions of a head in groups. `exact`: no filter is set that a statistic could keep from being applied."""
     found: list[Group] = []
-    readings = [r for r in trace.readings if not isinstance(r, Ranking)]
-    for reading in sorted(readings, key=lambda r: hoist.position(r.node)):
-        group = next((g for g in found if g.takes(reading, hoist, exact)), None)
+    reductions = [r for r in trace.reductions if not isinstance(r, Ranking)]
+    for reduction in sorted(reductions, key=lambda r: hoist.position(r.node)):
+        group = next((g for g in found if g.takes(reduction, hoist, exact)), None)
         if group is None:
-            reading.value.affine.operator()  # refused here, not where it is emitted
-            found.append(Group([reading]))
+            reduction.value.affine.operator()  # refused here, not where it is emitted
+            found.append(Group([reduction]))
         else:
-            group.members.append(reading)
+            group.members.append(reduction)
     return found
 
 
@@ -129,8 +129,8 @@ class Bundle:
     name: str = ""  # of the site: where its first loss stands
 
     @property
-    def members(self) -> list[Reading]:
-        return [reading for group in self.groups for reading in group.members]
+    def members(self) -> list[Reduction]:
+        return [reduction for group in self.groups for reduction in group.members]
 
     @property
     def first(self) -> Group:

@@ -19,7 +19,7 @@ from ..ops.call import Attributes
 from ..ops.choice import Choice, Chooser, Problem
 from ..trace.heads import subclassed
 from ..trace.reduction import Loss
-from ..trace.trace import Finding, Trace, WrittenOut
+from ..trace.trace import Decomposition, Finding, Trace
 from ..trace.values import Head
 from . import emit_ranking, site
 from .groups import Bundle, Group, in_groups
@@ -55,10 +55,10 @@ def make_plan(graph: Graph, trace: Trace, hoist: Hoist, settings: Settings, choo
         return Plan(trace, refusal=Refusal(trace.head.node, refused.reason, refused.cure))
 
 
-def refuse_together(plans: list[Plan], written_out: list[WrittenOut]) -> None:
+def refuse_together(plans: list[Plan], decomposed: list[Decomposition]) -> None:
     """Heads that were combined are fused together, or none of them is."""
     bound = [{id(trace) for trace in plan.trace.with_parts} for plan in plans]
-    bound += [{id(trace) for trace in written.traces} for written in written_out]
+    bound += [{id(trace) for trace in written.traces} for written in decomposed]
     refused = True
     while refused:
         refused = False
@@ -96,7 +96,7 @@ def one_linear_loss(calls: list[Bundle]) -> bool:
     One loss in the graph, since each holds a gradient of its weight until the backward; a mean or a sum under grad,
     since only then all tangents are known but for a factor.
     """
-    members = [reading for call in calls for reading in call.members]
+    members = [reduction for call in calls for reduction in call.members]
     if len(members) != 1:
         return False
     (loss,) = members
@@ -116,7 +116,7 @@ def _refusal(graph: Graph, trace: Trace, settings: Settings) -> Refusal | None:
     if (reason := _copies(head, settings)) is not None:
         return Refusal(head.node, reason, "merge the weights, or compute the sum of the hidden states instead")
     heads = [h.node for h in trace.heads]
-    transform = transform_around(graph, {*heads, *(reading.node for reading in trace.readings)})
+    transform = transform_around(graph, {*heads, *(reduction.node for reduction in trace.reductions)})
     if transform is not None:
         return Refusal(transform, "the head or the loss is inside a torch.func transform", "compute it outside")
     wrapped = next((refusal for h in (head, *trace.heads) if (refusal := subclassed(h)) is not None), None)
@@ -148,8 +148,8 @@ def _late_write(
     if not hoist.writes:
         return None
     head = trace.head
-    readings = {reading.node for group in groups for reading in group.members}
-    last = next((n for n in reversed(graph.nodes) if n in readings), None)
+    reductions = {reduction.node for group in groups for reduction in group.members}
+    last = next((n for n in reversed(graph.nodes) if n in reductions), None)
     returned = any(t.outputs for t in (trace, *trace.wholes))
     end = None if returned and settings.defer_logits else last
     writer = None
@@ -160,9 +160,9 @@ def _late_write(
         others = [n for n in made.all_input_nodes if n not in values]
         writer = writer or written_between(graph, others, made, end)
     for group in groups:
-        since, final = {reading.since for reading in group.members}, group.members[-1].node
+        since, final = {reduction.since for reduction in group.members}, group.members[-1].node
         first = next(n for n in graph.nodes if n in since)
-        targets = [n for reading in group.members for n in (reading.target, reading.given) if n is not None]
+        targets = [n for reduction in group.members for n in (reduction.target, reduction.given) if n is not None]
         writer = writer or written_between(graph, targets, first, final)
     if writer is None:
         return None
@@ -192,8 +192,8 @@ def record(
         return site.make(finding.loss, None, finding.refusal)
     plan = plans[finding.trace.first.node]
     refusal = finding.refusal or plan.refusal
-    reading = next((r for r in plan.trace.readings if source(r.node) is finding.loss), None)
-    if refusal is None and reading is None:
+    reduction = next((r for r in plan.trace.reductions if source(r.node) is finding.loss), None)
+    if refusal is None and reduction is None:
         reason = "the loss reads the logits in a way the trace did not follow"
         refusal = Refusal(finding.loss, reason, "please report it")
     if refusal is not None:
@@ -202,7 +202,7 @@ def record(
     kernel = plan.choice.kernel
     if early and plan.choice.gradients_in_forward:
         kernel += ", gradients formed in the forward"
-    call = next(c for c in calls if reading in c.members)
+    call = next(c for c in calls if reduction in c.members)
     return site.make(
         finding.loss,
         finding.trace.head,

@@ -87,10 +87,10 @@ def _rewrite_graph(
     hoist = Hoist(graph)
     attributes = Attributes(grad_filter=settings.grad_filter, workspace=settings.workspace_bytes, version=version)
     traces = {f.trace.first.node: f.trace for f in findings if f.trace is not None}
-    for written in interpreter.written_out:
+    for written in interpreter.decomposed:
         traces |= {trace.first.node: trace for trace in written.traces if not trace.first.head.members}
     plans = {node: make_plan(graph, trace, hoist, settings, choose) for node, trace in traces.items()}
-    refuse_together(list(plans.values()), interpreter.written_out)
+    refuse_together(list(plans.values()), interpreter.decomposed)
     fused = [plan for plan in plans.values() if plan.refusal is None]
     calls = groups.in_bundles([group for plan in fused for group in plan.groups], hoist)
     # The numbers that diagnostics are made of are a gradient that no loss may scale.
@@ -112,7 +112,7 @@ def _rewrite_graph(
         for trace in plan.trace.with_parts:
             cleanup.replace_metadata(graph, trace)
     refused = {id(plan.trace) for plan in plans.values() if plan.refusal is not None}
-    done = [w for w in interpreter.written_out if not any(id(t) in refused or t.escapes for t in w.traces)]
+    done = [w for w in interpreter.decomposed if not any(id(t) in refused or t.escapes for t in w.traces)]
     for written in done:
         written.node.replace_all_uses_with(written.result)
         graph.erase_node(written.node)
@@ -126,7 +126,7 @@ def _rewrite_graph(
     for trace in (trace for written in done for trace in written.traces):
         cleanup.erase_dead(graph, trace, [])
     for plan in fused:
-        cleanup.erase_dead(graph, plan.trace, [reading.node for reading in plan.trace.readings])
+        cleanup.erase_dead(graph, plan.trace, [reduction.node for reduction in plan.trace.reductions])
     interpreter.erase_unused()
     graph.lint()
     copy.recompile()

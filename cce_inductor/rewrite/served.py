@@ -14,28 +14,30 @@ from ..graph.hoist import Hoist
 from ..ops.losses import normalizer
 from ..ops.softcap import softcapped
 from ..trace import operands
-from ..trace.reduction import Loss, Reading
+from ..trace.reduction import Loss, Reduction
 from .groups import Group
 
 # ---- what the program gets
 
 
 class Statistics:
-    """The statistics of a group as one reading sees them, (N,): of the logits with all that was done to them."""
+    """The statistics of a group as one reduction sees them, (N,): of the logits with all that was done to them."""
 
-    def __init__(self, builder: Builder, reading: Reading, group: Group, parts: dict[str, Proxy], hoist: Hoist) -> None:
-        self.builder, self.reading, self.group = builder, reading, group
-        self.value = reading.value
+    def __init__(
+        self, builder: Builder, reduction: Reduction, group: Group, parts: dict[str, Proxy], hoist: Hoist
+    ) -> None:
+        self.builder, self.reduction, self.group = builder, reduction, group
+        self.value = reduction.value
         self.parts = parts
         self.replaced = hoist.replaced
         # A loss reads differences only; what masked columns are filled with is as large as the logits are.
-        cancels = isinstance(reading, Loss) and not self.value.masks
+        cancels = isinstance(reduction, Loss) and not self.value.masks
         self.constant = 0.0 if cancels else self.value.affine.constant
-        self.detach = group.members[0].differentiated and not reading.differentiated
+        self.detach = group.members[0].differentiated and not reduction.differentiated
 
     def _part(self, name: str) -> Proxy:
         p = self.parts[name]
-        return p.detach() if self.detach and name not in ("target", "active", "argmax", "lse_low") else p
+        return p.detach() if self.detach and name not in ("target", "row_mask", "argmax", "lse_low") else p
 
     @property
     def vocab(self) -> Any:
@@ -72,8 +74,8 @@ class Statistics:
     @property
     def classes(self) -> Any:
         """The target, and some class in rows without one."""
-        target, active = self.parts["target"], self.parts.get("active")
-        return target if active is None else self.builder.call(torch.where, active, target, 0)
+        target, row_mask = self.parts["target"], self.parts.get("row_mask")
+        return target if row_mask is None else self.builder.call(torch.where, row_mask, target, 0)
 
     @property
     def logit_sum(self) -> Any:
@@ -84,7 +86,7 @@ class Statistics:
     @property
     def maximum(self) -> Any:
         """The logit of the class that is argmax: a product of one row with one row of the weight."""
-        value, detach = self.group.value, not self.reading.differentiated
+        value, detach = self.group.value, not self.reduction.differentiated
         scale, softcap, _, _ = value.affine.operator()
         exact = torch.float64 if value.head.dtype == torch.float64 else torch.float32
         x = operands.input_rows(self.builder, value, detach).to(exact)
@@ -110,7 +112,7 @@ class Statistics:
 
     def _with_terms(self, p: Any, times: Any = 1) -> Any:
         """With what was added to the rows. A loss reads differences only."""
-        for term in () if isinstance(self.reading, Loss) else self.value.terms:
+        for term in () if isinstance(self.reduction, Loss) else self.value.terms:
             t = self.builder.proxy(self.replaced.get(term.node, term.node))
             for _, row_map in self.value.rows[term.start :]:
                 t = row_map(t, 1)

@@ -61,7 +61,7 @@ def _only_leaves(graph: Graph, trace: Trace, settings: Settings) -> bool:
     head = trace.head
     if head.members:
         return False
-    if not trace.outputs or trace.escapes or trace.readings or not large(head.vocab, head.width, settings):
+    if not trace.outputs or trace.escapes or trace.reductions or not large(head.vocab, head.width, settings):
         return False
     if not all(value.fake.requires_grad for value in trace.outputs):
         return False

@@ -1,4 +1,4 @@
-"""What no operator computes at once, written out as nodes that read one head, and one target for each row, at a time.
+"""What no operator computes at once, decomposed into nodes that read one head, and one target for each row, at a time.
 
 Three things: losses against mixtures of one-hot tensors (mixup, smoothing by hand), logits whose vocabularies were
 concatenated, and logits of several heads that were stacked. The nodes are put into the graph in front of what they
@@ -23,7 +23,7 @@ from ..graph.fakes import example, fake
 from ..graph.refusal import Refused
 from ..ops.losses import cross_entropy, normalizer
 from .operands import vocab
-from .reduction import Loss, Reading
+from .reduction import Loss, Reduction
 from .reductions import arguments_of, over_rows, reads_the_classes
 from .values import Mixture, Value
 
@@ -144,38 +144,38 @@ def stacked(values: Sequence[Value], node: Node, dim: int, is_stack: bool) -> Va
 
 
 def _of_members(values: Sequence[Value], node: Node, class_dim: int) -> Value:
-    # Nothing reads its operands: what becomes of it is written out in terms of the members.
+    # Nothing reads its operands: what becomes of it is decomposed in terms of the members.
     head = replace(values[0].head, node=node, product_dtype=values[0].head.dtype, members=tuple(values), sum_of=())
     return Value(head, node, class_dim)
 
 
-def of_members(builder: Builder, reading: Reading) -> Proxy:
-    """A reading of several heads' logits, by the statistics of each."""
-    value = reading.value
+def of_members(builder: Builder, reduction: Reduction) -> Proxy:
+    """A reduction of several heads' logits, by the statistics of each."""
+    value = reduction.value
     if value.masks or value.terms or value.columns:
         raise Refused("logits of several heads are masked, shifted or cut", "do that to each of them")
-    if not set(reading.statistics) <= {"lse", "lse_low", "target_logit", "logit_sum"}:
-        raise Refused(f"the {reading.statistics[-1]} of logits of several heads", "compute it of each of them")
+    if not set(reduction.statistics) <= {"lse", "lse_low", "target_logit", "logit_sum"}:
+        raise Refused(f"the {reduction.statistics[-1]} of logits of several heads", "compute it of each of them")
     kind = _Concatenated if value.head.stacked_at is None else _Stacked
-    statistics = kind(builder, reading)
-    if not isinstance(reading, Loss):
-        result = reading.shape(statistics.in_rows(reading.flat(statistics)))
-        return _as(statistics.with_zeros(result), reading.node)
-    if reading.column_weight is not None:
+    statistics = kind(builder, reduction)
+    if not isinstance(reduction, Loss):
+        result = reduction.shape(statistics.in_rows(reduction.flat(statistics)))
+        return _as(statistics.with_zeros(result), reduction.node)
+    if reduction.column_weight is not None:
         raise Refused("label smoothing with class weights over several heads", "compute a loss of each")
-    target, active = statistics.target, statistics.active
-    stats = {name: getattr(statistics, name) for name in reading.statistics}
-    weight = None if reading.weight is None else builder.proxy(reading.weight)
-    result = cross_entropy(stats, target, active, weight, statistics.vocab, reading.arguments)
-    result = statistics.in_rows(result) if reading.arguments.reduction == "none" else result
-    return _as(statistics.with_zeros(result), reading.node)
+    target, row_mask = statistics.target, statistics.row_mask
+    stats = {name: getattr(statistics, name) for name in reduction.statistics}
+    weight = None if reduction.weight is None else builder.proxy(reduction.weight)
+    result = cross_entropy(stats, target, row_mask, weight, statistics.vocab, reduction.arguments)
+    result = statistics.in_rows(result) if reduction.arguments.reduction == "none" else result
+    return _as(statistics.with_zeros(result), reduction.node)
 
 
 class _Members(abc.ABC):
     """The statistics of logits that are made of several heads', as `emit.Statistics` has them of one."""
 
-    def __init__(self, builder: Builder, reading: Reading):
-        self.builder, self.reading, self.value = builder, reading, reading.value
+    def __init__(self, builder: Builder, reduction: Reduction):
+        self.builder, self.reduction, self.value = builder, reduction, reduction.value
         self.members = self.value.head.members
 
     @property
@@ -194,9 +194,9 @@ class _Members(abc.ABC):
         return _widened(z)
 
     @functools.cached_property
-    def active(self) -> Any:
+    def row_mask(self) -> Any:
         """Where the target is one that counts."""
-        loss = self.reading
+        loss = self.reduction
         if not isinstance(loss, Loss) or not loss.ignores:
             return self.given.ge(-self.vocab)
         return self.given.ne(loss.arguments.ignore_index)
@@ -204,8 +204,8 @@ class _Members(abc.ABC):
     @functools.cached_property
     def target(self) -> Any:
         """Class indices, and some class in rows that do not count."""
-        t = self.builder.call(torch.where, self.active, self.given, 0)
-        return self.builder.call(torch.where, t < 0, t + self.vocab, t) if self.reading.wraps else t
+        t = self.builder.call(torch.where, self.row_mask, self.given, 0)
+        return self.builder.call(torch.where, t < 0, t + self.vocab, t) if self.reduction.wraps else t
 
     @property
     @abc.abstractmethod
@@ -237,15 +237,17 @@ class _Members(abc.ABC):
 class _Concatenated(_Members):
     """In the logits' leading shape."""
 
-    def __init__(self, builder: Builder, reading: Reading):
-        super().__init__(builder, reading)
+    def __init__(self, builder: Builder, reduction: Reduction):
+        super().__init__(builder, reduction)
         sizes = [member.vocab for member in self.members]
         if not all(isinstance(size, int) for size in sizes):
             raise Refused("vocabularies of symbolic size are put together", "put the weights together")
         self.starts = [0, *itertools.accumulate(sizes)]
         self.parts = [self._part(k) for k in range(len(self.members))]
         # Recorded first, so that one operator can give all the statistics of a head.
-        self.own = [self._own(*bound) for bound in itertools.pairwise(self.starts)] if reading.given is not None else []
+        self.own = (
+            [self._own(*bound) for bound in itertools.pairwise(self.starts)] if reduction.given is not None else []
+        )
 
     def _part(self, k: int) -> Any:
         z: Any = self.builder.proxy(self.members[k].node)
@@ -262,10 +264,10 @@ class _Concatenated(_Members):
 
     @property
     def given(self) -> Any:
-        assert self.reading.given is not None
-        t = self.builder.proxy(self.reading.given)
+        assert self.reduction.given is not None
+        t = self.builder.proxy(self.reduction.given)
         # A gather has an index with one class, in the logits' rank.
-        return t.squeeze(self.value.class_dim) if fake(self.reading.given).dim() == self.value.fake.dim() else t
+        return t.squeeze(self.value.class_dim) if fake(self.reduction.given).dim() == self.value.fake.dim() else t
 
     def in_rows(self, flat: Any) -> Any:
         return flat
@@ -300,8 +302,8 @@ _EACH_ONCE = frozenset(
 class _Stacked(_Members):
     """(rows,): the rows of one head behind those of the other, and then in the order in which they are read."""
 
-    def __init__(self, builder: Builder, reading: Reading):
-        super().__init__(builder, reading)
+    def __init__(self, builder: Builder, reduction: Reduction):
+        super().__init__(builder, reduction)
         for node, _ in self.value.rows:
             op = spellings.read(node)
             if op is None or op.name not in _EACH_ONCE or _reads_a_tensor(op):
@@ -329,7 +331,7 @@ class _Stacked(_Members):
             self.place = self._places(numbers, *(functools.partial(builder.call, f) for f in (torch.stack, torch.cat)))
             self.place = self.place.reshape(-1)
         self.parts = [self._part(k) for k in range(len(self.members))]
-        self.own = self._targets() if reading.given is not None else []
+        self.own = self._targets() if reduction.given is not None else []
 
     def _targets(self) -> list[Any]:
         """The targets of the rows of each head; those that are not read have some class."""
@@ -368,8 +370,8 @@ class _Stacked(_Members):
 
     @property
     def given(self) -> Any:
-        assert self.reading.given is not None
-        return self.builder.proxy(self.reading.given).reshape(-1)
+        assert self.reduction.given is not None
+        return self.builder.proxy(self.reduction.given).reshape(-1)
 
     def in_rows(self, flat: Any) -> Any:
         return flat.reshape(self.lead)

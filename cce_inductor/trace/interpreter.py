@@ -2,7 +2,7 @@
 
 A small abstract interpretation, node by node in the graph's order: each node made from logits has a `Value` (or
 several: a product of two matrices can be read as logits in two ways), given by the rules of `rows` and `pointwise`. It
-ends at readings of row statistics, at graph outputs, and at reads of metadata; any other use is an escape, recorded
+ends at reductions of row statistics, at graph outputs, and at reads of metadata; any other use is an escape, recorded
 with its reason. An in-place edit gives the node a new value from there on. What the graph computes is left as it is.
 """
 
@@ -24,7 +24,6 @@ from ..graph.refusal import Refusal, Refused
 from ..graph.regions import descendants
 from ..graph.spellings import Op
 from . import ranking, rsqrt_softcap
-from . import rsqrt_softcap as roots
 from .decompose import concatenated, mixed_loss, mixed_sum, of_members
 from .decompose import stacked as several_heads
 from .heads import HEADS, subclassed
@@ -33,12 +32,12 @@ from .merge_heads import added, rows
 from .one_hot import marks_target, mixture, one_hot_target
 from .pointwise import INPLACE, VALUES, product
 from .reasons import MARGIN, dense, product_of_two, unknown
-from .reduction import SOFTMAX, Loss, Reading
-from .reductions import LOSSES, maximum, reading
+from .reduction import SOFTMAX, Loss, Reduction
+from .reductions import LOSSES, maximum, reduction
 from .shapes import is_row_vector
 from .softmax import over_classes
-from .trace import Finding, Trace, WrittenOut, losses
-from .values import Listed, Mixture, Value
+from .trace import Decomposition, Finding, Trace, losses
+from .values import SQUARES, Listed, Mixture, Value
 
 
 @dataclass
@@ -55,7 +54,7 @@ class _Parts:
     trace: Trace
     makers: list[list[Callable[[Node], Value] | None]]
     stale: bool = False
-    readings: Callable[[Node, int], Reading] | None = None  # of a maximum and where it is
+    reductions: Callable[[Node, int], Reduction] | None = None  # of a maximum and where it is
 
 
 class Interpreter:
@@ -70,12 +69,12 @@ class Interpreter:
         self.values: dict[Node, _Entry] = {}
         self.parts: dict[Node, _Parts] = {}
         self.originals: dict[Node, Node] = {}  # of nodes that give the very tensor of another one
-        self.lse: dict[Node, Reading] = {}  # log-sum-exps, by nodes that hold them in the logits' rank
-        self.sums: dict[Node, Reading] = {}  # of their exponentials
+        self.lse: dict[Node, Reduction] = {}  # log-sum-exps, by nodes that hold them in the logits' rank
+        self.sums: dict[Node, Reduction] = {}  # of their exponentials
         self.refused: dict[Node, tuple[Refusal, Trace | None]] = {}
         self.records_gradients = True
         self.given = list(graph.nodes)
-        self.written_out: list[WrittenOut] = []
+        self.decomposed: list[Decomposition] = []
         self.members: dict[Node, list[_Entry]] = {}  # of values that are made of several heads', when they were
 
     def run(self) -> None:
@@ -103,15 +102,15 @@ class Interpreter:
             if trace.first.head.members:
                 for part in trace.with_parts[1:]:
                     part.wholes.append(trace)
-        read = {id(trace) for trace in self.traces.values() if trace.readings}
-        for traces in (*(t.parts for t in self.traces.values()), *(w.traces for w in self.written_out)):
+        read = {id(trace) for trace in self.traces.values() if trace.reductions}
+        for traces in (*(t.parts for t in self.traces.values()), *(w.traces for w in self.decomposed)):
             read |= {id(trace) for trace in traces}
         for node, trace in self.traces.items():
-            only_leaves = trace.outputs and not any(part.readings for part in trace.with_parts)
+            only_leaves = trace.outputs and not any(part.reductions for part in trace.with_parts)
             if trace.parts and not trace.escapes and id(trace) not in read and not only_leaves:
                 reason = "logits of several heads are combined, and no loss reads them"
                 trace.escapes.append(Refusal(node, reason, "compute a loss of each"))
-        bound = [[trace, *trace.parts] for trace in self.traces.values()] + [w.traces for w in self.written_out]
+        bound = [[trace, *trace.parts] for trace in self.traces.values()] + [w.traces for w in self.decomposed]
         settled = False
         while not settled:
             settled = True
@@ -130,12 +129,12 @@ class Interpreter:
         order = {node: i for i, node in enumerate(self.given)}
         findings = []
         for trace in self.traces.values():
-            sites = trace.sites or (trace.readings[:1] if statistics else [])
+            sites = trace.sites or (trace.reductions[:1] if statistics else [])
             # What is not written as a loss is one only if it can be served, or reads the entry of a target.
             if trace.escapes and not any(isinstance(s, Loss) or (s.target and s.differentiated) for s in sites):
                 continue
             findings += [Finding(self.source(site.node), trace, None) for site in sites]
-        for written in self.written_out:
+        for written in self.decomposed:
             op = spellings.read(written.node)
             if op is not None and op.name in LOSSES:
                 trace = next(t for t in written.traces if not t.first.head.members)
@@ -148,8 +147,8 @@ class Interpreter:
         return sorted(findings, key=lambda finding: order[finding.loss])
 
     def source(self, node: Node) -> Node:
-        """The node of the program that `node` is part of, where that was written out."""
-        for written in reversed(self.written_out):
+        """The node of the program that `node` is part of, where that was decomposed."""
+        for written in reversed(self.decomposed):
             if node in written.added:
                 node = written.node
         return node
@@ -245,7 +244,7 @@ class Interpreter:
                 raise Refused("the shape of several heads' logits in one tensor is read", "read that of each of them")
             entry.trace.metadata.append((node, source, entry.values[0]))
             return
-        squares = any(n in self.values and self.values[n].values[0].kind in roots.SQUARES for n in touched)
+        squares = any(n in self.values and self.values[n].values[0].kind in SQUARES for n in touched)
         if squares and op.name not in rsqrt_softcap.READS:
             raise Refused(f"{spellings.describe(node)} reads the square of the logits", rsqrt_softcap.CURE)
         if op.name == "broadcast_tensors":
@@ -294,17 +293,17 @@ class Interpreter:
         if op.name in _COMPARISONS and entry.values[0].head.members:
             raise Refused("logits of several heads are compared", "compare those of each head")
         if op.name in _COMPARISONS and not op.inplace:
-            known = {r.node: r for r in entry.trace.readings}
+            known = {r.node: r for r in entry.trace.reductions}
             self._set(node, entry.trace, self._all(lambda v: ranking.compared(v, node, op, known), entry.values))
             return
         if op.name not in _SYMMETRIC and op.args.get("input") is not source:
             raise Refused("the logits are the target or the weight of a loss", "use class indices as target")
-        if self._write_out(node, op, entry):
+        if self._decompose(node, op, entry):
             return
-        readings = self._all(lambda v: _read(v, node, op), entry.values)
-        if readings[0] is not None:
-            entry.trace.readings.append(readings[0])
-            self._follow_lse(node, op, readings[0])
+        reductions = self._all(lambda v: _read(v, node, op), entry.values)
+        if reductions[0] is not None:
+            entry.trace.reductions.append(reductions[0])
+            self._follow_lse(node, op, reductions[0])
             return
         if op.name in ("max", "topk") and entry.values[0].head.members:
             raise Refused("the largest logits of several heads", "take those of each head")
@@ -370,8 +369,8 @@ class Interpreter:
 
     def _take(self, node: Node, op: Op, source: Node) -> None:
         parts, index = self.parts[source], op.args["index"]
-        if parts.readings is not None:
-            parts.trace.readings.append(parts.readings(node, index))
+        if parts.reductions is not None:
+            parts.trace.reductions.append(parts.reductions(node, index))
             return
         if parts.makers[0][index] is not None:
             self._set(node, parts.trace, self._all(lambda makers: makers[index](node), parts.makers))
@@ -400,30 +399,30 @@ class Interpreter:
 
         values = self._all(checked, entry.values)
 
-        def taken(part: Node, index: int) -> Reading:
+        def taken(part: Node, index: int) -> Reduction:
             if index == 0:
                 return maximum(values[0], part, keepdim)
-            made = reading(values[0], part, Op("argmax", {"dim": dim, "keepdim": keepdim}))
+            made = reduction(values[0], part, Op("argmax", {"dim": dim, "keepdim": keepdim}))
             assert made is not None
             return made
 
-        self.parts[node] = _Parts(entry.trace, [], readings=taken)
+        self.parts[node] = _Parts(entry.trace, [], reductions=taken)
         entry.trace.values[node] = []
 
     def _largest(self, node: Node, op: Op, entry: _Entry) -> None:
         """The largest logits of each row, and their classes."""
 
-        def taken(part: Node, index: int) -> Reading:
+        def taken(part: Node, index: int) -> Reduction:
             (made, *_) = self._all(lambda v: ranking.largest(v, part, index, op.args), entry.values)
             return made
 
-        self.parts[node] = _Parts(entry.trace, [], readings=taken)
+        self.parts[node] = _Parts(entry.trace, [], reductions=taken)
         entry.trace.values[node] = []
 
-    # ---- what is written out
+    # ---- what is decomposed
 
-    def _write_out(self, node: Node, op: Op, entry: _Entry) -> bool:
-        """Whether a use was written out, as nodes that rules have a form for."""
+    def _decompose(self, node: Node, op: Op, entry: _Entry) -> bool:
+        """Whether a use was decomposed, into nodes that rules have a form for."""
         value = entry.values[0]
         traces = [entry.trace]
         if op.name == "cross_entropy" and (mixed := self._probabilities(op, value)) is not None:
@@ -431,7 +430,7 @@ class Interpreter:
         elif op.name in ("sum", "mean") and isinstance(value.picked, Mixture):
             self._add_nodes(node, traces, lambda b: mixed_sum(b, value, node, op.args, op.name == "mean"))
         elif value.head.members:
-            made = reading(value, node, op)
+            made = reduction(value, node, op)
             if made is None:
                 return False
             entries = self.members[value.head.node]
@@ -455,13 +454,13 @@ class Interpreter:
         builder = Builder(self.graph, node)
         before = node.prev
         result = builder.run(record, builder)
-        assert fake(result.node).shape == fake(node).shape, f"{node} was written out in another shape"
+        assert fake(result.node).shape == fake(node).shape, f"{node} was decomposed into another shape"
         added: list[Node] = []
         while before.next is not node:
             before = before.next
             added.append(before)
         every = _distinct([part for trace in traces for part in trace.with_parts])
-        self.written_out.append(WrittenOut(node, result.node, every, added))
+        self.decomposed.append(Decomposition(node, result.node, every, added))
         for n in added:
             self._visit(n)
         for trace in self.traces.values():
@@ -551,7 +550,7 @@ class Interpreter:
 
     # ---- z - z.logsumexp(-1, keepdim=True)
 
-    def _follow_lse(self, node: Node, op: Op, made: Reading | None = None) -> None:
+    def _follow_lse(self, node: Node, op: Op, made: Reduction | None = None) -> None:
         """Remembers the log-sum-exps of rows, in the rank of the logits."""
         if made is not None:
             if made.statistics == SOFTMAX and isinstance(example(node), Tensor):
@@ -581,8 +580,8 @@ class Interpreter:
         return value.then(node, lambda z, _: z / z.sum(-1, keepdim=True), kind="softmax", terms=())
 
     @staticmethod
-    def _is_own(value: Value, made: Reading, node: Node, op: Op) -> bool:
-        """Whether a reading is of these very logits, and stands where it is broadcast along the classes."""
+    def _is_own(value: Value, made: Reduction, node: Node, op: Op) -> bool:
+        """Whether a reduction is of these very logits, and stands where it is broadcast along the classes."""
         whole = is_row_vector(op.args["other"], value) and fake(node).shape == value.fake.shape
         same_rows = (value.source, value.affine, value.terms) == (
             made.value.source,
@@ -638,27 +637,27 @@ def _distinct(traces: list[Trace]) -> list[Trace]:
     return list({id(trace): trace for trace in traces}.values())
 
 
-def _read(value: Value, node: Node, op: Op) -> Reading | None:
-    return ranking.reading(value, node, op) or reading(value, node, op)
+def _read(value: Value, node: Node, op: Op) -> Reduction | None:
+    return ranking.reduction(value, node, op) or reduction(value, node, op)
 
 
 def _drop_compared(trace: Trace) -> None:
     """Leaves out the entries of targets that are for nothing but comparisons, which find them themselves."""
     comparisons = {n: v[0].comparison for n, v in trace.values.items() if v and v[0].comparison is not None}
-    for r in list(trace.readings):
+    for r in list(trace.reductions):
         own = [n for n, made in comparisons.items() if made is not None and made.read is r.node]
         dropped = ranking.only_compared(r.node, own) if own else None
         if dropped is not None:
-            trace.readings.remove(r)
+            trace.reductions.remove(r)
             trace.values.update((n, []) for n in dropped)
 
 
 def _check_independence(trace: Trace) -> None:
     """An operand made from the logits themselves (z + z.mean(0), pseudo-labels) is no operand."""
-    if not trace.readings:
+    if not trace.reductions:
         return
     behind = {n for part in trace.with_parts for n in descendants(part.first.node)}
-    for r in trace.readings:
+    for r in trace.reductions:
         affine = r.value.affine
         others: list[Any] = [r.target, *(s.node for s in affine.shifts), *(f.node for f in affine.factors)]
         others += [*(m.node for m in r.value.masks), *r.others]

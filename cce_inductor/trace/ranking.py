@@ -1,7 +1,7 @@
-"""Readings of the order of the logits: the largest of each row, and how many pass a comparison with one number.
+"""Reductions of the order of the logits: the largest of each row, and how many pass a comparison with one number.
 
 They are for logging, have no gradient, and are served by an operator of their own (`emit_ranking`). A comparison is a
-`Value` of its own kind; its sum over the classes is the reading.
+`Value` of its own kind; its sum over the classes is the reduction.
 """
 
 import functools
@@ -18,7 +18,7 @@ from ..graph.refusal import Refused
 from ..ops.ranking import LARGEST
 from .layout import ROWS
 from .pointwise import not_rounded
-from .reduction import Reading
+from .reduction import Reduction
 from .reductions import argmax, maximum, over_rows
 from .shapes import is_row_vector, same_rows
 from .softmax import over_classes
@@ -32,7 +32,7 @@ _VIEWS = (*ROWS, "cast", "detach")
 
 
 @dataclass(frozen=True)
-class Ranking(Reading):
+class Ranking(Reduction):
     """A node that the operator gives as `result`: of the `k` largest logits, or of `value.comparison`."""
 
     result: str = ""
@@ -63,7 +63,7 @@ class Ranking(Reading):
 # ---- the largest logits
 
 
-def largest(value: Value, part: Node, index: int, args: Args) -> Reading:
+def largest(value: Value, part: Node, index: int, args: Args) -> Reduction:
     """The largest logits of each row (part 0 of topk), or their classes (part 1)."""
     over_classes(value, "topk", args["dim"])
     if args["largest"] is not True or not isinstance(args["k"], int):
@@ -83,8 +83,8 @@ def largest(value: Value, part: Node, index: int, args: Args) -> Reading:
 # ---- comparisons
 
 
-def compared(value: Value, node: Node, op: spellings.Op, readings: Mapping[Node, Reading]) -> Value:
-    """Whether each logit is larger than a number of its row: than its target's logit, if that is among `readings`."""
+def compared(value: Value, node: Node, op: spellings.Op, reductions: Mapping[Node, Reduction]) -> Value:
+    """Whether each logit is larger than a number of its row: than its target's logit, if that is among `reductions`."""
     first = op.args["input"] is value.node
     other = op.args["other"] if first else op.args["input"]
     if not is_tensor(other) or not is_row_vector(other, value) or fake(node).shape != value.fake.shape:
@@ -95,7 +95,7 @@ def compared(value: Value, node: Node, op: spellings.Op, readings: Mapping[Node,
     if not _repeated(value):
         raise Refused("logits are compared that were computed in 16 bits behind the head", "cast them to float32 first")
     name = op.name if first else _TURNED[op.name]
-    own = readings.get(origin(other))
+    own = reductions.get(origin(other))
     place = value.class_dim, len(value.rows)
     if own is not None and _is_entry(own) and _alike(own.value, value):
         assert own.given is not None
@@ -110,7 +110,7 @@ def compared(value: Value, node: Node, op: spellings.Op, readings: Mapping[Node,
 
 
 def origin(node: Node) -> Node:
-    """The reading that a node is a view of, or a wider copy of."""
+    """The reduction that a node is a view of, or a wider copy of."""
     while True:
         node = base(node)
         op = spellings.read(node)
@@ -122,11 +122,11 @@ def origin(node: Node) -> Node:
         node = op.args["input"]
 
 
-def _is_entry(reading: Reading) -> bool:
-    """Whether a reading is one entry of each row as it stands."""
-    op = spellings.read(reading.node)
+def _is_entry(reduction: Reduction) -> bool:
+    """Whether a reduction is one entry of each row as it stands."""
+    op = spellings.read(reduction.node)
     assert op is not None
-    return reading.given is not None and op.name in ("gather", "take_along_dim", "getitem")
+    return reduction.given is not None and op.name in ("gather", "take_along_dim", "getitem")
 
 
 def _alike(a: Value, b: Value) -> bool:
@@ -152,7 +152,7 @@ def _repeated(value: Value) -> bool:
     return plain and not _filled(value) and value.kind == "logits" and len(value.arithmetic) == len(narrow) == steps
 
 
-def counted(value: Value, node: Node, op: spellings.Op) -> Reading:
+def counted(value: Value, node: Node, op: spellings.Op) -> Reduction:
     """How many classes pass a comparison, or which share of them."""
     if value.factor != 1.0 or value.picked is not None:
         raise Refused("comparisons of the logits are multiplied before they are added up", "multiply their sum")
@@ -170,8 +170,8 @@ def counted(value: Value, node: Node, op: spellings.Op) -> Reading:
 # ---- for the trace
 
 
-def reading(value: Value, node: Node, op: spellings.Op) -> Reading | None:
-    """The reading of a comparison, or None for another value, or an op that leaves the classes where they are."""
+def reduction(value: Value, node: Node, op: spellings.Op) -> Reduction | None:
+    """The reduction of a comparison, or None for another value, or an op that leaves the classes where they are."""
     return counted(value, node, op) if value.kind == "comparison" and op.name in _REDUCTIONS else None
 
 

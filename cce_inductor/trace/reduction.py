@@ -12,7 +12,7 @@ from ..ops.losses import CrossEntropy
 from .targets import base
 from .values import Value
 
-# What a reading of a log-sum-exp, a softmax or its logarithm needs: a gradient is exact with both.
+# What a reduction of a log-sum-exp, a softmax or its logarithm needs: a gradient is exact with both.
 SOFTMAX = ("lse", "lse_low")
 
 
@@ -21,7 +21,7 @@ def as_it_is(result: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Reading:
+class Reduction:
     """A node that is made of row statistics of `value`.
 
     statistics: those it needs. given: the node with a class for each row, in the rows' order, or None. wraps: whether
@@ -39,7 +39,7 @@ class Reading:
 
     @functools.cached_property
     def target(self) -> Node | None:
-        """The tensor that `given` is a view of: equal for readings of the same targets."""
+        """The tensor that `given` is a view of: equal for reductions of the same targets."""
         return None if self.given is None else base(self.given)
 
     @property
@@ -62,7 +62,7 @@ DEFAULTS = CrossEntropy()
 
 
 @dataclass(frozen=True)
-class Loss(Reading):
+class Loss(Reduction):
     """A loss over classes, with all its arguments: `weight` per class or None."""
 
     weight: Node | None = None

@@ -1,6 +1,6 @@
 """Which nodes are functions of row statistics, and of which.
 
-`READINGS` give the `Reading` of a node that reduces a value over the classes: a loss, a log-sum-exp, the entry of a
+`REDUCTIONS` give the `Reduction` of a node that reduces a value over the classes: a loss, a log-sum-exp, the entry of a
 target, a sum, an argmax. A rule that cannot take a node raises `Refused` with the reason and the cure.
 """
 
@@ -17,7 +17,7 @@ from ..ops.losses import CrossEntropy
 from .indexing import full, positions
 from .one_hot import one_hot_target
 from .pointwise import not_rounded
-from .reduction import SOFTMAX, Loss, Reading, as_it_is
+from .reduction import SOFTMAX, Loss, Reduction, as_it_is
 from .shapes import same_rows
 from .softmax import over_classes
 from .targets import base
@@ -73,11 +73,11 @@ def _loss(value: Value, node: Node, args: Args, name: str) -> Loss:
     return Loss(node, value, statistics, indices, weight=weight, arguments=arguments, ignores=ignores)
 
 
-def cross_entropy(value: Value, node: Node, args: Args) -> Reading:
+def cross_entropy(value: Value, node: Node, args: Args) -> Reduction:
     return _loss(value, node, args, "cross_entropy")
 
 
-def nll_loss(value: Value, node: Node, args: Args) -> Reading:
+def nll_loss(value: Value, node: Node, args: Args) -> Reduction:
     return _loss(value, node, args, "nll_loss")
 
 
@@ -87,7 +87,7 @@ LOSSES = ("cross_entropy", "nll_loss")
 # ---- reductions over the classes
 
 
-def _readable(value: Value, node: Node) -> None:
+def _reducible(value: Value, node: Node) -> None:
     not_rounded(value)
     if fake(node).dtype == torch.float64 and value.head.dtype != torch.float64:
         raise Refused("a float64 statistic of logits in a narrower dtype", "use float32")
@@ -97,23 +97,23 @@ def _keep(value: Value, keepdim: bool) -> Callable[[Any], Any]:
     return (lambda r: r.unsqueeze(value.class_dim)) if keepdim else as_it_is
 
 
-def logsumexp(value: Value, node: Node, args: Args) -> Reading:
+def logsumexp(value: Value, node: Node, args: Args) -> Reduction:
     value.need("logits", "logsumexp of log-probabilities, which is 0", "leave it out")
-    _readable(value, node)
+    _reducible(value, node)
     over_classes(value, "logsumexp", _single(args["dim"]))
-    return Reading(node, value, SOFTMAX, flat=lambda s: s.lse, shape=_keep(value, args["keepdim"]))
+    return Reduction(node, value, SOFTMAX, flat=lambda s: s.lse, shape=_keep(value, args["keepdim"]))
 
 
 def _single(dim: Any) -> Any:
     return dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
 
 
-def argmax(value: Value, node: Node, args: Args) -> Reading:
+def argmax(value: Value, node: Node, args: Args) -> Reduction:
     over_classes(value, "argmax", args["dim"])
     if value.picked is not None or value.kind not in ("logits", "log_softmax", "softmax") or value.factor <= 0:
         raise Refused("argmax of something that does not grow with the logits", "take it of the logits")
     _no_finite_mask(value)
-    return Reading(node, value, ("argmax",), flat=lambda s: s.argmax, shape=_keep(value, args["keepdim"]))
+    return Reduction(node, value, ("argmax",), flat=lambda s: s.argmax, shape=_keep(value, args["keepdim"]))
 
 
 def _no_finite_mask(value: Value) -> None:
@@ -160,16 +160,16 @@ def _whole(value: Value) -> tuple[tuple[str, ...], Callable[[Any], Any]]:
     raise Refused("a sum of probabilities, which is 1", cure)
 
 
-def total(value: Value, node: Node, args: Args) -> Reading:
+def total(value: Value, node: Node, args: Args) -> Reduction:
     return _reduced(value, node, args, mean=False)
 
 
-def mean(value: Value, node: Node, args: Args) -> Reading:
+def mean(value: Value, node: Node, args: Args) -> Reduction:
     return _reduced(value, node, args, mean=True)
 
 
-def _reduced(value: Value, node: Node, args: Args, mean: bool) -> Reading:
-    _readable(value, node)
+def _reduced(value: Value, node: Node, args: Args, mean: bool) -> Reduction:
+    _reducible(value, node)
     shape = over_rows(value, args["dim"], bool(args["keepdim"]), mean)
     statistics, total = _whole(value)
 
@@ -177,7 +177,7 @@ def _reduced(value: Value, node: Node, args: Args, mean: bool) -> Reading:
         return total(s) / s.vocab if mean else total(s)
 
     assert not isinstance(value.picked, Mixture)
-    return Reading(node, value, statistics, value.picked, flat=flat, shape=shape)
+    return Reduction(node, value, statistics, value.picked, flat=flat, shape=shape)
 
 
 def over_rows(value: Value, dim: Any, keepdim: bool, mean: bool) -> Callable[[Any], Any]:
@@ -209,15 +209,15 @@ def _indices(index: Any) -> Node:
     return index
 
 
-def _picked(value: Value, node: Node, target: Node, wraps: bool, shape: Callable[[Any], Any]) -> Reading:
-    _readable(value, node)
+def _picked(value: Value, node: Node, target: Node, wraps: bool, shape: Callable[[Any], Any]) -> Reduction:
+    _reducible(value, node)
     if value.picked is not None:
         raise Refused("an entry of logits multiplied by a one-hot tensor", "use one of the two")
     statistics, entry = _entry(value)
-    return Reading(node, value, statistics, target, wraps, entry, shape)
+    return Reduction(node, value, statistics, target, wraps, entry, shape)
 
 
-def gather(value: Value, node: Node, args: Args) -> Reading:
+def gather(value: Value, node: Node, args: Args) -> Reduction:
     index, dim = _indices(args["index"]), args["dim"]
     over_classes(value, "gather", dim)
     return _picked(value, node, _one_for_each_row(value, index), False, _keep(value, True))
@@ -237,11 +237,11 @@ ONE = "pick one class for each row"
 FEW = "pick one class for each row, in as many calls as there are classes if they are few"
 
 
-def take_along_dim(value: Value, node: Node, args: Args) -> Reading:
+def take_along_dim(value: Value, node: Node, args: Args) -> Reduction:
     return gather(value, node, {"index": args["indices"], "dim": args["dim"]})
 
 
-def getitem(value: Value, node: Node, args: Args) -> Reading | None:
+def getitem(value: Value, node: Node, args: Args) -> Reduction | None:
     """logits[arange(N), target], or None for an index that takes no classes out."""
     entries = positions(value, args["index"], lists=True)
     own = next((i for dim, i in entries if dim == value.class_dim), None)
@@ -285,20 +285,20 @@ def _is_arange(index: Any, dim: int, value: Value) -> bool:
     return len(given) in (1, 2) and start == 0 and step == 1 and set(node.kwargs) <= {"device", "dtype"}
 
 
-def maximum(value: Value, node: Node, keepdim: bool) -> Reading:
+def maximum(value: Value, node: Node, keepdim: bool) -> Reduction:
     """The largest logit: that of the class that argmax finds."""
     value.need("logits", "the largest probability", "take it of the logits")
-    _readable(value, node)
+    _reducible(value, node)
     _no_finite_mask(value)
-    return Reading(node, value, ("argmax",), flat=lambda s: s.maximum, shape=_keep(value, keepdim))
+    return Reduction(node, value, ("argmax",), flat=lambda s: s.maximum, shape=_keep(value, keepdim))
 
 
-def amax(value: Value, node: Node, args: Args) -> Reading:
+def amax(value: Value, node: Node, args: Args) -> Reduction:
     over_classes(value, "amax", _single(args["dim"]))
     return maximum(value, node, args["keepdim"])
 
 
-READINGS: dict[str, Callable[[Value, Node, Args], Reading | None]] = {
+REDUCTIONS: dict[str, Callable[[Value, Node, Args], Reduction | None]] = {
     "cross_entropy": cross_entropy,
     "nll_loss": nll_loss,
     "logsumexp": logsumexp,
@@ -310,13 +310,13 @@ READINGS: dict[str, Callable[[Value, Node, Args], Reading | None]] = {
 }
 
 
-def reading(value: Value, node: Node, op: spellings.Op) -> Reading | None:
-    """The reading of a node, or None for an op that leaves the classes where they are."""
+def reduction(value: Value, node: Node, op: spellings.Op) -> Reduction | None:
+    """The reduction of a node, or None for an op that leaves the classes where they are."""
     if op.name == "gather":
         dim = op.args["dim"]
         of_classes = isinstance(dim, int) and dim % value.fake.dim() == value.class_dim
         return gather(value, node, op.args) if of_classes else None
     if op.name == "getitem":
         return getitem(value, node, op.args)
-    rule = READINGS.get(op.name)
+    rule = REDUCTIONS.get(op.name)
     return None if rule is None else rule(value, node, op.args)

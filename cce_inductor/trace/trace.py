@@ -8,7 +8,7 @@ from torch.fx import Graph, Node
 
 from ..graph import spellings
 from ..graph.refusal import Refusal
-from .reduction import Loss, Reading
+from .reduction import Loss, Reduction
 from .reductions import LOSSES
 from .values import Head, Value
 
@@ -23,7 +23,7 @@ class Trace:
     first: Value
     parts: list[Trace] = field(default_factory=list)
     values: dict[Node, list[Value]] = field(default_factory=dict)
-    readings: list[Reading] = field(default_factory=list)
+    reductions: list[Reduction] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
     metadata: list[tuple[Node, Node, Value]] = field(default_factory=list)  # the read, what it reads, its value
     escapes: list[Refusal] = field(default_factory=list)
@@ -32,7 +32,7 @@ class Trace:
     @property
     def head(self) -> Head:
         """As its losses read it, or else its statistics."""
-        read = self.sites or self.readings
+        read = self.sites or self.reductions
         return read[0].value.head if read else self.first.head
 
     @property
@@ -46,19 +46,19 @@ class Trace:
         return [self, *(trace for part in self.parts for trace in part.with_parts)]
 
     @property
-    def sites(self) -> list[Reading]:
-        """The readings that are losses as the user wrote them, one of each.
+    def sites(self) -> list[Reduction]:
+        """The reductions that are losses as the user wrote them, one of each.
 
         Calls of a loss function; or, where there are none, log-probabilities of a target; or a log-sum-exp.
         """
-        losses: list[Reading] = [r for r in self.readings if isinstance(r, Loss)]
-        if losses or not any("lse" in r.statistics for r in self.readings):
+        losses: list[Reduction] = [r for r in self.reductions if isinstance(r, Loss)]
+        if losses or not any("lse" in r.statistics for r in self.reductions):
             return losses
-        picks: dict[Node, Reading] = {}
-        for r in self.readings:
+        picks: dict[Node, Reduction] = {}
+        for r in self.reductions:
             if r.target is not None and r.statistics:
                 picks.setdefault(r.target, r)
-        return list(picks.values()) or [next(r for r in self.readings if "lse" in r.statistics)]
+        return list(picks.values()) or [next(r for r in self.reductions if "lse" in r.statistics)]
 
 
 @dataclass
@@ -76,7 +76,7 @@ def losses(graph: Graph) -> list[Node]:
 
 
 @dataclass
-class WrittenOut:
+class Decomposition:
     """A node that is replaced by `result` if all of `traces` are fused. added: what that needs, put into the graph."""
 
     node: Node

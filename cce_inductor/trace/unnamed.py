@@ -91,7 +91,7 @@ def _recorded(interpreter: Interpreter, known: list[Finding]) -> set[int]:
     """The heads that have a record already, of their own or together with others."""
     recorded = {id(finding.trace) for finding in known if finding.trace is not None}
     together = [{id(t) for t in (*trace.with_parts, *trace.wholes)} for trace in interpreter.traces.values()]
-    together += [{id(t) for t in written.traces} for written in interpreter.written_out]
+    together += [{id(t) for t in written.traces} for written in interpreter.decomposed]
     more = True
     while more:
         joined = [traces for traces in together if recorded & traces and not traces <= recorded]
@@ -151,7 +151,7 @@ def _refusal(interpreter: Interpreter, trace: Trace | None, head: Node, flow: _F
     escape = next((e for e in trace.escapes if e.node in flow.used), next(iter(trace.escapes), None))
     if escape is not None:
         return escape
-    names = ", ".join(dict.fromkeys(spellings.describe(reading.node) for reading in trace.readings))
+    names = ", ".join(dict.fromkeys(spellings.describe(reduction.node) for reduction in trace.reductions))
     reason = f"nothing but {names or 'a part of them'} reads the logits: no loss function and no log-sum-exp"
     return Refusal(loss, reason, "take the logits of a target from cce_inductor.linear_logsumexp")
 

@@ -24,7 +24,7 @@ class Head:
 
     Several heads may be one (`combine`): `node` is then where their logits were put together, `product_dtype` what each
     was computed in, and `sum_of` the logits that it is the sum of, each with its factor. Or they are the `members` of a
-    tensor that is read by the statistics of each (`written_out`): concatenated over the classes, or, along dimension
+    tensor that is read by the statistics of each (`decompose`): concatenated over the classes, or, along dimension
     `stacked_at`, put together by stack (`stacked`) or cat. The operands then mean nothing.
     """
 

@@ -147,7 +147,7 @@ def test_memory_above_results(shape, dtype):
 
 
 def test_offsets_beyond_two_to_the_31():
-    """More than 2^31 elements of W, and of dacc."""
+    """More than 2^31 elements of W, and of dlogits."""
     for shape, workspace in (((64, 4096, 600_000), 100), ((8192, 64, 300_032), 5000)):
         x, w, t = head(*shape)
         for early in (False, True):

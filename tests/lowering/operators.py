@@ -32,9 +32,9 @@ def forward(names: str, attributes: Attributes) -> Callable[..., Sequence[Tensor
     """The forward operator as a function of tensors only, to be compiled."""
     arguments = attributes.args()
 
-    def call(x, w, target, bias=None, column_weight=None, active=None):
+    def call(x, w, target, bias=None, column_weight=None, row_mask=None):
         given = operands(x, w, target, bias, column_weight)
-        return FORWARD(list(given.values()), " ".join(given), active, names, True, *arguments)
+        return FORWARD(list(given.values()), " ".join(given), row_mask, names, True, *arguments)
 
     return call
 
@@ -44,10 +44,12 @@ def with_gradients(names: str, attributes: Attributes) -> Callable[..., Sequence
     arguments = attributes.args()
     floats = " ".join(name for name in names.split() if name != "argmax")
 
-    def call(tangents, x, w, target, bias=None, column_weight=None, active=None):
+    def call(tangents, x, w, target, bias=None, column_weight=None, row_mask=None):
         given = operands(x, w, target, bias, column_weight)
         needs = "input weight bias" if bias is not None else "input weight"
-        return WITH_GRADIENTS(tangents, floats, list(given.values()), " ".join(given), active, names, needs, *arguments)
+        return WITH_GRADIENTS(
+            tangents, floats, list(given.values()), " ".join(given), row_mask, names, needs, *arguments
+        )
 
     return call
 
@@ -55,10 +57,10 @@ def with_gradients(names: str, attributes: Attributes) -> Callable[..., Sequence
 def from_logits(names: str, attributes: Attributes) -> Callable[..., Sequence[Tensor]]:
     """The same statistics as `forward`'s, from all logits, and in the dtype of the operands."""
 
-    def call(x, w, target, bias=None, column_weight=None, active=None):
+    def call(x, w, target, bias=None, column_weight=None, row_mask=None):
         z = logits(x, w, bias, attributes.scale, attributes.softcap or None, attributes.softcap_form)
         out = statistics(names, z, target, column_weight)
-        return out if active is None else [torch.where(active, t, 0) for t in out]
+        return out if row_mask is None else [torch.where(row_mask, t, 0) for t in out]
 
     return call
 
@@ -88,7 +90,7 @@ class Operator:
         self.compiled = torch.compile(function, dynamic=dynamic)
 
     def run(self, head: Head, needs: str = GRADIENTS, tangents=None, **tensors) -> dict[str, Tensor]:
-        """Statistics and gradients by name. `tensors`: column_weight, active. `needs` is for autograd alone to heed."""
+        """Statistics and gradients by name. `tensors`: column_weight, row_mask. `needs` is for autograd alone to heed."""
         if not self.at_once:
             return differentiate(self.compiled, head, self.names, needs, tangents, **tensors)
         tangents = tangents or tangents_of(self.names, head)

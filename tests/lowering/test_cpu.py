@@ -28,7 +28,7 @@ def test_every_option_float32_and_any_number_of_rows():
     operator = Operator(EVERY, dynamic=True, scale=0.7, softcap=5.0, workspace=1 << 18)
     for n in (137, 53, 300):
         head = Head.make(n, 100, 1003, bias=True, seed=n)
-        tensors = {"column_weight": torch.rand(1003), "active": some_rows(n)}
+        tensors = {"column_weight": torch.rand(1003), "row_mask": some_rows(n)}
         operator.check(f"{n} rows", head, **tensors)
     assert kernels() == 2
     again = [operator.run(head, **tensors) for _ in range(2)]
@@ -38,7 +38,7 @@ def test_every_option_float32_and_any_number_of_rows():
 def test_the_softcap_by_a_root():
     """Small logits, logits far beyond it, and infinite ones, which a program that squares them makes NaN."""
     operator = Operator(EVERY, scale=0.7, softcap=5.0, softcap_form="rsqrt", workspace=1 << 18)
-    tensors = {"column_weight": torch.rand(1003), "active": some_rows(137)}
+    tensors = {"column_weight": torch.rand(1003), "row_mask": some_rows(137)}
     for times in (1.0, 50.0):
         head = Head.make(137, 100, 1003, bias=True)
         head.x *= times
@@ -173,7 +173,7 @@ def test_scratch_stays_within_the_workspace():
 def test_three_threads(three_threads):
     head = Head.make(137, 71, 1003, bias=True)
     operator = Operator(LOSS, workspace=1 << 18)
-    operator.check_threads("three threads", head, three_threads, active=some_rows(137))
+    operator.check_threads("three threads", head, three_threads, row_mask=some_rows(137))
     assert kernels() == 2
 
 
@@ -225,10 +225,10 @@ def test_the_kernels_of_avx512_on_any_cpu(dtype, as_on_avx512):
     head = Head.make(133, 71, 1001, dtype, bias=True)
     if dtype == torch.bfloat16:
         head.w = head.w.t().contiguous().t()
-    operator.check("AVX-512", head, active=some_rows(133))
+    operator.check("AVX-512", head, row_mask=some_rows(133))
     # A confident row: p of the target is 1 to the last bit of bfloat16, and its gradient must survive.
     head.bias[head.target] += 12
-    operator.check("confident rows", head, active=some_rows(133))
+    operator.check("confident rows", head, row_mask=some_rows(133))
     assert kernels() == 2
 
 
@@ -292,4 +292,4 @@ def test_logits_far_apart_behind_a_wide_softcap_in_16_bits(as_on_avx512):
         head = Head.make(133, 71, 1001, torch.bfloat16, bias=True)
         head.w *= 16
         operator = Operator(names, at_once=True, scale=1.5, softcap=60.0, softcap_form=form)
-        operator.check(form, head, active=some_rows(133))
+        operator.check(form, head, row_mask=some_rows(133))

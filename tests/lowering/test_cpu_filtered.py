@@ -1,7 +1,7 @@
 """The C++ kernels of the forward that leaves a bound and of the backward under a filter, budget or unbiased.
 
 What a backward computes is read off its dW: x has one more column for each block of 128 rows, 1 in that block's rows
-and 0 elsewhere, where the weight is 0. There dW is the sum of the block's dacc in each column: 0 for a column that the
+and 0 elsewhere, where the weight is 0. There dW is the sum of the block's dlogits in each column: 0 for a column that the
 block leaves out, and too long by its weight for one that it samples.
 
 One kernel takes every shape, so each configuration is compiled once and serves all tests here.
@@ -128,7 +128,7 @@ def forward_of(configuration: Configuration) -> Callable:
     # A filter's kind and its number make no difference to what the forward leaves.
     arguments = replace(configuration.attributes, grad_filter=BUDGET).args()
     operands, statistics = f"{configuration.operands} diagnostics", configuration.statistics
-    return lambda given, active: FORWARD(given, operands, active, statistics, True, *arguments)
+    return lambda given, row_mask: FORWARD(given, operands, row_mask, statistics, True, *arguments)
 
 
 def backward_of(configuration: Configuration, grad_filter: str | None = None) -> Callable:
@@ -136,8 +136,8 @@ def backward_of(configuration: Configuration, grad_filter: str | None = None) ->
     arguments = (attributes if grad_filter is None else replace(attributes, grad_filter=grad_filter)).args()
     operands, names, needs = configuration.names, configuration.statistics, configuration.needs
     tangent_names = configuration.tangents
-    return lambda tangents, saved, given, active: BACKWARD(
-        tangents, tangent_names, saved, given, operands, active, names, needs, *arguments
+    return lambda tangents, saved, given, row_mask: BACKWARD(
+        tangents, tangent_names, saved, given, operands, row_mask, names, needs, *arguments
     )
 
 
@@ -153,34 +153,34 @@ def backward_kernel(configuration: Configuration) -> Kernel:
 
 @dataclass
 class Case:
-    """A head whose x and w have the indicators of blocks; `active`: always a mask, of which all may be true."""
+    """A head whose x and w have the indicators of blocks; `row_mask`: always a mask, of which all may be true."""
 
     head: Head
-    active: Tensor
+    row_mask: Tensor
     column_weight: Tensor | None = None
     seed: int = 12345
 
     @staticmethod
-    def of(head: Head, active: Tensor | None = None, **more) -> "Case":
+    def of(head: Head, row_mask: Tensor | None = None, **more) -> "Case":
         n = head.x.shape[0]
-        active = torch.ones(n, dtype=torch.bool) if active is None else active
-        rows = active.nonzero()[:, 0]
+        row_mask = torch.ones(n, dtype=torch.bool) if row_mask is None else row_mask
+        rows = row_mask.nonzero()[:, 0]
         assert n > BLOCK and blocks(len(rows)) <= INDICATORS
         indicator = head.x.new_zeros(n, INDICATORS)
         indicator[rows, torch.arange(len(rows)) // BLOCK] = 1
         wide = head.w.new_zeros(head.w.shape[0], INDICATORS)
         x, w = torch.cat([head.x, indicator], 1), torch.cat([head.w, wide], 1)
-        return Case(replace(head, x=x, w=w), active, **more)
+        return Case(replace(head, x=x, w=w), row_mask, **more)
 
     @property
     def rows(self) -> Tensor:
         """The active rows, in order."""
-        return self.active.nonzero()[:, 0]
+        return self.row_mask.nonzero()[:, 0]
 
     @property
     def block(self) -> Tensor:
         """The block of each active row."""
-        return torch.arange(int(self.active.sum())) // BLOCK
+        return torch.arange(int(self.row_mask.sum())) // BLOCK
 
     def operands(self, names: str) -> list[Tensor]:
         every = {
@@ -198,18 +198,18 @@ class Case:
 
 def saved_by(configuration: Configuration, case: Case) -> list[Tensor]:
     key = replace(configuration, grad_filter=BUDGET, needs="")
-    return forward_kernel(key)(case.operands(f"{configuration.operands} diagnostics"), case.active)
+    return forward_kernel(key)(case.operands(f"{configuration.operands} diagnostics"), case.row_mask)
 
 
 def gradients(configuration: Configuration, case: Case, tangents: list[Tensor], saved: list[Tensor]) -> dict:
-    out = backward_kernel(configuration)(tangents, saved, case.operands(configuration.names), case.active)
+    out = backward_kernel(configuration)(tangents, saved, case.operands(configuration.names), case.row_mask)
     return dict(zip(configuration.needs.split(), out, strict=True))
 
 
 def eager_gradients(configuration: Configuration, case: Case, tangents, saved, grad_filter: str | None = None) -> dict:
     function = backward_of(configuration, grad_filter)
     needs = configuration.needs.split()
-    return dict(zip(needs, function(tangents, saved, case.operands(configuration.names), case.active), strict=True))
+    return dict(zip(needs, function(tangents, saved, case.operands(configuration.names), case.row_mask), strict=True))
 
 
 def loss_tangents(g: Tensor) -> list[Tensor]:
@@ -220,7 +220,7 @@ def loss_tangents(g: Tensor) -> list[Tensor]:
 def reference_weights(configuration: Configuration, case: Case, g: Tensor, saved: list[Tensor]) -> Tensor:
     """(blocks, V): the weight that the eager implementation gives each column, 0 where it leaves the column out."""
     operands = dict(zip(configuration.names.split(), case.operands(configuration.names), strict=True))
-    call = Call(operands, case.active, configuration.statistics, configuration.attributes)
+    call = Call(operands, case.row_mask, configuration.statistics, configuration.attributes)
     named = dict(zip([*configuration.statistics.split(), "bound"], saved, strict=True))
     chosen = filtered.select(filtered.Operands(call), {"lse": g}, named, 50, 700)
     v = case.head.w.shape[0]
@@ -257,7 +257,7 @@ def exact_gradients(configuration: Configuration, case: Case, tangents: list[Ten
 
 
 def computed(case: Case, ours: dict) -> Tensor:
-    """(blocks, V): the sum of dacc over the rows of each block, as the kernel formed it; 0 for what it left out."""
+    """(blocks, V): the sum of dlogits over the rows of each block, as the kernel formed it; 0 for what it left out."""
     return ours["weight"][:, -INDICATORS:].t()[: blocks(len(case.rows))]
 
 
@@ -306,8 +306,13 @@ def two_thirds(n: int) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_bound_is_never_below_the_mass(kind, configuration):
     """One split of the vocabulary (many rows) and several, in rounds (few)."""
-    for n, v, active in [(600, 1500, None), (400, 3000, two_thirds(400)), (200, 3, None), (131, 4000, two_thirds(131))]:
-        case = Case.of(make(kind, n, v, seed=n).to(configuration.dtype), active)
+    for n, v, row_mask in [
+        (600, 1500, None),
+        (400, 3000, two_thirds(400)),
+        (200, 3, None),
+        (131, 4000, two_thirds(131)),
+    ]:
+        case = Case.of(make(kind, n, v, seed=n).to(configuration.dtype), row_mask)
         lse, target_logit, bound = saved_by(configuration, case)
         p, value = case.softmax(configuration), values(bound.device)[bound.long()]
         assert bound.shape == (blocks(n), v) and (bound[blocks(len(case.rows)) :] == 0).all()
@@ -318,7 +323,7 @@ def test_the_bound_is_never_below_the_mass(kind, configuration):
         z = logits(wide.x, wide.w, wide.bias)[case.rows]
         assert error(lse[case.rows], z.logsumexp(1)) < 1e-6
         assert error(target_logit[case.rows], z.gather(1, case.head.target[case.rows, None])[:, 0]) < 1e-6
-        assert not lse[~case.active].any() and not target_logit[~case.active].any()
+        assert not lse[~case.row_mask].any() and not target_logit[~case.row_mask].any()
 
 
 def test_the_bound_is_little_above_the_mass(monkeypatch):
@@ -340,8 +345,8 @@ def test_the_bound_is_little_above_the_mass(monkeypatch):
 @every_configuration
 def test_gradients_are_those_of_the_kept_columns(configuration):
     """Rows in three blocks, of which the last is not full; targets that share a column; a softmax with few large p."""
-    for n, d, v, active in [(300, 40, 4000, None), (390, 33, 2500, two_thirds(390)), (257, 300, 1001, None)]:
-        case = Case.of(peaked(n, d, v, configuration.dtype), active)
+    for n, d, v, row_mask in [(300, 40, 4000, None), (390, 33, 2500, two_thirds(390)), (257, 300, 1001, None)]:
+        case = Case.of(peaked(n, d, v, configuration.dtype), row_mask)
         case.head.target[::5] = 7
         check(f"({n}, {d}, {v})", configuration, case, loss_tangents(torch.rand(n) / n))
         check(f"({n}, {d}, {v}), signed", configuration, case, loss_tangents(signed(n)))
@@ -357,7 +362,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             kernel = backward_kernel(FLOAT32).compiled  # Dynamo compiles it anew for another number
-            found.append(kernel(tangents, saved, case.operands(FLOAT32.names), case.active))
+            found.append(kernel(tangents, saved, case.operands(FLOAT32.names), case.row_mask))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -385,11 +390,11 @@ def transposed(case: Case) -> Case:
 def test_autocast_strided_operands_a_frozen_trunk_and_the_sum_of_logits():
     """The gradient of logit_sum (label smoothing) stands apart and is never filtered."""
     n, v = 300, 2500
-    for active in (None, two_thirds(n)):
-        case = transposed(Case.of(peaked(n, 33, v), active, column_weight=torch.rand(v)))
+    for row_mask in (None, two_thirds(n)):
+        case = transposed(Case.of(peaked(n, 33, v), row_mask, column_weight=torch.rand(v)))
         tangents = [torch.rand(n) / n, signed(n), signed(n) / v]
         saved = FORWARD(
-            case.operands(AUTOCAST.names), AUTOCAST.names, case.active, AUTOCAST.statistics, True,
+            case.operands(AUTOCAST.names), AUTOCAST.names, case.row_mask, AUTOCAST.statistics, True,
             *AUTOCAST.attributes.args(),
         )  # fmt: skip
         check("autocast", AUTOCAST, case, tangents, saved)
@@ -444,14 +449,14 @@ def test_contract(configuration, n, v, kind, inactive, weights, seed):
     v = max(v, 2)
     every = max(n + inactive, BLOCK + 1)
     generator = torch.Generator().manual_seed(seed)
-    active = torch.zeros(every, dtype=torch.bool)
-    active[torch.randperm(every, generator=generator)[:n]] = True
-    case = Case.of(make(kind, every, v, seed).to(configuration.dtype), active, seed=seed * 7919)
+    row_mask = torch.zeros(every, dtype=torch.bool)
+    row_mask[torch.randperm(every, generator=generator)[:n]] = True
+    case = Case.of(make(kind, every, v, seed).to(configuration.dtype), row_mask, seed=seed * 7919)
     saved = saved_by(configuration, case)
     g = weighting(weights, every, generator)
     ours = gradients(configuration, case, loss_tangents(g), saved)
     assert all(t.isfinite().all() for t in ours.values())
-    assert not ours["input"][~active].any()
+    assert not ours["input"][~row_mask].any()
     g, p, lse = g[case.rows].double().abs(), case.softmax(configuration), saved[0][case.rows].double()
     found, sampled = computed(case, ours).double(), torch.zeros(blocks(n), v, dtype=torch.bool)
     dense = torch.zeros(blocks(n), v, dtype=torch.float64).index_add(0, case.block, p * (g[:, None]))
@@ -604,7 +609,7 @@ def test_extremes_as_the_reference(edit, configuration):
     edit(case, g)
     saved = saved_by(configuration, case)
     operands = case.operands(f"{configuration.operands} diagnostics")
-    for ours, eager in zip(saved[:2], forward_of(configuration)(operands, case.active)[:2], strict=True):
+    for ours, eager in zip(saved[:2], forward_of(configuration)(operands, case.row_mask)[:2], strict=True):
         assert error(ours, eager) < 2e-6
     ours = gradients(configuration, case, loss_tangents(g), saved)
     eager = eager_gradients(configuration, case, loss_tangents(g), saved)
@@ -617,9 +622,9 @@ def test_extremes_as_the_reference(edit, configuration):
 def test_small_vocabularies_and_few_active_rows(configuration):
     """Fewer columns than a tile has at least; none is left of which the targets are all."""
     for v, count in [(2, 300), (3, 1), (31, 129), (33, 2), (5, 256), (1500, 1), (200, 128)]:
-        active = torch.zeros(330, dtype=torch.bool)
-        active[torch.randperm(330)[:count]] = True
-        case = Case.of(peaked(330, 20, v, configuration.dtype, seed=v), active)
+        row_mask = torch.zeros(330, dtype=torch.bool)
+        row_mask[torch.randperm(330)[:count]] = True
+        case = Case.of(peaked(330, 20, v, configuration.dtype, seed=v), row_mask)
         check(f"{count} rows, {v} columns", configuration, case, loss_tangents(torch.rand(330)), kept=(0, 1))
 
 

@@ -31,10 +31,10 @@ WORKSPACE = 1 << 20
 
 
 def results(run):
-    """(tangents, x, w, bias, target, active) -> lse, target_logit, dx, dw, db."""
+    """(tangents, x, w, bias, target, row_mask) -> lse, target_logit, dx, dw, db."""
 
-    def call(tangents, x, w, bias, target, active):
-        return run(Head(x, w, target, bias), tangents=tangents, active=active).values()
+    def call(tangents, x, w, bias, target, row_mask):
+        return run(Head(x, w, target, bias), tangents=tangents, row_mask=row_mask).values()
 
     return call
 
@@ -94,17 +94,17 @@ def test_error_rule(configuration, n, d, v, kind, some):
     if strided:
         head.x = head.x.repeat(1, 2)[:, ::2]
         head.w = head.w.t().contiguous().t()
-    active = torch.arange(n) % 4 >= some
+    row_mask = torch.arange(n) % 4 >= some
     generator = torch.Generator().manual_seed(7)
     tangents = [(torch.rand(n, generator=generator) - 0.4) / n for _ in range(2)]
 
     def of(fn, head):
-        out = fn(tangents, head.x, head.w, head.bias, head.target, active)
+        out = fn(tangents, head.x, head.w, head.bias, head.target, row_mask)
         return dict(zip(["lse", "target_logit", "dx", "dw", "db"], out, strict=True))
 
     ours = of(compiled(configuration), head)
     eager, exact = of(plain, head if compute is None else head.to(compute)), of(plain, head.to(torch.float64))
-    if kind == "NaN row" and not active[n // 2]:
+    if kind == "NaN row" and not row_mask[n // 2]:
         # Eager multiplies the row's NaN by 0; a row that does not count leaves no trace here.
         assert all(t.isfinite().all() for t in ours.values())
         return

@@ -30,7 +30,7 @@ def test_float32_kept_in_full_in_chunks_and_not_at_all():
         operator = Operator(EVERY, at_once=True, dynamic=True, scale=0.7, **softcap, workspace=workspace)
         for n in (137, 500):
             head = Head.make(n, 90, 1003, bias=True, seed=n)
-            operator.check(f"{case}, {n} rows", head, column_weight=weight, active=some_rows(n))
+            operator.check(f"{case}, {n} rows", head, column_weight=weight, row_mask=some_rows(n))
             operator.check(f"{case}, {n} rows, all active", head, column_weight=weight)
     assert kernels() == 6
 
@@ -124,7 +124,7 @@ def test_three_threads(three_threads):
     head = Head.make(500, 71, 1003, bias=True)
     for workspace in (1 << 20, 1 << 18):
         operator = Operator(LOSS, at_once=True, workspace=workspace)
-        operator.check_threads(f"{workspace} bytes", head, three_threads, active=some_rows(500))
+        operator.check_threads(f"{workspace} bytes", head, three_threads, row_mask=some_rows(500))
     assert kernels() == 2
 
 

@@ -36,7 +36,7 @@ from cce_inductor.ops.choice import Choice
 
 HERE = Path(__file__).parent
 # Kernels that multiply no matrices, or none in tiles.
-NO_PRODUCT = {"linear_statistics_dacc, kept", "linear_statistics_early"} | {
+NO_PRODUCT = {"linear_statistics_dlogits, kept", "linear_statistics_early"} | {
     f"budget_{name}" for name in ("select", "mask", "bits", "tiles", "plan", "list", "check")
 }
 # Variants of what the others show.
@@ -112,7 +112,7 @@ def bfloat16_loss(**how) -> list[str]:
 
 
 def test_allocations_and_launches_of_a_training_step():
-    """What is allocated: results, one slab of dacc, the accumulator of dx, vectors. Never anything of N x V."""
+    """What is allocated: results, one slab of dlogits, the accumulator of dx, vectors. Never anything of N x V."""
     forward, backward = bfloat16_loss()
     # The mask, the list of active rows (three vectors and their number), four splits of lse and target logit.
     assert_expected_inline(
@@ -136,7 +136,7 @@ allocate (512) float32
 allocate () float32
 launch persistent reduction""",
     )
-    # dW, the accumulator of dx, and one slab of dacc that five regions share; at last dx in bf16.
+    # dW, the accumulator of dx, and one slab of dlogits that five regions share; at last dx in bf16.
     assert_expected_inline(
         rendered.summary(backward),
         """\
@@ -154,23 +154,23 @@ launch pointwise
 allocate (512, 2048) bfloat16
 allocate (2) int64
 launch pointwise
-launch linear_statistics_dacc
+launch linear_statistics_dlogits
 launch linear_statistics_dw
 launch linear_statistics_dx
 launch pointwise
-launch linear_statistics_dacc
+launch linear_statistics_dlogits
 launch linear_statistics_dw
 launch linear_statistics_dx
 launch pointwise
-launch linear_statistics_dacc
+launch linear_statistics_dlogits
 launch linear_statistics_dw
 launch linear_statistics_dx
 launch pointwise
-launch linear_statistics_dacc
+launch linear_statistics_dlogits
 launch linear_statistics_dw
 launch linear_statistics_dx
 launch pointwise
-launch linear_statistics_dacc
+launch linear_statistics_dlogits
 launch linear_statistics_dw
 launch linear_statistics_dx
 allocate (512, 64) bfloat16
@@ -180,7 +180,7 @@ launch pointwise""",
 
 
 def test_allocations_and_launches_of_gradients_in_the_forward():
-    """All logits in the workspace, 16 bits each, and dacc in their place; the backward multiplies by the tangent."""
+    """All logits in the workspace, 16 bits each, and dlogits in their place; the backward multiplies by the tangent."""
     choose = lambda problem: Choice("test", gradients_in_forward=True)  # noqa: E731
     forward, backward = bfloat16_loss(choose=choose, tiles=KEEPING, workspace=16 << 20)
     assert_expected_inline(
@@ -209,7 +209,7 @@ allocate (512, 64) bfloat16
 launch pointwise
 allocate (2) int64
 launch pointwise
-launch linear_statistics_dacc, kept
+launch linear_statistics_dlogits, kept
 launch linear_statistics_dw
 launch linear_statistics_dx""",
     )
@@ -301,11 +301,11 @@ launch budget_bits
 launch budget_tiles
 launch budget_plan
 launch budget_list
-launch budget_dacc
+launch budget_dlogits
 launch budget_dw
 launch budget_dx
 launch budget_list
-launch budget_dacc
+launch budget_dlogits
 launch budget_dw
 launch budget_dx
 allocate (1) int64
@@ -315,11 +315,11 @@ launch budget_bits
 launch budget_tiles
 launch budget_plan
 launch budget_list
-launch budget_dacc
+launch budget_dlogits
 launch budget_dw
 launch budget_dx
 launch budget_list
-launch budget_dacc
+launch budget_dlogits
 launch budget_dw
 launch budget_dx
 allocate (512, 64) bfloat16
@@ -332,14 +332,14 @@ def test_slabs_of_a_budget_stay_within_the_workspace():
     for workspace in (1 << 20, 2 << 20, 3 << 20):
         _, backward = bfloat16_loss(grad_filter="budget 0.004", workspace=workspace)
         slabs, width = budget_slabs(n, v, 2, workspace)
-        launches = rendered.summary(backward).count("launch budget_dacc")
+        launches = rendered.summary(backward).count("launch budget_dlogits")
         assert launches == 2 * slabs > 2 and f"({4 * width}, 128), (128, 1), torch.bfloat16" in backward
         results, sums, vectors = v * d * 2 + n * d * 2, n * d * 4, 40 * n
         # The sort has its two results.
         assert allocated(backward) + 2 * 8 * v <= workspace + results + sums + vectors
     _, backward = bfloat16_loss(grad_filter="budget 0.004", workspace=1 << 19)
     summary = rendered.summary(backward)
-    assert "launch linear_statistics_dacc" in summary and "budget" not in summary
+    assert "launch linear_statistics_dlogits" in summary and "budget" not in summary
 
 
 def test_the_autotuner_is_given_a_slab_that_keeps_everything():
@@ -442,11 +442,11 @@ def test_schedules_stay_within_the_workspace():
                 for schedule in offered(workspace, n=n, d=d, v=v, weight=weight):
                     assert schedule.name == "slab" or schedule.launches(n, v) <= 256
                     for sweep in schedule.sweeps:
-                        dacc = (sweep.rows or n) * sweep.columns * 2
+                        dlogits = (sweep.rows or n) * sweep.columns * 2
                         adds_dw = sweep.rows and "weight" in sweep.makes and weight != torch.float32
                         sums = sweep.columns * d * 4 if adds_dw else 0
                         # A slab is at least one tile wide, whatever the number of rows.
-                        assert dacc + sums <= workspace or (schedule.name, sweep.columns) == ("slab", 256)
+                        assert dlogits + sums <= workspace or (schedule.name, sweep.columns) == ("slab", 256)
 
 
 def test_every_schedule_is_compiled_to_be_timed_and_the_fastest_is_used():

@@ -130,26 +130,26 @@ def operands(x: Tensor, w: Tensor, target: Tensor, bias=None, column_weight=None
     return {name: t for name, t in every.items() if t is not None}
 
 
-def call_forward(head: Head, names: str, *, bias=None, column_weight=None, active=None, training=False, **attributes):
+def call_forward(head: Head, names: str, *, bias=None, column_weight=None, row_mask=None, training=False, **attributes):
     """The forward operator on a head; `attributes` are those of `cce_inductor.ops.call.Attributes`."""
     given = operands(head.x, head.w, head.target, bias, column_weight)
     arguments = Attributes(**attributes).args()
-    return FORWARD(list(given.values()), " ".join(given), active, names, training, *arguments)
+    return FORWARD(list(given.values()), " ".join(given), row_mask, names, training, *arguments)
 
 
 def loss_with_gradients(x: Tensor, w: Tensor, target: Tensor, bias: Tensor | None, loss: CrossEntropy) -> Tensor:
     """A mean or sum whose gradients are formed in the forward, put together as the rewrite puts it."""
     given = operands(x, w, target, bias)
-    active = target != loss.ignore_index
+    row_mask = target != loss.ignore_index
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    known = tangents(target, active, None, w.shape[0], loss, wide)
+    known = tangents(target, row_mask, None, w.shape[0], loss, wide)
     leaves = {name: t for name, t in given.items() if name != "target"}
     out = WITH_GRADIENTS(
-        list(known.values()), " ".join(known), list(given.values()), " ".join(given), active, loss.statistics,
+        list(known.values()), " ".join(known), list(given.values()), " ".join(given), row_mask, loss.statistics,
         " ".join(leaves), *Attributes().args(),
     )  # fmt: skip
     names = loss.statistics.split()
-    value = from_statistics(dict(zip(names, out, strict=False)), target, active, None, w.shape[0], loss)
+    value = from_statistics(dict(zip(names, out, strict=False)), target, row_mask, None, w.shape[0], loss)
     return ATTACH(value, list(leaves.values()), list(out[len(names) :])).to(x.dtype)
 
 

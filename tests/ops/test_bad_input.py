@@ -227,18 +227,18 @@ def test_a_row_of_nan_that_is_ignored_has_no_part_in_the_loss_and_spreads_to_the
 
 @pytest.mark.parametrize("names", ["lse target_logit", "lse target_logit logit_sum entropy argmax"])
 def test_inactive_rows_do_not_count(names, small_tiles):
-    head, active = Head.make(), some_rows(N)
-    head.x[~active], head.target[~active] = math.nan, 10**12
+    head, row_mask = Head.make(), some_rows(N)
+    head.x[~row_mask], head.target[~row_mask] = math.nan, 10**12
     x, w = head.x.requires_grad_(), head.w.requires_grad_()
-    out = call_forward(head, names, active=active)
-    assert all(not t[~active].any() for t in out)
-    tangent = torch.full((N,), math.nan).masked_fill(active, 1)  # what 0 / 0 leaves behind in a masked mean
+    out = call_forward(head, names, row_mask=row_mask)
+    assert all(not t[~row_mask].any() for t in out)
+    tangent = torch.full((N,), math.nan).masked_fill(row_mask, 1)  # what 0 / 0 leaves behind in a masked mean
     result = torch.autograd.grad([t for t in out if t.requires_grad], [x, w], [tangent for t in out if t.requires_grad])
-    rest = Head(x.detach()[active].requires_grad_(), w.detach().requires_grad_(), head.target[active])
+    rest = Head(x.detach()[row_mask].requires_grad_(), w.detach().requires_grad_(), head.target[row_mask])
     kept = [t for t in call_forward(rest, names) if t.requires_grad]
     want = torch.autograd.grad(kept, [rest.x, rest.w], [torch.ones_like(t) for t in kept])
-    assert error(result[0][active], want[0]) < 1e-5 and error(result[1], want[1]) < 1e-5
-    assert not result[0][~active].any()
+    assert error(result[0][row_mask], want[0]) < 1e-5 and error(result[1], want[1]) < 1e-5
+    assert not result[0][~row_mask].any()
 
 
 def test_fresh_memory_is_never_read(monkeypatch, small_tiles):

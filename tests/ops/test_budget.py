@@ -122,11 +122,11 @@ def test_contract_holds_in_every_block(kind, n, v, tau, weighting, group, slab, 
         g *= 0
     elif weighting == "one NaN":
         g[n // 3] = torch.nan
-    active = torch.rand(n, generator=generator) < 0.6 if weighting == "some rows" else None
-    assume(active is None or active.any())
+    row_mask = torch.rand(n, generator=generator) < 0.6 if weighting == "some rows" else None
+    assume(row_mask is None or row_mask.any())
     attributes = Attributes(grad_filter=str(Filter("budget", tau, group=group)))
     call = Call(
-        {"input": head.x, "weight": head.w, "bias": head.bias, "target": head.target}, active, NAMES, attributes
+        {"input": head.x, "weight": head.w, "bias": head.bias, "target": head.target}, row_mask, NAMES, attributes
     )
     before = reference.SLAB_COLUMNS
     reference.SLAB_COLUMNS = slab  # the running log-sum-exp, and with it the bound, depends on the slabs
@@ -137,7 +137,7 @@ def test_contract_holds_in_every_block(kind, n, v, tau, weighting, group, slab, 
     bound, keep = saved[-1], kept_columns(call, g, saved)
     z = logits(head.x.double(), head.w.double(), head.bias.double())
     p = z.softmax(1).scatter(1, head.target[:, None], 0)
-    rows = torch.arange(n) if active is None else active.nonzero()[:, 0]
+    rows = torch.arange(n) if row_mask is None else row_mask.nonzero()[:, 0]
     value = values(bound.device)[bound.long()]
     for b in range(blocks(len(rows))):
         own = rows[b * BLOCK : (b + 1) * BLOCK]
@@ -167,25 +167,25 @@ def test_gradients_are_those_of_the_kept_columns(dtype, masked, group, small_til
     """The operators, through autograd, against float64 with the same columns left out; and how far exact is away."""
     head = Head.make(300, 16, 400, dtype, bias=True)
     head.w *= 3
-    active = torch.arange(300) % 3 != 1 if masked else None
+    row_mask = torch.arange(300) % 3 != 1 if masked else None
     attributes = Attributes(grad_filter=str(Filter("budget", 1e-2, group=group))).args()
     leaves = [t.detach().requires_grad_() for t in (head.x, head.w, head.bias)]
     operands, names = [*leaves, head.target], "input weight bias target"
-    lse, target_logit, bound = FORWARD(operands, names, active, NAMES, True, *attributes)
+    lse, target_logit, bound = FORWARD(operands, names, row_mask, NAMES, True, *attributes)
     assert bound.shape == (3, 400 // group) and bound.dtype == torch.uint8 and not bound.requires_grad
-    assert len(FORWARD(operands, names, active, NAMES, False, *attributes)) == 2
+    assert len(FORWARD(operands, names, row_mask, NAMES, False, *attributes)) == 2
     g = torch.rand(300)
     ours = torch.autograd.grad(((lse - target_logit) * g).sum(), leaves)
-    call = Call(dict(zip(names.split(), operands, strict=True)), active, NAMES, Attributes(*attributes))
+    call = Call(dict(zip(names.split(), operands, strict=True)), row_mask, NAMES, Attributes(*attributes))
     keep = kept_columns(call, g, [lse.detach(), target_logit.detach(), bound])
-    rows = torch.arange(300) if active is None else active.nonzero()[:, 0]
+    rows = torch.arange(300) if row_mask is None else row_mask.nonzero()[:, 0]
     exact = head.to(torch.float64)
     p = logits(exact.x, exact.w, exact.bias).softmax(1)
-    dacc = torch.zeros_like(p)
+    dlogits = torch.zeros_like(p)
     block = torch.arange(len(rows)) // BLOCK
-    dacc[rows] = p[rows] * keep[block] * g[rows, None]
-    dacc[rows, head.target[rows]] -= g[rows]
-    expected = [dacc @ exact.w, dacc.T @ exact.x, dacc.sum(0)]
+    dlogits[rows] = p[rows] * keep[block] * g[rows, None]
+    dlogits[rows, head.target[rows]] -= g[rows]
+    expected = [dlogits @ exact.w, dlogits.T @ exact.x, dlogits.sum(0)]
     assert 0.2 < keep[block].float().mean() < 0.99
     for one, want in zip(ours, expected, strict=True):
         assert error(one, want) < 8 * torch.finfo(dtype).eps
@@ -251,30 +251,30 @@ def test_sums_of_logits_are_exact_beside_a_budget(dtype, masked, weighted, small
     head = Head.make(300, 16, 400, dtype, bias=True)
     head.w *= 3
     n, v = 300, 400
-    active = torch.arange(n) % 3 != 1 if masked else None
+    row_mask = torch.arange(n) % 3 != 1 if masked else None
     column_weight = torch.rand(v) if weighted else None
     given = {"input": head.x, "weight": head.w, "bias": head.bias, "target": head.target}
     given |= {"column_weight": column_weight} if weighted else {}
     names, attributes = "lse target_logit logit_sum", Attributes(scale=0.7, grad_filter="budget 0.01")
-    call = Call(given, active, names, attributes)
-    out = FORWARD(list(given.values()), " ".join(given), active, names, True, *attributes.args())
+    call = Call(given, row_mask, names, attributes)
+    out = FORWARD(list(given.values()), " ".join(given), row_mask, names, True, *attributes.args())
     tangents = dict(zip(names.split(), torch.randn(3, n, dtype=out[0].dtype), strict=True))
     ours = BACKWARD(
-        list(tangents.values()), names, out, list(given.values()), " ".join(given), active, names, "input weight bias",
+        list(tangents.values()), names, out, list(given.values()), " ".join(given), row_mask, names, "input weight bias",
         *attributes.args(),
     )  # fmt: skip
     keep = kept_columns(call, tangents["lse"], out)
     assert 0.1 < keep.float().mean() < 0.95
-    rows = torch.arange(n) if active is None else active.nonzero()[:, 0]
+    rows = torch.arange(n) if row_mask is None else row_mask.nonzero()[:, 0]
     exact = head.to(torch.float64)
     p = logits(exact.x, exact.w, exact.bias, scale=0.7).softmax(1)
     g, h, s = (t.double() for t in tangents.values())
-    dacc = torch.zeros_like(p)
-    dacc[rows] = p[rows] * keep[torch.arange(len(rows)) // BLOCK] * g[rows, None]
-    dacc[rows, head.target[rows]] += h[rows]
-    dacc[rows] += s[rows, None] * (torch.ones(v) if column_weight is None else column_weight).double()
-    dacc *= 0.7
-    for one, want in zip(ours, [dacc @ exact.w, dacc.T @ exact.x, dacc.sum(0)], strict=True):
+    dlogits = torch.zeros_like(p)
+    dlogits[rows] = p[rows] * keep[torch.arange(len(rows)) // BLOCK] * g[rows, None]
+    dlogits[rows, head.target[rows]] += h[rows]
+    dlogits[rows] += s[rows, None] * (torch.ones(v) if column_weight is None else column_weight).double()
+    dlogits *= 0.7
+    for one, want in zip(ours, [dlogits @ exact.w, dlogits.T @ exact.x, dlogits.sum(0)], strict=True):
         assert error(one, want) < 8 * torch.finfo(dtype).eps
 
 

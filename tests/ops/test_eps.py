@@ -22,9 +22,9 @@ def peaked_head() -> Head:
     return head
 
 
-def tile_loop(head: Head, active, tangents, eps: float, in_order: bool, scale: float, cap: float | None):
+def tile_loop(head: Head, row_mask, tangents, eps: float, in_order: bool, scale: float, cap: float | None):
     """(gradients of x, w and bias; how many tiles are left out)."""
-    rows = torch.arange(N) if active is None else active.nonzero()[:, 0]
+    rows = torch.arange(N) if row_mask is None else row_mask.nonzero()[:, 0]
     x, target = head.x[rows], head.target[rows]
     z = logits(x, head.w, head.bias, scale, cap)
     p = z.softmax(1)
@@ -54,19 +54,19 @@ def tile_loop(head: Head, active, tangents, eps: float, in_order: bool, scale: f
 )
 def test_gradients_are_those_of_the_tiles_that_count(order, masked, names, scale, cap, small_tiles):
     head, eps = peaked_head(), 1e-3
-    active = torch.arange(N) % 3 != 1 if masked else None
+    row_mask = torch.arange(N) % 3 != 1 if masked else None
     attributes = Attributes(scale=scale, softcap=cap or 0.0, grad_filter=f"eps {eps}{order}").args()
     operands, operand_names = [head.x, head.w, head.bias, head.target], "input weight bias target"
-    out = FORWARD(operands, operand_names, active, names, True, *attributes)
+    out = FORWARD(operands, operand_names, row_mask, names, True, *attributes)
     assert len(out) == len(names.split()), "nothing but the statistics is left behind"
     tangents = [torch.randn(N, dtype=torch.float64) for _ in range(3)]
     if "logit_sum" not in names:
         tangents[2][:] = 0
     ours = BACKWARD(
-        tangents[: len(out)], names, out, operands, operand_names, active, names, "input weight bias", *attributes
+        tangents[: len(out)], names, out, operands, operand_names, row_mask, names, "input weight bias", *attributes
     )
-    expected, left_out = tile_loop(head, active, tangents, eps, bool(order), scale, cap)
-    tiles = 18 if active is None else 12
+    expected, left_out = tile_loop(head, row_mask, tangents, eps, bool(order), scale, cap)
+    tiles = 18 if row_mask is None else 12
     assert 0 < left_out < tiles
     for one, want in zip(ours, expected, strict=True):
         assert error(one, want) < 1e-13

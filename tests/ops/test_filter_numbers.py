@@ -18,13 +18,13 @@ V = 700
 FILTERS = ["budget 0.05", "unbiased 0.05", "eps 0.02", "eps 0.02 sorted"]
 
 
-def operators(head, g, active, grad_filter, needs="weight diagnostics", tangents=STATISTICS):
+def operators(head, g, row_mask, grad_filter, needs="weight diagnostics", tangents=STATISTICS):
     """The results of a backward with the tangents g and -g."""
     attributes = Attributes(grad_filter=grad_filter).args()
     operands = {"input": head.x, "weight": head.w, "bias": head.bias, "target": head.target}
     operands |= {"seed": torch.tensor([7])} if grad_filter.startswith("unbiased") else {}
     operands |= {"diagnostics": torch.zeros(5)}
-    call = list(operands.values()), " ".join(operands), active, STATISTICS
+    call = list(operands.values()), " ".join(operands), row_mask, STATISTICS
     saved = FORWARD(*call, True, *attributes)
     given = {"lse": g, "target_logit": -g}
     named = [given[name] for name in tangents.split()]
@@ -63,9 +63,9 @@ def peaked(n, seed):
 def test_numbers_of_one_block(grad_filter, masked):
     head = peaked(BLOCK, 3)
     g = torch.rand(BLOCK) + 0.1
-    active = torch.arange(BLOCK) % 3 != 1 if masked else None
-    rows = torch.arange(BLOCK) if active is None else active.nonzero()[:, 0]
-    numbers = operators(head, g, active, grad_filter)["diagnostics"].double()
+    row_mask = torch.arange(BLOCK) % 3 != 1 if masked else None
+    rows = torch.arange(BLOCK) if row_mask is None else row_mask.nonzero()[:, 0]
+    numbers = operators(head, g, row_mask, grad_filter)["diagnostics"].double()
     weight = weights(head, rows, g, grad_filter)
     certain = (weight - 1).abs() < 1e-3
     p = dense(head)[rows]

@@ -17,15 +17,15 @@ NAMES = "lse target_logit logit_sum"
 def arguments(head: Head, needs: str = "input weight bias") -> tuple:
     given = [torch.rand(head.x.shape[0]) - 0.4 for _ in NAMES.split()]
     operands = [head.x, head.w, head.bias, head.target]
-    active = head.target % 3 != 0
-    return given, NAMES, operands, "input weight bias target", active, NAMES, needs, *ATTRIBUTES
+    row_mask = head.target % 3 != 0
+    return given, NAMES, operands, "input weight bias target", row_mask, NAMES, needs, *ATTRIBUTES
 
 
 def test_it_is_the_forward_and_then_the_backward():
-    given, names, operands, operand_names, active, _, needs, *_ = call = arguments(Head.make(bias=True))
+    given, names, operands, operand_names, row_mask, _, needs, *_ = call = arguments(Head.make(bias=True))
     out = WITH_GRADIENTS(*call)
-    stats = FORWARD(operands, operand_names, active, NAMES, True, *ATTRIBUTES)
-    grads = BACKWARD(given, names, stats, operands, operand_names, active, NAMES, needs, *ATTRIBUTES)
+    stats = FORWARD(operands, operand_names, row_mask, NAMES, True, *ATTRIBUTES)
+    grads = BACKWARD(given, names, stats, operands, operand_names, row_mask, NAMES, needs, *ATTRIBUTES)
     assert len(out) == 6 and all(torch.equal(a, b) for a, b in zip(out, [*stats, *grads], strict=True))
 
 
@@ -59,11 +59,11 @@ def test_attached_gradients_are_multiplied_by_the_tangent_and_keep_their_dtype()
 def test_tangents_are_what_autograd_finds(reduction, smoothing, weighted):
     loss = CrossEntropy(reduction=reduction, label_smoothing=smoothing, ignore_index=3)
     target = torch.randint(0, 7, (50,))
-    active, weight = target != 3, torch.rand(7) if weighted else None
+    row_mask, weight = target != 3, torch.rand(7) if weighted else None
     stats = {name: torch.randn(50, requires_grad=True) for name in loss.statistics.split() if name != "lse_low"}
-    value = from_statistics(stats | {"lse_low": torch.zeros(50)}, target, active, weight, 7, loss)
+    value = from_statistics(stats | {"lse_low": torch.zeros(50)}, target, row_mask, weight, 7, loss)
     want = dict(zip(stats, torch.autograd.grad(value, list(stats.values())), strict=True))
-    known = tangents(target, active, weight, 7, loss)
+    known = tangents(target, row_mask, weight, 7, loss)
     assert known.keys() == want.keys()
     for name in want:
         torch.testing.assert_close(known[name], want[name])

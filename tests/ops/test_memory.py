@@ -62,7 +62,7 @@ SHAPES = {"long": (4000, 16, 300), "wide": (40, 16, 60_000), "deep": (64, 3000, 
         ("lse target_logit", {}, True),
         ("lse logit_sum entropy", {"softcap": 5.0}, True),
     ],
-    ids=["loss", "active", "entropy"],
+    ids=["loss", "row_mask", "entropy"],
 )
 def test_operators_at_a_tiny_workspace(shape, dtype, compute_dtype, names, attributes, masked, monkeypatch):
     check_tiny_workspace(shape, dtype, compute_dtype, names, attributes, masked, monkeypatch)
@@ -87,18 +87,18 @@ def check_tiny_workspace(shape, dtype, compute_dtype, names, attributes, masked,
     monkeypatch.setattr(reference, "SLAB_COLUMNS", math.inf)  # the workspace alone decides
     n, d, v = SHAPES[shape]
     head = Head.make(n, d, v, dtype)
-    active = torch.arange(n) % 2 == 0 if masked else None
+    row_mask = torch.arange(n) % 2 == 0 if masked else None
     attributes = dict(attributes, compute_dtype=compute_dtype, workspace=WORKSPACE)
     vectors = 64 * n * 8
     operands, operand_names = [head.x, head.w, head.target, torch.tensor([5])], "input weight target seed"
     arguments = Attributes(**attributes).args()
     with Allocations() as forward:
-        out = FORWARD(operands, operand_names, active, names, True, *arguments)
+        out = FORWARD(operands, operand_names, row_mask, names, True, *arguments)
     bound = sum(t.nbytes for t in out[len(names.split()) :])
     assert forward.peak <= WORKSPACE + vectors + bound
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     tangents = [torch.ones_like(t) for t in out[: len(names.split())]]
-    arguments = (tangents, names, out, operands, operand_names, active, names, "input weight", *arguments)
+    arguments = (tangents, names, out, operands, operand_names, row_mask, names, "input weight", *arguments)
     with Allocations() as backward:
         BACKWARD(*arguments)
     accumulator = 0 if dtype == accumulate else n * d * accumulate.itemsize

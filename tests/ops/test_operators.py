@@ -16,7 +16,7 @@ EVERY = "lse target_logit logit_sum entropy argmax"
 GROUPS = ("lse", "target_logit", "logit_sum", "lse entropy", "argmax", "argmax target_logit lse", EVERY)
 VARIANTS = list(
     itertools.product((False, True), (1.0, 0.7), ((None, "tanh"), (2.0, "tanh"), (2.0, "rsqrt")), (False, True))
-)  # bias, scale, softcap and its form, active
+)  # bias, scale, softcap and its form, row_mask
 
 
 def test_the_table_is_covered():
@@ -30,15 +30,15 @@ def test_values(names, dtype, small_tiles):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for bias, scale, (softcap, form), masked in VARIANTS:
         head = Head.make(dtype=dtype, bias=bias)
-        active = some_rows(37) if masked else None
+        row_mask = some_rows(37) if masked else None
         how = {"scale": scale, "softcap": softcap or 0.0, "softcap_form": form}
-        result = call_forward(head, names, bias=head.bias, active=active, column_weight=column_weight, **how)
+        result = call_forward(head, names, bias=head.bias, row_mask=row_mask, column_weight=column_weight, **how)
         exact = head.to(torch.float64)
         z = logits(exact.x, exact.w, exact.bias, scale, softcap, form)
         for name, ours, want in zip(
             names.split(), result, statistics(names, z, head.target, column_weight), strict=True
         ):
-            want = want if active is None else torch.where(active, want, 0)
+            want = want if row_mask is None else torch.where(row_mask, want, 0)
             case = f"{name}, bias={bias} scale={scale} softcap={softcap} {form} masked={masked}"
             assert ours.shape == (37,), case
             if name == "argmax":
@@ -64,7 +64,7 @@ def test_gradcheck(names, bias, scale, softcap, masked, monkeypatch):
     head = Head.make(4, 3, 6, torch.float64, bias)
     leaves = [t.requires_grad_() for t in (head.x, head.w, head.bias) if t is not None]
     column_weight = torch.rand(6, dtype=torch.float64)
-    active = some_rows(4) if masked else None
+    row_mask = some_rows(4) if masked else None
 
     def fn(*operands):
         inner = Head(operands[0], operands[1], head.target)
@@ -73,7 +73,7 @@ def test_gradcheck(names, bias, scale, softcap, masked, monkeypatch):
             names,
             bias=operands[2] if bias else None,
             column_weight=column_weight,
-            active=active,
+            row_mask=row_mask,
             scale=scale,
             softcap=softcap[0] or 0.0,
             softcap_form=softcap[1],
@@ -89,8 +89,15 @@ OPCHECK_CASES = {
     "every statistic": {"names": EVERY},
     "bias": {"names": "lse target_logit", "bias": True},
     "class weights": {"names": "lse logit_sum", "column_weight": True},
-    "active": {"names": "lse target_logit", "active": True},
-    "all at once": {"names": EVERY, "bias": True, "column_weight": True, "active": True, "scale": 0.7, "softcap": 3.0},
+    "row_mask": {"names": "lse target_logit", "row_mask": True},
+    "all at once": {
+        "names": EVERY,
+        "bias": True,
+        "column_weight": True,
+        "row_mask": True,
+        "scale": 0.7,
+        "softcap": 3.0,
+    },
     "the other softcap": {"names": "lse target_logit", "bias": True, "softcap": 3.0, "softcap_form": "rsqrt"},
     "compute dtype": {"names": "lse target_logit", "compute_dtype": torch.bfloat16},
 }
@@ -104,14 +111,14 @@ OPCHECK_CASES = {
 )
 def test_opcheck(case, dtype):
     options = dict(OPCHECK_CASES[case])
-    names, bias, weighted, masked = (options.pop(k, False) for k in ("names", "bias", "column_weight", "active"))
+    names, bias, weighted, masked = (options.pop(k, False) for k in ("names", "bias", "column_weight", "row_mask"))
     head = Head.make(10, 8, 30, dtype, bias)
     operands = {"input": head.x, "weight": head.w, "target": head.target}
     operands |= {"bias": head.bias} if bias else {}
     operands |= {"column_weight": torch.rand(30).to(dtype)} if weighted else {}
-    active = some_rows(10) if masked else None
+    row_mask = some_rows(10) if masked else None
     attributes = Attributes(**options).args()
-    common = ([t.clone() for t in operands.values()], " ".join(operands), active, names)
+    common = ([t.clone() for t in operands.values()], " ".join(operands), row_mask, names)
 
     for requires_grad in (False, True):
         leaves = [

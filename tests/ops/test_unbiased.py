@@ -58,7 +58,7 @@ def test_probabilities_follow_the_bounds_and_weights_are_capped():
 def thresholds_by_contract(call: Call, saved: list[torch.Tensor], g: torch.Tensor) -> np.ndarray:
     """(blocks of active rows, V): the 24-bit threshold of every column; 2^24 for what is taken for sure."""
     lse, target_logit, bound = (t.double().numpy() if t.is_floating_point() else t.numpy() for t in saved)
-    rows = np.arange(len(lse)) if call.active is None else call.active.nonzero()[:, 0].numpy()
+    rows = np.arange(len(lse)) if call.row_mask is None else call.row_mask.nonzero()[:, 0].numpy()
     size, v = call.filter.group, call.weight.shape[0]
     value = [2 ** (c / 6 - 35.25) for c in range(255)] + [math.inf]
     result = []
@@ -90,11 +90,11 @@ def problem(group: int, masked: bool, seed: int = 0) -> tuple[Call, list[torch.T
     head = Head.make(300, 8, V, torch.float64, bias=True)
     head.bias = torch.linspace(-8, 0, V, dtype=torch.float64)  # neighbours are alike, so that a group can be small
     head.target %= 30  # or every group would be the target of some row
-    active = torch.arange(300) % 3 != 1 if masked else None
+    row_mask = torch.arange(300) % 3 != 1 if masked else None
     operands = {"input": head.x, "weight": head.w, "bias": head.bias, "target": head.target}
     operands["seed"] = torch.tensor([seed])
     attributes = Attributes(grad_filter=str(Filter("unbiased", TAU, group=group)))
-    call = Call(operands, active, NAMES, attributes)
+    call = Call(operands, row_mask, NAMES, attributes)
     g = torch.rand(300, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     return call, filtered.forward(call), g
 
@@ -125,13 +125,13 @@ def test_the_mean_over_seeds_is_the_exact_gradient(group, masked):
     """Within the standard error that the probabilities give, which are of independent columns in each block."""
     call, saved, g = problem(group, masked)
     x, w, bias, target = (call.operands[name] for name in ("input", "weight", "bias", "target"))
-    rows = torch.arange(300) if call.active is None else call.active.nonzero()[:, 0]
+    rows = torch.arange(300) if call.row_mask is None else call.row_mask.nonzero()[:, 0]
     excess = 2**24 / torch.from_numpy(thresholds_by_contract(call, saved, g)) - 1
     dense = torch.zeros(300, V, dtype=torch.float64)
     dense[rows] = ((x @ w.T + bias).softmax(1) * g[:, None])[rows]
-    dacc = dense.clone()
-    dacc[rows, target[rows]] -= g[rows]
-    exact = {"dx": dacc @ w, "dw": dacc.T @ x, "db": dacc.sum(0)}
+    dlogits = dense.clone()
+    dlogits[rows, target[rows]] -= g[rows]
+    exact = {"dx": dlogits @ w, "dw": dlogits.T @ x, "db": dlogits.sum(0)}
     dense[rows, target[rows]] = 0
     # A group of columns is taken, or not, as one: its terms add up before they are squared.
     variance = {name: torch.zeros_like(t) for name, t in exact.items()}
@@ -150,7 +150,7 @@ def test_the_mean_over_seeds_is_the_exact_gradient(group, masked):
     for seed in range(times):
         operands = call.operands | {"seed": torch.tensor([seed])}
         grads = BACKWARD(
-            [g, -g], NAMES, saved, list(operands.values()), " ".join(operands), call.active, NAMES,
+            [g, -g], NAMES, saved, list(operands.values()), " ".join(operands), call.row_mask, NAMES,
             "input weight bias", *call.attributes.args(),
         )  # fmt: skip
         for name, grad in zip(mean, grads, strict=True):
