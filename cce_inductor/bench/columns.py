@@ -37,9 +37,9 @@ CAPTION = f"""\
 Blocks of {BLOCK} rows. dW: multiply-adds with all padding, in % of the dense dW's. In all: forward, logits again, dx
 and dW in NVD, where exact is 8: 2 + 4·(kept) + 2·(dW). At τ = {MIDDLE}: "sums" is what is written to and read from dW
 and its fp32 partial sums, over the bytes of a 16-bit dW; "operands" is what tiles read of dlogits and x, over the dense
-dW's in tiles of 128 x 128; scratch is at most {WORKSPACE >> 20} MiB of 16-bit dlogits at a time, partial sums and lists;
-launches form dlogits and dW, if the lists' lengths are known (if not, the dense one's, of which the last find nothing to
-do). All are deterministic without atomics: what adds to an element is one program, or launches in order."""
+dW's in tiles of 128 x 128; scratch is at most {WORKSPACE >> 20} MiB of 16-bit dlogits at a time, partial sums and
+lists; launches form dlogits and dW, if the lists' lengths are known (if not, the dense one's, of which the last find
+nothing to do). All are deterministic without atomics: what adds to an element is one program, or launches in order."""
 
 ABOUT = """\
 * dense: every block with every column

@@ -145,7 +145,7 @@ def entries(gm: GraphModule, inputs: Sequence[Any]) -> Iterator[Entry]:
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     logits = {i: x for i, n in enumerate(placeholders) if isinstance(x := example(n), DeferredLogits)}
     if not logits:
-        # A part of a graph that is given what another part, already compiled, gives for fake inputs: see `computed_on_entry`.
+        # A part of a graph, given what another part, already compiled, gives for fake inputs: see `computed_on_entry`.
         yield Entry(gm, [_plain(x) if isinstance(x, DeferredLogits) else x for x in inputs])
         return
     if aliases.edited(gm):

@@ -1,7 +1,7 @@
 """The schedules of the exact backward on a GPU: in which order it goes over the logits, and what that takes.
 
-A sweep cuts the logits into regions of rows x columns. For each region one kernel computes dlogits into the workspace, and
-one for each gradient its share of it. Sums that go on from region to region are kept in fp32.
+A sweep cuts the logits into regions of rows x columns. For each region one kernel computes dlogits into the workspace,
+and one for each gradient its share of it. Sums that go on from region to region are kept in fp32.
 
 | schedule | regions              | GEMM work | fp32 sums besides the workspace's dlogits                  |
 |----------|----------------------|-----------|---------------------------------------------------------|

@@ -205,7 +205,7 @@ def check(call: Call, training: bool = False) -> None:
         mask = call.row_mask
         _check(
             mask.dtype == torch.bool and mask.shape == x.shape[:1],
-            "row_mask must be a bool mask with one entry per row",
+            "row_mask must be bool, with one entry per row",
         )
     for row in call.rows:
         missing = [r for r in row.requires if r not in ops and r not in call.statistics.split()]
