@@ -90,7 +90,7 @@ class Operator:
         self.compiled = torch.compile(function, dynamic=dynamic)
 
     def run(self, head: Head, needs: str = GRADIENTS, tangents=None, **tensors) -> dict[str, Tensor]:
-        """Statistics and gradients by name. `tensors`: column_weight, row_mask. `needs` is for autograd alone to heed."""
+        """Statistics and gradients by name. `tensors`: column_weight, row_mask. `needs` is for autograd alone."""
         if not self.at_once:
             return differentiate(self.compiled, head, self.names, needs, tangents, **tensors)
         tangents = tangents or tangents_of(self.names, head)

@@ -1,8 +1,8 @@
 """The C++ kernels of the forward that leaves a bound and of the backward under a filter, budget or unbiased.
 
 What a backward computes is read off its dW: x has one more column for each block of 128 rows, 1 in that block's rows
-and 0 elsewhere, where the weight is 0. There dW is the sum of the block's dlogits in each column: 0 for a column that the
-block leaves out, and too long by its weight for one that it samples.
+and 0 elsewhere, where the weight is 0. There dW is the sum of the block's dlogits in each column: 0 for a column that
+the block leaves out, and too long by its weight for one that it samples.
 
 One kernel takes every shape, so each configuration is compiled once and serves all tests here.
 """

@@ -260,8 +260,8 @@ def test_sums_of_logits_are_exact_beside_a_budget(dtype, masked, weighted, small
     out = FORWARD(list(given.values()), " ".join(given), row_mask, names, True, *attributes.args())
     tangents = dict(zip(names.split(), torch.randn(3, n, dtype=out[0].dtype), strict=True))
     ours = BACKWARD(
-        list(tangents.values()), names, out, list(given.values()), " ".join(given), row_mask, names, "input weight bias",
-        *attributes.args(),
+        list(tangents.values()), names, out, list(given.values()), " ".join(given), row_mask, names,
+        "input weight bias", *attributes.args(),
     )  # fmt: skip
     keep = kept_columns(call, tangents["lse"], out)
     assert 0.1 < keep.float().mean() < 0.95
