@@ -5,14 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from ..trace.layout import PARTS, ROWS
-from . import memory, spellings
+from . import memory, nodes
 from .fakes import example
 from .memory import storages
-
-_ARITHMETIC = ("cast", "clamp", "where", "masked_fill", "cat", "stack", "add", "sub", "mul", "neg", "detach")
-_PURE = frozenset((*ROWS, *PARTS, *_ARITHMETIC, "lt", "le", "gt", "ge")) - {"getattr"}
-_COMPARISONS = frozenset(("eq", "ne"))
+from .spellings import Fact
 
 
 class Hoist:
@@ -64,11 +60,8 @@ class Hoist:
 
     @staticmethod
     def _pure(node: Node) -> bool:
-        op = spellings.read(node)
-        if op is not None:
-            return not op.inplace and op.name in _PURE
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-        return name in _COMPARISONS
+        op = nodes.read(node)
+        return op is not None and not op.inplace and op.has(Fact.PURE)
 
     def move(self, node: Node, anchor: Node) -> None:
         """Moves `node`, for which `can` holds, and what it needs in front of `anchor`."""

@@ -1,9 +1,11 @@
 """The many spellings of an op, brought to one canonical name with named arguments.
 
-A row of `SPELLINGS` says: these functions and these tensor methods are `name`, and their parameters are called so.
-A new spelling is a new entry here; what an op does to logits is decided in `trace`.
+A row of `SPELLINGS` says: these functions and these tensor methods are `name`, their parameters are called so, this is
+known of the op, and there is the rule for what it makes of logits. A new spelling of a known op is a word in its row; a
+new op is a row, and a function in the module of `trace` that the row names.
 """
 
+import enum
 import inspect
 import operator
 from collections.abc import Callable
@@ -12,22 +14,58 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.fx import Node
 
-from .. import compat
+
+class Fact(enum.Flag):
+    """What is known of an op whatever it is given. `SPELLINGS` has it beside the name; nothing else lists names."""
+
+    PURE = enum.auto()  # a view or exact arithmetic, of its arguments alone: it may be computed earlier (`hoist`)
+    VIEW = enum.auto()  # the result may lie in the memory of its first argument
+    IN_ORDER = enum.auto()  # all entries of its first argument, in their order
+    EACH_ONCE = enum.auto()  # no entry of its first argument twice
+    REPEATS = enum.auto()  # the same entries again, along new dimensions or old ones
+    HANDS_ON = enum.auto()  # entries of its first argument, as they are but for a cast
+    ENTRYWISE = enum.auto()  # every entry from those at the same place
+    ANY_PLACE = enum.auto()  # the logits may be any of its arguments, not only the first
+    IN_PLACE = enum.auto()  # with an underscore, as an operator or by nature it writes into its first argument
+    OF_SQUARES = enum.auto()  # it takes squares of the logits, on the way to a softcap
+    CONSTANT = enum.auto()  # a new tensor full of one number
+    METADATA = enum.auto()  # it reads no entry of its first argument, but its shape or dtype
+    NORMALISES = enum.auto()  # it sums over all classes: a softmax, its logarithm, a log-sum-exp
+    PICKS = enum.auto()  # it takes entries of some classes out of each row
+    LOSS = enum.auto()  # a loss over classes
+
+
+_NOTHING = Fact(0)
+_ROWS = Fact.PURE | Fact.HANDS_ON | Fact.EACH_ONCE
+_VIEW = _ROWS | Fact.VIEW
+_RESHAPE = _VIEW | Fact.IN_ORDER
+_EXPAND = (_VIEW & ~Fact.EACH_ONCE) | Fact.REPEATS
+_EXACT = Fact.PURE | Fact.ENTRYWISE
+_INTO = Fact.IN_PLACE | Fact.ENTRYWISE
 
 
 @dataclass(frozen=True)
 class Spelling:
-    """`parameters` in order, as in a signature: ``"input dim=None"``; a leading ``*`` collects the rest in a tuple.
+    """One op: what it is called, by whom, what is known of it, and where the rules for it are.
 
-    What stands behind that is given by keyword only.
+    name: the canonical one. parameters: in order, as in a signature, ``"input dim=None"``; a leading ``*`` collects the
+    rest in a tuple, and what stands behind that is given by keyword only. functions, methods: the spellings. head: the
+    rule that reads it as logits of a head. rules: those that say what it makes of logits, as ``module.function`` below
+    `trace`; they compete in this order, and the first that does not give None has it. beside: the rule that comes before
+    them where another argument is a statistic of the same logits, perhaps; it is given those. several: the rule for
+    more than one tensor of logits, which comes before both. A name that stands twice has everything but its spellings in its first row.
     """
 
     name: str
     parameters: str
     functions: tuple[Callable, ...] = ()
     methods: tuple[str, ...] = ()
+    facts: Fact = _NOTHING
+    rules: tuple[str, ...] = ()
+    head: str = ""
+    beside: str = ""
+    several: str = ""
 
     @property
     def signature(self) -> inspect.Signature:
@@ -48,264 +86,367 @@ _CROSS_ENTROPY = (
     "input target weight=None size_average=None ignore_index=-100 reduce=None reduction='mean' label_smoothing=0.0"
 )
 _NLL = "input target weight=None size_average=None ignore_index=-100 reduce=None reduction='mean'"
-_CAST_METHODS = ("to", "float", "double", "half", "bfloat16", "long", "int", "type", "type_as", "cpu", "cuda")
 _REDUCE = "input dim=None keepdim=False dtype=None"
 _FACTORY = "dtype=None layout=None device=None requires_grad=False memory_format=None pin_memory=False out=None"
+_PARTS = Fact.PURE
 
 SPELLINGS = (
     # heads
-    Spelling("linear", "input weight bias=None", (F.linear, torch._C._nn.linear)),
+    Spelling("linear", "input weight bias=None", (F.linear, torch._C._nn.linear), head="heads.linear"),
     Spelling(
         "matmul",
         "input other",
         (torch.matmul, operator.matmul, torch.mm, torch.bmm, torch.linalg.matmul),
         ("matmul", "mm", "bmm", "__matmul__"),
+        head="heads.matmul",
     ),
-    Spelling("addmm", "bias input other beta=1 alpha=1", (torch.addmm, torch.baddbmm), ("addmm", "baddbmm")),
-    Spelling("mv", "input other", (torch.mv,), ("mv",)),
-    Spelling("inner", "input other", (torch.inner,), ("inner",)),
-    Spelling("tensordot", "input other dims=2 out=None", (torch.tensordot,)),
-    Spelling("einsum", "equation *operands", (torch.einsum, torch.functional.einsum)),
+    Spelling(
+        "addmm",
+        "bias input other beta=1 alpha=1",
+        (torch.addmm, torch.baddbmm),
+        ("addmm", "baddbmm"),
+        head="heads.addmm",
+    ),
+    Spelling("mv", "input other", (torch.mv,), ("mv",), head="heads.matmul"),
+    Spelling("inner", "input other", (torch.inner,), ("inner",), head="heads.inner"),
+    Spelling("tensordot", "input other dims=2 out=None", (torch.tensordot,), head="heads.tensordot"),
+    Spelling("einsum", "equation *operands", (torch.einsum, torch.functional.einsum), head="heads.einsum"),
     Spelling(
         "convolution",
         "input weight bias=None stride=1 padding=0 dilation=1 groups=1",
         (torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d),
+        head="heads.convolution",
     ),
-    # values
-    Spelling("cast", "input *rest", (), _CAST_METHODS),
+    # entries
     Spelling(
-        "mul", "input other", (operator.mul, torch.mul, torch.multiply), ("mul", "multiply", "__mul__", "__rmul__")
+        "cast",
+        "input *rest",
+        (),
+        ("to", "float", "double", "half", "bfloat16", "long", "int", "type", "type_as", "cpu", "cuda"),
+        _EXACT | Fact.HANDS_ON | Fact.OF_SQUARES,
+        ("pointwise.cast",),
+    ),
+    Spelling(
+        "mul",
+        "input other",
+        (operator.mul, torch.mul, torch.multiply),
+        ("mul", "multiply", "__mul__", "__rmul__"),
+        _EXACT | Fact.IN_PLACE | Fact.ANY_PLACE | Fact.OF_SQUARES,
+        ("pointwise.mul",),
+        several="several.multiplied",
     ),
     Spelling(
         "div",
         "input other rounding_mode=None",
         (operator.truediv, torch.div, torch.true_divide, torch.divide),
         ("div", "true_divide", "divide", "__truediv__"),
+        _INTO | Fact.ANY_PLACE | Fact.OF_SQUARES,
+        ("pointwise.div",),
+        beside="softmax.over_sum",
+        several="several.divided",
     ),
-    Spelling("add", "input other alpha=1", (operator.add, torch.add), ("add", "__add__", "__radd__")),
-    Spelling("sub", "input other alpha=1", (operator.sub, torch.sub, torch.subtract), ("sub", "subtract", "__sub__")),
-    Spelling("rsub", "input other alpha=1", (torch.rsub,), ("__rsub__",)),
-    Spelling("neg", "input", (operator.neg, torch.neg, torch.negative), ("neg", "negative", "__neg__")),
-    Spelling("tanh", "input", (torch.tanh, F.tanh), ("tanh",)),
-    Spelling("sigmoid", "input", (torch.sigmoid, F.sigmoid, torch.special.expit), ("sigmoid",)),
-    Spelling("square", "input", (torch.square,), ("square",)),
-    Spelling("sqrt", "input", (torch.sqrt,), ("sqrt",)),
-    Spelling("rsqrt", "input", (torch.rsqrt,), ("rsqrt",)),
-    Spelling("pow", "input exponent", (operator.pow, torch.pow), ("pow", "__pow__")),
-    Spelling("exp", "input", (torch.exp,), ("exp",)),
-    Spelling("log", "input", (torch.log,), ("log",)),
-    Spelling("clamp", "input min=None max=None", (torch.clamp, torch.clip), ("clamp", "clip")),
-    Spelling("detach", "input", (torch.detach,), ("detach",)),
-    Spelling("masked_fill", "input mask value", (torch.masked_fill,), ("masked_fill",)),
-    Spelling("where", "condition input other", (torch.where,)),
-    Spelling("setitem", "input index value", (operator.setitem,), ("__setitem__",)),
-    Spelling("gt", "input other", (operator.gt, torch.gt, torch.greater), ("gt", "greater", "__gt__")),
-    Spelling("ge", "input other", (operator.ge, torch.ge, torch.greater_equal), ("ge", "greater_equal", "__ge__")),
-    Spelling("lt", "input other", (operator.lt, torch.lt, torch.less), ("lt", "less", "__lt__")),
-    Spelling("le", "input other", (operator.le, torch.le, torch.less_equal), ("le", "less_equal", "__le__")),
-    # rows
-    Spelling("view", "input *size", (), ("view", "reshape")),
-    Spelling("view_as", "input other", (), ("view_as", "reshape_as")),
-    Spelling("reshape", "input shape", (torch.reshape,)),
-    Spelling("flatten", "input start_dim=0 end_dim=-1", (torch.flatten,), ("flatten",)),
-    Spelling("unflatten", "input dim sizes", (torch.unflatten,), ("unflatten",)),
-    Spelling("expand", "input *size", (), ("expand",)),
-    Spelling("expand_as", "input other", (), ("expand_as",)),
-    Spelling("broadcast_to", "input size", (torch.broadcast_to,), ("broadcast_to",)),
-    Spelling("unsqueeze", "input dim", (torch.unsqueeze,), ("unsqueeze",)),
-    Spelling("squeeze", "input dim=None", (torch.squeeze,), ("squeeze",)),
-    Spelling("copy", "input memory_format=None", (torch.clone,), ("contiguous", "clone")),
+    Spelling(
+        "add",
+        "input other alpha=1",
+        (operator.add, torch.add),
+        ("add", "__add__", "__radd__"),
+        _EXACT | Fact.IN_PLACE | Fact.ANY_PLACE | Fact.OF_SQUARES,
+        ("pointwise.add",),
+        several="several.added",
+    ),
+    Spelling(
+        "sub",
+        "input other alpha=1",
+        (operator.sub, torch.sub, torch.subtract),
+        ("sub", "subtract", "__sub__"),
+        _EXACT | Fact.IN_PLACE | Fact.ANY_PLACE,
+        ("pointwise.sub",),
+        beside="softmax.minus_lse",
+        several="several.added",
+    ),
+    Spelling("rsub", "input other alpha=1", (torch.rsub,), ("__rsub__",), Fact.ENTRYWISE),
+    Spelling(
+        "neg",
+        "input",
+        (operator.neg, torch.neg, torch.negative),
+        ("neg", "negative", "__neg__"),
+        _EXACT | Fact.IN_PLACE,
+        ("pointwise.neg",),
+    ),
+    Spelling("tanh", "input", (torch.tanh, F.tanh), ("tanh",), _INTO, ("pointwise.tanh",)),
+    Spelling(
+        "sigmoid", "input", (torch.sigmoid, F.sigmoid, torch.special.expit), ("sigmoid",), _INTO, ("pointwise.sigmoid",)
+    ),
+    Spelling("square", "input", (torch.square,), ("square",), Fact.ENTRYWISE, ("rsqrt_softcap.square",)),
+    Spelling("sqrt", "input", (torch.sqrt,), ("sqrt",), Fact.ENTRYWISE | Fact.OF_SQUARES, ("rsqrt_softcap.sqrt",)),
+    Spelling("rsqrt", "input", (torch.rsqrt,), ("rsqrt",), Fact.ENTRYWISE | Fact.OF_SQUARES, ("rsqrt_softcap.rsqrt",)),
+    Spelling(
+        "pow",
+        "input exponent",
+        (operator.pow, torch.pow),
+        ("pow", "__pow__"),
+        Fact.ENTRYWISE | Fact.OF_SQUARES,
+        ("rsqrt_softcap.pow",),
+    ),
+    Spelling("exp", "input", (torch.exp,), ("exp",), Fact.ENTRYWISE, ("softmax.exp",)),
+    Spelling("log", "input", (torch.log,), ("log",), Fact.ENTRYWISE, ("softmax.log",)),
+    Spelling(
+        "clamp", "input min=None max=None", (torch.clamp, torch.clip), ("clamp", "clip"), _EXACT, ("softmax.clamp",)
+    ),
+    Spelling(
+        "detach", "input", (torch.detach,), ("detach",), _EXACT | Fact.VIEW | Fact.HANDS_ON, ("pointwise.detach",)
+    ),
+    # masks over the vocabulary
+    Spelling(
+        "masked_fill",
+        "input mask value",
+        (torch.masked_fill,),
+        ("masked_fill",),
+        _EXACT | Fact.IN_PLACE,
+        ("masks.masked_fill",),
+    ),
+    Spelling("where", "condition input other", (torch.where,), (), _EXACT | Fact.ANY_PLACE, ("masks.where",)),
+    Spelling("setitem", "input index value", (operator.setitem,), ("__setitem__",), Fact.IN_PLACE, ("masks.setitem",)),
+    Spelling(
+        "scatter",
+        "input dim index src=None value=None reduce=None",
+        (torch.scatter,),
+        ("scatter",),
+        Fact.IN_PLACE,
+        ("masks.scatter",),
+    ),
+    Spelling(
+        "scatter_add", "input dim index src", (torch.scatter_add,), ("scatter_add",), Fact.IN_PLACE, ("masks.scatter",)
+    ),
+    # comparisons
+    Spelling(
+        "gt",
+        "input other",
+        (operator.gt, torch.gt, torch.greater),
+        ("gt", "greater", "__gt__"),
+        _EXACT,
+        beside="ranking.compared",
+    ),
+    Spelling(
+        "ge",
+        "input other",
+        (operator.ge, torch.ge, torch.greater_equal),
+        ("ge", "greater_equal", "__ge__"),
+        _EXACT,
+        beside="ranking.compared",
+    ),
+    Spelling(
+        "lt",
+        "input other",
+        (operator.lt, torch.lt, torch.less),
+        ("lt", "less", "__lt__"),
+        _EXACT,
+        beside="ranking.compared",
+    ),
+    Spelling(
+        "le",
+        "input other",
+        (operator.le, torch.le, torch.less_equal),
+        ("le", "less_equal", "__le__"),
+        _EXACT,
+        beside="ranking.compared",
+    ),
+    Spelling("eq", "input other", (operator.eq, torch.eq), ("eq", "__eq__"), _EXACT),
+    Spelling("ne", "input other", (operator.ne, torch.ne, torch.not_equal), ("ne", "not_equal", "__ne__"), _EXACT),
+    # rows: views
+    Spelling("view", "input *size", (), ("view", "reshape"), _RESHAPE, ("layout.view",)),
+    Spelling("view_as", "input other", (), ("view_as", "reshape_as"), _RESHAPE, ("layout.view_as",)),
+    Spelling("reshape", "input shape", (torch.reshape,), (), _RESHAPE, ("layout.reshape",)),
+    Spelling("flatten", "input start_dim=0 end_dim=-1", (torch.flatten,), ("flatten",), _RESHAPE, ("layout.flatten",)),
+    Spelling("unflatten", "input dim sizes", (torch.unflatten,), ("unflatten",), _RESHAPE, ("layout.unflatten",)),
+    Spelling("unsqueeze", "input dim", (torch.unsqueeze,), ("unsqueeze",), _RESHAPE, ("layout.unsqueeze",)),
+    Spelling("squeeze", "input dim=None", (torch.squeeze,), ("squeeze",), _RESHAPE, ("layout.squeeze",)),
+    Spelling(
+        "copy",
+        "input memory_format=None",
+        (torch.clone,),
+        ("contiguous", "clone"),
+        _RESHAPE | Fact.ENTRYWISE,
+        ("layout.copy",),
+    ),
+    Spelling("expand", "input *size", (), ("expand",), _EXPAND, ("layout.expand",)),
+    Spelling("expand_as", "input other", (), ("expand_as",), _EXPAND, ("layout.expand_as",)),
+    Spelling("broadcast_to", "input size", (torch.broadcast_to,), ("broadcast_to",), _EXPAND, ("layout.expand",)),
     Spelling(
         "transpose",
         "input dim0 dim1",
         (torch.transpose, torch.swapaxes, torch.swapdims),
         ("transpose", "swapaxes", "swapdims"),
+        _VIEW,
+        ("layout.transpose",),
     ),
-    Spelling("movedim", "input source destination", (torch.movedim, torch.moveaxis), ("movedim", "moveaxis")),
-    Spelling("t", "input", (torch.t,), ("t",)),
-    Spelling("permute", "input *dims", (), ("permute",)),
+    Spelling(
+        "movedim",
+        "input source destination",
+        (torch.movedim, torch.moveaxis),
+        ("movedim", "moveaxis"),
+        _VIEW,
+        ("layout.movedim",),
+    ),
+    Spelling("t", "input", (torch.t,), ("t",), _VIEW, ("layout.t",)),
+    Spelling("permute", "input *dims", (), ("permute",), _VIEW, ("layout.permute",)),
     Spelling("permute", "input dims", (torch.permute,)),
-    Spelling("getitem", "input index", (operator.getitem,), ("__getitem__",)),
-    Spelling("select", "input dim index", (torch.select,), ("select",)),
-    Spelling("narrow", "input dim start length", (torch.narrow,), ("narrow",)),
-    Spelling("index_select", "input dim index", (torch.index_select,), ("index_select",)),
+    # As ``z.mT``: Dynamo has no function of its own for it (`compat.attribute_read`). Not PURE: it may read a shape.
+    Spelling("getattr", "input name", (), (), _VIEW & ~Fact.PURE, ("layout.getattr",)),
+    # rows: by indices
+    Spelling(
+        "getitem",
+        "input index",
+        (operator.getitem,),
+        ("__getitem__",),
+        _VIEW,
+        ("reductions.getitem", "indexing.getitem"),
+    ),
+    Spelling("select", "input dim index", (torch.select,), ("select",), _VIEW, ("indexing.select",)),
+    Spelling("narrow", "input dim start length", (torch.narrow,), ("narrow",), _VIEW, ("indexing.narrow",)),
+    Spelling(
+        "index_select",
+        "input dim index",
+        (torch.index_select,),
+        ("index_select",),
+        _ROWS & ~Fact.EACH_ONCE,
+        ("indexing.index_select",),
+    ),
+    Spelling(
+        "gather",
+        "input dim index sparse_grad=False",
+        (torch.gather,),
+        ("gather",),
+        (_ROWS & ~Fact.EACH_ONCE) | Fact.PICKS,
+        ("reductions.gather", "indexing.gather"),
+    ),
+    # rows: copies
     Spelling(
         "repeat_interleave",
         "input repeats dim=None output_size=None",
         (torch.repeat_interleave,),
         ("repeat_interleave",),
+        _ROWS & ~Fact.EACH_ONCE,
+        ("layout.repeat_interleave",),
     ),
-    Spelling("repeat", "input *sizes", (), ("repeat",)),
-    Spelling("flip", "input dims", (torch.flip,)),
+    Spelling("repeat", "input *sizes", (), ("repeat",), (_ROWS & ~Fact.EACH_ONCE) | Fact.REPEATS, ("layout.repeat",)),
+    Spelling("flip", "input dims", (torch.flip,), (), _ROWS, ("layout.flip",)),
     Spelling("flip", "input *dims", (), ("flip",)),
-    Spelling("roll", "input shifts dims=None", (torch.roll,), ("roll",)),
-    Spelling("split", "input split_size_or_sections dim=0", (torch.split, torch.functional.split), ("split",)),
-    Spelling("chunk", "input chunks dim=0", (torch.chunk,), ("chunk",)),
-    Spelling("tensor_split", "input indices_or_sections dim=0", (torch.tensor_split,), ("tensor_split",)),
-    Spelling("unbind", "input dim=0", (torch.unbind,), ("unbind",)),
-    Spelling("broadcast_tensors", "*tensors", (torch.broadcast_tensors, torch.functional.broadcast_tensors)),
-    Spelling("cat", "tensors dim=0", (torch.cat, torch.concat, torch.concatenate)),
-    Spelling("stack", "tensors dim=0", (torch.stack,)),
+    Spelling("roll", "input shifts dims=None", (torch.roll,), ("roll",), _ROWS, ("layout.roll",)),
+    # rows: parts, and put together
+    Spelling(
+        "split",
+        "input split_size_or_sections dim=0",
+        (torch.split, torch.functional.split),
+        ("split",),
+        _PARTS,
+        ("layout.split",),
+    ),
+    Spelling("chunk", "input chunks dim=0", (torch.chunk,), ("chunk",), _PARTS, ("layout.chunk",)),
+    Spelling(
+        "tensor_split",
+        "input indices_or_sections dim=0",
+        (torch.tensor_split,),
+        ("tensor_split",),
+        _PARTS,
+        ("layout.tensor_split",),
+    ),
+    Spelling("unbind", "input dim=0", (torch.unbind,), ("unbind",), _PARTS, ("layout.unbind",)),
+    Spelling(
+        "broadcast_tensors",
+        "*tensors",
+        (torch.broadcast_tensors, torch.functional.broadcast_tensors),
+        several="several.broadcast",
+    ),
+    Spelling(
+        "cat",
+        "tensors dim=0",
+        (torch.cat, torch.concat, torch.concatenate),
+        facts=Fact.PURE,
+        several="several.joined",
+    ),
+    Spelling("stack", "tensors dim=0", (torch.stack,), facts=Fact.PURE, several="several.joined"),
     # metadata
-    Spelling("size", "input dim=None", (), ("size",)),
-    Spelling("metadata", "input *rest", (), ("dim", "ndimension", "numel", "nelement", "stride", "is_contiguous")),
-    # losses
-    Spelling("log_softmax", "input dim=None _stacklevel=3 dtype=None", (F.log_softmax,)),
-    Spelling("log_softmax", "input dim dtype=None", (torch.log_softmax, torch.special.log_softmax), ("log_softmax",)),
-    Spelling("softmax", "input dim=None _stacklevel=3 dtype=None", (F.softmax,)),
-    Spelling("softmax", "input dim dtype=None", (torch.softmax, torch.special.softmax), ("softmax",)),
-    # reductions over the classes
-    Spelling("logsumexp", "input dim keepdim=False", (torch.logsumexp, torch.special.logsumexp), ("logsumexp",)),
-    Spelling("sum", _REDUCE, (torch.sum,), ("sum",)),
-    Spelling("mean", _REDUCE, (torch.mean,), ("mean",)),
-    Spelling("argmax", "input dim=None keepdim=False", (torch.argmax,), ("argmax",)),
-    Spelling("amax", "input dim keepdim=False", (torch.amax,), ("amax",)),
-    Spelling("max", "input dim keepdim=False", (torch.max,), ("max",)),
-    Spelling("topk", "input k dim=-1 largest=True sorted=True", (torch.topk,), ("topk",)),
-    Spelling("count_nonzero", "input dim=None", (torch.count_nonzero,), ("count_nonzero",)),
-    Spelling("gather", "input dim index sparse_grad=False", (torch.gather,), ("gather",)),
-    Spelling("take_along_dim", "input indices dim=None", (torch.take_along_dim,), ("take_along_dim",)),
-    Spelling("one_hot", "input num_classes=-1", (F.one_hot, torch._C._nn.one_hot)),
-    Spelling("scatter", "input dim index src=None value=None reduce=None", (torch.scatter,), ("scatter",)),
-    Spelling("scatter_add", "input dim index src", (torch.scatter_add,), ("scatter_add",)),
-    Spelling("full", f"size fill_value {_FACTORY}", (torch.full,)),
+    Spelling("size", "input dim=None", (), ("size",), Fact.METADATA),
+    Spelling(
+        "metadata",
+        "input *rest",
+        (),
+        ("dim", "ndimension", "numel", "nelement", "stride", "is_contiguous"),
+        Fact.METADATA,
+    ),
+    Spelling("full", f"size fill_value {_FACTORY}", (torch.full,), (), Fact.METADATA | Fact.CONSTANT),
     Spelling("full", f"input fill_value {_FACTORY}", (torch.full_like,)),
     Spelling("full", f"input size fill_value {_FACTORY}", (), ("new_full",)),
-    Spelling("zeros", f"*size {_FACTORY}", (torch.zeros,)),
+    Spelling("zeros", f"*size {_FACTORY}", (torch.zeros,), (), Fact.METADATA | Fact.CONSTANT),
     Spelling("zeros", f"input *size {_FACTORY}", (torch.zeros_like,), ("new_zeros",)),
-    Spelling("cross_entropy", _CROSS_ENTROPY, (F.cross_entropy,)),
-    Spelling("nll_loss", _NLL, (F.nll_loss,)),
+    # softmax
+    Spelling(
+        "log_softmax",
+        "input dim=None _stacklevel=3 dtype=None",
+        (F.log_softmax,),
+        (),
+        Fact.NORMALISES,
+        ("softmax.log_softmax",),
+    ),
+    Spelling("log_softmax", "input dim dtype=None", (torch.log_softmax, torch.special.log_softmax), ("log_softmax",)),
+    Spelling(
+        "softmax",
+        "input dim=None _stacklevel=3 dtype=None",
+        (F.softmax,),
+        (),
+        Fact.NORMALISES,
+        ("softmax.softmax",),
+    ),
+    Spelling("softmax", "input dim dtype=None", (torch.softmax, torch.special.softmax), ("softmax",)),
+    # reductions over the classes
+    Spelling(
+        "logsumexp",
+        "input dim keepdim=False",
+        (torch.logsumexp, torch.special.logsumexp),
+        ("logsumexp",),
+        Fact.NORMALISES,
+        ("reductions.logsumexp",),
+    ),
+    Spelling("sum", _REDUCE, (torch.sum,), ("sum",), _NOTHING, ("ranking.counted", "reductions.total")),
+    Spelling("mean", _REDUCE, (torch.mean,), ("mean",), _NOTHING, ("ranking.share", "reductions.mean")),
+    Spelling(
+        "count_nonzero", "input dim=None", (torch.count_nonzero,), ("count_nonzero",), _NOTHING, ("ranking.counted",)
+    ),
+    Spelling("argmax", "input dim=None keepdim=False", (torch.argmax,), ("argmax",), _NOTHING, ("reductions.argmax",)),
+    Spelling("amax", "input dim keepdim=False", (torch.amax,), ("amax",), _NOTHING, ("reductions.amax",)),
+    Spelling("max", "input dim keepdim=False", (torch.max,), ("max",), _NOTHING, ("reductions.max_and_class",)),
+    Spelling(
+        "topk", "input k dim=-1 largest=True sorted=True", (torch.topk,), ("topk",), Fact.PICKS, ("ranking.topk",)
+    ),
+    Spelling(
+        "take_along_dim",
+        "input indices dim=None",
+        (torch.take_along_dim,),
+        ("take_along_dim",),
+        Fact.PICKS,
+        ("reductions.take_along_dim",),
+    ),
+    Spelling("one_hot", "input num_classes=-1", (F.one_hot, torch._C._nn.one_hot)),
+    Spelling("cross_entropy", _CROSS_ENTROPY, (F.cross_entropy,), (), Fact.LOSS, ("reductions.cross_entropy",)),
+    Spelling("nll_loss", _NLL, (F.nll_loss,), (), Fact.LOSS, ("reductions.nll_loss",)),
 )
-
-_FUNCTIONS = {f: (s.name, s.signature) for s in SPELLINGS for f in s.functions}
-_METHODS = {m: (s.name, s.signature) for s in SPELLINGS for m in s.methods}
-# Other names for the same parameter.
-_RENAMED = {
-    "split": {"split_size": "split_size_or_sections"},
-    "sum": {"axis": "dim", "keepdims": "keepdim"},
-    "mean": {"axis": "dim", "keepdims": "keepdim"},
-    "logsumexp": {"axis": "dim", "keepdims": "keepdim"},
-    "flatten": {"start": "start_dim", "end": "end_dim"},
-    "transpose": {"axis0": "dim0", "axis1": "dim1"},
-    "cat": {"axis": "dim"},
-}
 
 
 @dataclass(frozen=True)
-class Op:
-    """A node read by the vocabulary: its canonical name and its arguments by parameter name.
+class _Name:
+    """What the rows of one canonical name say of it."""
 
-    inplace: whether it writes the result into its first argument.
-    """
-
-    name: str
-    args: dict[str, Any]
-    inplace: bool = False
-
-
-_INPLACE_FORMS = {getattr(operator, f"i{name}"): getattr(operator, name) for name in ("add", "sub", "mul", "truediv")}
+    facts: Fact
+    rules: tuple[str, ...]
+    head: str
+    beside: str
+    several: str
 
 
-def read(node: Node) -> Op | None:
-    """What `node` is, or None for an op that the vocabulary does not have (or arguments it does not fit)."""
-    attribute = compat.attribute_read(node)
-    if attribute is not None:
-        return Op("getattr", {"input": node.args[0], "name": attribute})
-    entry, inplace = _entry(node)
-    if entry is None:
-        return None
-    name, signature = entry
-    kwargs = {_RENAMED.get(name, {}).get(key, key): value for key, value in node.kwargs.items()}
-    try:
-        # What a cast does is read off its result: its keywords do not matter.
-        bound = signature.bind(*node.args, **({} if name == "cast" else kwargs))
-    except TypeError:
-        return None
-    bound.apply_defaults()
-    return Op(name, dict(bound.arguments), inplace)
+NAMES: dict[str, _Name] = {}
+for _row in SPELLINGS:
+    NAMES.setdefault(_row.name, _Name(_row.facts, _row.rules, _row.head, _row.beside, _row.several))
 
-
-def _entry(node: Node) -> tuple[tuple[str, inspect.Signature] | None, bool]:
-    """The canonical name and signature of what a node calls, or None; and whether it writes into its first argument."""
-    entry, inplace = None, False
-    if node.op == "call_function":
-        inplace = node.target in _INPLACE_FORMS or node.target is operator.setitem
-        entry = _FUNCTIONS.get(_INPLACE_FORMS.get(node.target, node.target))  # type: ignore[arg-type]
-    elif node.op == "call_method":
-        target = str(node.target)
-        entry = _METHODS.get(target)
-        if entry is None and target.endswith("_") and not target.endswith("__"):
-            entry, inplace = _METHODS.get(target[:-1]), True
-        inplace |= target == "__setitem__"
-    return entry, inplace
-
-
-def unknown_arguments(node: Node) -> str:
-    """The keywords of a call, as text, for which the vocabulary knows the op but cannot read the call; "" if it can."""
-    if read(node) is not None or (entry := _entry(node)[0]) is None:
-        return ""
-    known = {*entry[1].parameters, *_RENAMED.get(entry[0], {})}
-    names = [f"{name}=" for name in node.kwargs if name not in known]
-    return ", ".join(names) or "arguments in another form"
-
-
-_SIZES = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_size.default, torch.ops.aten.sym_numel.default)
-
-
-def reads_size(node: Node) -> bool:
-    """Whether a node asks for a size that only the data knows: Dynamo checks it as soon as it is there."""
-    return node.target in _SIZES
-
-
-# Losses over classes that read every one of them.
-DENSE_LOSSES = (
-    "binary_cross_entropy",
-    "binary_cross_entropy_with_logits",
-    "ctc_loss",
-    "kl_div",
-    "multi_margin_loss",
-    "multilabel_margin_loss",
-    "multilabel_soft_margin_loss",
-    "soft_margin_loss",
-)
-
-
-def is_dense_loss(node: Node) -> bool:
-    """Whether a node calls one of them. Others, such as mse_loss, may be of hidden states as well."""
-    return node.op == "call_function" and getattr(node.target, "__name__", "") in DENSE_LOSSES
-
-
-def is_autograd_function(node: Node) -> bool:
-    """Whether a node applies a torch.autograd.Function."""
-    return node.op == "call_function" and node.target is torch.ops.higher_order.autograd_function_apply
-
-
-# Operators that come with PyTorch; those of other namespaces are somebody's own.
-_NAMESPACES = frozenset(("aten", "prims", "prim", "higher_order", "c10d", "_c10d_functional", "_dtensor"))
-
-
-def is_custom(node: Node) -> bool:
-    """Whether a node runs code of the user's own as one op: an autograd function or a custom operator."""
-    if node.op != "call_function":
-        return False
-    target = node.target
-    operators = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
-    owned = isinstance(target, operators) and str(target).split(".")[0] not in _NAMESPACES
-    return owned or is_autograd_function(node)
-
-
-def describe(node: Node) -> str:
-    """The op as a person writes it: ``torch.nn.functional.dropout``, ``Tensor.view``, ``%``-names for inputs."""
-    if is_autograd_function(node):
-        return "torch.autograd.Function.apply"
-    if node.op == "call_method":
-        return f"Tensor.{node.target}"
-    attribute = compat.attribute_read(node)
-    if attribute is not None:
-        return f"Tensor.{attribute}"
-    if node.op == "call_function":
-        target = node.target
-        module = getattr(target, "__module__", None)
-        name = getattr(target, "__name__", str(target))
-        return f"{module}.{name}" if module not in (None, "builtins", "_operator") else name
-    return f"{node.op} {node.target}"
+FUNCTIONS = {f: (s.name, s.signature) for s in SPELLINGS for f in s.functions}
+METHODS = {m: (s.name, s.signature) for s in SPELLINGS for m in s.methods}

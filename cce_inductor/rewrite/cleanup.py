@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Graph, Node, Proxy
 
-from ..graph import spellings
+from ..graph import nodes
 from ..graph.builder import Builder
 from ..graph.regions import descendants
 from ..trace import operands
@@ -36,7 +36,7 @@ def erase_dead(graph: Graph, trace: Trace, findings: list[Node]) -> None:
     for part in trace.with_parts:
         dead |= set(part.values)
         # Views of what was broadcast together with the logits.
-        dead |= {n for n in descendants(part.first.node) if (op := spellings.read(n)) and op.name == "getitem"}
+        dead |= {n for n in descendants(part.first.node) if (op := nodes.read(n)) and op.name == "getitem"}
     for node in reversed(list(graph.nodes)):
         if node in dead and not node.users:
             graph.erase_node(node)

@@ -68,7 +68,7 @@ class _Call:
 
     def __init__(self, builder: Builder, bundle: Bundle, attributes: Attributes, hoist: Hoist, diagnostics: bool):
         group, value = bundle.first, bundle.first.value
-        head = value.head
+        head = value.one
         scale, softcap, _, _ = value.affine.operator()
         # The loss of logits that eager computed without a graph must have none either.
         detach = not value.fake.requires_grad and any(fake(n).requires_grad for n in value.operands())

@@ -152,7 +152,7 @@ def _own_bias(value: Value) -> tuple[Shift | None, Affine]:
     affine = value.affine
     _, _, shifts, _ = affine.operator()
     for own, shift in zip(affine.shifts, shifts, strict=True):
-        if own.node is value.head.bias and shift.factor == 1.0 and shift.factors == affine.factors:
+        if own.node is value.one.bias and shift.factor == 1.0 and shift.factors == affine.factors:
             left = tuple(s for s in affine.shifts if s is not own)
             return replace(shift, factors=()), replace(affine, shifts=left)
     return None, affine

@@ -73,7 +73,7 @@ class Group:
         """The nodes that the rows of the operator are made of: hidden states, what they are indexed by, the target."""
         value = self.value
         logits = {value.head.node, *descendants(value.head.node)}
-        given = [value.head.input, *(n for node, _ in value.rows for n in node.all_input_nodes if n not in logits)]
+        given = [value.one.input, *(n for node, _ in value.rows for n in node.all_input_nodes if n not in logits)]
         return given if self.target is None else [*given, self.target]
 
     def takes(self, reduction: Reduction, hoist: Hoist, exact: bool) -> bool:
@@ -154,10 +154,10 @@ class Bundle:
         alike = all(
             (
                 one.source[2:] == two.source[2:],
-                (one.head.weight, one.head.transposed, one.head.bias)
-                == (two.head.weight, two.head.transposed, two.head.bias),
+                (one.one.weight, one.one.transposed, one.one.bias)
+                == (two.one.weight, two.one.transposed, two.one.bias),
                 one.head.dtype == two.head.dtype,
-                fake(one.head.input).dtype == fake(two.head.input).dtype,
+                fake(one.one.input).dtype == fake(two.one.input).dtype,
                 one.fake.requires_grad == two.fake.requires_grad,
                 a.members[0].differentiated == b.members[0].differentiated,
                 a.ignored == b.ignored,

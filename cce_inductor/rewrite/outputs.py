@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from ..graph import spellings
+from ..graph import nodes
 from ..graph.builder import Builder
 from ..graph.fakes import fake
 from ..graph.refusal import Refused
+from ..graph.spellings import Fact
 from ..trace import operands
-from ..trace.values import Listed, Value
+from ..trace.values import Listed, SeveralHeads, Value
 from .recipe import Logits
 
 # Ops that derive a weight from a parameter and are cheaper to repeat at a read than to keep the result of.
-_CHEAP = frozenset(("cast", "view", "reshape", "transpose", "t", "permute", "getattr", "getitem", "detach", "flatten"))
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,13 @@ class Outputs:
         chain: list[Node] = []
         base = node
         while base not in self.placeholders:
-            op = spellings.read(base)
-            if op is None or op.inplace or op.name not in _CHEAP or list(base.all_input_nodes) != [op.args["input"]]:
+            op = nodes.read(base)
+            if (
+                op is None
+                or op.inplace
+                or not (op.has(Fact.VIEW) or op.name == "cast")
+                or list(base.all_input_nodes) != [op.args["input"]]
+            ):
                 break
             chain.append(base)
             base = op.args["input"]
@@ -124,30 +129,30 @@ class Outputs:
         head = value.head
         sources: list[Source] = []
         terms = []
-        for factor, part in head.sum_of or [(1.0, member) for member in head.members]:
+        for factor, part in head.terms:
             # What was done to the rows of the whole is done to those of each term.
             of_rows = replace(part, rows=(*part.rows, *value.rows))
             term, given = self._recipe(builder, of_rows, rank, class_dim)
             terms.append((factor, term))
             sources += given
-        if not terms:
+        one = None if terms else value.one
+        if one is not None:
             h = builder.run(operands.hidden, builder, value, False).node
             sources.append(Source(True, self.placeholders[h]) if h in self.placeholders else self._own_output(h))
-            sources += [self.source(n) for n in (head.weight, head.bias) if n is not None]
+            sources += [self.source(n) for n in (one.weight, one.bias) if n is not None]
         sources += [self.source(n) for n in value.extra]
-        pointwise, biased = fake(head.weight).dim() > 2, head.bias is not None
         compute = Logits(
-            head.dtype,
-            head.transposed,
-            pointwise,
-            biased,
-            rank,
-            class_dim,
-            value.steps,
-            len(sources),
-            tuple(_count(part) if isinstance(part, Listed) else part for part in value.columns),
-            tuple(terms),
-            bool(head.members),
+            dtype=head.dtype,
+            transposed=one is not None and one.transposed,
+            pointwise=one is not None and fake(one.weight).dim() > 2,
+            biased=one is not None and one.bias is not None,
+            rank=rank,
+            class_dim=class_dim,
+            steps=value.steps,
+            reads=len(sources),
+            columns=tuple(_count(part) if isinstance(part, Listed) else part for part in value.columns),
+            terms=tuple(terms),
+            concatenated=isinstance(head, SeveralHeads),
         )
         return compute, sources
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch.fx import Graph, Node
@@ -17,10 +17,12 @@ from ..graph.refusal import Refusal, Refused
 from ..graph.regions import transform_around
 from ..ops.call import Attributes
 from ..ops.choice import Choice, Chooser, Problem
+from ..trace.findings import Finding, source
 from ..trace.heads import subclassed
+from ..trace.interpreter import Interpreter
 from ..trace.reduction import Loss
-from ..trace.trace import Decomposition, Finding, Trace
-from ..trace.values import Head
+from ..trace.trace import Trace, refused_together
+from ..trace.values import Head, SeveralHeads, SumOfHeads
 from . import emit_ranking, site
 from .groups import Bundle, Group, in_groups
 from .site import Site
@@ -40,7 +42,23 @@ class Plan:
     choice: Choice = EAGER
 
 
-def make_plan(graph: Graph, trace: Trace, hoist: Hoist, settings: Settings, choose: Chooser | None) -> Plan:
+def make_plans(
+    interpreter: Interpreter, found: list[Finding], hoist: Hoist, settings: Settings, choose: Chooser | None
+) -> dict[Node, Plan]:
+    """What is to be done with each head that has a loss, by the node of the head."""
+    traces = {f.trace.first.node: f.trace for f in found if f.trace is not None}
+    for decomposition in interpreter.decomposed:
+        traces |= {trace.first.node: trace for trace in decomposition.traces if not trace.first.members}
+    plans = {node: _plan(interpreter.graph, trace, hoist, settings, choose) for node, trace in traces.items()}
+    by_trace = {id(plan.trace): plan for plan in plans.values()}
+    bound = [plan.trace.with_parts for plan in plans.values()] + [d.traces for d in interpreter.decomposed]
+    refused = {i: plan.refusal for i, plan in by_trace.items() if plan.refusal is not None}
+    for i, refusal in refused_together(refused, [[t for t in ts if id(t) in by_trace] for ts in bound]).items():
+        by_trace[i].refusal = by_trace[i].refusal or refusal
+    return plans
+
+
+def _plan(graph: Graph, trace: Trace, hoist: Hoist, settings: Settings, choose: Chooser | None) -> Plan:
     try:
         refusal = _refusal(graph, trace, settings)
         if refusal is not None:
@@ -55,23 +73,7 @@ def make_plan(graph: Graph, trace: Trace, hoist: Hoist, settings: Settings, choo
         return Plan(trace, refusal=Refusal(trace.head.node, refused.reason, refused.cure))
 
 
-def refuse_together(plans: list[Plan], decomposed: list[Decomposition]) -> None:
-    """Heads that were combined are fused together, or none of them is."""
-    bound = [{id(trace) for trace in plan.trace.with_parts} for plan in plans]
-    bound += [{id(trace) for trace in written.traces} for written in decomposed]
-    refused = True
-    while refused:
-        refused = False
-        for traces in bound:
-            together = [plan for plan in plans if id(plan.trace) in traces]
-            refusal = next((plan.refusal for plan in together if plan.refusal is not None), None)
-            for plan in together:
-                if refusal is not None and plan.refusal is None:
-                    plan.refusal = refusal
-                    refused = True
-
-
-def _problem(head: Head, settings: Settings) -> Problem:
+def _problem(head: Head | SeveralHeads, settings: Settings) -> Problem:
     """A head in numbers. Symbolic sizes give what they were at capture: asking must not put a guard on them."""
     z = fake(head.node)
     sizes = [compat.size_hint(s) for s in z.shape]
@@ -125,9 +127,9 @@ def _refusal(graph: Graph, trace: Trace, settings: Settings) -> Refusal | None:
     return trace.escapes[0] if trace.escapes else None
 
 
-def _copies(head: Head, settings: Settings) -> str | None:
+def _copies(head: Head | SeveralHeads, settings: Settings) -> str | None:
     """Why the weights of several heads are not put together in one, or None. Sizes are those at capture."""
-    if not head.sum_of:
+    if not isinstance(head, SumOfHeads):
         return None
     problem = _problem(head, settings)
     size = compat.size_hint(head.vocab) * compat.size_hint(head.width) * fake(head.weight).element_size()
@@ -186,13 +188,13 @@ def record(
     settings: Settings,
     early: bool,
     attributes: Attributes,
-    source: Callable[[Node], Node],
+    interpreter: Interpreter,
 ) -> Site:
     if finding.trace is None:
         return site.make(finding.loss, None, finding.refusal)
     plan = plans[finding.trace.first.node]
     refusal = finding.refusal or plan.refusal
-    reduction = next((r for r in plan.trace.reductions if source(r.node) is finding.loss), None)
+    reduction = next((r for r in plan.trace.reductions if source(interpreter, r.node) is finding.loss), None)
     if refusal is None and reduction is None:
         reason = "the loss reads the logits in a way the trace did not follow"
         refusal = Refusal(finding.loss, reason, "please report it")

@@ -1,9 +1,10 @@
 """The pass: a captured graph in, a rewritten copy and a record of every loss out."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from ..config import Settings
 from ..graph.hoist import Hoist
@@ -11,12 +12,13 @@ from ..graph.refusal import Refusal
 from ..graph.regions import checkpointed, copy_graph, differentiated_again
 from ..ops.call import Attributes
 from ..ops.choice import Chooser
+from ..trace.findings import Finding, findings, losses
 from ..trace.interpreter import Interpreter
-from ..trace.trace import Finding, losses
+from ..trace.trace import Decomposition
 from ..trace.unnamed import behind_break, unnamed
 from . import cleanup, emit, emit_ranking, groups, site
 from .outputs import Deferral, Outputs
-from .plan import make_plan, name_bundles, one_linear_loss, record, refuse_together
+from .plan import Plan, make_plans, name_bundles, one_linear_loss, record
 from .result import Rewritten
 from .site import Site
 
@@ -75,55 +77,37 @@ def _rewrite_graph(
     graph = copy.graph
     interpreter = Interpreter(graph)
     interpreter.run()
-    findings = interpreter.findings(statistics)
-    dense = {} if statistics else _unnamed(gm, interpreter, findings, settings)
-    if not findings:
+    found = findings(interpreter, statistics)
+    dense = {} if statistics else _unnamed(gm, interpreter, found, settings)
+    if not found:
         return Rewritten(gm, list(dense.values()), unnamed=len(dense))
     if again := differentiated_again(gm):
-        reason = f"the loss is differentiated with create_graph=True ({again}): compiled code has no second derivative"
-        cure = "compile the model without the penalty, or compute the penalty from another loss"
-        sites = [site.make(f.loss, f.trace.head if f.trace else None, Refusal(f.loss, reason, cure)) for f in findings]
-        return Rewritten(gm, [*sites, *dense.values()], uncompiled=True, unnamed=len(dense))
+        sites = [*_differentiated_again(again, found), *dense.values()]
+        return Rewritten(gm, sites, uncompiled=True, unnamed=len(dense))
     hoist = Hoist(graph)
     attributes = Attributes(grad_filter=settings.grad_filter, workspace=settings.workspace_bytes, version=version)
-    traces = {f.trace.first.node: f.trace for f in findings if f.trace is not None}
-    for written in interpreter.decomposed:
-        traces |= {trace.first.node: trace for trace in written.traces if not trace.first.head.members}
-    plans = {node: make_plan(graph, trace, hoist, settings, choose) for node, trace in traces.items()}
-    refuse_together(list(plans.values()), interpreter.decomposed)
+    plans = make_plans(interpreter, found, hoist, settings, choose)
     fused = [plan for plan in plans.values() if plan.refusal is None]
     calls = groups.in_bundles([group for plan in fused for group in plan.groups], hoist)
     # The numbers that diagnostics are made of are a gradient that no loss may scale.
     numbers = settings.diagnostics and settings.grad_filter != "exact"
     early = settings.gradients_in_forward and not numbers and one_linear_loss(calls)
     name_bundles(calls)
-    made = {f.loss: record(f, plans, calls, settings, early, attributes, interpreter.source) for f in findings} | dense
+    made = dense | {f.loss: record(f, plans, calls, settings, early, attributes, interpreter) for f in found}
     sites = [made[node] for node in interpreter.given if node in made]
     if not fused:
         return Rewritten(gm, sites, unnamed=len(dense))
-    deferrals: list[Deferral] = []
     for call in calls:
         gradients = early and fused[0].choice.gradients_in_forward
         emit.emit(graph, call, attributes, hoist, gradients, settings.diagnostics)
     # Behind them: a comparison may be with what they gave.
     for ranks in [ranks for plan in fused for ranks in plan.ranks]:
         emit_ranking.emit(graph, ranks, attributes, hoist)
-    for plan in fused:
-        for trace in plan.trace.with_parts:
-            cleanup.replace_metadata(graph, trace)
-    refused = {id(plan.trace) for plan in plans.values() if plan.refusal is not None}
-    done = [w for w in interpreter.decomposed if not any(id(t) in refused or t.escapes for t in w.traces)]
-    for written in done:
-        written.node.replace_all_uses_with(written.result)
-        graph.erase_node(written.node)
-    # The outputs are read after the losses were replaced: a loss is one of them.
-    outputs = Outputs(graph)
-    several = {id(trace): trace for written in done for trace in written.traces if trace.first.head.members}
-    for trace in (*(plan.trace for plan in fused), *several.values()):
-        for value in trace.outputs if settings.defer_logits else []:
-            deferrals += outputs.defer(value)
-    user_outputs = outputs.finish()
-    for trace in (trace for written in done for trace in written.traces):
+    for trace in [trace for plan in fused for trace in plan.trace.with_parts]:
+        cleanup.replace_metadata(graph, trace)
+    done = _use_decompositions(interpreter, plans.values())
+    deferrals, user_outputs = _defer(graph, fused, done, settings)
+    for trace in [trace for decomposition in done for trace in decomposition.traces]:
         cleanup.erase_dead(graph, trace, [])
     for plan in fused:
         cleanup.erase_dead(graph, plan.trace, [reduction.node for reduction in plan.trace.reductions])
@@ -131,6 +115,34 @@ def _rewrite_graph(
     graph.lint()
     copy.recompile()
     return Rewritten(copy, sites, deferrals, user_outputs, unnamed=len(dense))
+
+
+def _differentiated_again(where: str, found: list[Finding]) -> list[Site]:
+    reason = f"the loss is differentiated with create_graph=True ({where}): compiled code has no second derivative"
+    cure = "compile the model without the penalty, or compute the penalty from another loss"
+    return [site.make(f.loss, f.trace.head if f.trace else None, Refusal(f.loss, reason, cure)) for f in found]
+
+
+def _use_decompositions(interpreter: Interpreter, plans: Iterable[Plan]) -> list[Decomposition]:
+    """Puts the nodes that others were decomposed into in their places, where all of their heads are fused."""
+    refused = {id(plan.trace) for plan in plans if plan.refusal is not None}
+    done = [d for d in interpreter.decomposed if not any(id(t) in refused or t.escapes for t in d.traces)]
+    for decomposition in done:
+        decomposition.node.replace_all_uses_with(decomposition.result)
+        interpreter.graph.erase_node(decomposition.node)
+    return done
+
+
+def _defer(
+    graph: Graph, fused: list[Plan], done: list[Decomposition], settings: Settings
+) -> tuple[list[Deferral], int]:
+    """Takes logits out of the outputs, which are read after the losses were replaced: a loss is one of them."""
+    outputs = Outputs(graph)
+    several = {id(trace): trace for d in done for trace in d.traces if trace.first.members}
+    traces = [plan.trace for plan in fused] + list(several.values())
+    values = [value for trace in traces for value in trace.outputs] if settings.defer_logits else []
+    deferrals = [deferral for value in values for deferral in outputs.defer(value)]
+    return deferrals, outputs.finish()
 
 
 def _unnamed(

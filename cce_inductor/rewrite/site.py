@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..filters import Filter
-from ..graph import spellings
+from ..graph import nodes
 from ..graph.fakes import example, fake
 from ..graph.refusal import Refusal
 from ..ops import bound
-from ..trace.values import Head
+from ..trace.values import Head, SeveralHeads
 
 EXACT = Filter()
 BOUNDED = ("budget", "unbiased")  # kinds of filter that go by a bound
@@ -27,7 +27,7 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+).*(?:\n +(?P<sou
 def name(loss: Node) -> str:
     """What a loss is called: where it stands in the user's code."""
     place = location(loss)
-    return spellings.describe(loss) + (f" at {place}" if place else "")
+    return nodes.describe(loss) + (f" at {place}" if place else "")
 
 
 def _frame(node: Node) -> tuple[str, str, str]:
@@ -97,7 +97,7 @@ class Site:
 
 def _read_by(loss: Node) -> tuple[Tensor | None, Any]:
     """The logits that a loss over classes reads, and how many classes they have, where no head was found."""
-    op = spellings.read(loss)
+    op = nodes.read(loss)
     node = op.args.get("input") if op is not None else None
     z = example(node) if isinstance(node, Node) else None
     if not isinstance(z, Tensor) or z.dim() == 0:
@@ -107,7 +107,7 @@ def _read_by(loss: Node) -> tuple[Tensor | None, Any]:
 
 def make(
     loss: Node,
-    head: Head | None,
+    head: Head | SeveralHeads | None,
     refusal: Refusal | None,
     deferred: int = 0,
     kernel: str = "",
@@ -136,7 +136,7 @@ def make(
         fused=refusal is None,
         reason=refusal.reason if refusal else "",
         cure=refusal.cure if refusal else "",
-        loss=spellings.describe(loss),
+        loss=nodes.describe(loss),
         node=loss.name,
         location=location(loss),
         at=at.name if at is not None and at is not loss else "",

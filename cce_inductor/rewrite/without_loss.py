@@ -17,6 +17,7 @@ from ..graph.regions import copy_graph, differentiated_again
 from ..trace.heads import large
 from ..trace.interpreter import Interpreter
 from ..trace.trace import Trace
+from ..trace.values import SeveralHeads
 from . import cleanup
 from .outputs import Outputs
 from .result import Rewritten
@@ -59,7 +60,7 @@ def _defer_heads(gm: GraphModule, settings: Settings) -> Rewritten:
 def _only_leaves(graph: Graph, trace: Trace, settings: Settings) -> bool:
     """Whether the logits of a head have no other use than to leave the graph."""
     head = trace.head
-    if head.members:
+    if isinstance(head, SeveralHeads):
         return False
     if not trace.outputs or trace.escapes or trace.reductions or not large(head.vocab, head.width, settings):
         return False

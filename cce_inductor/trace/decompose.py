@@ -11,21 +11,21 @@ import abc
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import Node, Proxy
 
-from ..graph import spellings
+from ..graph import nodes
 from ..graph.builder import Builder
 from ..graph.fakes import example, fake
 from ..graph.refusal import Refused
+from ..graph.spellings import Fact
 from ..ops.losses import cross_entropy, normalizer
 from .operands import vocab
 from .reduction import Loss, Reduction
 from .reductions import arguments_of, over_rows, reads_the_classes
-from .values import Mixture, Value
+from .values import Mixture, SeveralHeads, Value
 
 _WIDE = (torch.float32, torch.float64)
 
@@ -126,7 +126,7 @@ def concatenated(values: Sequence[Value], node: Node, dim: int) -> Value:
         value.need("logits", "vocabularies of log-probabilities are put together", "put the logits together")
         if value.class_dim != dim or value.head.dtype != first.head.dtype:
             raise Refused("vocabularies are put together with something else", "put logits of one dtype together")
-    return _of_members(values, node, dim)
+    return Value(SeveralHeads(node, tuple(values)), node, dim)
 
 
 def stacked(values: Sequence[Value], node: Node, dim: int, is_stack: bool) -> Value:
@@ -139,14 +139,8 @@ def stacked(values: Sequence[Value], node: Node, dim: int, is_stack: bool) -> Va
             raise Refused("logits that differ in layout, dtype or gradient are stacked", "compute a loss of each")
         if not all(isinstance(s, int) for s in value.fake.shape):
             raise Refused("logits of several heads are stacked, with symbolic sizes", "compute a loss of each")
-    made = _of_members(values, node, first.class_dim + (is_stack and dim <= first.class_dim))
-    return replace(made, head=replace(made.head, stacked_at=dim, stacked=is_stack))
-
-
-def _of_members(values: Sequence[Value], node: Node, class_dim: int) -> Value:
-    # Nothing reads its operands: what becomes of it is decomposed in terms of the members.
-    head = replace(values[0].head, node=node, product_dtype=values[0].head.dtype, members=tuple(values), sum_of=())
-    return Value(head, node, class_dim)
+    class_dim = first.class_dim + (is_stack and dim <= first.class_dim)
+    return Value(SeveralHeads(node, tuple(values), dim, is_stack), node, class_dim)
 
 
 def of_members(builder: Builder, reduction: Reduction) -> Proxy:
@@ -156,7 +150,8 @@ def of_members(builder: Builder, reduction: Reduction) -> Proxy:
         raise Refused("logits of several heads are masked, shifted or cut", "do that to each of them")
     if not set(reduction.statistics) <= {"lse", "lse_low", "target_logit", "logit_sum"}:
         raise Refused(f"the {reduction.statistics[-1]} of logits of several heads", "compute it of each of them")
-    kind = _Concatenated if value.head.stacked_at is None else _Stacked
+    several = _several(value)
+    kind = _Concatenated if several.stacked_at is None else _Stacked
     statistics = kind(builder, reduction)
     if not isinstance(reduction, Loss):
         result = reduction.shape(statistics.in_rows(reduction.flat(statistics)))
@@ -171,12 +166,17 @@ def of_members(builder: Builder, reduction: Reduction) -> Proxy:
     return _as(statistics.with_zeros(result), reduction.node)
 
 
+def _several(value: Value) -> SeveralHeads:
+    assert isinstance(value.head, SeveralHeads)
+    return value.head
+
+
 class _Members(abc.ABC):
     """The statistics of logits that are made of several heads', as `emit.Statistics` has them of one."""
 
     def __init__(self, builder: Builder, reduction: Reduction):
         self.builder, self.reduction, self.value = builder, reduction, reduction.value
-        self.members = self.value.head.members
+        self.members = self.value.members
 
     @property
     def vocab(self) -> Any:
@@ -225,8 +225,8 @@ class _Members(abc.ABC):
         """Eager's gradients of heads that nothing is read of are zero, not none: this sends them zeros."""
         if not self.value.fake.requires_grad:
             return result
-        left = [m for m in self.value.head.members if m not in self.members and m.fake.requires_grad]
-        if any(member.head.members for member in left):
+        left = [m for m in self.value.members if m not in self.members and m.fake.requires_grad]
+        if any(member.members for member in left):
             raise Refused("logits of several heads are stacked, and not all of them are read", "stack single heads")
         for node in dict.fromkeys(n for member in left for n in member.operands()):
             if fake(node).requires_grad:
@@ -290,23 +290,14 @@ class _Concatenated(_Members):
         return functools.reduce(lambda a, b: a + b, [z.sum(-1) for z in self.parts])
 
 
-# Ops on rows that never take a row twice.
-_EACH_ONCE = frozenset(
-    (
-        *("view", "reshape", "view_as", "flatten", "unflatten", "unsqueeze", "squeeze", "transpose", "movedim", "t"),
-        *("permute", "getattr", "select", "narrow", "flip", "roll", "getitem"),
-    )
-)
-
-
 class _Stacked(_Members):
     """(rows,): the rows of one head behind those of the other, and then in the order in which they are read."""
 
     def __init__(self, builder: Builder, reduction: Reduction):
         super().__init__(builder, reduction)
         for node, _ in self.value.rows:
-            op = spellings.read(node)
-            if op is None or op.name not in _EACH_ONCE or _reads_a_tensor(op):
+            op = nodes.read(node)
+            if op is None or not op.has(Fact.EACH_ONCE) or _reads_a_tensor(op):
                 raise Refused("stacked logits are indexed or expanded", "index the hidden states")
         rows = [member.fake.numel() // member.vocab for member in self.members]
         starts = [0, *itertools.accumulate(rows)]
@@ -346,12 +337,12 @@ class _Stacked(_Members):
     def _places(self, numbers: list[Any], stack: Callable, cat: Callable) -> Any:
         """The number of each row that is read, in the rows' shape. `numbers` are those of the members' rows."""
         pieces = []
-        for n, member in zip(numbers, self.value.head.members, strict=True):
+        for n, member in zip(numbers, self.value.members, strict=True):
             shape = list(member.fake.shape)
             shape[member.class_dim] = 1
             pieces.append(n.view(shape))
-        at = self.value.head.stacked_at
-        place = (stack if self.value.head.stacked else cat)(pieces, at)
+        head = _several(self.value)
+        place = (stack if head.stacked else cat)(pieces, head.stacked_at)
         for _, row_map in self.value.rows:
             place = row_map(place, 1)
         return place.squeeze(self.value.class_dim)
@@ -389,7 +380,7 @@ class _Stacked(_Members):
         return self._ordered([z.sum(-1) for z in self.parts])
 
 
-def _reads_a_tensor(op: spellings.Op) -> bool:
+def _reads_a_tensor(op: nodes.Op) -> bool:
     """Whether an index is made of tensors, which may name a row twice."""
     index = op.args.get("index")
     return any(isinstance(i, (Node, list)) for i in (index if isinstance(index, tuple) else (index,)))

@@ -4,7 +4,7 @@
 its columns, and as well in its rows. A rule that cannot take a node raises `Refused` with the reason and the cure.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,12 +15,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import compat
 from ..config import Settings
-from ..graph import spellings
+from ..graph import nodes
 from ..graph.fakes import example, fake, same
 from ..graph.memory import storages, written
 from ..graph.refusal import Refusal, Refused
+from ..graph.spellings import Fact
 from .shapes import is_vocabulary_vector
-from .values import Affine, Head, RowMap, Shift, Value
+from .values import Affine, Head, RowMap, SeveralHeads, Shift, Value
 
 # Linear layers inside a model (an MLP of four times the width) look like heads otherwise.
 _WIDENING = 4
@@ -32,13 +33,14 @@ def large(vocab: int | torch.SymInt, width: int | torch.SymInt, settings: Settin
     return classes >= settings.min_vocab and classes > _WIDENING * compat.size_hint(width)
 
 
-def subclassed(head: Head) -> Refusal | None:
+def subclassed(head: Head | SeveralHeads) -> Refusal | None:
     """Why a head is left alone whose operands are other than plain tensors."""
-    for node in dict.fromkeys([head.weight, *head.operands()]):
+    weights = head.weights()
+    for node in dict.fromkeys([*weights, *head.operands()]):
         made = fake(node)
         if is_traceable_wrapper_subclass(made):
             kind, placements = type(made).__name__, getattr(made, "placements", ())
-            if node is head.weight and any(placement.is_shard() for placement in placements):
+            if node in weights and any(placement.is_shard() for placement in placements):
                 reason = f"a tensor-parallel head: its weight is a {kind} that is split over ranks"
                 return Refusal(node, reason, "gather the weight in front of the head, by full_tensor()")
             return Refusal(node, f"an operand of the head is a {kind}", "give the head plain tensors")
@@ -71,7 +73,7 @@ def _value(
 
 def _transpose_of(w: Node) -> Node | None:
     """The matrix that `w` is the transposed view of: heads may have that in common, each with a view of its own."""
-    op = spellings.read(w)
+    op = nodes.read(w)
     source = op.args.get("input") if op is not None and not op.inplace else None
     if op is None or not isinstance(source, Node) or not isinstance(made := example(source), Tensor) or made.dim() != 2:
         return None
@@ -93,16 +95,12 @@ def linear(node: Node, args: dict[str, Any]) -> list[Value]:
     return values
 
 
-# Ops that give a batch of one matrix, as a view or not.
-_COPIES = ("expand", "unsqueeze", "getitem", "broadcast_to", "expand_as", "repeat")
-
-
 def _stored_once(w: Any) -> Any:
     """The matrix that a batch of equal ones is an expanded view of, or `w` itself."""
     node = w
     while isinstance(node, Node) and isinstance(example(node), type(example(w))) and fake(node).dim() > 2:
-        op = spellings.read(node)
-        if op is None or op.inplace or op.name not in _COPIES:
+        op = nodes.read(node)
+        if op is None or op.inplace or not (op.has(Fact.REPEATS) or op.name in ("unsqueeze", "getitem")):
             return w
         base = op.args["input"]
         if op.name == "repeat" and (op.args["sizes"][-2:] != (1, 1) or written(base.graph.nodes, storages(base))):
@@ -251,15 +249,3 @@ def convolution(node: Node, args: dict[str, Any]) -> list[Value]:
     if fake(w).dim() != rank:
         raise Refused("a convolution without a batch dimension", "give it one")
     return [_value(node, x, w, args["bias"], False, 1, 1, lambda h, _: h)]
-
-
-HEADS: dict[str, Callable[[Node, dict[str, Any]], list[Value]]] = {
-    "linear": linear,
-    "matmul": matmul,
-    "mv": matmul,
-    "addmm": addmm,
-    "inner": inner,
-    "einsum": einsum,
-    "tensordot": tensordot,
-    "convolution": convolution,
-}

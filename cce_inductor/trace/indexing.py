@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..graph import spellings
+from ..graph import nodes
 from ..graph.fakes import example, fake, same
 from ..graph.refusal import Refused
 from .values import Args, Listed, Range, Value
@@ -39,7 +39,7 @@ def index_select(value: Value, node: Node, args: Args) -> Value:
 def gather(value: Value, node: Node, args: Args) -> Value:
     """Rows by an index that is the same for all classes of a row, as an expanded view of one with a single class."""
     dim, index = args["dim"] % value.fake.dim(), args["index"]
-    op = spellings.read(index) if isinstance(index, Node) else None
+    op = nodes.read(index) if isinstance(index, Node) else None
     if dim == value.class_dim or op is None or op.name not in ("expand", "expand_as"):
         raise Refused("entries are gathered out of the logits", "gather rows of the hidden states instead")
     base, c = op.args["input"], value.class_dim

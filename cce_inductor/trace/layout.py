@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from ..graph.fakes import differentiates, example, fake, same
 from ..graph.refusal import Refused
-from .indexing import columns, gather, getitem, index_select, narrow, select
+from .indexing import columns
 from .values import Args, Value
 
 
@@ -209,35 +209,6 @@ def repeat(value: Value, node: Node, args: Args) -> Value:
     return value.mapped(node, lambda h, _: h.repeat(*sizes), class_dim, node)
 
 
-ROWS: dict[str, Callable[[Value, Node, Args], Value]] = {
-    "view": view,
-    "reshape": reshape,
-    "view_as": view_as,
-    "flatten": flatten,
-    "unflatten": unflatten,
-    "unsqueeze": unsqueeze,
-    "squeeze": squeeze,
-    "repeat_interleave": repeat_interleave,
-    "repeat": repeat,
-    "expand": expand,
-    "broadcast_to": expand,
-    "expand_as": expand_as,
-    "copy": copy,
-    "transpose": transpose,
-    "movedim": movedim,
-    "t": t,
-    "permute": permute,
-    "getattr": getattr,
-    "select": select,
-    "narrow": narrow,
-    "index_select": index_select,
-    "flip": flip,
-    "roll": roll,
-    "gather": gather,
-    "getitem": getitem,
-}
-
-
 # ---- tuples of values
 
 
@@ -285,14 +256,6 @@ def tensor_split(value: Value, node: Node, args: Args) -> list[Callable]:
 def unbind(value: Value, node: Node, args: Args) -> list[Callable]:
     dim = args["dim"]
     return _parts(value, node, dim, lambda h: h.unbind(dim), gone=True)
-
-
-PARTS: dict[str, Callable[[Value, Node, Args], list[Callable[[Node], Value]]]] = {
-    "split": split,
-    "chunk": chunk,
-    "tensor_split": tensor_split,
-    "unbind": unbind,
-}
 
 
 # ---- several values in one

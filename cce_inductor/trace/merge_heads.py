@@ -20,13 +20,13 @@ from ..graph.fakes import fake, same
 from ..graph.refusal import Refused
 from . import operands
 from .reasons import MARGIN
-from .values import Affine, Factor, Head, Shift, Step, Value
+from .values import Affine, Factor, Head, Shift, Step, SumOfHeads, Value
 
 
 def _plain(value: Value) -> None:
     """Refused for logits that more was done to than a scale and a bias."""
     value.need("logits", f"the {value.words} of a head are added to those of another", "compute a loss of each")
-    if value.masks or value.terms or value.affine.capped or value.head.members:
+    if value.masks or value.terms or value.affine.capped or value.members:
         raise Refused("capped, masked or shifted logits are combined with others", "combine them before")
     if value.rounded:
         raise Refused("logits that were rounded to a narrower dtype are combined with others", "leave the cast out")
@@ -108,7 +108,7 @@ def _one_head(builder: Builder, a: Value, b: Value, node: Node, factor: float) -
         shifts += [_without_gradient(builder, s) for s in affine.shifts] if detach else affine.shifts
         inner += affine.inner
     x, w = builder.call(torch.cat, inputs, a.class_dim), builder.call(torch.cat, weights, 1)
-    head = Head(
+    head = SumOfHeads(
         node,
         x.node,
         w.node,
@@ -116,7 +116,7 @@ def _one_head(builder: Builder, a: Value, b: Value, node: Node, factor: float) -
         transposed=False,
         width_dim=a.class_dim,
         product_dtype=a.head.dtype,
-        sum_of=((1.0, a), (factor, b)),
+        parts=((1.0, a), (factor, b)),
     )
     rounded = (fake(node).dtype,) * 2  # eager rounds each term, and their sum
     return Value(head, node, a.class_dim, affine=Affine(shifts=tuple(shifts), inner=inner), arithmetic=rounded)
@@ -144,16 +144,18 @@ def rows(builder: Builder, values: Sequence[Value], node: Node, dim: int, stacke
         made = [operands.hidden(builder, value, False) for value in values]
         return builder.call(torch.stack if stacked else torch.cat, made, dim)
 
-    head = replace(first.head, node=node, input=builder.run(record).node, width_dim=class_dim)
-    head = replace(head, product_dtype=first.head.dtype)
+    given = {"node": node, "input": builder.run(record).node, "width_dim": class_dim}
+    head = replace(first.one, **given, product_dtype=first.head.dtype)
     return replace(first, head=head, node=node, rows=(), class_dim=class_dim, order=None)
 
 
 def _alike(a: Value, b: Value) -> bool:
     """Whether the rows of two values can be rows of one head: the same weight, and the same done to the logits."""
-    one = {"node": a.node, "input": a.head.input, "width_dim": a.head.width_dim}
+    if type(a.head) is not Head or type(b.head) is not Head:
+        return False
+    one: dict[str, Any] = {"node": a.node, "input": a.head.input, "width_dim": a.head.width_dim}
     other = replace(b, node=a.node, head=replace(b.head, **one), rows=(), order=None)
-    both_plain = not (a.picked or a.comparison or a.terms or a.head.sum_of or a.head.members)
+    both_plain = not (a.picked or a.comparison or a.terms)
     shapes = a.fake.dim() == b.fake.dim() and a.fake.requires_grad == b.fake.requires_grad
     of_dtypes = (a.fake.dtype, a.head.dtype, fake(a.head.input).dtype)
     same_dtypes = of_dtypes == (b.fake.dtype, b.head.dtype, fake(b.head.input).dtype)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..graph import memory, spellings
+from ..graph import memory, nodes
 from ..graph.fakes import fake, is_number, is_tensor, same
 from ..graph.memory import written_after
+from ..graph.spellings import Fact
 from .shapes import is_row_vector, same_rows
 from .values import Factor, Mixture, Value
 
@@ -19,7 +20,7 @@ def one_hot_target(node: Node, value: Value) -> Node | None:
     """The class indices of a one-hot tensor of the logits' shape with the classes last, cast or not; else None."""
     seen = node
     while True:
-        op = spellings.read(seen)
+        op = nodes.read(seen)
         if op is None or op.inplace or op.name not in ("cast", "one_hot", "copy") or written_after(seen):
             return None
         if op.name == "one_hot":
@@ -42,60 +43,45 @@ def marks_target(node: Any, value: Value) -> bool:
     """
     if not is_tensor(node):
         return False
-    op = spellings.read(node)
+    op = nodes.read(node)
+    read = [n for n in node.all_input_nodes if is_tensor(n)]
     if op is None:
         name = getattr(node.target, "__name__", str(node.target)).strip("_")
-        read = [n for n in node.all_input_nodes if is_tensor(n)]
-        if name in ("eq", "ne") and len(read) == 2:
-            return any(is_row_vector(n, value) for n in read) and any(_counts(n) for n in read)
         return name in _OF_MASKS and any(marks_target(n, value) for n in read)
+    if op.name in ("eq", "ne") and len(read) == 2:
+        return any(is_row_vector(n, value) for n in read) and any(_counts(n) for n in read)
     if op.name == "one_hot":
         return same(fake(node).shape[-1], value.vocab)
-    if op.name in ("zeros", "full"):
-        edits = [spellings.read(user) for user in node.users if node in memory.mutated(user)]
+    if op.has(Fact.CONSTANT):
+        edits = [nodes.read(user) for user in node.users if node in memory.mutated(user)]
         return bool(edits) and all(edit is not None and _scatters_one(edit, value) for edit in edits)
     if op.name in ("add", "sub", "rsub"):
         return is_number(op.args["input"]) + is_number(op.args["other"]) == 1 and any(
             marks_target(op.args[name], value) for name in ("input", "other")
         )
-    if op.name not in _ENTRYWISE:
+    if not op.has(Fact.ENTRYWISE | Fact.IN_ORDER):
         return _scatters_one(op, value) and _is_constant(op.args["input"])
     return any(marks_target(op.args.get(name), value) for name in ("input", "other", "condition"))
 
 
-_OF_MASKS = ("eq", "ne", "invert", "bitwise_not", "logical_not", "bool")
-_ENTRYWISE = (
-    "cast",
-    "copy",
-    "detach",
-    "view",
-    "reshape",
-    "flatten",
-    "neg",
-    "mul",
-    "div",
-    "where",
-    "gt",
-    "ge",
-    "lt",
-    "le",
-)
+# Operations on masks, which logits have no use for.
+_OF_MASKS = ("invert", "bitwise_not", "logical_not", "bool")
 
 
-def _scatters_one(op: spellings.Op, value: Value) -> bool:
+def _scatters_one(op: nodes.Op, value: Value) -> bool:
     """Whether an op puts something in the place of one class of each row."""
     index = op.args.get("index")
     return op.name in ("scatter", "scatter_add") and is_tensor(index) and is_row_vector(index, value)
 
 
 def _is_constant(node: Any) -> bool:
-    op = spellings.read(node) if is_tensor(node) else None
-    return op is not None and op.name in ("zeros", "full")
+    op = nodes.read(node) if is_tensor(node) else None
+    return op is not None and op.has(Fact.CONSTANT)
 
 
 def _counts(node: Node) -> bool:
     """Whether a tensor holds the numbers of the classes."""
-    while (op := spellings.read(node)) is not None and op.name in ("view", "unsqueeze", "getitem", "expand", "cast"):
+    while (op := nodes.read(node)) is not None and (op.has(Fact.VIEW) or op.name == "cast"):
         node = op.args["input"]
     return node.op == "call_function" and node.target is torch.arange
 
@@ -125,7 +111,7 @@ def _as_many(target: Node, value: Value) -> bool:
 def _mixed(node: Any, value: Value) -> Mixture | None:
     if is_number(node):
         return Mixture((), float(node))
-    op = spellings.read(node) if is_tensor(node) else None
+    op = nodes.read(node) if is_tensor(node) else None
     if op is not None and op.name == "one_hot" and same(fake(node).shape[-1], value.vocab) and not written_after(node):
         return Mixture(((1.0, (), op.args["input"]),), 0.0)
     rule = _MIXED.get(op.name) if op is not None else None
@@ -207,8 +193,8 @@ def _scattered(args: dict[str, Any], value: Value) -> Mixture | None:
 
 def _constant(node: Any) -> float | None:
     """The number that a tensor is full of, made for what reads it only: an edit in place shows nowhere else."""
-    op = spellings.read(node) if is_tensor(node) and len(node.users) == 1 else None
-    if op is None or op.name not in ("full", "zeros") or not fake(node).is_floating_point():
+    op = nodes.read(node) if is_tensor(node) and len(node.users) == 1 else None
+    if op is None or not op.has(Fact.CONSTANT) or not fake(node).is_floating_point():
         return None
     number = op.args.get("fill_value", 0.0)
     return float(number) if is_number(number) else None

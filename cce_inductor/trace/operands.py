@@ -41,8 +41,8 @@ def cut(builder: Builder, p: Proxy, part: Range | Listed) -> Proxy:
 
 def weight(builder: Builder, value: Value, detach: bool) -> Proxy:
     """The (V, D) weight of the classes that are left."""
-    w = builder.proxy(value.head.weight)
-    w = value.head.matrix(w.detach() if detach else w)
+    w = builder.proxy(value.one.weight)
+    w = value.one.matrix(w.detach() if detach else w)
     for part in value.columns:
         w = cut(builder, w, part)
     return w
@@ -50,11 +50,11 @@ def weight(builder: Builder, value: Value, detach: bool) -> Proxy:
 
 def hidden(builder: Builder, value: Value, detach: bool) -> Proxy:
     """The hidden states with the value's row maps replayed: its shape, with D where the classes are."""
-    h = builder.proxy(value.head.input)
+    h = builder.proxy(value.one.input)
     if detach:
         h = h.detach()
     for _, row_map in value.rows:
-        h = row_map(h, width(builder, value.head))
+        h = row_map(h, width(builder, value.one))
     return h
 
 

@@ -15,12 +15,10 @@ from torch.fx import Node
 from ..graph.fakes import differentiates, fake, is_number, is_tensor
 from ..graph.refusal import Refused
 from . import rsqrt_softcap
-from .masks import masked_fill, scatter, setitem, where
 from .one_hot import marks_target, mixture, one_hot_target
 from .reasons import MARGIN
 from .shapes import is_row_vector, is_vocabulary_vector
-from .softmax import clamp, exp, log, log_softmax, softmax
-from .values import SQUARES, Args, Factor, Shift, Term, Value
+from .values import SQUARES, Args, Factor, Function, Shift, Term, Value
 
 
 def cast(value: Value, node: Node, args: Args) -> Value:
@@ -54,7 +52,7 @@ def _scale(value: Value, node: Node, factor: float, step: Any) -> Value:
     if value.kind == "square":
         return rsqrt_softcap.scaled(value, node, factor, step)
     if value.kind != "logits" or value.picked is not None:
-        return value.then(node, step, factor=value.factor * factor)
+        return value.then(node, step, function=replace(value.function, factor=value.factor * factor))
     if value.masks and not (factor > 0 and math.isfinite(factor)):
         raise Refused("masked logits are multiplied by a number that is not positive", "mask them afterwards")
     masks = tuple(replace(m, fill=m.fill * factor) for m in value.masks)
@@ -226,34 +224,6 @@ def detach(value: Value, node: Node, args: Args) -> Value:
     return value.then(node, lambda z, _: z.detach())
 
 
-VALUES: dict[str, Callable[[Value, Node, Args], Value]] = {
-    "cast": cast,
-    "mul": mul,
-    "div": div,
-    "neg": neg,
-    "tanh": tanh,
-    "sigmoid": sigmoid,
-    "add": add,
-    "sub": sub,
-    "detach": detach,
-    "log_softmax": log_softmax,
-    "softmax": softmax,
-    "exp": exp,
-    "log": log,
-    "clamp": clamp,
-    "masked_fill": masked_fill,
-    "where": where,
-    "setitem": setitem,
-    "scatter": scatter,
-    "scatter_add": scatter,
-    **rsqrt_softcap.RULES,
-}
-# What may write its result into the logits: afterwards they are that.
-INPLACE = frozenset(
-    ("mul", "div", "neg", "tanh", "sigmoid", "add", "sub", "masked_fill", "setitem", "scatter", "scatter_add")
-)
-
-
 # ---- products of two values
 
 
@@ -275,4 +245,4 @@ def product(a: Value, b: Value, node: Node) -> Value:
     if a.masks or a.terms or b.terms:
         raise Refused("the entropy of masked or shifted logits", "slice the weight instead of masking")
     factor = a.factor * b.factor
-    return replace(b, node=node, kind=kinds[b.kind], factor=factor, steps=(*b.steps, no_step))
+    return replace(b, node=node, function=Function(kinds[b.kind], factor), steps=(*b.steps, no_step))

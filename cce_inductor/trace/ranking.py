@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..graph import spellings
+from ..graph import nodes
 from ..graph.fakes import fake, is_tensor
 from ..graph.refusal import Refused
+from ..graph.spellings import Fact
 from ..ops.ranking import LARGEST
-from .layout import ROWS
 from .pointwise import not_rounded
 from .reduction import Reduction
 from .reductions import argmax, maximum, over_rows
@@ -27,8 +27,6 @@ from .values import Args, Comparison, Value
 
 # a < b is b > a.
 _TURNED = {"gt": "lt", "ge": "le", "lt": "gt", "le": "ge"}
-_REDUCTIONS = ("sum", "mean", "count_nonzero")
-_VIEWS = (*ROWS, "cast", "detach")
 
 
 @dataclass(frozen=True)
@@ -63,6 +61,13 @@ class Ranking(Reduction):
 # ---- the largest logits
 
 
+def topk(value: Value, node: Node, args: Args) -> list:
+    """The largest logits of each row, and their classes: what the two parts of the result are."""
+    if value.members:
+        raise Refused("the largest logits of several heads", "take those of each head")
+    return [lambda part: largest(value, part, 0, args), lambda part: largest(value, part, 1, args)]
+
+
 def largest(value: Value, part: Node, index: int, args: Args) -> Reduction:
     """The largest logits of each row (part 0 of topk), or their classes (part 1)."""
     over_classes(value, "topk", args["dim"])
@@ -83,10 +88,14 @@ def largest(value: Value, part: Node, index: int, args: Args) -> Reduction:
 # ---- comparisons
 
 
-def compared(value: Value, node: Node, op: spellings.Op, reductions: Mapping[Node, Reduction]) -> Value:
-    """Whether each logit is larger than a number of its row: than its target's logit, if that is among `reductions`."""
-    first = op.args["input"] is value.node
-    other = op.args["other"] if first else op.args["input"]
+def compared(value: Value, node: Node, args: Args, known: Mapping[Node, Reduction]) -> Value:
+    """Whether each logit is larger than a number of its row: than its target's logit, if that is among `known`."""
+    if value.members:
+        raise Refused("logits of several heads are compared", "compare those of each head")
+    op = nodes.read(node)
+    assert op is not None
+    first = args["input"] is value.node
+    other = args["other"] if first else args["input"]
     if not is_tensor(other) or not is_row_vector(other, value) or fake(node).shape != value.fake.shape:
         raise Refused("the logits are compared with other than one number for each row", "compare with a column")
     if value.kind not in ("logits", "log_softmax") or value.factor <= 0 or value.picked is not None:
@@ -95,25 +104,26 @@ def compared(value: Value, node: Node, op: spellings.Op, reductions: Mapping[Nod
     if not _repeated(value):
         raise Refused("logits are compared that were computed in 16 bits behind the head", "cast them to float32 first")
     name = op.name if first else _TURNED[op.name]
-    own = reductions.get(origin(other))
-    place = value.class_dim, len(value.rows)
+    own = known.get(origin(other))
+    common: dict[str, Any] = dict(name=name, node=other, class_dim=value.class_dim, start=len(value.rows))
+    common["factor"] = value.factor
     if own is not None and _is_entry(own) and _alike(own.value, value):
         assert own.given is not None
         if not is_row_vector(own.given, value) and not same_rows(own.given, value):
             raise Refused("the target's logit is picked out of the logits in another shape", "pick it out of the same")
-        made = Comparison(name, other, own.given, own.wraps, own.node, *place)
+        made = Comparison(**common, target=own.given, wraps=own.wraps, read=own.node)
     else:
         if value.kind != "logits" or value.terms or value.affine.constant:
             raise Refused("shifted logits are compared with a number that is not one of them", "compare the logits")
-        made = Comparison(name, other, None, False, node, *place)
-    return replace(value, node=node, kind="comparison", comparison=made)
+        made = Comparison(**common, target=None, wraps=False, read=node)
+    return replace(value, node=node, function=made)
 
 
 def origin(node: Node) -> Node:
     """The reduction that a node is a view of, or a wider copy of."""
     while True:
         node = base(node)
-        op = spellings.read(node)
+        op = nodes.read(node)
         if op is None or op.inplace or op.name not in ("detach", "cast"):
             return node
         old, new = fake(op.args["input"]).dtype, fake(node).dtype
@@ -124,7 +134,7 @@ def origin(node: Node) -> Node:
 
 def _is_entry(reduction: Reduction) -> bool:
     """Whether a reduction is one entry of each row as it stands."""
-    op = spellings.read(reduction.node)
+    op = nodes.read(reduction.node)
     assert op is not None
     return reduction.given is not None and op.name in ("gather", "take_along_dim", "getitem")
 
@@ -147,18 +157,27 @@ def _repeated(value: Value) -> bool:
         return True
     scale, softcap, shifts, inner = value.affine.operator()
     steps = 3 if softcap and scale == 1.0 else 1 if not softcap else 0
-    own = not shifts or (len(shifts) == 1 and shifts[0].node is value.head.bias and shifts[0].factor == 1.0)
+    own = not shifts or (len(shifts) == 1 and shifts[0].node is value.one.bias and shifts[0].factor == 1.0)
     plain = own and not value.affine.factors and not inner and not value.affine.constant and not value.terms
     return plain and not _filled(value) and value.kind == "logits" and len(value.arithmetic) == len(narrow) == steps
 
 
-def counted(value: Value, node: Node, op: spellings.Op) -> Reduction:
-    """How many classes pass a comparison, or which share of them."""
+def counted(value: Value, node: Node, args: Args) -> Reduction | None:
+    """How many classes pass a comparison; None for what is no comparison."""
+    return _counted(value, node, args, mean=False) if value.kind == "comparison" else None
+
+
+def share(value: Value, node: Node, args: Args) -> Reduction | None:
+    """Which share of the classes passes a comparison; None for what is no comparison."""
+    return _counted(value, node, args, mean=True) if value.kind == "comparison" else None
+
+
+def _counted(value: Value, node: Node, args: Args, mean: bool) -> Reduction:
     if value.factor != 1.0 or value.picked is not None:
         raise Refused("comparisons of the logits are multiplied before they are added up", "multiply their sum")
-    comparison, mean = value.comparison, op.name == "mean"
+    comparison = value.comparison
     assert comparison is not None
-    shape = over_rows(value, op.args["dim"], bool(op.args.get("keepdim")), mean)
+    shape = over_rows(value, args["dim"], bool(args.get("keepdim")), mean)
 
     def flat(s: Any) -> Any:
         return s.count.double() / s.vocab if mean else s.count
@@ -170,20 +189,15 @@ def counted(value: Value, node: Node, op: spellings.Op) -> Reduction:
 # ---- for the trace
 
 
-def reduction(value: Value, node: Node, op: spellings.Op) -> Reduction | None:
-    """The reduction of a comparison, or None for another value, or an op that leaves the classes where they are."""
-    return counted(value, node, op) if value.kind == "comparison" and op.name in _REDUCTIONS else None
-
-
 def only_compared(node: Node, comparisons: Collection[Node]) -> list[Node] | None:
     """The views and copies of an entry that is for nothing but `comparisons`, itself among them; else None."""
     found = [node]
     for n in found:
         for user in n.users:
-            op = spellings.read(user)
+            op = nodes.read(user)
             if user in comparisons:
                 continue
-            if op is None or op.inplace or op.name not in _VIEWS:
+            if op is None or op.inplace or not op.has(Fact.HANDS_ON):
                 return None
             found.append(user)
     return found

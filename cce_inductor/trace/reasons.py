@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from ..graph import spellings
+from ..graph import nodes
 from ..graph.refusal import Refusal, Refused
-from .heads import HEADS
 from .values import Value
 
 MARGIN = (
@@ -18,21 +17,21 @@ MARGIN = (
 
 def dense(node: Node, words: str) -> Refused:
     """What reads logits that no rule follows, and what to do instead."""
-    what, op = spellings.describe(node), spellings.read(node)
+    what, op = nodes.describe(node), nodes.read(node)
     own = "write the loss with PyTorch's own operations"
-    if spellings.is_autograd_function(node):
+    if nodes.is_autograd_function(node):
         return Refused(f"a torch.autograd.Function takes the {words}: what it reads of them is not known", own)
-    if spellings.is_custom(node):
+    if nodes.is_custom(node):
         return Refused(f"the operator {what} takes the {words}: what it reads of them is not known", own)
-    if names := spellings.unknown_arguments(node):
+    if names := nodes.unknown_arguments(node):
         return Refused(f"{what} of the {words} with {names}, which is not known here", "leave the argument out")
-    if spellings.reads_size(node):
+    if nodes.reads_size(node):
         reason = "rows are chosen by a tensor, such as a mask, and only the data knows how many they are"
         return Refused(reason, "choose the rows of the hidden states, in front of the head")
-    if op is not None and op.name in HEADS:
+    if op is not None and op.is_head:
         reason = f"{what} multiplies the {words} of all classes with something else"
         return Refused(reason, "compute it from the hidden states, or outside the compiled region")
-    if spellings.is_dense_loss(node):
+    if nodes.is_dense_loss(node):
         cure = "use a loss of log-sum-exps, entries of a target or sums of the logits"
         return Refused(f"{what} reads the {words} of every class", cure)
     cure = "compute it from the returned logits outside the compiled region, or from the hidden states"
@@ -58,4 +57,4 @@ def unknown(node: Node) -> Refusal:
             "compile the head and the loss in one torch.compile region",
         )
     cure = "apply it to the hidden states, or compute the loss outside the compiled region"
-    return Refusal(node, f"{spellings.describe(node)} between the head and the loss has no fused form", cure)
+    return Refusal(node, f"{nodes.describe(node)} between the head and the loss has no fused form", cure)

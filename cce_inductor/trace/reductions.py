@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..graph import spellings
+from ..graph import nodes
 from ..graph.fakes import fake, is_number, is_tensor, same
 from ..graph.refusal import Refused
 from ..ops.losses import CrossEntropy
@@ -79,9 +79,6 @@ def cross_entropy(value: Value, node: Node, args: Args) -> Reduction:
 
 def nll_loss(value: Value, node: Node, args: Args) -> Reduction:
     return _loss(value, node, args, "nll_loss")
-
-
-LOSSES = ("cross_entropy", "nll_loss")
 
 
 # ---- reductions over the classes
@@ -217,9 +214,12 @@ def _picked(value: Value, node: Node, target: Node, wraps: bool, shape: Callable
     return Reduction(node, value, statistics, target, wraps, entry, shape)
 
 
-def gather(value: Value, node: Node, args: Args) -> Reduction:
-    index, dim = _indices(args["index"]), args["dim"]
-    over_classes(value, "gather", dim)
+def gather(value: Value, node: Node, args: Args) -> Reduction | None:
+    """The entry of a class for each row; None for a gather of rows."""
+    dim = args["dim"]
+    if not isinstance(dim, int) or dim % value.fake.dim() != value.class_dim:
+        return None
+    index = _indices(args["index"])
     return _picked(value, node, _one_for_each_row(value, index), False, _keep(value, True))
 
 
@@ -238,7 +238,9 @@ FEW = "pick one class for each row, in as many calls as there are classes if the
 
 
 def take_along_dim(value: Value, node: Node, args: Args) -> Reduction:
-    return gather(value, node, {"index": args["indices"], "dim": args["dim"]})
+    index = _indices(args["indices"])
+    over_classes(value, "take_along_dim", args["dim"])
+    return _picked(value, node, _one_for_each_row(value, index), False, _keep(value, True))
 
 
 def getitem(value: Value, node: Node, args: Args) -> Reduction | None:
@@ -273,7 +275,7 @@ def _is_arange(index: Any, dim: int, value: Value) -> bool:
     node: Any = index
     while True:
         node = base(node)
-        op = spellings.read(node)
+        op = nodes.read(node)
         if op is not None and op.name == "cast" and fake(node).dtype == torch.int64:
             node = op.args["input"]
             continue
@@ -283,6 +285,14 @@ def _is_arange(index: Any, dim: int, value: Value) -> bool:
     given = list(node.args)
     start, step = (given[0], 1) if len(given) == 2 else (0, 1)
     return len(given) in (1, 2) and start == 0 and step == 1 and set(node.kwargs) <= {"device", "dtype"}
+
+
+def max_and_class(value: Value, node: Node, args: Args) -> list:
+    """The largest logit of each row, and its class: what the two parts of the result are."""
+    if value.members:
+        raise Refused("the largest logits of several heads", "take those of each head")
+    over_classes(value, "max", args["dim"])
+    return [lambda part: maximum(value, part, bool(args["keepdim"])), lambda part: argmax(value, part, args)]
 
 
 def maximum(value: Value, node: Node, keepdim: bool) -> Reduction:
@@ -296,27 +306,3 @@ def maximum(value: Value, node: Node, keepdim: bool) -> Reduction:
 def amax(value: Value, node: Node, args: Args) -> Reduction:
     over_classes(value, "amax", _single(args["dim"]))
     return maximum(value, node, args["keepdim"])
-
-
-REDUCTIONS: dict[str, Callable[[Value, Node, Args], Reduction | None]] = {
-    "cross_entropy": cross_entropy,
-    "nll_loss": nll_loss,
-    "logsumexp": logsumexp,
-    "sum": total,
-    "mean": mean,
-    "argmax": argmax,
-    "amax": amax,
-    "take_along_dim": take_along_dim,
-}
-
-
-def reduction(value: Value, node: Node, op: spellings.Op) -> Reduction | None:
-    """The reduction of a node, or None for an op that leaves the classes where they are."""
-    if op.name == "gather":
-        dim = op.args["dim"]
-        of_classes = isinstance(dim, int) and dim % value.fake.dim() == value.class_dim
-        return gather(value, node, op.args) if of_classes else None
-    if op.name == "getitem":
-        return getitem(value, node, op.args)
-    rule = REDUCTIONS.get(op.name)
-    return None if rule is None else rule(value, node, op.args)

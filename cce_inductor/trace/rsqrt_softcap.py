@@ -14,9 +14,8 @@ from torch.fx import Node
 
 from ..graph.fakes import differentiates, fake
 from ..graph.refusal import Refused
-from .values import Args, Step, Value
+from .values import Args, Square, Step, Value
 
-READS = frozenset(("cast", "mul", "div", "add", "sqrt", "rsqrt", "pow"))
 CURE = "use one softcap, cap * z * rsqrt(z² + cap²), and nothing else of the square"
 
 
@@ -24,7 +23,7 @@ def square(value: Value, node: Node, args: Args, step: Callable[[Tensor], Tensor
     value.need("logits", "the square of probabilities", CURE)
     if value.affine.capped or value.masks or value.terms:
         raise Refused("the square of logits that were capped, masked or shifted", CURE)
-    return value.then(node, lambda z, _: step(z), kind="square")
+    return value.then(node, lambda z, _: step(z), function=Square())
 
 
 def product_with_itself(value: Value, node: Node) -> Value:
@@ -50,26 +49,33 @@ def rsqrt(value: Value, node: Node, args: Args) -> Value:
 
 def _rooted(value: Value, node: Node, plain: bool, step: Callable[[Tensor], Tensor]) -> Value:
     value.need("square", "the root of logits", CURE)
-    if not all(0 < number < math.inf for number in value.quadratic):
+    square = _of(value)
+    if not all(0 < number < math.inf for number in (square.k, square.c)):
         raise Refused("the root of squared logits without a positive number added", CURE)
-    return value.then(node, lambda z, _: step(z), kind="root" if plain else "inverse root")
+    return value.then(node, lambda z, _: step(z), function=replace(square, kind="root" if plain else "inverse root"))
+
+
+def _of(value: Value) -> Square:
+    assert isinstance(value.function, Square)
+    return value.function
 
 
 def scaled(value: Value, node: Node, factor: float, step: Step) -> Value:
     """A square times a number."""
-    k, c = value.quadratic
-    return value.then(node, step, quadratic=(k * factor, c * factor))
+    square = _of(value)
+    return value.then(node, step, function=replace(square, k=square.k * factor, c=square.c * factor))
 
 
 def plus(value: Value, node: Node, number: float) -> Value:
     """A square and a number."""
-    k, c = value.quadratic
-    return value.then(node, lambda z, _: z + number, quadratic=(k, c + number))
+    square = _of(value)
+    return value.then(node, lambda z, _: z + number, function=replace(square, c=square.c + number))
 
 
 def reciprocal(value: Value, node: Node, number: float) -> Value:
     """A number over a root."""
-    return value.then(node, lambda z, _: number / z, kind="inverse root", factor=number / _factor(value))
+    function = replace(_of(value), kind="inverse root", factor=number / _factor(value))
+    return value.then(node, lambda z, _: number / z, function=function)
 
 
 def _factor(root: Value) -> float:
@@ -92,7 +98,7 @@ def softcap(value: Value, root: Value, node: Node, divides: bool) -> Value:
         raise Refused("logits are multiplied by the root of the square of others", CURE)
     if not differentiates(node, value.node, root.node):
         raise Refused("the root of squared logits is detached", CURE)
-    k, c = root.quadratic
+    k, c = _of(root).k, _of(root).c
     factor = 1 / _factor(root) if divides else root.factor
     affine = replace(
         root.affine.scaled(math.sqrt(k / c)), capped=True, form="rsqrt", post=ratio * factor / math.sqrt(k)
@@ -126,11 +132,3 @@ def _both(value: Value, root: Value, divides: bool) -> tuple[Step, ...]:
         return a / b if divides else a * b
 
     return (*value.steps[:shared], step)
-
-
-RULES: dict[str, Callable[[Value, Node, Args], Value]] = {
-    "square": square,
-    "pow": pow,
-    "sqrt": sqrt,
-    "rsqrt": rsqrt,
-}

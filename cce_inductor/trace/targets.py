@@ -4,19 +4,20 @@ from typing import Any
 
 from torch.fx import Node
 
-from ..graph import spellings
+from ..graph import nodes
 from ..graph.fakes import fake, is_tensor
 from ..graph.memory import parted
+from ..graph.spellings import Fact
 from .indexing import full
 
 
 def base(target: Node) -> Node:
     """The tensor that a target is a view of with its elements in the same order."""
     while True:
-        op = spellings.read(target)
+        op = nodes.read(target)
         if op is None or op.inplace:
             return target
-        keeps = op.name in ("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "copy", "view_as")
+        keeps = op.has(Fact.IN_ORDER)
         if op.name == "getitem":
             index = op.args["index"] if isinstance(op.args["index"], tuple) else (op.args["index"],)
             keeps = all(i is None or i is Ellipsis or full(i) for i in index)
@@ -35,10 +36,10 @@ ONE_CLASS = ((Ellipsis, slice(None, 1, None)), (Ellipsis, slice(0, 1, None)))
 
 def _broadcast(node: Any, part: Node) -> Node | None:
     """What torch.broadcast_tensors expanded, if `part`, the first class of all, has all that there was."""
-    taken = spellings.read(node) if isinstance(node, Node) else None
+    taken = nodes.read(node) if isinstance(node, Node) else None
     if taken is None or taken.name != "getitem" or not isinstance(taken.args["index"], int):
         return None
-    op = spellings.read(taken.args["input"])
+    op = nodes.read(taken.args["input"])
     if op is None or op.name != "broadcast_tensors":
         return None
     source = op.args["tensors"][taken.args["index"]]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch.fx import Graph, Node
+from torch.fx import Node
 
-from ..graph import spellings
 from ..graph.refusal import Refusal
 from .reduction import Loss, Reduction
-from .reductions import LOSSES
-from .values import Head, Value
+from .values import Head, SeveralHeads, Value
 
 
 @dataclass
@@ -30,13 +29,13 @@ class Trace:
     wholes: list[Trace] = field(default_factory=list)  # tensors of several heads' logits that hold this one's
 
     @property
-    def head(self) -> Head:
+    def head(self) -> Head | SeveralHeads:
         """As its losses read it, or else its statistics."""
         read = self.sites or self.reductions
         return read[0].value.head if read else self.first.head
 
     @property
-    def heads(self) -> list[Head]:
+    def heads(self) -> list[Head | SeveralHeads]:
         """The heads as the program computes them: this one, or those that were combined in it."""
         return [head for part in self.parts for head in part.heads] or [self.first.head]
 
@@ -62,20 +61,6 @@ class Trace:
 
 
 @dataclass
-class Finding:
-    """A loss of the graph: the trace of its head, or why there is none."""
-
-    loss: Node
-    trace: Trace | None
-    refusal: Refusal | None
-
-
-def losses(graph: Graph) -> list[Node]:
-    """The calls of a loss function over classes."""
-    return [n for n in graph.nodes if (op := spellings.read(n)) is not None and op.name in LOSSES]
-
-
-@dataclass
 class Decomposition:
     """A node that is replaced by `result` if all of `traces` are fused. added: what that needs, put into the graph."""
 
@@ -83,3 +68,19 @@ class Decomposition:
     result: Node
     traces: list[Trace]
     added: list[Node]
+
+
+def refused_together(refused: Mapping[int, Refusal], bound: Iterable[Sequence[Trace]]) -> dict[int, Refusal]:
+    """Heads that were combined are fused together, or none of them is: all that is refused, by the id of the trace.
+
+    refused: what is by itself. bound: the traces that go together.
+    """
+    every, groups = dict(refused), [[id(trace) for trace in traces] for traces in bound]
+    before = -1
+    while len(every) != before:
+        before = len(every)
+        for group in groups:
+            refusal = next((every[i] for i in group if i in every), None)
+            if refusal is not None:
+                every = dict.fromkeys(group, refusal) | every
+    return every

@@ -18,17 +18,16 @@ from torch.fx.node import map_arg
 
 from .. import compat
 from ..config import Settings
-from ..graph import memory, spellings
+from ..graph import memory, nodes
 from ..graph.fakes import example, fake
 from ..graph.refusal import Refusal
-from .heads import HEADS, large
+from ..graph.spellings import Fact
+from .findings import Finding
+from .heads import large
 from .interpreter import Interpreter
-from .trace import Finding, Trace
-from .values import Head, Value
+from .trace import Trace
+from .values import Head, SeveralHeads, Value
 
-_NORMALISES = ("softmax", "log_softmax", "logsumexp")
-# Take entries of some classes out of each row.
-_PICKS = ("gather", "take_along_dim", "topk")
 # Products with another matrix, besides those that may be heads.
 _PRODUCTS = (
     "scaled_dot_product_attention",
@@ -67,7 +66,7 @@ def behind_break(ends: Any, interpreter: Interpreter, known: list[Finding], sett
     CTC is one: it reads its lengths. The finding is at the logits; where the loss stands Dynamo says.
     """
     reason = str(getattr(ends, "reason", ""))
-    name = next((name for name in spellings.DENSE_LOSSES if name in reason), None)
+    name = next((name for name in nodes.DENSE_LOSSES if name in reason), None)
     recorded = _recorded(interpreter, known)
     for trace in interpreter.traces.values() if name is not None else ():
         leaves = [value for value in trace.outputs if value.fake.requires_grad and _outnumbers(value.head, settings)]
@@ -78,7 +77,7 @@ def behind_break(ends: Any, interpreter: Interpreter, known: list[Finding], sett
     return None
 
 
-def _outnumbers(head: Head, settings: Settings) -> bool:
+def _outnumbers(head: Head | SeveralHeads, settings: Settings) -> bool:
     """Whether a head has the classes of a vocabulary, where it is known that they are classes.
 
     A router has fewer of them than its width. By what symbolic sizes were at capture, without a guard.
@@ -105,8 +104,8 @@ def _heads(interpreter: Interpreter) -> Iterator[tuple[Node, Trace | None]]:
     for node in interpreter.given:
         trace = interpreter.traces.get(node)
         refused = interpreter.refused.get(node)
-        op = spellings.read(node)
-        of_its_own = refused is not None and refused[1] is None and op is not None and op.name in HEADS
+        op = nodes.read(node)
+        of_its_own = refused is not None and refused[1] is None and op is not None and op.is_head
         is_head = trace is not None or of_its_own or GIVEN in node.meta
         if is_head and isinstance(made := example(node), Tensor) and made.requires_grad:
             yield node, trace
@@ -115,7 +114,7 @@ def _heads(interpreter: Interpreter) -> Iterator[tuple[Node, Trace | None]]:
 def _ways(trace: Trace | None) -> list[Value]:
     """The ways to read the product of a head, the likelier one first."""
     ways = trace.values.get(trace.first.node) or [trace.first] if trace is not None else []
-    return [value for value in ways if not value.head.members]
+    return [value for value in ways if not value.members]
 
 
 def _classes(trace: Trace | None, node: Node, settings: Settings) -> int:
@@ -151,7 +150,7 @@ def _refusal(interpreter: Interpreter, trace: Trace | None, head: Node, flow: _F
     escape = next((e for e in trace.escapes if e.node in flow.used), next(iter(trace.escapes), None))
     if escape is not None:
         return escape
-    names = ", ".join(dict.fromkeys(spellings.describe(reduction.node) for reduction in trace.reductions))
+    names = ", ".join(dict.fromkeys(nodes.describe(reduction.node) for reduction in trace.reductions))
     reason = f"nothing but {names or 'a part of them'} reads the logits: no loss function and no log-sum-exp"
     return Refusal(loss, reason, "take the logits of a target from cce_inductor.linear_logsumexp")
 
@@ -196,7 +195,7 @@ class _Flow:
             return
         if not _has_gradient(node):
             return
-        op = spellings.read(node)
+        op = nodes.read(node)
         entries = [n for n in read if n in self.wide]
         if entries and self._is_layer(node, op, entries[0]):
             self.layered = True
@@ -206,7 +205,7 @@ class _Flow:
             self.named = True
         if self.normalised.intersection(read):
             self.normalised.add(node)
-        if entries and (spellings.is_dense_loss(node) or self._computes_a_loss(node)):
+        if entries and (nodes.is_dense_loss(node) or self._computes_a_loss(node)):
             self.named = True
         kind = self.few if self._is_few(node, op, read) else self.wide
         for made in (node, *memory.mutated(node)):
@@ -214,16 +213,16 @@ class _Flow:
             if made not in self.wide:
                 kind.add(made)
 
-    def _is_few(self, node: Node, op: spellings.Op | None, read: list[Node]) -> bool:
+    def _is_few(self, node: Node, op: nodes.Op | None, read: list[Node]) -> bool:
         entries = [n for n in read if n in self.wide]
         if not entries:
             return _size(node) <= max(self.rows, *map(_size, read))
-        picks = op is not None and op.name in _PICKS and 4 * _size(node) <= max(map(_size, entries))
+        picks = op is not None and op.has(Fact.PICKS) and 4 * _size(node) <= max(map(_size, entries))
         return picks or _size(node) <= self.rows
 
-    def _normalises(self, op: spellings.Op | None) -> bool:
+    def _normalises(self, op: nodes.Op | None) -> bool:
         """Whether an op is a softmax, or its logarithm or sum, over a vocabulary."""
-        if op is None or op.name not in _NORMALISES:
+        if op is None or not op.has(Fact.NORMALISES):
             return False
         dim, of = op.args.get("dim"), op.args["input"]
         dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
@@ -234,11 +233,11 @@ class _Flow:
             self.over.add(classes)
         return classes >= self.min_vocab
 
-    def _is_layer(self, node: Node, op: spellings.Op | None, entries: Node) -> bool:
+    def _is_layer(self, node: Node, op: nodes.Op | None, entries: Node) -> bool:
         """Whether a product takes logits to another width. With a vector, or entry by entry, it is a sum over them."""
         if getattr(node.target, "__name__", "") in _PRODUCTS:
             return True
-        if op is None or op.name not in HEADS:
+        if op is None or not op.is_head:
             return False
         others = [n for n in node.all_input_nodes if n is not entries and isinstance(example(n), Tensor)]
         sums = any(fake(n).dim() == 1 or _size(n) >= _size(entries) for n in others) or not others
@@ -246,7 +245,7 @@ class _Flow:
 
     def _computes_a_loss(self, node: Node) -> bool:
         """Whether code of the user's own, which cannot be looked into, makes a few numbers for each row."""
-        if not spellings.is_custom(node):
+        if not nodes.is_custom(node):
             return False
         return any(t.requires_grad and _numel(t) <= self.rows for t in _tensors(example(node)))
 
@@ -268,7 +267,7 @@ class _Flow:
         candidates = []
         for node in self.given:
             entries = node in self.used and any(n in self.wide for n in self.sources.get(node, ()))
-            if entries and (node in self.few or spellings.is_dense_loss(node) or self._computes_a_loss(node)):
+            if entries and (node in self.few or nodes.is_dense_loss(node) or self._computes_a_loss(node)):
                 candidates.append(node)
         if candidates or trace is None or self.layered:
             return candidates

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..graph.fakes import fake
+from ..graph.fakes import example, fake
 from ..graph.refusal import Refused
 
 
@@ -21,11 +21,7 @@ class Head:
 
     weight: a node of shape (V, D), or (D, V) if `transposed`, as in ``x @ w``, or (V, D, 1, ...) of a convolution with
     a kernel of one point. bias: a (V,)-like node or None. width_dim: the dimension of `input` that is contracted.
-
-    Several heads may be one (`combine`): `node` is then where their logits were put together, `product_dtype` what each
-    was computed in, and `sum_of` the logits that it is the sum of, each with its factor. Or they are the `members` of a
-    tensor that is read by the statistics of each (`decompose`): concatenated over the classes, or, along dimension
-    `stacked_at`, put together by stack (`stacked`) or cat. The operands then mean nothing.
+    product_dtype: what it was computed in, where that is not the dtype of `node`.
     """
 
     node: Node
@@ -35,10 +31,11 @@ class Head:
     transposed: bool
     width_dim: int = -1
     product_dtype: torch.dtype | None = None
-    sum_of: tuple[tuple[float, Value], ...] = ()
-    members: tuple[Value, ...] = ()
-    stacked_at: int | None = None
-    stacked: bool = False
+
+    @property
+    def terms(self) -> tuple[tuple[float, Value], ...]:
+        """The logits that these are made of, each with its factor; none of a single head."""
+        return ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -57,11 +54,63 @@ class Head:
     def operands(self) -> list[Node]:
         return [n for n in (self.input, self.weight, self.bias) if n is not None]
 
+    def weights(self) -> list[Node]:
+        return [self.weight]
+
     def matrix(self, weight: Any) -> Any:
         """The (V, D) matrix from what `weight` gives, a tensor or a proxy: a view."""
         if fake(self.weight).dim() > 2:
             return weight.flatten(1)
         return weight.t() if self.transposed else weight
+
+
+@dataclass(frozen=True)
+class SumOfHeads(Head):
+    """Several heads whose sum is one product (`merge_heads`). node: where their logits were added up."""
+
+    parts: tuple[tuple[float, Value], ...] = ()
+
+    @property
+    def terms(self) -> tuple[tuple[float, Value], ...]:
+        return self.parts
+
+
+@dataclass(frozen=True)
+class SeveralHeads:
+    """Logits of several heads in one tensor, which is read by the statistics of each (`decompose`).
+
+    They are concatenated over the classes, or, along dimension `stacked_at`, put together by stack (`stacked`) or cat.
+    node: where they were put together.
+    """
+
+    node: Node
+    members: tuple[Value, ...]
+    stacked_at: int | None = None
+    stacked: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.members[0].head.dtype
+
+    @property
+    def vocab(self) -> Any:
+        """V, an int or a SymInt: of all of them where they are concatenated over the classes."""
+        counts = [member.vocab for member in self.members]
+        return sum(counts[1:], counts[0]) if self.stacked_at is None else counts[0]
+
+    @property
+    def width(self) -> Any:
+        return self.members[0].head.width
+
+    @property
+    def terms(self) -> tuple[tuple[float, Value], ...]:
+        return tuple((1.0, member) for member in self.members)
+
+    def operands(self) -> list[Node]:
+        return [n for member in self.members for n in member.head.operands()]
+
+    def weights(self) -> list[Node]:
+        return [n for member in self.members for n in member.head.weights()]
 
 
 Range = tuple[Any, Any, Any]  # start, stop and step of a slice
@@ -118,24 +167,6 @@ class Term:
 
     node: Node
     factor: float
-    start: int
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Every logit of a row compared with one number: `name` is gt, ge, lt or le.
-
-    node: the numbers, 1 wide. target: where those are logits of these very rows, the node of their classes; else None.
-    wraps: whether a negative class counts from the end. read: the node that read the numbers, or those logits.
-    class_dim: where the classes were then. start: how many of `Value.rows` had been applied.
-    """
-
-    name: str
-    node: Node
-    target: Node | None
-    wraps: bool
-    read: Node
-    class_dim: int
     start: int
 
 
@@ -212,14 +243,8 @@ class Affine:
         return self.offset if self.capped else self.inner
 
 
-# "square": k z² + c of the logits z; "root" and "inverse root": the root of it, and one over that.
 SQUARES = ("square", "root", "inverse root")
-# "logits"; "log_softmax" of them; "softmax"; "exp"; "p log p" and "p z": the softmax times its logarithm or the logits,
-# entry by entry; "comparison": true or 1 where they pass one; SQUARES.
-KINDS = ("logits", "log_softmax", "softmax", "exp", "p log p", "p z", "comparison", *SQUARES)
-
-
-# What a person calls them.
+# What a person calls each kind of function of the logits.
 WORDS = {
     "logits": "logits",
     "log_softmax": "log-probabilities",
@@ -233,30 +258,67 @@ WORDS = {
 
 
 @dataclass(frozen=True)
+class Function:
+    """Which function of the logits a value is, entry by entry: `kind`, one of `WORDS`, times `factor`.
+
+    "p log p" and "p z" are the softmax times its logarithm or the logits. The factor of the logits themselves is in
+    their `Affine`.
+    """
+
+    kind: str = "logits"
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Square(Function):
+    """k z² + c of the logits z, or by its kind the root of it, or one over that root."""
+
+    kind: str = "square"
+    k: float = 1.0
+    c: float = 0.0
+
+
+@dataclass(frozen=True)
+class Comparison(Function):
+    """True or 1 where a logit passes a comparison with one number of its row: `name` is gt, ge, lt or le.
+
+    node: the numbers, 1 wide. target: where those are logits of these very rows, the node of their classes; else None.
+    wraps: whether a negative class counts from the end. read: the node that read the numbers, or those logits.
+    class_dim: where the classes were then. start: how many of `Value.rows` had been applied.
+    """
+
+    kind: str = "comparison"
+    _: KW_ONLY
+    name: str
+    node: Node
+    target: Node | None
+    wraps: bool
+    read: Node
+    class_dim: int
+    start: int
+
+
+@dataclass(frozen=True)
 class Value:
     """A tensor made from a head's logits: rows rearranged, values through an affine map and perhaps a softcap.
 
-    class_dim: where the classes are. kind: which function of the logits `affine` describes (KINDS), times `factor`
-    where it is not the logits themselves. quadratic: (k, c) of SQUARES. picked: the class (the node of a tensor with
-    one for each row) of the only entry that is not 0, or what it was multiplied with over all classes, or None.
-    columns, masks: of the vocabulary. terms: of the rows. rows: what happened to the leading dimensions. order: the
+    class_dim: where the classes are. function: of the logits that `affine` describes. picked: the class (the node of a
+    tensor with one for each row) of the only entry that is not 0, or what it was multiplied with over all classes, or
+    None. columns, masks: of the vocabulary. terms: of the rows. rows: what happened to the leading dimensions. order: the
     last node that changed which rows there are, or their order; None if none did. rounded: cast to a dtype narrower
     than the head's. arithmetic: the dtype of each result on the way from the head's.
     """
 
-    head: Head
+    head: Head | SeveralHeads
     node: Node
     class_dim: int
-    kind: str = "logits"
-    factor: float = 1.0
-    quadratic: tuple[float, float] = (1.0, 0.0)
+    function: Function = Function()
     affine: Affine = Affine()
     columns: Columns = ()
     masks: tuple[Mask, ...] = ()
     terms: tuple[Term, ...] = ()
     picked: Node | Mixture | None = None
     rounded: bool = False
-    comparison: Comparison | None = None
     arithmetic: tuple[torch.dtype, ...] = field(default=(), compare=False)
     rows: tuple[tuple[Node, RowMap], ...] = ()
     order: Node | None = None
@@ -269,6 +331,29 @@ class Value:
     @property
     def fake(self) -> Tensor:
         return fake(self.node)
+
+    @property
+    def kind(self) -> str:
+        return self.function.kind
+
+    @property
+    def factor(self) -> float:
+        return self.function.factor
+
+    @property
+    def comparison(self) -> Comparison | None:
+        return self.function if isinstance(self.function, Comparison) else None
+
+    @property
+    def members(self) -> tuple[Value, ...]:
+        """The logits of several heads that it holds in one tensor; none of a single head's."""
+        return self.head.members if isinstance(self.head, SeveralHeads) else ()
+
+    @property
+    def one(self) -> Head:
+        """The head of logits of a single one."""
+        assert isinstance(self.head, Head)
+        return self.head
 
     @property
     def words(self) -> str:
@@ -296,14 +381,25 @@ class Value:
         affine = self.affine
         return self.head, self.order, *affine.operator(), affine.form, affine.factors, self.columns, self.masks
 
+    def gains_gradient(self, node: Node) -> bool:
+        """Whether a node that reads it has a gradient, where the logits have none though their operands do."""
+        made = example(node)
+        if self.fake.requires_grad or not isinstance(made, Tensor) or not made.requires_grad:
+            return False
+        return any(fake(n).requires_grad for n in self.operands())
+
     def at(self, node: Node, **changes: Any) -> Value:
+        """The same at another node."""
         return replace(self, node=node, **changes)
 
     def then(self, node: Node, step: Step, **changes: Any) -> Value:
-        if "columns" not in changes and not {"affine", "kind", "factor"}.isdisjoint(changes):
+        """What one op on the entries gives."""
+        function = changes.get("function", self.function)
+        of_a_square = isinstance(function, Square) and function.kind == self.kind
+        if "columns" not in changes and not of_a_square and not {"affine", "function"}.isdisjoint(changes):
             changes["arithmetic"] = (*self.arithmetic, fake(node).dtype)
         steps = (*self.steps, step)
-        plain = len(steps) if changes.get("kind", self.kind) == "logits" else self.plain
+        plain = len(steps) if function.kind == "logits" else self.plain
         return replace(self, node=node, steps=steps, plain=plain, **changes)
 
     def mapped(self, node: Node, row_map: RowMap, class_dim: int, order: Node | None = None) -> Value:

@@ -1,0 +1,91 @@
+"""The losses of a graph: each with the trace of its head, or the reason it has none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Graph, Node
+
+from ..graph import nodes
+from ..graph.fakes import fake, is_tensor
+from ..graph.refusal import Refusal
+from ..graph.spellings import Fact
+from . import rules
+from .reasons import unknown
+from .reduction import Loss
+from .trace import Trace
+from .walk import Walk
+
+
+@dataclass
+class Finding:
+    """A loss of the graph: the trace of its head, or why there is none."""
+
+    loss: Node
+    trace: Trace | None
+    refusal: Refusal | None
+
+
+def losses(graph: Graph) -> list[Node]:
+    """The calls of a loss function over classes."""
+    return [n for n in graph.nodes if (op := nodes.read(n)) is not None and op.has(Fact.LOSS)]
+
+
+def findings(walk: Walk, statistics: bool = False) -> list[Finding]:
+    """Every loss over classes in the graph, in order, each with its head's trace or the reason it has none.
+
+    statistics: also a statistic of each head that has no loss.
+    """
+    order = {node: i for i, node in enumerate(walk.given)}
+    found = []
+    for trace in walk.traces.values():
+        sites = trace.sites or (trace.reductions[:1] if statistics else [])
+        # What is not written as a loss is one only if it can be served, or reads the entry of a target.
+        if trace.escapes and not any(isinstance(s, Loss) or (s.target and s.differentiated) for s in sites):
+            continue
+        found += [Finding(source(walk, site.node), trace, None) for site in sites]
+    for made in walk.decomposed:
+        op = nodes.read(made.node)
+        if op is not None and op.has(Fact.LOSS):
+            trace = next(t for t in made.traces if not t.first.members)
+            found.append(Finding(source(walk, made.node), trace, None))
+    found = list({finding.loss: finding for finding in reversed(found)}.values())
+    known = {finding.loss for finding in found}
+    found += [Finding(node, *why(walk, node)) for node in losses(walk.graph) if node not in known]
+    return sorted(found, key=lambda finding: order[finding.loss])
+
+
+def source(walk: Walk, node: Node) -> Node:
+    """The node of the program that `node` is part of, where that was decomposed."""
+    for made in reversed(walk.decomposed):
+        if node in made.added:
+            node = made.node
+    return node
+
+
+def why(walk: Walk, loss: Node) -> tuple[Trace | None, Refusal]:
+    """Why a loss has no trace that serves it: the node at fault, on the way back from the loss to a head."""
+    if loss in walk.refused:
+        refusal, trace = walk.refused[loss]
+        return trace, refusal
+    op = nodes.read(loss)
+    assert op is not None
+    node = op.args["input"]
+    while True:
+        if not isinstance(node, Node):
+            return None, Refusal(loss, "the logits are not a tensor of the graph", "make them one")
+        if node in walk.refused:
+            refusal, trace = walk.refused[node]
+            return trace, refusal
+        op = nodes.read(node)
+        if op is not None and op.name in ("cat", "stack") and op.args["tensors"]:
+            node = op.args["tensors"][0]
+            continue
+        if op is None or not rules.leads_on(op):
+            before = next((walk.refused[n] for n in node.all_input_nodes if n in walk.refused), None)
+            return (before[1], before[0]) if before is not None else (None, unknown(node))
+        # 30.0 * z and bias + z have the logits second; the wider operand is the one to follow.
+        given = [n for n in (op.args.get("input"), op.args.get("other")) if isinstance(n, Node)]
+        if not given:
+            return None, unknown(node)
+        node = max(given, key=lambda n: fake(n).dim() if is_tensor(n) else 0)
