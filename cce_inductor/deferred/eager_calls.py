@@ -16,9 +16,10 @@ from .. import compat
 from ..rewrite.recipe import Logits
 from ..rewrite.result import Rewritten
 from .autograd import defer
+from .lazy import EXPONENTIALS
 from .other_graphs import ENTRYWISE, Entry, aten, log, usable, with_inlined
 from .pending import Recipe
-from .tensor import EXPONENTIALS, ROWS, STATISTICS, DeferredLogits
+from .tensor import ROWS, STATISTICS, DeferredLogits
 
 
 class _NotTriedError(Exception):

@@ -32,8 +32,9 @@ from ..rewrite.recipe import RECORDED, Logits
 from ..rewrite.result import Rewritten
 from ..trace.unnamed import GIVEN
 from . import aliases
+from .lazy import times
 from .pending import Recipe, Step
-from .tensor import DeferredLogits, times
+from .tensor import DeferredLogits
 
 log = logging.getLogger(__name__)
 

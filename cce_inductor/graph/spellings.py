@@ -309,3 +309,10 @@ def describe(node: Node) -> str:
         name = getattr(target, "__name__", str(target))
         return f"{module}.{name}" if module not in (None, "builtins", "_operator") else name
     return f"{node.op} {node.target}"
+
+
+def functions_of(*names: str) -> frozenset[Callable]:
+    """The torch functions and Tensor methods of these canonical names, as ``__torch_function__`` is given them."""
+    rows = [row for row in SPELLINGS if row.name in names]
+    methods = [getattr(torch.Tensor, method) for row in rows for method in row.methods]
+    return frozenset((*methods, *(function for row in rows for function in row.functions)))
