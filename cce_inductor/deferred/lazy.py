@@ -19,48 +19,54 @@ from .tensor import RULES, DeferredLogits
 aten = torch.ops.aten
 
 
-def _aliased(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    with torch.inference_mode(self.is_inference()):  # as what it aliases, wherever that is done
-        return DeferredLogits(self._value, self._meta(), self.device, self, self.storage_offset())
+def _aliased(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The same elements in a tensor of their own, which shares the value: pending or computed."""
+    with torch.inference_mode(logits.is_inference()):  # as what it aliases, wherever that is done
+        return DeferredLogits(logits._value, logits._meta(), logits.device, logits, logits.storage_offset())
 
 
-def _viewed(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    if self.is_materialized:
+def _viewed(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """A view: pending in the same memory."""
+    if logits.is_materialized:
         return NotImplemented
-    meta = func(self._meta(), *args, **kwargs)
-    value = self._value.view(Step.of(func, args, kwargs))
-    with torch.inference_mode(self.is_inference()):
-        return DeferredLogits(value, meta, self.device, self, meta.storage_offset())
+    meta = func(logits._meta(), *args, **kwargs)
+    value = logits._value.view(Step.of(func, args, kwargs))
+    with torch.inference_mode(logits.is_inference()):
+        return DeferredLogits(value, meta, logits.device, logits, meta.storage_offset())
 
 
-def _split(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    if self.is_materialized:
+def _split(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Views one behind the other, each a slice."""
+    if logits.is_materialized:
         return NotImplemented
     given = dict(zip(("sizes", "dim"), args, strict=False)) | kwargs
     dim, start, parts = given.get("dim", 0), 0, []
-    for part in func(self._meta(), *args, **kwargs):
+    for part in func(logits._meta(), *args, **kwargs):
         end = start + part.size(dim)
-        parts.append(_viewed(self, aten.slice.Tensor, (dim, start, end), {}))
+        parts.append(_viewed(logits, aten.slice.Tensor, (dim, start, end), {}))
         start = end
     return parts
 
 
-def _unbound(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    if self.is_materialized:
+def _unbound(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Views of one index each."""
+    if logits.is_materialized:
         return NotImplemented
     dim = args[0] if args else kwargs.get("dim", 0)
-    return [_viewed(self, aten.select.int, (dim, i), {}) for i in range(self.size(dim))]
+    return [_viewed(logits, aten.select.int, (dim, i), {}) for i in range(logits.size(dim))]
 
 
-def _for_statistics(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    origin = self._value.origin
-    return _copied(self, func, args, kwargs) if origin is not None and origin.head.statistics else NotImplemented
+def _for_statistics(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """As `_copied`, where statistics of the result are served."""
+    origin = logits._value.origin
+    return _copied(logits, func, args, kwargs) if origin is not None and origin.head.statistics else NotImplemented
 
 
-def _scaled(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def _scaled(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Logits times, or divided by, a finite number."""
     if type(args[0]) not in (int, float) or not math.isfinite(args[0]):
         return NotImplemented
-    return _for_statistics(self, func, args, kwargs)
+    return _for_statistics(logits, func, args, kwargs)
 
 
 def times(tensor: Tensor, first: Sequence[Step], second: Sequence[Step]) -> Tensor:
@@ -81,44 +87,46 @@ _ENTROPIES = (
 )
 
 
-def _multiplied(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def _multiplied(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Logits times a number, or probabilities times their logarithm, as an entropy is written.
 
     The probabilities are pending only where statistics are served.
     """
     other = args[0]
     if not isinstance(other, DeferredLogits):
-        return _scaled(self, func, args, kwargs)
+        return _scaled(logits, func, args, kwargs)
     # Steps do not say what has been computed without a gradient.
-    if torch.is_grad_enabled() and self.requires_grad != other.requires_grad:
+    if torch.is_grad_enabled() and logits.requires_grad != other.requires_grad:
         return NotImplemented
-    source, first, second = self._value.meet(other._value)
+    source, first, second = logits._value.meet(other._value)
     if source is None:
         return NotImplemented
     pair = {tuple(step.op for step in steps) for steps in (first, second)}
     if pair not in _ENTROPIES:
         return NotImplemented
-    meta = func(self._meta(), other._meta())
-    return DeferredLogits(source.copy(Step.of(times, (first, second), {})), meta, self.device)
+    meta = func(logits._meta(), other._meta())
+    return DeferredLogits(source.copy(Step.of(times, (first, second), {})), meta, logits.device)
 
 
-def _copied(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    if self.is_materialized or kwargs.get("pin_memory") or kwargs.get("layout") not in (None, torch.strided):
+def _copied(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """A copy, or what else has elements of its own: computed from the logits as they are now."""
+    if logits.is_materialized or kwargs.get("pin_memory") or kwargs.get("layout") not in (None, torch.strided):
         return NotImplemented
     if "non_blocking" in kwargs:
         # The copy happens at the first read, after any synchronisation that the caller has planned for it.
         kwargs = {**kwargs, "non_blocking": False}
-    meta = func(self._meta(), *args, **{k: v for k, v in kwargs.items() if k != "device"})
-    return DeferredLogits(self._value.copy(Step.of(func, args, kwargs)), meta, _device(self, kwargs))
+    meta = func(logits._meta(), *args, **{k: v for k, v in kwargs.items() if k != "device"})
+    return DeferredLogits(logits._value.copy(Step.of(func, args, kwargs)), meta, _device(logits, kwargs))
 
 
-def _from_shape(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    return func(self._meta(), *args, **{**kwargs, "device": _device(self, kwargs)})
+def _from_shape(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """A plain tensor for which only shape, dtype and device of the logits matter."""
+    return func(logits._meta(), *args, **{**kwargs, "device": _device(logits, kwargs)})
 
 
-def _device(self: DeferredLogits, kwargs: dict[str, Any]) -> torch.device:
+def _device(logits: DeferredLogits, kwargs: dict[str, Any]) -> torch.device:
     device = kwargs.get("device")
-    return self.device if device is None else torch.empty(0, device=device).device  # "cuda" is "cuda:0"
+    return logits.device if device is None else torch.empty(0, device=device).device  # "cuda" is "cuda:0"
 
 
 RULES.lazy |= {

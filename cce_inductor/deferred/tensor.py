@@ -284,6 +284,7 @@ class DeferredLogits(torch.Tensor):
 
     @property
     def data(self) -> Tensor:
+        """An alias without history. What is assigned must have the same shape, dtype, device and strides."""
         return super().data
 
     @data.setter
@@ -308,6 +309,7 @@ class DeferredLogits(torch.Tensor):
         self._value = PendingValue.computed(held)
 
     def untyped_storage(self) -> torch.UntypedStorage:
+        """The memory of the values, which it computes. Outside of a trace, where there is none."""
         if compat.is_tracing():
             return super().untyped_storage()  # Dynamo asks for its identity, to find out which inputs share memory
         return self.materialize().untyped_storage()
