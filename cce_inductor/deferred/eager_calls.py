@@ -35,12 +35,11 @@ log = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 
+_ARGMAX, _MAX = functions_of("argmax"), functions_of("max")
+
 
 class _NotTriedError(Exception):
     """A call on pending logits raised where it was tried on fake tensors: nothing is known of calls of its kind."""
-
-
-_ARGMAX, _MAX = functions_of("argmax"), functions_of("max")
 
 
 @dataclass
@@ -49,7 +48,8 @@ class EagerCalls:
 
     loss, statistic: they rewrite the graph of one call by the settings of the compilation that deferred the logits; the
     former records what became of the loss. known: what came out, for the next call of the same kind: a function, or
-    None where the call is not fused. capacity: of how many kinds, which are shapes as a rule.
+    None where the call is not fused. of_rank: the same logits for another number of dimensions, as one object each, so
+    that calls of one kind have one recipe. capacity: of how many kinds something is known; they are shapes as a rule.
     """
 
     loss: Callable[[Form], Rewritten]
@@ -130,7 +130,7 @@ class EagerCalls:
         args: Any,
         kwargs: Any,
     ) -> Any:
-        """Some rows of the logits, by a tensor: pending logits of those rows of the hidden states."""
+        """Rows of the logits, by a tensor: pending logits of those rows of the hidden states, or NotImplemented."""
         hidden, *others = operands
         compute = recipe.compute
         assert isinstance(compute, Logits)
@@ -139,14 +139,12 @@ class EagerCalls:
             return NotImplemented
         rows = call(hidden, *args[1:], **kwargs)
         shape = (*rows.shape[:-1], logits.whole_shape()[-1])
-        grad = logits.requires_grad and torch.is_grad_enabled()
-        compute = self._with_rank(compute, rows.dim())
         taken = defer(
-            compute,
+            self._with_rank(compute, rows.dim()),
             (rows, *others),
             shape=shape,
             dtype=logits.whole_dtype(),
-            requires_grad=grad,
+            requires_grad=logits.requires_grad and torch.is_grad_enabled(),
             fuse=self,
             statistics=True,
         )
@@ -185,7 +183,7 @@ class EagerCalls:
 
 
 def _are_plain(tensors: Iterable[Tensor]) -> bool:
-    """Whether they are no tensor subclasses, whose operators are not ours to skip."""
+    """Whether none of them is of a tensor subclass."""
     return all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
 
 

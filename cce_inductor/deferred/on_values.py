@@ -18,6 +18,8 @@ from .tensor import RULES, DeferredLogits
 
 aten = torch.ops.aten
 
+_STORAGE_EDITS = (aten.resize_, aten.resize_as_, aten.set_)
+
 
 def answer(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """What the operator `func` gives where some of its arguments are deferred logits.
@@ -70,7 +72,7 @@ def _leave_to_eager_mode(func: Any, args: Any, kwargs: Any) -> None:
 
 
 def _run_on_values(func: Any, args: Any, kwargs: Any) -> Any:
-    """``func`` on plain tensors.  What it edits comes back as the tensor that it was given, and views as such."""
+    """``func`` on plain tensors.  What it edits comes back as the deferred logits that it was given, views as views."""
     schema = func._schema
     if schema.is_mutable and not compat.has_kernel(func, "Autograd"):
         return _run_on_connected(func, args, kwargs)
@@ -91,11 +93,6 @@ def _run_on_values(func: Any, args: Any, kwargs: Any) -> Any:
             elif argument.alias_info is not None:
                 viewed = x
 
-    def result(x: Any) -> Any:
-        if id(x) in owner:
-            return owner[id(x)]
-        return x
-
     def value(x: Any) -> Any:
         return plain[id(x)] if isinstance(x, DeferredLogits) else x
 
@@ -105,7 +102,7 @@ def _run_on_values(func: Any, args: Any, kwargs: Any) -> Any:
     if schema.is_mutable and not compat.has_kernel(func, "ADInplaceOrView"):
         torch.autograd.graph.increment_version(edited)  # nobody above us has
     if viewed is None:
-        return tree_map(result, out)
+        return tree_map(lambda x: owner.get(id(x), x), out)
     assert viewed is args[0]
     # Of fake views, the operator knows better where they begin than they do.
     metas = func(viewed._meta(), *args[1:], **kwargs)
@@ -124,6 +121,7 @@ def _run_on_connected(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _computed_view(of: DeferredLogits, tensor: Tensor, meta: Tensor) -> DeferredLogits:
+    """`tensor`, a view of the value of some logits, as a view of them, of the form of `meta`."""
     with torch.inference_mode(of.is_inference()):  # as what it is a view of, wherever it is made
         value = PendingValue.computed(tensor, of._value.memory)
         return DeferredLogits(value, meta, tensor.device, of, meta.storage_offset())
@@ -131,27 +129,25 @@ def _computed_view(of: DeferredLogits, tensor: Tensor, meta: Tensor) -> Deferred
 
 def _change_shape_in_place(func: Any, args: Any, kwargs: Any) -> DeferredLogits:
     """``t_``, ``squeeze_`` and the like: other sizes and strides on the same memory, for this tensor alone."""
-    self: DeferredLogits = args[0]
+    logits: DeferredLogits = args[0]
     if func.overloadpacket in _STORAGE_EDITS:
-        return _exchange_storage(func, self, args)
-    tensor = self._value.expose().detach()
+        return _exchange_storage(func, logits, args)
+    tensor = logits._value.expose().detach()
     func(tensor, *args[1:], **kwargs)
-    self._value = PendingValue.computed(tensor, self._value.memory)
+    logits._value = PendingValue.computed(tensor, logits._value.memory)
     with no_dispatch():
-        func(self, *args[1:], **kwargs)
-    return self
+        func(logits, *args[1:], **kwargs)
+    return logits
 
 
-_STORAGE_EDITS = (aten.resize_, aten.resize_as_, aten.set_)
-
-
-def _exchange_storage(func: Any, self: Any, args: Any) -> Any:
-    if not isinstance(self, DeferredLogits):  # a plain tensor is to have the memory of deferred logits
+def _exchange_storage(func: Any, logits: Any, args: Any) -> Any:
+    """``set_`` and ``resize_``: an error, unless shape, dtype, device and strides stay as they are."""
+    if not isinstance(logits, DeferredLogits):  # a plain tensor is to have the memory of deferred logits
         return _run_on_values(func, args, {})
     if func is aten.set_.source_Tensor:
-        self._hold(args[1], "set_")
-    elif func.overloadpacket is aten.set_ or tuple(getattr(args[1], "shape", args[1])) != tuple(self.shape):
+        logits._hold(args[1], "set_")
+    elif func.overloadpacket is aten.set_ or tuple(getattr(args[1], "shape", args[1])) != tuple(logits.shape):
         raise DeferredLogitsError(
             f"{func} exchanges its tensor's storage, and deferred logits have none. Use it on .materialize()."
         )
-    return self
+    return logits

@@ -309,7 +309,7 @@ class DeferredLogits(torch.Tensor):
         self._value = PendingValue.computed(held)
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        """The memory of the values, which it computes. Outside of a trace, where there is none."""
+        """The memory of the values, which are computed for it; in a trace the empty one that views share."""
         if compat.is_tracing():
             return super().untyped_storage()  # Dynamo asks for its identity, to find out which inputs share memory
         return self.materialize().untyped_storage()
