@@ -612,7 +612,7 @@ def test_a_loss_in_the_graph_is_fused_and_real_logits_come_back_without_deferral
     same([loss, logits], list(step(x, t)))
 
 
-def test_strict_and_explain_know_of_losses_elsewhere() -> None:
+def test_strict_and_explain_know_of_losses_in_another_graph() -> None:
     model, (x, t) = Model(), data()
     with pytest.raises(cce_inductor.backend.DeclinedError, match="in a dimension of their own|classes"):
         F.cross_entropy(compiled(model, strict=True)(x), t[:, :1].expand(B, V) % S)

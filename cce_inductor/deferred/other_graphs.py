@@ -223,18 +223,9 @@ def _form(
             new_inputs.append(node.meta["example_value"])
         else:
             new_inputs.append(given)
-    behind = next(n for n in graph.nodes if n.op != "placeholder")
+    first = next(n for n in graph.nodes if n.op != "placeholder")
     for i, nodes in operands.items():
-        placeholder = placeholders[i]
-        builder = Builder(graph, placeholder)
-        # The dispatcher keeps symbolic sizes where torch 2.11's linear, in C++, would ask for their numbers.
-        with graph.inserting_before(behind), enable_python_dispatcher():
-            z = _record(inlined[i][0], [builder.proxy(n) for n in nodes])
-        expected = example(placeholder)
-        if example(z.node).shape != expected.shape or example(z.node).dtype != expected.dtype:
-            raise AssertionError(f"logits came out as {example(z.node)}, not {expected}; please report this")
-        placeholder.replace_all_uses_with(z.node)
-        graph.erase_node(placeholder)
+        _put_head(graph, placeholders[i], inlined[i][0], nodes, first)
     graph.lint()
     copy.recompile()
     unused = frozenset(i for i in logits if not placeholders[i].users and i not in inlined)
@@ -242,11 +233,25 @@ def _form(
 
 
 def _operand(graph: Graph, placeholder: Node, k: int, fake: Tensor) -> Node:
+    """A placeholder for operand `k` of the logits that `placeholder` stands for."""
     with graph.inserting_before(placeholder):
         node = graph.placeholder(f"{placeholder.name}_operand_{k}")
     node.meta["example_value"] = fake
     compat.set_source(node, compat.operand_source(placeholder, f"_operand_{k}"))
     return node
+
+
+def _put_head(graph: Graph, placeholder: Node, recipe: Recipe, operands: Sequence[Node], before: Node) -> None:
+    """Records the logits of `recipe` in front of a node, in the place of the placeholder that they were given by."""
+    builder = Builder(graph, placeholder)
+    # The dispatcher keeps symbolic sizes where torch 2.11's linear, in C++, would ask for their numbers.
+    with graph.inserting_before(before), enable_python_dispatcher():
+        z = _record(recipe, [builder.proxy(n) for n in operands])
+    made, expected = example(z.node), example(placeholder)
+    if made.shape != expected.shape or made.dtype != expected.dtype:
+        raise AssertionError(f"logits came out as {made}, not {expected}; please report this")
+    placeholder.replace_all_uses_with(z.node)
+    graph.erase_node(placeholder)
 
 
 def _plain(fake: DeferredLogits) -> Tensor:

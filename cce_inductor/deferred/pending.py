@@ -223,7 +223,7 @@ class PendingValue:
         self._make: Callable[[], Tensor] | None = make
         self._tensor: Tensor | None = None
         self._origin, self._source = origin, source
-        self._memory = SharedMemory() if memory is None else memory
+        self.memory = SharedMemory() if memory is None else memory
         # Of a value in a graph that is traced: what it was made from, which it stays to the graph, computed or not.
         self.given: tuple[Recipe, list[Tensor]] | None = None
 
@@ -233,11 +233,6 @@ class PendingValue:
         value = cls(lambda: tensor, memory=memory)
         value._tensor, value._make = tensor, None
         return value
-
-    @property
-    def memory(self) -> SharedMemory:
-        """What it shares with its views and with what it is a view of."""
-        return self._memory
 
     @property
     def fake(self) -> bool:
@@ -280,12 +275,12 @@ class PendingValue:
     def copy(self, step: Step) -> PendingValue:
         """The value ``step`` of this one, in memory of its own: pending, and computed from this one as it is now."""
         child = PendingValue(self._after(step), self._origin and self._origin.then(step), self)
-        self._memory.readers.add(child)
+        self.memory.readers.add(child)
         return child
 
     def view(self, step: Step) -> PendingValue:
         """The value ``step`` of this one, in the same memory."""
-        return PendingValue(self._after(step), self._origin and self._origin.then(step), self, self._memory)
+        return PendingValue(self._after(step), self._origin and self._origin.then(step), self, self.memory)
 
     def meet(self, other: PendingValue) -> tuple[PendingValue | None, tuple[Step, ...], tuple[Step, ...]]:
         """The last value that this pending one and another one both follow from, if any, and the steps of each."""
@@ -321,11 +316,11 @@ class PendingValue:
         """The tensor for uses that may edit its memory, now (``mul_``) or later and unseen (``numpy()``): whatever
         derives from its present state is computed first."""
         tensor = self.get()
-        for child in list(self._memory.readers):
+        for child in list(self.memory.readers):
             child.get()
-        self._memory.readers.clear()
-        if self._memory.head is not None:
-            graph = self._memory.head.graph
+        self.memory.readers.clear()
+        if self.memory.head is not None:
+            graph = self.memory.head.graph
             if graph is not None and graph.reads_value:
-                self._memory.head.graph = None
+                self.memory.head.graph = None
         return tensor
