@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,8 +12,9 @@ from torch.fx import GraphModule
 
 from . import compat, config, record, version
 from .config import Settings
-from .deferred import aliases, eager_calls, other_graphs
-from .deferred.autograd import computed, defer
+from .deferred import aliases, other_graphs, wrap
+from .deferred.eager_calls import EagerCalls
+from .deferred.other_graphs import Form
 from .lowering import register as lowering
 from .lowering.choose import choose
 from .ops import library, ranking, with_gradients  # noqa: F401 - they register the operators
@@ -70,22 +70,23 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings,
     try:
         if lowered:
             lowering.register()
-        entry, result = _settle(other_graphs.entries(gm, example_inputs), settings, choose if lowered else None)
+        form, result = _settle(other_graphs.forms(gm, example_inputs), settings, choose if lowered else None)
     except DeclinedError:
         raise
     except Exception as error:  # a private name of PyTorch's that is gone, for one
-        entry, result = _settle([other_graphs.Entry(gm, list(example_inputs))], settings, None, error)
+        form, result = Form(gm, list(example_inputs)), faulty(gm, error)
+        _record(form, result, settings)
     # compile_fx calls itself, and enable() wraps it: the mark keeps the pass from running twice on one graph.
     # The parts of a graph that DDPOptimizer has cut share one `meta`.
     result.graph_module.meta = {**result.graph_module.meta, _MARK: True}
-    as_it_is = entry.as_it_is or result.uncompiled or not compat.outputs(result.graph_module)
-    compiled = _as_it_is(result.graph_module) if as_it_is else compiler(result.graph_module, entry.inputs)
+    as_it_is = form.as_it_is or result.uncompiled or not compat.outputs(result.graph_module)
+    compiled = _as_it_is(result.graph_module) if as_it_is else compiler(result.graph_module, form.inputs)
     if result.deferrals:
-        compiled = _with_deferred(compiled, result, settings)
-    if entry.inlined or entry.read or entry.unused:
-        compiled = _with_logits(compiled, entry)
+        compiled = wrap.with_deferred(compiled, result, _eager_calls(settings), settings.workspace_bytes)
+    if form.inlined or form.read or form.unused:
+        compiled = wrap.with_logits(compiled, form)
     # The parts of a graph that DDPOptimizer has cut are compiled before anybody knows what the others return.
-    return other_graphs.computed_on_entry(compiled) if compat.is_part_of_a_graph() else compiled
+    return wrap.computed_on_entry(compiled) if compat.is_part_of_a_graph() else compiled
 
 
 def _as_it_is(gm: GraphModule) -> Callable:
@@ -98,39 +99,39 @@ def _as_it_is(gm: GraphModule) -> Callable:
     return run
 
 
-def _settle(
-    forms: Iterable[other_graphs.Entry], settings: Settings, choose: Chooser | None, fault: Exception | None = None
-) -> tuple[other_graphs.Entry, Rewritten]:
-    """Rewrites a graph in the first of its forms that takes it, and keeps the record of what became of its losses.
-
-    fault: what keeps the graph from being rewritten at all.
-    """
+def _settle(forms: Iterable[Form], settings: Settings, choose: Chooser | None) -> tuple[Form, Rewritten]:
+    """Rewrites a graph in the first of its forms that takes it, and keeps the record of what became of its losses."""
     unfused = None
-    for entry in forms:
-        if fault is not None:
-            result = faulty(entry.graph_module, fault)
-            break
-        result = rewrite(entry.graph_module, settings, version.source_hash(), choose)
+    for form in forms:
+        result = rewrite(form.graph_module, settings, version.source_hash(), choose)
         if len(result.sites) == result.unnamed:
             # Heads beside a loss that cannot be fused may still be deferred.
-            result = replace(defer_heads(entry.graph_module, settings), sites=result.sites)
-        if entry.accepts(result):
+            result = replace(defer_heads(form.graph_module, settings), sites=result.sites)
+        if form.accepts(result):
             break
         unfused = unfused or [_left(site) for site in result.sites]
     result.sites = result.sites if unfused is None else unfused
-    _count(result)
-    record.record(entry.graph_module, result, settings)
+    _record(form, result, settings)
+    return form, result
+
+
+def _settle_statistic(form: Form, settings: Settings) -> Rewritten:
+    """Rewrites the graph of one statistic: no loss, so the record and ``strict`` have nothing to say about it."""
+    result = rewrite(form.graph_module, settings, version.source_hash(), statistics=True)
+    counters[COUNTERS]["statistics"] += form.accepts(result)
+    return result
+
+
+def _record(form: Form, result: Rewritten, settings: Settings) -> None:
+    """Counts and records what became of a graph's losses; under ``strict``, one that was not fused is an error."""
     declined = [site for site in result.sites if not site.fused]
+    ours = counters[COUNTERS]
+    ours["fused"] += result.fused
+    ours["declined"] += len(declined)
+    ours["deferred"] += len(result.deferrals)
+    record.record(form.graph_module, result, settings)
     if settings.strict and declined:
         raise DeclinedError("cce_inductor, with strict=True:\n" + "\n".join(str(site) for site in declined))
-    return entry, result
-
-
-def _settle_statistic(entry: other_graphs.Entry, settings: Settings) -> Rewritten:
-    """Rewrites the graph of one statistic: no loss, so the record and ``strict`` have nothing to say about it."""
-    result = rewrite(entry.graph_module, settings, version.source_hash(), statistics=True)
-    counters[COUNTERS]["statistics"] += entry.accepts(result)
-    return result
 
 
 def _left(site: Site) -> Site:
@@ -141,61 +142,12 @@ def _left(site: Site) -> Site:
     return replace(site, fused=False, reason=reason, cure="compute it behind the loss", kernel="", deferred=0)
 
 
-def _with_logits(compiled: Callable, entry: other_graphs.Entry) -> Callable:
-    """Wraps a compiled function whose graph takes logits of another graph in the form of `entry`."""
-
-    def run(*args: Any) -> Any:
-        return compiled(*entry.arguments(args))
-
-    return run
-
-
-def _count(result: Rewritten) -> None:
-    ours = counters[COUNTERS]
-    ours["fused"] += result.fused
-    ours["declined"] += len(result.sites) - result.fused
-    ours["deferred"] += len(result.deferrals)
-
-
-def _with_deferred(compiled: Callable, result: Rewritten, settings: Settings) -> Callable:
-    """Wraps a compiled function whose graph gives hidden states where the user's graph gave logits."""
-    deferrals, n = result.deferrals, result.user_outputs
-    positions = {deferral.position for deferral in deferrals}
-    # What is called eagerly runs the operators' eager implementation.
-    fuse = eager_calls.EagerCalls(
-        lambda entry: _settle([entry], settings, None)[1],
-        lambda entry: _settle_statistic(entry, settings),
+def _eager_calls(settings: Settings) -> EagerCalls:
+    """What computes losses and statistics that are called eagerly, by the operators' eager implementation."""
+    return EagerCalls(
+        lambda form: _settle([form], settings, None)[1],
+        lambda form: _settle_statistic(form, settings),
     )
-
-    def run(*args: Any) -> tuple:
-        everything = iter(compiled(*args))
-        outputs = [None if i in positions else next(everything) for i in range(n)]
-        extra = list(everything)
-        made: dict[int, Any] = {}
-        for deferral in deferrals:
-            # An output that stands twice in the user's graph is one tensor.
-            key = id(deferral.compute)
-            if key not in made:
-                operands = [source.get(args, extra) for source in deferral.operands]
-                # A weight that may be gone when the loss comes is of no use for a loss that is elsewhere.
-                if not result.fused and any(map(compat.is_freed_after_forward, operands[1:])):
-                    made[key] = computed(deferral.compute, operands)
-                else:
-                    shape = deferral.shape(operands)
-                    made[key] = defer(
-                        deferral.compute,
-                        operands,
-                        shape=shape,
-                        dtype=deferral.dtype,
-                        requires_grad=deferral.requires_grad,
-                        fuse=fuse,
-                        # Smaller ones are read for a statistic, and then serve the next.
-                        statistics=math.prod(shape) * deferral.dtype.itemsize > settings.workspace_bytes,
-                    )
-            outputs[deferral.position] = made[key]
-        return tuple(outputs)
-
-    return run
 
 
 # ---- plain torch.compile

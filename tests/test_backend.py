@@ -51,7 +51,7 @@ def test_compilers(inputs, compiler):
     assert counters["cce_inductor"]["fused"] == 1
 
 
-@pytest.mark.parametrize("name", ["lowering.register", "elsewhere.entries", "defer_heads", "rewrite"])
+@pytest.mark.parametrize("name", ["lowering.register", "other_graphs.forms", "defer_heads", "rewrite"])
 def test_a_fault_of_ours_leaves_the_graph_as_it_is(inputs, monkeypatch, name):
     """As where a PyTorch that we do not know has lost something that we build on."""
 

@@ -261,7 +261,7 @@ def test_every_row_of_the_table_is_tested_above() -> None:
         | set(FROM_SHAPE)
         | {"_to_copy", "_log_softmax", "_softmax", "_unsafe_view", "select"}
     )
-    assert {op.overloadpacket.__name__ for op in tensor._LAZY} <= tested
+    assert {op.overloadpacket.__name__ for op in tensor.RULES.lazy} <= tested
 
 
 # ------------------------------------------------------------------------------------------------ walks over outputs

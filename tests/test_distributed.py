@@ -1,4 +1,4 @@
-"""DDP and FSDP2 around a compiled model, or compiled themselves: the loss in the model's graph and elsewhere.
+"""DDP and FSDP2 around a compiled model, or compiled themselves: the loss in the model's graph and in another one.
 
 One process with gloo: what these wrappers do to a model's outputs and gradients does not depend on how many there are.
 """
@@ -82,7 +82,7 @@ DDP = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("inside", [True, False], ids=["loss_inside", "loss_elsewhere"])
+@pytest.mark.parametrize("inside", [True, False], ids=["loss_inside", "loss_in_another_graph"])
 @pytest.mark.parametrize("order", ["ddp(compile)", "compile(ddp)"])
 @pytest.mark.parametrize("name", DDP)
 def test_ddp(name: str, order: str, inside: bool) -> None:
@@ -125,7 +125,7 @@ class TwoHeads(nn.Module):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("last", [True, False], ids=["head_last", "head_amid"])
-@pytest.mark.parametrize("inside", [True, False], ids=["loss_inside", "loss_elsewhere"])
+@pytest.mark.parametrize("inside", [True, False], ids=["loss_inside", "loss_in_another_graph"])
 def test_a_graph_that_ddp_has_cut_into_parts(inside: bool, last: bool) -> None:
     x, t = torch.randn(2, 5, 300), torch.randint(0, 1500, (2, 5))
     expected, _ = steps(TwoHeads(last), inside, x, t, n=1)
@@ -160,7 +160,7 @@ FSDP: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("inside", [True, False], ids=["loss_inside", "loss_elsewhere"])
+@pytest.mark.parametrize("inside", [True, False], ids=["loss_inside", "loss_in_another_graph"])
 @pytest.mark.parametrize("order", ["shard(compile)", "compile(shard)"])
 @pytest.mark.parametrize("name", FSDP)
 def test_fsdp2(name: str, order: str, inside: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,7 @@ def ce(z: Tensor, t: Tensor) -> Tensor:
 
 TAKEN: dict[str, Callable[[Any], Any]] = {
     "boolean": lambda z: ce(z[KEPT], IDS[KEPT]),
+    "operator.getitem": lambda z: ce(operator.getitem(z, KEPT), IDS[KEPT]),
     "boolean, flat": lambda z: ce(z.view(-1, V)[KEPT.view(-1)], IDS[KEPT]),
     "boolean, cast before": lambda z: ce(z.float().reshape(-1, z.size(-1))[LABELS.view(-1) != -100], IDS[KEPT]),
     "shifted": lambda z: ce(z[..., :-1, :][KEPT[:, 1:]], IDS[:, 1:][KEPT[:, 1:]]),

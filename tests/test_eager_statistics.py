@@ -373,6 +373,13 @@ def test_what_is_not_served_reads_the_logits(name: str) -> None:
     assert (c.graphs, c.reads, c.declined) == (0, 1, 0)
 
 
+def test_a_statistic_that_is_not_served_is_logged_with_the_reason(caplog: Any) -> None:
+    logits = compiled(Model())(X)
+    with caplog.at_level("INFO", logger="cce_inductor"):
+        logits.sum(1)
+    assert "read for sum: it is no statistic of the rows" in caplog.text
+
+
 @pytest.mark.parametrize(("workspace_mb", "reads"), [(1, 0), (2, 0), (3, 1), (64, 1)])
 def test_logits_within_the_workspace_are_read(workspace_mb: int, reads: int) -> None:
     assert 2 * MEBIBYTE < B * S * V * 4 < 3 * MEBIBYTE

@@ -612,7 +612,7 @@ def test_a_loss_in_the_graph_is_fused_and_real_logits_come_back_without_deferral
     same([loss, logits], list(step(x, t)))
 
 
-def test_strict_and_explain_know_of_losses_elsewhere() -> None:
+def test_strict_and_explain_know_of_losses_in_another_graph() -> None:
     model, (x, t) = Model(), data()
     with pytest.raises(cce_inductor.backend.DeclinedError, match="in a dimension of their own|classes"):
         F.cross_entropy(compiled(model, strict=True)(x), t[:, :1].expand(B, V) % S)
@@ -661,3 +661,28 @@ def test_a_call_that_could_not_be_tried_is_logged_and_tried_again(monkeypatch: A
     with Counted() as counted:
         torch.testing.assert_close(F.cross_entropy(head(x, w), t), want)
     assert (counted.fused, counted.reads) == (1, 0)
+
+
+def test_a_fault_of_ours_in_a_loss_that_is_called_is_logged(monkeypatch: Any, caplog: Any) -> None:
+    """What is remembered of such a call, that it is not fused, has its reason in the log."""
+    from cce_inductor.deferred import other_graphs
+
+    def gone(*args: Any) -> Any:
+        raise AttributeError("deliberate")
+
+    model, (x, t) = Model(), data()
+    logits, want = compiled(model)(x), F.cross_entropy(model(x).mT, t)
+    monkeypatch.setattr(other_graphs, "_form", gone)
+    with Counted() as counted:
+        torch.testing.assert_close(F.cross_entropy(logits.mT, t), want)
+    assert (counted.fused, counted.reads) == (0, 1)
+    (entry,) = [r for r in caplog.records if r.levelname == "ERROR"]
+    assert entry.exc_info is not None and "deliberate" in str(entry.exc_info[1])
+
+
+def test_a_loss_that_is_called_and_not_fused_is_logged_with_its_reason(caplog: Any) -> None:
+    model, (x, _) = Model(), data()
+    with caplog.at_level("INFO", logger="cce_inductor"), Counted() as counted:
+        F.cross_entropy(compiled(model)(x).view(-1, V), torch.rand(B * S, V))
+    assert (counted.declined, counted.reads) == (1, 1)
+    assert "deferred logits are read for cross_entropy: " in caplog.text and "target" in caplog.text

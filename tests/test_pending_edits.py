@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from cce_inductor import compat
-from cce_inductor.deferred import DeferredLogits, aliases, tensor
+from cce_inductor.deferred import DeferredLogits, aliases, on_values
 
 N, D, V = 8, 4, 24
 EAGER = {**FUSE_ALL, "compiler": "aot_eager"}
@@ -235,7 +235,7 @@ def without(owner: Any, name: str, put: Any) -> Any:
 
 GUARDS: dict[str, tuple[Any, str, Any, Program]] = {
     "graphs_are_broken_at_edits": (
-        tensor,
+        on_values,
         "_leave_to_eager_mode",
         lambda *_: None,
         Program(["v = piece0(z)", "read(out, z)"], [("piece0", "a", ["a.mul_(3.0)", "return a"], "aot_eager")]),

@@ -77,7 +77,7 @@ READS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("inside", [True, False], ids=["loss_inside", "loss_elsewhere"])
+@pytest.mark.parametrize("inside", [True, False], ids=["loss_inside", "loss_in_another_graph"])
 @pytest.mark.parametrize("name", READS)
 def test_a_read_after_the_next_run(name: str, inside: bool) -> None:
     model = Model()

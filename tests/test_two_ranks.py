@@ -46,7 +46,7 @@ def test_two_ranks(wrapper: str, order: str, where: str, ranks: list[dict[Any, A
         fused = where == "loss_inside" and wrapper != "fsdp2_head_apart"
         if fused:
             assert got["lazy"] and got["counts"] == {"fused": 1, "deferred_materialized": 0}
-        # A weight that is taken back after the forward is of no use to a loss that is elsewhere.
+        # A weight that is taken back after the forward is of no use to a loss in another graph.
         freed = wrapper == "fsdp2_reshard" or wrapper.startswith("fsdp1")
         assert got["lazy"] or (not fused and (freed or wrapper == "fsdp2_head_apart"))
         if fused and wrapper == "fsdp2_reshard":

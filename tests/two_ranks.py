@@ -69,7 +69,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "fsdp1_mixed": lambda m: _fsdp1(m, mixed_precision=MixedPrecision(torch.bfloat16, torch.float32)),
 }
 ORDERS = ("wrap(compile)", "compile(wrap)")
-INSIDE = ("loss_inside", "loss_elsewhere")
+INSIDE = ("loss_inside", "loss_in_another_graph")
 
 
 def made(wrapper: str, order: str | None) -> Any:

@@ -96,11 +96,11 @@ def _without_views(gm: GraphModule, min_vocab: int) -> tuple[GraphModule, Return
     rest += added
     others = _needed([n for n in gm.graph.nodes if n not in behind and n.op != "output"] + rest, set())
     # Nothing but the views goes: what has effects stays.
-    kept = [n for n in gm.graph.nodes if n in others or n not in behind]
+    remaining = [n for n in gm.graph.nodes if n in others or n not in behind]
     switches = {n for n in gm.graph.nodes if getattr(n.target, "__name__", "") in _SWITCHES}
     make = _part(gm, [*behind, *switches], views, made).forward
     places = tuple(rest.index(base) for base in made)
-    return _part(gm, kept, rest), ReturnedViews(positions, len(outputs), make, places, len(added))
+    return _part(gm, remaining, rest), ReturnedViews(positions, len(outputs), make, places, len(added))
 
 
 # What a view that is made under them is made under when it is made again.

@@ -1,4 +1,4 @@
-"""Deferred logits as autograd sees them."""
+"""How deferred logits are made, and how a gradient that reaches them goes on to the operands of their head."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def defer(
 
     ``fuse`` is asked for the result when a function of ``LOSSES`` is called on the pending logits, or on a pending
     tensor made from them; where it gives ``NotImplemented`` the call reads the logits. With ``statistics`` it is asked
-    for functions of ``STATISTICS`` and ``ROWS`` as well, and what their arguments are made with stays lazy
-    (``_ARITHMETIC``).
+    for functions of ``STATISTICS`` and ``ROWS`` as well, and the arithmetic of an entropy or a temperature stays
+    lazy (``EXPONENTIALS`` and factors).
 
     The operands are referred to, not copied.  A read after they have changed raises
     :class:`DeferredLogitsError`; see :class:`Operand` for what is recognised and what cannot be.
@@ -54,14 +54,12 @@ def computed(compute: Compute, operands: Sequence[Tensor]) -> Tensor:
 
 
 def root(head: PendingHead, shape: torch.Size) -> DeferredLogits:
+    """The whole logits of a head, of this shape, contiguous and without a ``grad_fn``."""
     return DeferredLogits(
         PendingValue(head, Origin(head), memory=SharedMemory(head)),
         torch.empty(shape, dtype=head.dtype, device="meta"),
         head.device,
     )
-
-
-# ------------------------------------------------------------------------------------------------------ autograd
 
 
 class DeferLogits(torch.autograd.Function):
@@ -76,8 +74,9 @@ class DeferLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, head: PendingHead, compute: Compute, shape: torch.Size, *operands: Tensor) -> Tensor:
+        """Pending logits of this shape: nothing is computed."""
         ctx.compute = compute
-        # For a loss that goes around the logits: inputs, not outputs, so this is no cycle, and nothing is kept alive
+        # For a loss that goes around the logits: inputs, not outputs, so this is no cycle, and nothing lives on
         # that is not an input of the graph behind them.
         ctx.head, ctx.operands = head, operands
         head.needs = tuple(ctx.needs_input_grad[3:])
@@ -88,6 +87,7 @@ class DeferLogits(torch.autograd.Function):
     @staticmethod
     @torch.compiler.disable
     def backward(ctx: Any, *given: Any) -> tuple[Tensor | None, ...]:
+        """The gradients of the operands, from that of the logits; an error if an operand has been edited or freed."""
         grad = compat.boxed_grads(given)
         needed = ctx.needs_input_grad[3:]
         grads: list[Tensor | None] = [None] * len(needed)
@@ -113,7 +113,7 @@ class DeferLogits(torch.autograd.Function):
 
 
 def _graph_of(ctx: Any, operands: Sequence[Tensor]) -> ValueGraph:
-    """The graph that a read has left, or else one of the head computed anew. Used up, unless the backward keeps it."""
+    """The graph that a read has left, or else one of the head computed anew. Gone, unless the backward retains it."""
     graph = ctx.head.graph
     if graph is None:
         inputs = [t.detach().requires_grad_(need) for t, need in zip(operands, ctx.needs_input_grad[3:], strict=True)]

@@ -1,8 +1,17 @@
-"""Losses and statistics that are called eagerly on deferred logits."""
+"""Losses and statistics that are called eagerly on pending logits.
 
+The call becomes a graph of its own, with the head in front of it, which the pass rewrites; what comes out is run by the
+eager implementation of the operators.
+
+Such a statistic of the rows is a log-sum-exp, the entry of one class, the largest one, an entropy. It is served where
+the logits are larger than the workspace. Each costs a product with the weight of its own, so several of them take
+longer than one read would; what they save is its memory.
+"""
+
+import logging
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,78 +22,74 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import compat
+from ..graph.spellings import functions_of
 from ..rewrite.recipe import Logits
 from ..rewrite.result import Rewritten
 from .autograd import defer
-from .other_graphs import ENTRYWISE, Entry, aten, log, usable, with_inlined
+from .lazy import EXPONENTIALS
+from .other_graphs import ENTRYWISE, Form, usable, with_inlined
 from .pending import Recipe
-from .tensor import EXPONENTIALS, ROWS, STATISTICS, DeferredLogits
+from .tensor import ROWS, STATISTICS, DeferredLogits
+
+log = logging.getLogger(__name__)
+
+aten = torch.ops.aten
+
+_ARGMAX, _MAX = functions_of("argmax"), functions_of("max")
 
 
 class _NotTriedError(Exception):
     """A call on pending logits raised where it was tried on fake tensors: nothing is known of calls of its kind."""
 
 
-# ----------------------------------------------------------------------------------------- eager losses and statistics
-
-
 @dataclass
 class EagerCalls:
-    """Computes what is called eagerly on pending logits, with the eager implementation of the operators.
+    """Computes what is called eagerly on pending logits: the ``fuse`` of :func:`defer`.
 
-    loss, statistic: they rewrite the graph of one call by the settings of the compilation that deferred the logits;
-    the former keeps the record. What came out is kept for the next call of the same kind: a function, or None where
-    the call is not fused.
+    loss, statistic: they rewrite the graph of one call by the settings of the compilation that deferred the logits; the
+    former records what became of the loss. known: what came out, for the next call of the same kind: a function, or
+    None where the call is not fused. of_rank: the same logits for another number of dimensions, as one object each, so
+    that calls of one kind have one recipe. capacity: of how many kinds something is known; they are shapes as a rule.
     """
 
-    loss: Callable[[Entry], Rewritten]
-    statistic: Callable[[Entry], Rewritten]
+    loss: Callable[[Form], Rewritten]
+    statistic: Callable[[Form], Rewritten]
     known: OrderedDict[Any, Callable | None] = field(default_factory=OrderedDict)
     of_rank: dict[tuple[Logits, int], Logits] = field(default_factory=dict)
-    capacity: int = 256  # of shapes, as a rule
+    capacity: int = 256
 
     def __call__(self, logits: DeferredLogits, call: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """``call(*args, **kwargs)``, in eager's shape and dtype, or NotImplemented where it has to read the logits.
+
+        Raises :class:`DeferredLogitsError` if these could be wrong by now.
+        """
         recipe = usable(logits, torch.is_grad_enabled())
         others = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x is not logits]
-        if recipe is None or any(type(t) not in (Tensor, torch.nn.Parameter) for t in others):
+        if recipe is None or not _are_plain(others):
             return NotImplemented
-        if call not in (torch.argmax, Tensor.argmax) and any(step.op in EXPONENTIALS for step in recipe.steps):
+        if call not in _ARGMAX and any(step.op in EXPONENTIALS for step in recipe.steps):
             return NotImplemented  # from a log-sum-exp in fp32 they have fewer digits than eager's
         operands = logits.operands()  # or an error if they have changed: then the logits could not be read either
-        if any(type(t) not in (Tensor, torch.nn.Parameter) for t in operands):
+        if not _are_plain(operands):
             return NotImplemented
         recipe, operands = self._of_rows(recipe, operands, logits.whole_shape()[-1])
         if call in ROWS:
             return self._taken(logits, recipe, operands, call, args, kwargs)
-        device = logits.device.type
-        key = (
-            call,
-            recipe,
-            _described(logits),
-            tuple(_described(t) for t in operands),
-            tree_map(lambda x: _described(x) if isinstance(x, Tensor) else x, (args, tuple(kwargs.items()))),
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-            torch.amp.is_autocast_available(device)
-            and torch.is_autocast_enabled(device)
-            and torch.get_autocast_dtype(device),
-        )
+        kind = _kind(recipe, logits, operands, call, args, kwargs)
         try:
-            hash(key)
+            hash(kind)
         except TypeError:  # an argument without a hash, such as a list
             return NotImplemented
-        if key not in self.known:
+        if kind not in self.known:
             try:
-                self.known[key] = self._make(recipe, logits, operands, call, args, kwargs)
+                self.known[kind] = self._make(recipe, logits, operands, call, args, kwargs)
             except _NotTriedError:
                 return NotImplemented  # the next call may be right, or what it lacked may be there
             if len(self.known) > self.capacity:
                 self.known.popitem(last=False)
-        self.known.move_to_end(key)
-        compute = self.known[key]
-        if compute is None:
-            return NotImplemented
-        return compute(*operands, *others)
+        self.known.move_to_end(kind)
+        compute = self.known[kind]
+        return NotImplemented if compute is None else compute(*operands, *others)
 
     def _of_rows(self, recipe: Recipe, operands: tuple[Tensor, ...], classes: int) -> tuple[Recipe, tuple[Tensor, ...]]:
         """The same logits, with their rows viewed and cut before the head.
@@ -95,7 +100,7 @@ class EagerCalls:
         assert isinstance(compute, Logits)
         if compute.class_dim != compute.rank - 1 or any(t.dim() > 1 for t in others):
             return recipe, operands
-        rows, kept = hidden, list(recipe.steps)
+        rows, left = hidden, list(recipe.steps)
         for step in recipe.steps:
             if step.op in (aten.view.default, aten._unsafe_view.default) and step.args[0][-1:] == (classes,):
                 rows = rows.reshape(*step.args[0][:-1], hidden.shape[-1])
@@ -105,9 +110,9 @@ class EagerCalls:
                 continue
             else:
                 break
-            kept.remove(step)
+            left.remove(step)
         compute = self._with_rank(compute, rows.dim())
-        return replace(recipe, compute=compute, steps=tuple(kept), offset=0), (rows, *operands[1:])
+        return replace(recipe, compute=compute, steps=tuple(left), offset=0), (rows, *operands[1:])
 
     def _with_rank(self, compute: Logits, rank: int) -> Logits:
         """The same logits, of hidden states with so many dimensions."""
@@ -125,7 +130,7 @@ class EagerCalls:
         args: Any,
         kwargs: Any,
     ) -> Any:
-        """Some rows of the logits, by a tensor: pending logits of those rows of the hidden states."""
+        """Rows of the logits, by a tensor: pending logits of those rows of the hidden states, or NotImplemented."""
         hidden, *others = operands
         compute = recipe.compute
         assert isinstance(compute, Logits)
@@ -134,14 +139,12 @@ class EagerCalls:
             return NotImplemented
         rows = call(hidden, *args[1:], **kwargs)
         shape = (*rows.shape[:-1], logits.whole_shape()[-1])
-        grad = logits.requires_grad and torch.is_grad_enabled()
-        compute = self._with_rank(compute, rows.dim())
         taken = defer(
-            compute,
+            self._with_rank(compute, rows.dim()),
             (rows, *others),
             shape=shape,
             dtype=logits.whole_dtype(),
-            requires_grad=grad,
+            requires_grad=logits.requires_grad and torch.is_grad_enabled(),
             fuse=self,
             statistics=True,
         )
@@ -152,23 +155,59 @@ class EagerCalls:
     def _make(
         self, recipe: Recipe, logits: DeferredLogits, operands: Sequence[Tensor], call: Callable, args: Any, kwargs: Any
     ) -> Callable | None:
-        """The rewritten graph of one call, as a function of the operands and the call's other tensors."""
+        """The rewritten graph of one call, as a function of the operands and the call's other tensors.
+
+        None, for a reason that has been logged, where it is not fused.
+        """
         mode = FakeTensorMode()
         grad = torch.is_grad_enabled()
         try:
-            gm, entry_inputs = _call_graph(mode, logits, call, args, kwargs)
+            gm, inputs = _call_graph(mode, logits, call, args, kwargs)
         except Exception as error:  # what is wrong with the call is for the call to say
-            log.info("deferred logits are read for %s, which could not be tried: %s", call.__name__, error)
+            name = call.__name__
+            log.info("deferred logits are read for %s, which could not be tried: %s", name, error, exc_info=True)
             raise _NotTriedError from error
         fakes = [
             mode.from_tensor(t.detach(), static_shapes=True).requires_grad_(need and grad)
             for t, need in zip(operands, recipe.needs, strict=True)
         ]
-        entry = with_inlined(gm, entry_inputs, {0: logits}, {0: (recipe, fakes)})
-        if entry is None:
+        form = with_inlined(gm, inputs, {0: logits}, {0: (recipe, fakes)})
+        if form is None:
+            return None  # it has logged why
+        result = (self.statistic if call in STATISTICS else self.loss)(form)
+        if not form.accepts(result):
+            reasons = [site.reason for site in result.sites] or ["it is no statistic of the rows that is served"]
+            log.info("deferred logits are read for %s: %s", call.__name__, "; ".join(reasons))
             return None
-        result = (self.statistic if call in STATISTICS else self.loss)(entry)
-        return _in_form(result.graph_module.forward, call) if entry.accepts(result) else None
+        return _in_form(result.graph_module.forward, call)
+
+
+def _are_plain(tensors: Iterable[Tensor]) -> bool:
+    """Whether none of them is of a tensor subclass."""
+    return all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+
+
+def _kind(
+    recipe: Recipe, logits: DeferredLogits, operands: Sequence[Tensor], call: Callable, args: Any, kwargs: Any
+) -> tuple:
+    """What calls have in common that one function computes."""
+    device = logits.device.type
+    return (
+        call,
+        recipe,
+        _described(logits),
+        tuple(_described(t) for t in operands),
+        tree_map(lambda x: _described(x) if isinstance(x, Tensor) else x, (args, tuple(kwargs.items()))),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+        and torch.get_autocast_dtype(device),
+    )
+
+
+def _described(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
 def _of_leading(leading: int, call: Callable, args: Any, kwargs: Any) -> bool:
@@ -185,13 +224,9 @@ def _of_leading(leading: int, call: Callable, args: Any, kwargs: Any) -> bool:
 
 def _in_form(compute: Callable[..., tuple], call: Callable) -> Callable:
     """`compute`, whose results are those of a graph, as `call` gives them."""
-    if call in (torch.max, Tensor.max):
+    if call in _MAX:
         return lambda *given: torch.return_types.max(compute(*given))
     return lambda *given: compute(*given)[0]
-
-
-def _described(tensor: Tensor) -> tuple:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
 def _call_graph(

@@ -1,17 +1,11 @@
-"""The loss elsewhere: losses over logits that another graph has deferred.
+"""The loss in another graph: losses over logits that another graph has deferred.
 
 The model was compiled without its loss, or the graph broke between the two.  What arrives at the loss is a pending
 :class:`DeferredLogits`, and it knows how it follows from the hidden states and the head's weight.  So its head is put
-into the graph of the loss, and the pass does the rest as if it had always been there:
-
-* a compiled graph that is given pending logits: the backend asks for its :func:`entries`;
-* a loss that is called eagerly on pending logits: :class:`EagerCalls` makes a graph of that one call.
+into the graph of the loss, and the pass does the rest as if it had always been there.  The backend asks for the
+:func:`forms` that a graph can be compiled in; `eager_calls` puts the head into the graph of a single call.
 
 Where the pass does not fuse such a loss, the logits are read: they are computed once, and remembered.
-
-A statistic of the rows that is asked for eagerly (a log-sum-exp, the entry of one class, the largest one, an entropy)
-is served as a loss is, where the logits are larger than the workspace. Each costs a product with the weight of its own,
-so several of them take longer than one read would, which is what they save the memory of.
 """
 
 import logging
@@ -32,8 +26,9 @@ from ..rewrite.recipe import RECORDED, Logits
 from ..rewrite.result import Rewritten
 from ..trace.unnamed import GIVEN
 from . import aliases
+from .lazy import times
 from .pending import Recipe, Step
-from .tensor import DeferredLogits, times
+from .tensor import DeferredLogits
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +55,7 @@ def _cast(z: Proxy, dtype: torch.dtype | None = None, device: Any = None, **_: A
     return z if dtype is None else z.to(dtype)
 
 
-# What each lazy operator of `deferred` is as a user writes it, on recorded tensors.
+# What each operator that can be a step is as a user writes it, on recorded tensors.
 _WRITTEN: dict[Any, Callable[..., Any]] = {
     aten.detach.default: lambda z: z.detach(),
     aten.clone.default: lambda z, memory_format=None: z.clone(),
@@ -109,11 +104,11 @@ ENTRYWISE = frozenset((aten.clone.default, aten._to_copy.default, aten.mul.Tenso
 
 
 @dataclass
-class Entry:
-    """A form that a graph can be compiled in: the graph, its example inputs, and its inputs for the program's own.
+class Form:
+    """A form that a graph can be compiled in: the graph, and its example inputs.
 
-    inlined: positions of pending logits that the graph takes as the operands of their head. read: positions of
-    those that it takes computed. unused: of those that it does not take at all. as_it_is: to be run without a compiler.
+    inlined, read, unused: positions among the program's arguments of logits that the graph takes as the operands of
+    their head, takes computed, or does not take. as_it_is: whether it is to be run without a compiler.
     """
 
     graph_module: GraphModule
@@ -124,7 +119,10 @@ class Entry:
     as_it_is: bool = False
 
     def arguments(self, given: Sequence[Any]) -> list[Any]:
-        """What to pass to the graph where the program passes `given`."""
+        """What to pass to the graph where the program passes `given`.
+
+        Raises :class:`DeferredLogitsError` if the logits could be wrong by now.
+        """
         # Reading one of several that share memory would end what the others are known by.
         operands = {i: given[i].operands() for i in self.inlined}
         result: list[Any] = []
@@ -136,20 +134,21 @@ class Entry:
         return result
 
     def accepts(self, result: Rewritten) -> bool:
-        """Whether nothing is left of the logits that were put into the graph."""
+        """Whether nothing is left of the heads that were put into the graph, once it has been rewritten."""
         return not any(RECORDED in node.meta for node in result.graph_module.graph.nodes)
 
 
-def entries(gm: GraphModule, inputs: Sequence[Any]) -> Iterator[Entry]:
+def forms(gm: GraphModule, inputs: Sequence[Any]) -> Iterator[Form]:
     """The forms of a captured graph, the best first; the last one accepts every result."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     logits = {i: x for i, n in enumerate(placeholders) if isinstance(x := example(n), DeferredLogits)}
     if not logits:
-        # A part of a graph, given what another part, already compiled, gives for fake inputs: see `computed_on_entry`.
-        yield Entry(gm, [_plain(x) if isinstance(x, DeferredLogits) else x for x in inputs])
+        # A part of a graph, given what another part, already compiled, gives for fake inputs: see
+        # `wrap.computed_on_entry`.
+        yield Form(gm, [_plain(x) if isinstance(x, DeferredLogits) else x for x in inputs])
         return
     if aliases.edited(gm):
-        yield Entry(gm, list(inputs), as_it_is=True)
+        yield Form(gm, list(inputs), as_it_is=True)
         return
     used = {i: x for i, x in logits.items() if placeholders[i].users}
     pending = {i: recipe for i, x in used.items() if (recipe := usable(x)) is not None}
@@ -158,20 +157,14 @@ def entries(gm: GraphModule, inputs: Sequence[Any]) -> Iterator[Entry]:
         inlined = with_inlined(gm, inputs, logits, operands)
         if inlined is not None:
             yield inlined
-    yield _entry(gm, inputs, logits, {})
-
-
-def computed_on_entry(compiled: Callable) -> Callable:
-    """`compiled`, with pending logits, for which it was not compiled, computed on the way in."""
-
-    def run(*args: Any) -> Any:
-        return compiled(*(a.materialize() if isinstance(a, DeferredLogits) else a for a in args))
-
-    return run
+    yield _form(gm, inputs, logits, {})
 
 
 def usable(logits: DeferredLogits, grad: bool = True) -> Recipe | None:
-    """The recipe of pending logits that can be put into a graph. grad: whether gradients are recorded there."""
+    """The recipe of logits that can be put into a graph; None for others, such as computed ones.
+
+    grad: whether gradients are recorded there.
+    """
     recipe = logits.recipe()
     if recipe is not None and not grad:
         # A view that was made under no_grad says that it requires grad, and leads nowhere.
@@ -189,10 +182,14 @@ def with_inlined(
     inputs: Sequence[Any],
     logits: dict[int, DeferredLogits],
     operands: dict[int, tuple[Recipe, list[Tensor]]],
-) -> Entry | None:
-    """The form that takes the operands of some of its `logits`; None, and a word in the log, where there is none."""
+) -> Form | None:
+    """The form that takes some of a graph's `logits` as the operands of their head; None where there is none.
+
+    logits, operands: by position among the graph's `inputs`; the latter with their recipe. Never raises: the reason is
+    logged, and the caller reads the logits.
+    """
     try:
-        return _entry(gm, inputs, logits, operands)
+        return _form(gm, inputs, logits, operands)
     except _NotRecordableError as reason:
         log.info("deferred logits are read where their loss is: %s", reason)
     except Exception:
@@ -200,12 +197,12 @@ def with_inlined(
     return None
 
 
-def _entry(
+def _form(
     gm: GraphModule,
     inputs: Sequence[Any],
     logits: dict[int, DeferredLogits],
     inlined: dict[int, tuple[Recipe, list[Tensor]]],
-) -> Entry:
+) -> Form:
     """`gm` with some of its `logits` replaced by what they are computed from, and the others by plain tensors."""
     copy = copy_graph(gm)
     graph = copy.graph
@@ -226,30 +223,35 @@ def _entry(
             new_inputs.append(node.meta["example_value"])
         else:
             new_inputs.append(given)
-    behind = next(n for n in graph.nodes if n.op != "placeholder")
+    first = next(n for n in graph.nodes if n.op != "placeholder")
     for i, nodes in operands.items():
-        placeholder = placeholders[i]
-        builder = Builder(graph, placeholder)
-        # The dispatcher keeps symbolic sizes where torch 2.11's linear, in C++, would ask for their numbers.
-        with graph.inserting_before(behind), enable_python_dispatcher():
-            z = _record(inlined[i][0], [builder.proxy(n) for n in nodes])
-        expected = example(placeholder)
-        if example(z.node).shape != expected.shape or example(z.node).dtype != expected.dtype:
-            raise AssertionError(f"logits came out as {example(z.node)}, not {expected}; please report this")
-        placeholder.replace_all_uses_with(z.node)
-        graph.erase_node(placeholder)
+        _put_head(graph, placeholders[i], inlined[i][0], nodes, first)
     graph.lint()
     copy.recompile()
     unused = frozenset(i for i in logits if not placeholders[i].users and i not in inlined)
-    return Entry(copy, new_inputs, frozenset(inlined), frozenset(logits.keys() - inlined.keys() - unused), unused)
+    return Form(copy, new_inputs, frozenset(inlined), frozenset(logits.keys() - inlined.keys() - unused), unused)
 
 
 def _operand(graph: Graph, placeholder: Node, k: int, fake: Tensor) -> Node:
+    """A placeholder for operand `k` of the logits that `placeholder` stands for."""
     with graph.inserting_before(placeholder):
         node = graph.placeholder(f"{placeholder.name}_operand_{k}")
     node.meta["example_value"] = fake
     compat.set_source(node, compat.operand_source(placeholder, f"_operand_{k}"))
     return node
+
+
+def _put_head(graph: Graph, placeholder: Node, recipe: Recipe, operands: Sequence[Node], before: Node) -> None:
+    """Records the logits of `recipe` in front of a node, in the place of the placeholder that they were given by."""
+    builder = Builder(graph, placeholder)
+    # The dispatcher keeps symbolic sizes where torch 2.11's linear, in C++, would ask for their numbers.
+    with graph.inserting_before(before), enable_python_dispatcher():
+        z = _record(recipe, [builder.proxy(n) for n in operands])
+    made, expected = example(z.node), example(placeholder)
+    if made.shape != expected.shape or made.dtype != expected.dtype:
+        raise AssertionError(f"logits came out as {made}, not {expected}; please report this")
+    placeholder.replace_all_uses_with(z.node)
+    graph.erase_node(placeholder)
 
 
 def _plain(fake: DeferredLogits) -> Tensor:

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from .tensor import DeferredLogits
 
 Compute = Callable[[Sequence[Tensor]], Tensor]
-# (logits, function, args, kwargs) -> what function(*args, **kwargs) gives, or NotImplemented.
+# (pending logits, function, args, kwargs) -> what function(*args, **kwargs) gives, or NotImplemented.
 Fuse = Callable[["DeferredLogits", Callable, tuple, dict[str, Any]], Any]
 
 
-# --------------------------------------------------------------------------------------------------- the value
+# ---------------------------------------------------------------------------------------------------- the head
 
 
 @contextlib.contextmanager
@@ -42,9 +42,11 @@ def surroundings(device: torch.device, *, grad: bool) -> Iterator[None]:
 
 
 class PendingHead:
-    """What pending logits are computed from: run once by its :class:`PendingValue`, which then lets go of it.
+    """What pending logits are computed from, and a call of which computes them: (..., V) of `shape` and `dtype`.
 
-    `shape` is None where the logits are those of a graph that is being traced, of which only the operands are given.
+    Called once, by its :class:`PendingValue`, which then lets go of it. `shape` is None where the logits are those of a
+    graph that is being traced, of which only the operands are given. For `compute`, `operands`, `fuse` and `statistics`
+    see :func:`defer`.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class PendingHead:
         return [operand.alias for operand in self.operands]
 
     def __call__(self) -> Tensor:
+        """The logits: contiguous, and below autograd. A :class:`DeferredLogitsError` if they could be wrong."""
         operands = self.check()
         grad = any(self.needs)  # with grad mode off too: a metric may read what is trained through later
         if grad:
@@ -101,21 +104,29 @@ class ValueGraph(NamedTuple):
 
     @classmethod
     def of(cls, out: Tensor, operands: Sequence[Tensor]) -> ValueGraph:
+        """The graph of logits that were computed from these operands with gradients recorded."""
         node = type((out if out._base is None else out._base).grad_fn)
         reads_value = any(hasattr(node, name) for name in ("_saved_result", "saved_tensors"))
         return cls(get_gradient_edge(out.view_as(out)), operands, reads_value)
 
-    def gradients(self, wanted: Sequence[int], grad: list[Tensor | None], keep: bool) -> Sequence[Tensor | None]:
-        """Those of the operands `wanted`. `grad` is the logits' own, in a list, and gone as soon as it is used."""
+    def gradients(self, wanted: Sequence[int], grad: list[Tensor | None], retain: bool) -> Sequence[Tensor | None]:
+        """Those of the operands at `wanted`; None for one that no gradient reaches.
+
+        grad: the logits' own, in a list, from which it is gone as soon as it is used. retain: whether another backward
+        comes through this graph.
+        """
         assert grad[0] is not None
         # A backward holds what it is started with until its end, so that is a tensor without memory.
         start = grad[0].new_zeros(()).expand(grad[0].shape)
         handle = self.edge.node.register_prehook(lambda _: (grad.pop(),))
         try:
             inputs = [self.operands[i] for i in wanted]
-            return torch.autograd.grad(self.edge, inputs, start, retain_graph=keep, allow_unused=True)
+            return torch.autograd.grad(self.edge, inputs, start, retain_graph=retain, allow_unused=True)
         finally:
             handle.remove()
+
+
+# ------------------------------------------------------------------------------------- how a value follows from it
 
 
 class Step(NamedTuple):
@@ -127,9 +138,11 @@ class Step(NamedTuple):
 
     @classmethod
     def of(cls, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Step:
+        """The step with these arguments behind its tensor; lists among them become tuples, which have a hash."""
         return cls(op, tuple(_frozen(a) for a in args), tuple((k, _frozen(v)) for k, v in kwargs.items()))
 
     def __call__(self, tensor: Tensor) -> Tensor:
+        """What the operator makes of `tensor`."""
         return self.op(tensor, *self.args, **dict(self.kwargs))
 
 
@@ -170,7 +183,11 @@ class Origin:
     recipe: Recipe | None = None
 
     def then(self, step: Step) -> Origin:
+        """The origin of what `step` makes of the value."""
         return Origin(self.head, (*self.steps, step), None)
+
+
+# --------------------------------------------------------------------------------------------------- the value
 
 
 class SharedMemory:
@@ -190,7 +207,11 @@ class SharedMemory:
 
 
 class PendingValue:
-    """One value, pending or remembered.  Tensors that share all their elements (``detach``) share one."""
+    """One value, pending or computed and remembered.  Tensors that share all their elements (``detach``) share one.
+
+    make: computes it, a tensor that autograd does not know. origin: how it follows from its head; None where it does
+    not. source: the value that it is made from, if any. memory: that of its source, if it is a view.
+    """
 
     def __init__(
         self,
@@ -202,7 +223,7 @@ class PendingValue:
         self._make: Callable[[], Tensor] | None = make
         self._tensor: Tensor | None = None
         self._origin, self._source = origin, source
-        self._memory = SharedMemory() if memory is None else memory
+        self.memory = SharedMemory() if memory is None else memory
         # Of a value in a graph that is traced: what it was made from, which it stays to the graph, computed or not.
         self.given: tuple[Recipe, list[Tensor]] | None = None
 
@@ -212,10 +233,6 @@ class PendingValue:
         value = cls(lambda: tensor, memory=memory)
         value._tensor, value._make = tensor, None
         return value
-
-    @property
-    def memory(self) -> SharedMemory:
-        return self._memory
 
     @property
     def fake(self) -> bool:
@@ -233,6 +250,7 @@ class PendingValue:
 
     @property
     def pending(self) -> bool:
+        """Whether it has not been computed yet."""
         return self._tensor is None
 
     @property
@@ -244,24 +262,25 @@ class PendingValue:
 
     @torch.compiler.disable  # Dynamo would otherwise compile the frames below when a compiled function reads us
     def get(self) -> Tensor:
+        """The value, which nobody may edit; a :class:`DeferredLogitsError` if it could be wrong."""
         if self._tensor is None:
             assert self._make is not None
             tensor = self._make()
             if isinstance(tensor, FakeTensor):
                 return tensor  # somebody traces: a real read may follow
-            # And with them the operands, or the value derived from.
+            # With the others go the operands, or the value that it was made from.
             self._tensor, self._make, self._origin, self._source = tensor, None, None, None
         return self._tensor
 
     def copy(self, step: Step) -> PendingValue:
         """The value ``step`` of this one, in memory of its own: pending, and computed from this one as it is now."""
         child = PendingValue(self._after(step), self._origin and self._origin.then(step), self)
-        self._memory.readers.add(child)
+        self.memory.readers.add(child)
         return child
 
     def view(self, step: Step) -> PendingValue:
         """The value ``step`` of this one, in the same memory."""
-        return PendingValue(self._after(step), self._origin and self._origin.then(step), self, self._memory)
+        return PendingValue(self._after(step), self._origin and self._origin.then(step), self, self.memory)
 
     def meet(self, other: PendingValue) -> tuple[PendingValue | None, tuple[Step, ...], tuple[Step, ...]]:
         """The last value that this pending one and another one both follow from, if any, and the steps of each."""
@@ -273,6 +292,7 @@ class PendingValue:
         return source, self.origin.steps[n:], other.origin.steps[n:]
 
     def _behind(self) -> Iterator[PendingValue]:
+        """This value, then the one that it is made from, and so on."""
         value: PendingValue | None = self
         while value is not None:
             yield value
@@ -296,11 +316,11 @@ class PendingValue:
         """The tensor for uses that may edit its memory, now (``mul_``) or later and unseen (``numpy()``): whatever
         derives from its present state is computed first."""
         tensor = self.get()
-        for child in list(self._memory.readers):
+        for child in list(self.memory.readers):
             child.get()
-        self._memory.readers.clear()
-        if self._memory.head is not None:
-            graph = self._memory.head.graph
+        self.memory.readers.clear()
+        if self.memory.head is not None:
+            graph = self.memory.head.graph
             if graph is not None and graph.reads_value:
-                self._memory.head.graph = None
+                self.memory.head.graph = None
         return tensor

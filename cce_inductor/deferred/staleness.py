@@ -22,10 +22,8 @@ _CURE = (
 )
 
 
-# ------------------------------------------------------------------------------------------------- the operands
-
-
 def operand_name(index: int) -> str:
+    """What an operand of a head is called in an error message."""
     return {0: "the hidden states", 1: "the head's weight"}.get(index, f"operand {index} of the head")
 
 
@@ -51,12 +49,14 @@ class Operand(NamedTuple):
 
     @classmethod
     def record(cls, index: int, tensor: Tensor) -> Operand:
+        """The operand at `index` of a head as it is now."""
         # It shares the version counter, but not the grad_fn, which would keep the whole graph's saved tensors alive.
         alias = tensor.detach()
         version = None if alias.is_inference() else alias._version
         return cls(operand_name(index), alias, version, sample(alias))
 
     def check(self) -> None:
+        """Raises :class:`DeferredLogitsError` if the operand is not what it was."""
         check_allocated(self.name, self.alias)
         version = None if self.alias.is_inference() else self.alias._version
         if version != self.version:
@@ -84,6 +84,7 @@ class Operand(NamedTuple):
 
 
 def check_allocated(name: str, tensor: Tensor) -> None:
+    """Raises :class:`DeferredLogitsError` if the storage of the operand of that name has been freed."""
     if tensor.numel() and not isinstance(tensor, FakeTensor) and not tensor.untyped_storage().nbytes():
         raise DeferredLogitsError(
             f"deferred logits were read too late: the storage of {name} {tuple(tensor.shape)} has been freed since "

@@ -1,56 +1,55 @@
-"""Deferred logits: a tensor that stands for ``head(hidden)`` and computes it on first touch.
+"""The tensor subclass: what the program is given in the place of logits.
 
-A model returns its logits beside its loss; a training loop reads the loss and drops the logits.  Once the
-loss is fused, those returned logits are the last N x V tensor of the step.  In their place the program gets a
-:class:`DeferredLogits`, which knows everything about them but their values.
-
-Three parts, from the inside out:
-
-``PendingHead``           what to compute and from what, and the check that this is still what it was;
-``PendingValue``          one N x V value, pending or remembered, shared by all tensors that alias each other;
-``DeferredLogits``  the tensor subclass.  An operator that has a row in ``_LAZY`` is answered without the
-                    value; every other one runs on the value, hence on a plain tensor.
-
-Autograd sees ordinary operators on a tensor with a ``grad_fn`` (:class:`DeferLogits`), so gradients through the
-logits, in-place edits and views need nothing of their own; the dispatcher calls us below autograd.
-
-A pending value knows how it follows from its head: ``steps``, the operators between.  So a loss over it can still
-be computed from the hidden states, by whoever deferred it (``fuse`` of :func:`defer`, for an eager call) or by the
-compiled graph that it is given to (:meth:`DeferredLogits.recipe`, :meth:`DeferredLogits.operands`).
+Everything that a tensor knows without its values is here, and so is what the class says to Dynamo and AOTAutograd, to
+pickle and copy, and to the functions of torch that it is passed to. What operators do is in `lazy` and `on_values`.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import re
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import BackwardCFunction
-from torch.utils._mode_utils import no_dispatch
-from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import compat
-from .pending import Origin, PendingHead, PendingValue, Recipe, Step, surroundings
+from ..graph.spellings import functions_of
+from .pending import Origin, PendingHead, PendingValue, Recipe, surroundings
 from .staleness import DeferredLogitsError
 
 aten = torch.ops.aten
 
+# (logits, operator, its other arguments, its keywords) -> what it gives, or NotImplemented where it needs the values.
+Rule = Callable[["DeferredLogits", Any, Sequence[Any], dict[str, Any]], Any]
 
-# ---------------------------------------------------------------------------------------------------- the tensor
+
+@dataclass
+class Rules:
+    """How an operator on deferred logits is answered.
+
+    lazy: without the values, one rule for each operator that has one. on_values: every other operator, and those that
+    their rule declines; given the operator, its arguments and its keywords.
+    """
+
+    lazy: dict[Any, Rule] = field(default_factory=dict)
+    on_values: Callable[[Any, Sequence[Any], dict[str, Any]], Any] | None = None
+
+
+# The rules make tensors of the class below, so their modules (`lazy`, `on_values`) import this one and put them in
+# here; the package imports both, hence the rules are there before anybody has deferred logits.
+RULES = Rules()
 
 
 class DeferredLogits(torch.Tensor):
     """Logits that are computed when something looks at their values.
 
     Shape, dtype, device, strides, ``requires_grad``, ``grad_fn`` and ``repr`` are there without them, and so are
-    the results of the operators in ``_LAZY``.  Everything else computes them once, remembers them, and behaves as
+    the results of the operators in ``RULES.lazy``.  Everything else computes them once, remembers them, and behaves as
     for a plain tensor.  A read that could be wrong raises :class:`DeferredLogitsError`.
 
     A view of one is one too, also once the values are there, and shares its (empty) storage: by that, Dynamo and
@@ -99,13 +98,13 @@ class DeferredLogits(torch.Tensor):
         return aten._reshape_alias(self, self.size(), self.stride())
 
     def whole_shape(self) -> torch.Size:
-        """The shape of the logits that these pending ones come from."""
+        """The shape of the head's logits, which these pending ones come from."""
         origin = self._value.origin
         assert origin is not None and origin.head.shape is not None
         return origin.head.shape
 
     def whole_dtype(self) -> torch.dtype:
-        """Their dtype."""
+        """The dtype of the head's logits."""
         origin = self._value.origin
         assert origin is not None
         return origin.head.dtype
@@ -262,28 +261,30 @@ class DeferredLogits(torch.Tensor):
     @torch.compiler.disable
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
-            _leave_to_eager_mode(func, args, kwargs)
         if func is aten._reshape_alias.default:
             return func(args[0]._value.expose(), *args[1:], **kwargs)
-        rule = _LAZY.get(func)
+        rule = RULES.lazy.get(func)
         if rule is not None and isinstance(args[0], DeferredLogits) and not args[0]._is_traced_to_the_end():
             out = rule(args[0], func, args[1:], kwargs)
             if out is not NotImplemented:
                 return out
-        # Inference mode hands us composite operators whole; their parts may have rows.
-        with compat.counting_versions():
-            out = func.decompose(*args, **kwargs)
-        if out is not NotImplemented:
-            return out
-        if torch.Tag.inplace_view in func.tags:
-            return _change_shape_in_place(func, args, kwargs)
-        return _run_on_values(func, args, kwargs)
+        assert RULES.on_values is not None
+        return RULES.on_values(func, args, kwargs)
+
+    def _meta(self) -> Tensor:
+        """A tensor without memory, of this shape and dtype, and with these strides and this offset."""
+        offset = self.storage_offset()
+        if isinstance(offset, int) and offset == 0:
+            return torch.empty_strided(self.size(), self.stride(), dtype=self.dtype, device="meta")
+        extent = offset + 1 + sum((size - 1) * stride for size, stride in zip(self.size(), self.stride(), strict=True))
+        whole = torch.empty(extent, dtype=self.dtype, device="meta")
+        return whole.as_strided(self.size(), self.stride(), offset)
 
     # ---- what does not go through the dispatcher (see also _THROUGH_VALUE)
 
     @property
     def data(self) -> Tensor:
+        """An alias without history. What is assigned must have the same shape, dtype, device and strides."""
         return super().data
 
     @data.setter
@@ -295,8 +296,7 @@ class DeferredLogits(torch.Tensor):
     def _hold(self, new: Tensor, how: str) -> None:
         """Exchanges the value for another tensor's memory, for this tensor alone; its views keep the old one."""
         tensor = new._value.expose() if isinstance(new, DeferredLogits) else new
-        kept = ("dtype", "device", "layout")
-        same = all(getattr(tensor, name) == getattr(self, name) for name in kept)
+        same = all(getattr(tensor, name) == getattr(self, name) for name in ("dtype", "device", "layout"))
         if not same or tensor.size() != self.size() or tensor.stride() != self.stride():
             raise DeferredLogitsError(
                 f"{how} would give deferred logits another shape, dtype, device or strides. Use it on .materialize()."
@@ -309,6 +309,7 @@ class DeferredLogits(torch.Tensor):
         self._value = PendingValue.computed(held)
 
     def untyped_storage(self) -> torch.UntypedStorage:
+        """The memory of the values, which are computed for it; in a trace the empty one that views share."""
         if compat.is_tracing():
             return super().untyped_storage()  # Dynamo asks for its identity, to find out which inputs share memory
         return self.materialize().untyped_storage()
@@ -374,17 +375,10 @@ for _name in _THROUGH_VALUE:
 # --------------------------------------------------------------------------- losses and statistics of pending logits
 
 # Functions of torch that may be computed without the logits, above autograd, where the operands can be reached.
-LOSSES = frozenset((F.cross_entropy, F.nll_loss))
-STATISTICS = frozenset(
-    (
-        *(torch.logsumexp, torch.special.logsumexp, Tensor.logsumexp),
-        *(torch.gather, Tensor.gather, torch.take_along_dim, Tensor.take_along_dim),
-        *(torch.argmax, Tensor.argmax, torch.max, Tensor.max, torch.amax, Tensor.amax),
-        *(torch.sum, Tensor.sum),
-    )
-)
+LOSSES = functions_of("cross_entropy", "nll_loss")
+STATISTICS = functions_of("logsumexp", "gather", "take_along_dim", "argmax", "max", "amax", "sum")
 # Functions that take rows by a tensor: of the hidden states instead.
-ROWS = frozenset((Tensor.__getitem__, torch.index_select, Tensor.index_select))
+ROWS = functions_of("getitem", "index_select")
 _FUSED = LOSSES | STATISTICS | ROWS
 # What waits for a gradient that would go around the logits then: hooks, also on the node of the autograd graph.
 _WATCHING = frozenset((Tensor.register_hook, Tensor.retain_grad, Tensor.grad_fn.__get__))  # type: ignore[attr-defined]
@@ -398,283 +392,3 @@ def _fused(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     if head.fuse is None or compat.is_transforming() or (func not in LOSSES and not head.statistics):
         return NotImplemented
     return head.fuse(logits, func, args, kwargs)
-
-
-# ------------------------------------------------------------------------------------------- operators on the value
-
-
-def _leave_to_eager_mode(func: Any, args: Any, kwargs: Any) -> None:
-    """Breaks the graph that Dynamo is tracing where it would edit logits in place.
-
-    No compiled graph knows that their values, their views and their autograd history are one: an edit in eager mode
-    sees to all of them.  Where a break would be an error (``fullgraph``), the logits are computed and the function is
-    traced again, with them as an input.
-    """
-    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, DeferredLogits)]
-    if any(x._value.functional and x._value.memory.piece for x in given):
-        # AOTAutograd would put views of what it has edited where they are in a tensor of their own.
-        raise DeferredLogitsError(
-            "a function that another backend compiles with fullgraph=True edits a view of deferred logits in place. "
-            "Give it .materialize() of the logits, or leave fullgraph out."
-        )
-    edited = [x._value for x in given if x._value.fake]
-    if not edited:
-        return
-    reason = f"{func} edits deferred logits in place"
-    if compat.may_break_graph():
-        compat.break_graph(reason)
-    real = [value for value in map(PendingValue.stands_for, edited) if value is not None and value.pending]
-    if real and compat.dynamo_is_tracing():
-        with unset_fake_temporarily():
-            for value in real:
-                value.memory.edited_in_graph = True
-                value.get()
-        compat.restart_tracing(reason)
-
-
-def _run_on_values(func: Any, args: Any, kwargs: Any) -> Any:
-    """``func`` on plain tensors.  What it edits comes back as the tensor that it was given, and views as such."""
-    schema = func._schema
-    if schema.is_mutable and not compat.has_kernel(func, "Autograd"):
-        return _run_on_connected(func, args, kwargs)
-    given = {a.name: v for a, v in zip(schema.arguments, args, strict=False)} | kwargs
-    plain: dict[int, Tensor] = {}  # of the logits by identity; a fake read gives another tensor every time
-    owner: dict[int, DeferredLogits] = {}  # the way back
-    edited: list[Tensor] = []
-    viewed: DeferredLogits | None = None
-    for argument in schema.arguments:
-        for x in tree_leaves(given.get(argument.name)):
-            if not isinstance(x, DeferredLogits):
-                continue
-            writes = argument.alias_info is not None and argument.alias_info.is_write
-            tensor = plain[id(x)] = x._value.expose() if writes else x._value.get()
-            owner[id(tensor)] = x
-            if writes:
-                edited.append(x)
-            elif argument.alias_info is not None:
-                viewed = x
-
-    def result(x: Any) -> Any:
-        if id(x) in owner:
-            return owner[id(x)]
-        return x
-
-    def value(x: Any) -> Any:
-        return plain[id(x)] if isinstance(x, DeferredLogits) else x
-
-    # Whoever has saved the values for a backward of his own (AOTAutograd) is to notice an edit.
-    with compat.counting_versions():
-        out = func(*tree_map(value, args), **tree_map(value, kwargs))
-    if schema.is_mutable and not compat.has_kernel(func, "ADInplaceOrView"):
-        torch.autograd.graph.increment_version(edited)  # nobody above us has
-    if viewed is None:
-        return tree_map(result, out)
-    assert viewed is args[0]
-    # Of fake views, the operator knows better where they begin than they do.
-    metas = func(_meta(viewed), *args[1:], **kwargs)
-    return tree_map(lambda tensor, meta: _computed_view(viewed, tensor, meta), out, metas)
-
-
-def _run_on_connected(func: Any, args: Any, kwargs: Any) -> Any:
-    """An operator of which autograd knows nothing, on plain tensors that autograd knows: it records what the kernel
-    does, as it would in eager mode."""
-    given = {id(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, DeferredLogits)}
-    with torch.overrides.enable_reentrant_dispatch():
-        plain = {i: x.materialize() for i, x in given.items()}
-        owner = {id(tensor): given[i] for i, tensor in plain.items()}
-        new_args, new_kwargs = tree_map(lambda x: plain.get(id(x), x), (args, kwargs))
-        return tree_map(lambda x: owner.get(id(x), x), func(*new_args, **new_kwargs))
-
-
-def _computed_view(of: DeferredLogits, tensor: Tensor, meta: Tensor) -> DeferredLogits:
-    with torch.inference_mode(of.is_inference()):  # as what it is a view of, wherever it is made
-        value = PendingValue.computed(tensor, of._value.memory)
-        return DeferredLogits(value, meta, tensor.device, of, meta.storage_offset())
-
-
-def _change_shape_in_place(func: Any, args: Any, kwargs: Any) -> DeferredLogits:
-    """``t_``, ``squeeze_`` and the like: other sizes and strides on the same memory, for this tensor alone."""
-    self: DeferredLogits = args[0]
-    if func.overloadpacket in _STORAGE_EDITS:
-        return _exchange_storage(func, self, args)
-    tensor = self._value.expose().detach()
-    func(tensor, *args[1:], **kwargs)
-    self._value = PendingValue.computed(tensor, self._value.memory)
-    with no_dispatch():
-        func(self, *args[1:], **kwargs)
-    return self
-
-
-_STORAGE_EDITS = (aten.resize_, aten.resize_as_, aten.set_)
-
-
-def _exchange_storage(func: Any, self: Any, args: Any) -> Any:
-    if not isinstance(self, DeferredLogits):  # a plain tensor is to have the memory of deferred logits
-        return _run_on_values(func, args, {})
-    if func is aten.set_.source_Tensor:
-        self._hold(args[1], "set_")
-    elif func.overloadpacket is aten.set_ or tuple(getattr(args[1], "shape", args[1])) != tuple(self.shape):
-        raise DeferredLogitsError(
-            f"{func} exchanges its tensor's storage, and deferred logits have none. Use it on .materialize()."
-        )
-    return self
-
-
-# ------------------------------------------------------------------------------------------------- operators without
-
-# A rule is given the tensor, the operator, and the operator's other arguments; it answers without the value, or
-# declines with NotImplemented.
-_Rule = Callable[[DeferredLogits, Any, Sequence[Any], dict[str, Any]], Any]
-
-
-def _meta(self: DeferredLogits) -> Tensor:
-    offset = self.storage_offset()
-    if isinstance(offset, int) and offset == 0:
-        return torch.empty_strided(self.size(), self.stride(), dtype=self.dtype, device="meta")
-    extent = offset + 1 + sum((size - 1) * stride for size, stride in zip(self.size(), self.stride(), strict=True))
-    whole = torch.empty(extent, dtype=self.dtype, device="meta")
-    return whole.as_strided(self.size(), self.stride(), offset)
-
-
-def _aliased(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    with torch.inference_mode(self.is_inference()):  # as what it aliases, wherever that is done
-        return DeferredLogits(self._value, _meta(self), self.device, self, self.storage_offset())
-
-
-def _viewed(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    if self.is_materialized:
-        return NotImplemented
-    meta = func(_meta(self), *args, **kwargs)
-    value = self._value.view(Step.of(func, args, kwargs))
-    with torch.inference_mode(self.is_inference()):
-        return DeferredLogits(value, meta, self.device, self, meta.storage_offset())
-
-
-def _split(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    if self.is_materialized:
-        return NotImplemented
-    given = dict(zip(("sizes", "dim"), args, strict=False)) | kwargs
-    dim, start, parts = given.get("dim", 0), 0, []
-    for part in func(_meta(self), *args, **kwargs):
-        end = start + part.size(dim)
-        parts.append(_viewed(self, aten.slice.Tensor, (dim, start, end), {}))
-        start = end
-    return parts
-
-
-def _unbound(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    if self.is_materialized:
-        return NotImplemented
-    dim = args[0] if args else kwargs.get("dim", 0)
-    return [_viewed(self, aten.select.int, (dim, i), {}) for i in range(self.size(dim))]
-
-
-def _for_statistics(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    origin = self._value.origin
-    return _copied(self, func, args, kwargs) if origin is not None and origin.head.statistics else NotImplemented
-
-
-def _scaled(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    if type(args[0]) not in (int, float) or not math.isfinite(args[0]):
-        return NotImplemented
-    return _for_statistics(self, func, args, kwargs)
-
-
-def times(tensor: Tensor, first: Sequence[Step], second: Sequence[Step]) -> Tensor:
-    """The step of a product of two tensors that both follow from `tensor`."""
-    a = b = tensor
-    for step in first:
-        a = step(a)
-    for step in second:
-        b = step(b)
-    return a * b
-
-
-# The steps of the factors of an entropy, behind what they share.
-_ENTROPIES = (
-    {(), (aten.exp.default,)},
-    {(aten._log_softmax.default,), (aten._log_softmax.default, aten.exp.default)},
-    {(aten._log_softmax.default,), (aten._softmax.default,)},
-)
-
-
-def _multiplied(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Logits times a number, or probabilities times their logarithm, as an entropy is written.
-
-    The probabilities are pending only where statistics are served.
-    """
-    other = args[0]
-    if not isinstance(other, DeferredLogits):
-        return _scaled(self, func, args, kwargs)
-    # Steps do not say what has been computed without a gradient.
-    if torch.is_grad_enabled() and self.requires_grad != other.requires_grad:
-        return NotImplemented
-    source, first, second = self._value.meet(other._value)
-    if source is None:
-        return NotImplemented
-    pair = {tuple(step.op for step in steps) for steps in (first, second)}
-    if pair not in _ENTROPIES:
-        return NotImplemented
-    meta = func(_meta(self), _meta(other))
-    return DeferredLogits(source.copy(Step.of(times, (first, second), {})), meta, self.device)
-
-
-def _copied(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    if self.is_materialized or kwargs.get("pin_memory") or kwargs.get("layout") not in (None, torch.strided):
-        return NotImplemented
-    if "non_blocking" in kwargs:
-        # The copy happens at the first read, after any synchronisation that the caller has planned for it.
-        kwargs = {**kwargs, "non_blocking": False}
-    meta = func(_meta(self), *args, **{k: v for k, v in kwargs.items() if k != "device"})
-    return DeferredLogits(self._value.copy(Step.of(func, args, kwargs)), meta, _device(self, kwargs))
-
-
-def _from_shape(self: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    return func(_meta(self), *args, **{**kwargs, "device": _device(self, kwargs)})
-
-
-def _device(self: DeferredLogits, kwargs: dict[str, Any]) -> torch.device:
-    device = kwargs.get("device")
-    return self.device if device is None else torch.empty(0, device=device).device  # "cuda" is "cuda:0"
-
-
-_LAZY: dict[Any, _Rule] = {
-    aten.detach.default: _aliased,
-    aten.alias.default: _aliased,
-    aten.clone.default: _copied,
-    aten._to_copy.default: _copied,
-    aten._log_softmax.default: _copied,
-    aten.view.default: _viewed,
-    aten._unsafe_view.default: _viewed,
-    aten.slice.Tensor: _viewed,
-    aten.select.int: _viewed,
-    aten.unsqueeze.default: _viewed,
-    aten.squeeze.dim: _viewed,
-    aten.t.default: _viewed,
-    aten.transpose.int: _viewed,
-    aten.permute.default: _viewed,
-    aten.split.Tensor: _split,
-    aten.split_with_sizes.default: _split,
-    aten.unbind.int: _unbound,
-    aten.empty_like.default: _from_shape,
-    aten.zeros_like.default: _from_shape,
-    aten.ones_like.default: _from_shape,
-    aten.full_like.default: _from_shape,
-    aten.rand_like.default: _from_shape,
-    aten.randn_like.default: _from_shape,
-    aten.new_empty.default: _from_shape,
-    aten.new_zeros.default: _from_shape,
-    aten.new_ones.default: _from_shape,
-    aten.new_full.default: _from_shape,
-    aten.new_empty_strided.default: _from_shape,
-}
-
-# What entropies and temperatures are written with.  Lazy only where a statistic of it would be asked for: the longer
-# something is pending, the more often it is read too late.
-EXPONENTIALS = frozenset((aten._softmax.default, aten.exp.default))
-_ARITHMETIC: dict[Any, _Rule] = {
-    **dict.fromkeys(EXPONENTIALS, _for_statistics),
-    aten.mul.Tensor: _multiplied,
-    aten.div.Tensor: _scaled,
-}
-_LAZY |= _ARITHMETIC

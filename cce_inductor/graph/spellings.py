@@ -450,3 +450,10 @@ for _row in SPELLINGS:
 
 FUNCTIONS = {f: (s.name, s.signature) for s in SPELLINGS for f in s.functions}
 METHODS = {m: (s.name, s.signature) for s in SPELLINGS for m in s.methods}
+
+
+def functions_of(*names: str) -> frozenset[Callable]:
+    """The torch functions and Tensor methods of these canonical names, as ``__torch_function__`` is given them."""
+    rows = [row for row in SPELLINGS if row.name in names]
+    methods = [getattr(torch.Tensor, method) for row in rows for method in row.methods]
+    return frozenset((*methods, *(function for row in rows for function in row.functions)))

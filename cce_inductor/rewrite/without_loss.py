@@ -2,7 +2,7 @@
 
 A model compiled apart from its loss, or a graph that breaks in front of it, ends in the head. Nobody knows yet what
 the logits are for. Where they are likely to be trained on they are deferred all the same: a loss over them can then be
-fused where it stands (`cce_inductor.elsewhere`), and any other use computes them.
+fused where it stands (`deferred.other_graphs`), and any other use computes them.
 """
 
 import logging

@@ -6,8 +6,19 @@ import pytest
 import torch
 
 from cce_inductor.graph.spellings import FUNCTIONS, METHODS, NAMES, SPELLINGS, Fact
-from cce_inductor.trace import heads, indexing, layout, masks, pointwise, ranking, reductions, rsqrt_softcap, rules
-from cce_inductor.trace import several, softmax
+from cce_inductor.trace import (
+    heads,
+    indexing,
+    layout,
+    masks,
+    pointwise,
+    ranking,
+    reductions,
+    rsqrt_softcap,
+    rules,
+    several,
+    softmax,
+)
 
 TABLES = {"head": rules.HEADS, "several": rules.SEVERAL, "beside": rules.BESIDE, "rules": rules.RULES}
 

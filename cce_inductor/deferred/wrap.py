@@ -1,0 +1,73 @@
+"""Compiled functions with what has to be done to their arguments and results: logits taken in, logits given out."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .. import compat
+from ..rewrite.outputs import Deferral
+from ..rewrite.result import Rewritten
+from .autograd import computed, defer
+from .other_graphs import Form
+from .pending import Fuse
+from .tensor import DeferredLogits
+
+
+def with_logits(compiled: Callable, form: Form) -> Callable:
+    """A compiled function for the program's arguments, where its graph takes logits in the way that `form` says."""
+
+    def run(*args: Any) -> Any:
+        return compiled(*form.arguments(args))
+
+    return run
+
+
+def computed_on_entry(compiled: Callable) -> Callable:
+    """A compiled function, also for pending logits, which it was not compiled for: they are computed on the way in."""
+
+    def run(*args: Any) -> Any:
+        return compiled(*(a.materialize() if isinstance(a, DeferredLogits) else a for a in args))
+
+    return run
+
+
+def with_deferred(compiled: Callable, result: Rewritten, fuse: Fuse, workspace_bytes: int) -> Callable:
+    """A compiled function that gives deferred logits where its graph gives the hidden states.
+
+    `fuse` computes losses that are called eagerly on them, and statistics of logits larger than the workspace.
+    """
+    deferrals, n = result.deferrals, result.user_outputs
+    positions = {deferral.position for deferral in deferrals}
+
+    def make(deferral: Deferral, operands: Sequence[Tensor]) -> Tensor:
+        # A weight that may be gone when the loss comes is of no use for a loss in another graph.
+        if not result.fused and any(map(compat.is_freed_after_forward, operands[1:])):
+            return computed(deferral.compute, operands)
+        shape = deferral.shape(operands)
+        return defer(
+            deferral.compute,
+            operands,
+            shape=shape,
+            dtype=deferral.dtype,
+            requires_grad=deferral.requires_grad,
+            fuse=fuse,
+            # Smaller ones are read for a statistic, and then serve the next.
+            statistics=math.prod(shape) * deferral.dtype.itemsize > workspace_bytes,
+        )
+
+    def run(*args: Any) -> tuple:
+        everything = iter(compiled(*args))
+        outputs = [None if i in positions else next(everything) for i in range(n)]
+        extra = list(everything)
+        made: dict[int, Any] = {}
+        for deferral in deferrals:
+            # An output that stands twice in the user's graph is one tensor.
+            key = id(deferral.compute)
+            if key not in made:
+                made[key] = make(deferral, [source.get(args, extra) for source in deferral.operands])
+            outputs[deferral.position] = made[key]
+        return tuple(outputs)
+
+    return run
