@@ -2,8 +2,8 @@
 
 Forward: every program owns a block of rows and a split of the vocabulary; the splits are merged by ordinary reductions
 that Inductor generates. Backward: region by region of the logits (schedules.py), dlogits is written to the workspace,
-in the compute dtype, and two GEMMs read it. No locks, no atomics, no size that depends on data: rows that do not count are
-left out by a list of the others, made on the device.
+in the compute dtype, and two GEMMs read it. No locks, no atomics, no size that depends on data: rows that do not count
+are left out by a list of the others, made on the device.
 """
 
 from .cuda_backward import backward as backward

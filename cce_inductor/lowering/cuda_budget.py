@@ -3,8 +3,8 @@
 All of it is decided on the device, and every launch has a fixed grid. The columns are sorted by the set of blocks that
 keep them; the backward goes over this order slab by slab. A slab takes as many columns as there are slots for: a column
 that a block keeps is an entry, and its dlogits, of 128 rows, fills one slot. As many slabs are launched as a flat
-softmax needs; the last ones are usually empty. Then the rows that lost too much have their blocks marked, and all is done once
-more, in slabs that are empty if there is no such row.
+softmax needs; the last ones are usually empty. Then the rows that lost too much have their blocks marked, and all is
+done once more, in slabs that are empty if there is no such row.
 """
 
 import logging

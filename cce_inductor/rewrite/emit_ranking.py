@@ -4,71 +4,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node, Proxy
+from torch.fx import Graph, Proxy
 
 from ..graph.builder import Builder
 from ..graph.fakes import example, fake
 from ..graph.hoist import Hoist
 from ..ops.call import Attributes
-from ..ops.ranking import RANKING, RESULTS
+from ..ops.ranking import RANKING
 from ..trace import operands
 from ..trace.ranking import Ranking
-from ..trace.trace import Trace
 from ..trace.values import Affine, Shift, Value
 from .emit import in_rows
-
-
-@dataclass
-class Group:
-    """Reductions that share one operator call, in graph order."""
-
-    members: list[Ranking]
-
-    @property
-    def value(self) -> Value:
-        return self.members[0].value
-
-    @property
-    def anchor(self) -> Node:
-        """The operator stands in front of this node."""
-        return self.members[0].node
-
-    @property
-    def counted(self) -> Ranking | None:
-        """The first reduction that counts."""
-        return next((r for r in self.members if r.value.comparison), None)
-
-    @property
-    def results(self) -> list[str]:
-        return [name for name in RESULTS if any(r.result == name for r in self.members)]
-
-    @property
-    def k(self) -> int:
-        return max(r.k for r in self.members)
-
-    def takes(self, reduction: Ranking, hoist: Hoist) -> bool:
-        """Whether one operator can serve `reduction` as well: of the same rows, compared with the same numbers."""
-        mine, other = ((r.value.source, r.value.affine.constant, r.dtype) for r in (self.members[0], reduction))
-        if mine != other:
-            return False
-        if reduction.value.comparison is None:
-            return True
-        if self.counted is None:
-            return reduction.operand is not None and hoist.can(reduction.operand, self.anchor)
-        return (reduction.target, reduction.others) == (self.counted.target, self.counted.others)
-
-
-def groups(trace: Trace, hoist: Hoist) -> list[Group]:
-    """The rankings of a head in groups: apart from its statistics, so that those are computed as without them."""
-    found: list[Group] = []
-    rankings = [r for r in trace.reductions if isinstance(r, Ranking)]
-    for reduction in sorted(rankings, key=lambda r: hoist.position(r.node)):
-        group = next((g for g in found if g.takes(reduction, hoist)), None)
-        if group is None:
-            found.append(Group([reduction]))
-        else:
-            group.members.append(reduction)
-    return found
+from .groups import RankingGroup
 
 
 @dataclass
@@ -79,7 +26,7 @@ class Counts:
     vocab: Any
 
 
-def emit(graph: Graph, group: Group, attributes: Attributes, hoist: Hoist) -> None:
+def emit(graph: Graph, group: RankingGroup, attributes: Attributes, hoist: Hoist) -> None:
     """Replaces the reductions of one group."""
     builder = Builder(graph, group.anchor)
     if group.counted is not None and group.counted.operand is not None:
@@ -92,7 +39,7 @@ def emit(graph: Graph, group: Group, attributes: Attributes, hoist: Hoist) -> No
         reduction.node.replace_all_uses_with(made)
 
 
-def _call(builder: Builder, group: Group, attributes: Attributes, hoist: Hoist) -> dict[str, Proxy]:
+def _call(builder: Builder, group: RankingGroup, attributes: Attributes, hoist: Hoist) -> dict[str, Proxy]:
     """Records the operator; gives its results by name."""
     value, dtype = group.value, group.members[0].dtype
     scale, softcap, _, _ = value.affine.operator()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 from torch.fx import Node
 
@@ -11,6 +13,7 @@ from ..graph.fakes import fake
 from ..graph.hoist import Hoist
 from ..graph.regions import descendants
 from ..ops.call import Attributes, filtered
+from ..ops.ranking import RESULTS
 from ..ops.statistics import TABLE
 from ..trace.ranking import Ranking
 from ..trace.reduction import Loss, Reduction
@@ -20,11 +23,16 @@ from ..trace.values import Value
 EXACT = Filter()
 
 
+Member = TypeVar("Member", bound=Reduction)
+Item = TypeVar("Item")
+Box = TypeVar("Box")
+
+
 @dataclass
-class Group:
+class Shared(Generic[Member]):
     """Reductions that share one operator call, in graph order."""
 
-    members: list[Reduction]
+    members: list[Member]
 
     @property
     def value(self) -> Value:
@@ -34,6 +42,11 @@ class Group:
     def anchor(self) -> Node:
         """The operator stands in front of this node."""
         return self.members[0].node
+
+
+@dataclass
+class Group(Shared[Reduction]):
+    """Reductions that one call of the statistics' operator serves."""
 
     @property
     def statistics(self) -> list[str]:
@@ -109,16 +122,81 @@ assert set(TABLE_ORDER) == set(TABLE)
 
 def in_groups(trace: Trace, hoist: Hoist, exact: bool) -> list[Group]:
     """The reductions of a head in groups. `exact`: no filter is set that a statistic could keep from being applied."""
-    found: list[Group] = []
-    reductions = [r for r in trace.reductions if not isinstance(r, Ranking)]
-    for reduction in sorted(reductions, key=lambda r: hoist.position(r.node)):
-        group = next((g for g in found if g.takes(reduction, hoist, exact)), None)
-        if group is None:
-            reduction.value.affine.operator()  # refused here, not where it is emitted
-            found.append(Group([reduction]))
+
+    def alone(reduction: Reduction) -> Group:
+        reduction.value.affine.operator()  # refused here, not where it is emitted
+        return Group([reduction])
+
+    found = [r for r in trace.reductions if not isinstance(r, Ranking)]
+    return _boxed(
+        sorted(found, key=lambda r: hoist.position(r.node)),
+        alone,
+        lambda group, reduction: group.takes(reduction, hoist, exact),
+        lambda group, reduction: group.members.append(reduction),
+    )
+
+
+def _boxed(
+    items: Iterable[Item],
+    alone: Callable[[Item], Box],
+    takes: Callable[[Box, Item], bool],
+    add: Callable[[Box, Item], Any],
+) -> list[Box]:
+    """Each item in the first box that takes it, or alone in a new one."""
+    boxes: list[Box] = []
+    for item in items:
+        box = next((b for b in boxes if takes(b, item)), None)
+        if box is None:
+            boxes.append(alone(item))
         else:
-            group.members.append(reduction)
-    return found
+            add(box, item)
+    return boxes
+
+
+# ---- of order
+
+
+@dataclass
+class RankingGroup(Shared[Ranking]):
+    """Reductions that one call of the rankings' operator serves."""
+
+    @property
+    def counted(self) -> Ranking | None:
+        """The first reduction that counts."""
+        return next((r for r in self.members if r.value.comparison), None)
+
+    @property
+    def results(self) -> list[str]:
+        return [name for name in RESULTS if any(r.result == name for r in self.members)]
+
+    @property
+    def k(self) -> int:
+        return max(r.k for r in self.members)
+
+    def takes(self, reduction: Ranking, hoist: Hoist) -> bool:
+        """Whether one operator can serve `reduction` as well: of the same rows, compared with the same numbers."""
+        mine, other = ((r.value.source, r.value.affine.constant, r.dtype) for r in (self.members[0], reduction))
+        if mine != other:
+            return False
+        if reduction.value.comparison is None:
+            return True
+        if self.counted is None:
+            return reduction.operand is not None and hoist.can(reduction.operand, self.anchor)
+        return (reduction.target, reduction.others) == (self.counted.target, self.counted.others)
+
+
+def in_ranking_groups(trace: Trace, hoist: Hoist) -> list[RankingGroup]:
+    """The rankings of a head in groups: apart from its statistics, so that those are computed as without them."""
+    found = [r for r in trace.reductions if isinstance(r, Ranking)]
+    return _boxed(
+        sorted(found, key=lambda r: hoist.position(r.node)),
+        lambda ranking: RankingGroup([ranking]),
+        lambda group, ranking: group.takes(ranking, hoist),
+        lambda group, ranking: group.members.append(ranking),
+    )
+
+
+# ---- rows behind each other
 
 
 @dataclass
@@ -176,12 +254,11 @@ class Bundle:
         return all(hoist.can(n, a.anchor) for n in b.reads())
 
 
-def in_bundles(found: list[Group], hoist: Hoist) -> list[Bundle]:
-    made: list[Bundle] = []
-    for group in sorted(found, key=lambda g: hoist.position(g.anchor)):
-        bundle = next((b for b in made if b.takes(group, hoist)), None)
-        if bundle is None:
-            made.append(Bundle([group]))
-        else:
-            bundle.groups.append(group)
-    return made
+def in_bundles(found: Iterable[Group], hoist: Hoist) -> list[Bundle]:
+    """Groups in bundles."""
+    return _boxed(
+        sorted(found, key=lambda g: hoist.position(g.anchor)),
+        lambda group: Bundle([group]),
+        lambda bundle, group: bundle.takes(group, hoist),
+        lambda bundle, group: bundle.groups.append(group),
+    )

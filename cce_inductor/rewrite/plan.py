@@ -23,8 +23,8 @@ from ..trace.interpreter import Interpreter
 from ..trace.reduction import Loss
 from ..trace.trace import Trace, refused_together
 from ..trace.values import Head, SeveralHeads, SumOfHeads
-from . import emit_ranking, site
-from .groups import Bundle, Group, in_groups
+from . import site
+from .groups import Bundle, Group, RankingGroup, in_groups, in_ranking_groups
 from .site import Site
 
 # What the operators run where nobody lowers them.
@@ -37,7 +37,7 @@ class Plan:
 
     trace: Trace
     groups: list[Group] = field(default_factory=list)
-    ranks: list[emit_ranking.Group] = field(default_factory=list)
+    ranks: list[RankingGroup] = field(default_factory=list)
     refusal: Refusal | None = None
     choice: Choice = EAGER
 
@@ -64,7 +64,7 @@ def _plan(graph: Graph, trace: Trace, hoist: Hoist, settings: Settings, choose: 
         if refusal is not None:
             return Plan(trace, refusal=refusal)
         groups = in_groups(trace, hoist, settings.grad_filter == "exact")
-        ranks = emit_ranking.groups(trace, hoist)
+        ranks = in_ranking_groups(trace, hoist)
         choice = choose(_problem(trace.head, settings)) if choose else EAGER
         if choice.refusal:
             return Plan(trace, refusal=Refusal(trace.head.node, choice.refusal, choice.cure))
@@ -142,7 +142,7 @@ def _copies(head: Head | SeveralHeads, settings: Settings) -> str | None:
 def _late_write(
     graph: Graph,
     trace: Trace,
-    groups: Sequence[Group | emit_ranking.Group],
+    groups: Sequence[Group | RankingGroup],
     hoist: Hoist,
     settings: Settings,
 ) -> Refusal | None:
