@@ -50,11 +50,13 @@ class Spelling:
     """One op: what it is called, by whom, what is known of it, and where the rules for it are.
 
     name: the canonical one. parameters: in order, as in a signature, ``"input dim=None"``; a leading ``*`` collects the
-    rest in a tuple, and what stands behind that is given by keyword only. functions, methods: the spellings. head: the
-    rule that reads it as logits of a head. rules: those that say what it makes of logits, as ``module.function`` below
-    `trace`; they compete in this order, and the first that does not give None has it. beside: the rule that comes before
-    them where another argument is a statistic of the same logits, perhaps; it is given those. several: the rule for
-    more than one tensor of logits, which comes before both. A name that stands twice has everything but its spellings in its first row.
+    rest in a tuple, and what stands behind that is given by keyword only. functions, methods: the spellings.
+
+    Rules are named as ``module.function`` below `trace`. head: reads the result as logits of a head. several: for more
+    than one tensor of logits; it comes first. beside: for logits and what may be a statistic of theirs. rules: for one
+    tensor of logits; they compete in this order, and the first that does not give None has it.
+
+    A name that stands twice has everything but its spellings in its first row.
     """
 
     name: str

@@ -66,10 +66,10 @@ def cross_entropy(
 ) -> Any:
     """Cross-entropy from `lse`, `lse_low`, `target_logit` and, with label smoothing, `logit_sum`, all (N,).
 
-    target: (N,) int64. row_mask: (N,) bool, the rows whose target is not `ignore_index`. class_weight: (V,) or None;
-    with label smoothing, `logit_sum` is weighted by it. Returns the loss in the statistics' dtype: a scalar, or (N,)
-    for reduction "none". Follows torch.nn.CrossEntropyLoss: the mean divides by the sum of the weights of the targets, and
-    no row at all gives NaN. z-loss is not weighted by class: its mean is over the active rows.
+    target: (N,) int64. row_mask: (N,) bool, the rows whose target is not `ignore_index`. class_weight: (V,) or
+    None; with label smoothing, `logit_sum` is weighted by it. Returns the loss in the statistics' dtype: a scalar,
+    or (N,) for reduction "none". Follows torch.nn.CrossEntropyLoss: the mean divides by the sum of the weights of
+    the targets, and no row at all gives NaN. z-loss is not weighted by class: its mean is over the active rows.
     """
     lse, low = normalizer(stats["lse"]), stats["lse_low"]
     nll = (lse - stats["target_logit"]) + low

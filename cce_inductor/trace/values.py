@@ -302,11 +302,11 @@ class Comparison(Function):
 class Value:
     """A tensor made from a head's logits: rows rearranged, values through an affine map and perhaps a softcap.
 
-    class_dim: where the classes are. function: of the logits that `affine` describes. picked: the class (the node of a
-    tensor with one for each row) of the only entry that is not 0, or what it was multiplied with over all classes, or
-    None. columns, masks: of the vocabulary. terms: of the rows. rows: what happened to the leading dimensions. order: the
-    last node that changed which rows there are, or their order; None if none did. rounded: cast to a dtype narrower
-    than the head's. arithmetic: the dtype of each result on the way from the head's.
+    class_dim: where the classes are. function: of the logits that `affine` describes. picked: the class (the node
+    of a tensor with one for each row) of the only entry that is not 0, or what it was multiplied with over all
+    classes, or None. columns, masks: of the vocabulary. terms: of the rows. rows: what happened to the leading
+    dimensions. order: the last node that changed which rows there are, or their order; None if none did. rounded:
+    cast to a dtype narrower than the head's. arithmetic: the dtype of each result on the way from the head's.
     """
 
     head: Head | SeveralHeads
