@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..ops.call import Attributes, bounded, filtered, saved_names
-from .unsupported import Unsupported, differentiable
+from .unsupported import Unsupported, check_statistics, differentiable
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ def _lower(operator: Any, read: Callable, *call: Any) -> Sequence[Any]:
 
 
 def _forward(operands, names, row_mask, statistics, training, *attributes) -> tuple[str, dict, dict]:
+    check_statistics(statistics)
     named, options = _read(names, operands), Attributes(*attributes)
     arguments = {
         "operands": named,
@@ -64,6 +65,7 @@ def _forward(operands, names, row_mask, statistics, training, *attributes) -> tu
 
 
 def _backward(tangents, tangent_names, saved, operands, names, row_mask, statistics, needs, *attributes):
+    check_statistics(statistics)
     named, options = _read(names, operands), Attributes(*attributes)
     if filtered(statistics, options) and not bounded(statistics, options):
         raise Unsupported("no template has the filter eps")
@@ -79,6 +81,7 @@ def _backward(tangents, tangent_names, saved, operands, names, row_mask, statist
 
 
 def _with_gradients(tangents, tangent_names, operands, names, row_mask, statistics, needs, *attributes):
+    check_statistics(statistics)
     named, options = _read(names, operands), Attributes(*attributes)
     if filtered(statistics, options) and not bounded(statistics, options):
         raise Unsupported("no template has the filter eps")

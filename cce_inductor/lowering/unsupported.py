@@ -8,6 +8,8 @@ import torch
 from ..ops import statistics as table
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# The rows of `ops/statistics.py` that the templates of every device compute.
+STATISTICS = ("lse", "lse_low", "target_logit", "logit_sum", "entropy", "argmax")
 
 
 class Unsupported(Exception):
@@ -18,6 +20,13 @@ def unsupported_dtype(dtypes: Iterable[torch.dtype]) -> str:
     """Why operands of these dtypes, among them the compute dtype, fit no template; or ""."""
     other = [dtype for dtype in dtypes if dtype not in FLOATS]
     return f"{str(other[0]).removeprefix('torch.')} is none of float32, bfloat16 and float16" if other else ""
+
+
+def check_statistics(names: str) -> None:
+    """Raises Unsupported for a statistic that the templates do not compute: they would leave its result empty."""
+    for name in names.split():
+        if name not in STATISTICS:
+            raise Unsupported(f"the templates do not compute {name}")
 
 
 def differentiable(tangents: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from operators import EVERY, LOSS, Operator, differentiate, forward, kernels
 from test_memory import Allocations
 
 import cce_inductor
-from cce_inductor.lowering import cpu, cpu_template
+from cce_inductor.lowering import cpu, cpu_template, unsupported
 from cce_inductor.version import templates_dir
 
 pytestmark = pytest.mark.usefixtures("lowerings")
@@ -104,6 +104,16 @@ def test_extreme_logits_as_the_reference():
             difference = (ours[name] != value).sum() if name == "argmax" else error(ours[name], value)
             # Entropy is a difference of logits: of numbers around 1e4, seven digits leave three.
             assert difference <= (2e-3 if case == "1e4" else 2e-6), f"{case}: {name} differs by {difference}"
+
+
+def test_a_statistic_that_no_template_computes_is_left_to_the_eager_implementation(monkeypatch):
+    """Kernels of both passes would leave out what they do not know of, and say nothing."""
+    monkeypatch.setattr(unsupported, "STATISTICS", ("lse", "target_logit"))
+    for at_once in (False, True):
+        Operator(EVERY, at_once=at_once).check("none but the loss's", Head.make(20, 16, 300))
+    assert kernels() == 0
+    Operator(LOSS).check("the loss's", Head.make(20, 16, 300))
+    assert kernels() == 2
 
 
 def test_loss_alone_with_rows_ignored_and_targets_out_of_bounds():
