@@ -28,9 +28,9 @@ class Report:
             f"{len(self.sites) - fused} declined; {self.deferred} output(s) deferred"
         ]
         if not self.sites:
-            elsewhere = "Logits were deferred; no loss over them was captured: one that comes later has its own record."
+            later = "Logits were deferred; no loss over them was captured: one that comes later has its own record."
             nothing = "No loss over a vocabulary was captured: are the head and the loss in one compiled region?"
-            lines.append(elsewhere if self.deferred else nothing)
+            lines.append(later if self.deferred else nothing)
             return "\n".join(lines)
         lines += ["", *_table([COLUMNS, *(_row(i, site) for i, site in enumerate(self.sites, 1))])]
         for i, site in enumerate(self.sites, 1):

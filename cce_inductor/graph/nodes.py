@@ -25,7 +25,7 @@ _RENAMED = {
 
 @dataclass(frozen=True)
 class Op:
-    """A node read by the vocabulary: its canonical name and its arguments by parameter name.
+    """A node as the table of spellings reads it: its canonical name and its arguments by parameter name.
 
     inplace: whether it writes the result into its first argument.
     """
@@ -48,7 +48,7 @@ _INPLACE_FORMS = {getattr(operator, f"i{name}"): getattr(operator, name) for nam
 
 
 def read(node: Node) -> Op | None:
-    """What `node` is, or None for an op that the vocabulary does not have (or arguments it does not fit)."""
+    """What `node` is, or None for an op that the table of spellings does not have (or arguments it does not fit)."""
     attribute = compat.attribute_read(node)
     if attribute is not None:
         return Op("getattr", {"input": node.args[0], "name": attribute})
@@ -82,7 +82,7 @@ def _entry(node: Node) -> tuple[tuple[str, inspect.Signature] | None, bool]:
 
 
 def unknown_arguments(node: Node) -> str:
-    """The keywords of a call, as text, for which the vocabulary knows the op but cannot read the call; "" if it can."""
+    """The keywords of a call, as text, for which the table knows the op but cannot read the call; "" if it can."""
     if read(node) is not None or (entry := _entry(node)[0]) is None:
         return ""
     known = {*entry[1].parameters, *_RENAMED.get(entry[0], {})}

@@ -145,7 +145,7 @@ def rounds(blocks: int, v: int, processors: int) -> list[Round]:
 
 
 def budget_slabs(n: int, v: int, item: int, workspace: int) -> tuple[int, int]:
-    """How many slabs the backward under a budget (budget.py) has in `workspace` bytes, and the slots for each block.
+    """How many slabs cuda_budget.py has in `workspace` bytes, and the slots for each block.
 
     item: bytes of a number in the compute dtype. 0 slabs where too little fits.
     """

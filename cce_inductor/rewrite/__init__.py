@@ -1,5 +1,5 @@
 """FX in, FX out: finds linear -> ... -> loss in a graph that Dynamo captured, and puts the fused operator in its place.
 
-`vocabulary` names ops, `trace` follows the logits, `emit` rewrites, `rewrite.rewrite_graph` is the whole pass. Nothing
-here knows how the operator is computed.
+`run` is the whole pass: `plan` decides what is done with each head that `trace` has followed, and `emit` puts the
+operators in. Nothing here knows how the operator is computed.
 """

@@ -172,7 +172,7 @@ def _several(value: Value) -> SeveralHeads:
 
 
 class _Members(abc.ABC):
-    """The statistics of logits that are made of several heads', as `emit.Statistics` has them of one."""
+    """The statistics of logits that are made of several heads', as `served.Statistics` has them of one."""
 
     def __init__(self, builder: Builder, reduction: Reduction):
         self.builder, self.reduction, self.value = builder, reduction, reduction.value

@@ -1,4 +1,4 @@
-"""Ops on the entries of logits: casts, scales, biases, a softcap, masks over the vocabulary, softmax and its logarithm.
+"""Ops on the entries of logits: casts, scales, biases, a softcap, and products of two values.
 
 A rule gives the `Value` of the node, or raises `Refused` with the reason and the cure.
 """

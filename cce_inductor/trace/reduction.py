@@ -25,7 +25,7 @@ class Reduction:
     """A node that is made of row statistics of `value`.
 
     statistics: those it needs. given: the node with a class for each row, in the rows' order, or None. wraps: whether
-    a negative class counts from the end. flat: from the statistics, a `emit.Statistics`, to a (N,) result.
+    a negative class counts from the end. flat: from the statistics, a `served.Statistics`, to a (N,) result.
     shape: from that in the leading shape of the logits to the node's.
     """
 

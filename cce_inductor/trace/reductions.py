@@ -1,6 +1,6 @@
 """Which nodes are functions of row statistics, and of which.
 
-`REDUCTIONS` give the `Reduction` of a node that reduces a value over the classes: a loss, a log-sum-exp, the entry of a
+A rule gives the `Reduction` of a node that reduces a value over the classes: a loss, a log-sum-exp, the entry of a
 target, a sum, an argmax. A rule that cannot take a node raises `Refused` with the reason and the cure.
 """
 

@@ -69,7 +69,7 @@ FOUND = {
         "z = (-F.linear(h, w)).masked_fill(pad, -1e4)",
         "r0 = F.cross_entropy(z.view(-1, z.shape[-1]), t.view(-1))",
     ),
-    "one reading ignores a class, another does not": (
+    "one reduction ignores a class, another does not": (
         "z = F.linear(h, w)",
         "s = t.clamp(min=0)",
         "r0 = F.cross_entropy(z.view(-1, z.shape[-1]), s.view(-1), ignore_index=1)",
