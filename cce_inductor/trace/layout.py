@@ -1,7 +1,7 @@
 """Ops on the leading dimensions of logits: each is replayed on the hidden states.
 
-A rule says where the op leaves the classes and how to do the same to a tensor with D in their place. It gives one value,
-or for an op that cuts logits into parts a function for each part.
+A rule says where the op leaves the classes and how to do the same to a tensor with D in their place. It gives one
+value, or for an op that cuts logits into parts a function for each part.
 """
 
 import itertools
