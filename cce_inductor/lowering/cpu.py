@@ -131,13 +131,13 @@ def _constants(attributes: Attributes, compute: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _statistics_layouts(operands: dict[str, Any], statistics: list[str]) -> dict[str, ir.FixedLayout]:
+def _statistics_layouts(operands: dict[str, Any], statistics: list[str]) -> dict[str, ir.Layout]:
     n, device = operands["input"].get_size()[0], operands["input"].get_device()
     dtypes = {name: torch.int64 if table.TABLE[name].integer else torch.float32 for name in statistics}
     return {name: _contiguous(device, dtype, [n]) for name, dtype in dtypes.items()}
 
 
-def _gradient_layouts(operands: dict[str, Any], needs: list[str]) -> dict[str, ir.FixedLayout]:
+def _gradient_layouts(operands: dict[str, Any], needs: list[str]) -> dict[str, ir.Layout]:
     device = operands["input"].get_device()
     numbers = _contiguous(device, torch.float32, [len(diagnostics.NAMES)])
     return {
@@ -198,8 +198,9 @@ def _realize(operands: dict[str, Any]) -> dict[str, Any]:
     """The operands as buffers or strided views of buffers, in memory before the kernel runs."""
     nodes = {}
     for name, operand in operands.items():
-        node = ir.ExternKernel.realize_input(operand)
+        node: Any = ir.ExternKernel.realize_input(operand)
         node.freeze_layout()
-        (nodes[name],) = ir.InputsKernel.unwrap_storage([node])
-        assert isinstance(nodes[name].get_layout().offset, (int, sympy.Expr))
+        (stored,) = ir.InputsKernel.unwrap_storage([node])
+        assert isinstance(stored, ir.IRNode) and isinstance(stored.get_layout().offset, (int, sympy.Expr))
+        nodes[name] = stored
     return nodes

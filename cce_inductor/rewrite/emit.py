@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import Graph, Proxy
+from torch.fx import Graph
 
-from ..graph.builder import Builder
+from ..graph.builder import Builder, Proxy
 from ..graph.fakes import example, fake
 from ..graph.hoist import Hoist
 from ..ops.call import SEEDS, Attributes, sampled
