@@ -35,25 +35,15 @@ from cce_inductor.trace import (
     ranking,
     reductions,
     rsqrt_softcap,
+    several,
     softmax,
     unnamed,
 )
 
 B, S, D, V = 2, 6, 8, 40
 MODULES = (
-    heads,
-    layout,
-    indexing,
-    merge_heads,
-    pointwise,
-    masks,
-    softmax,
-    rsqrt_softcap,
-    reductions,
-    ranking,
-    decompose,
-    interpreter,
-    unnamed,
+    *(heads, layout, indexing, pointwise, masks, softmax, rsqrt_softcap, reductions, ranking),
+    *(several, merge_heads, decompose, interpreter, unnamed),
 )
 
 
