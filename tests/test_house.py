@@ -1,4 +1,4 @@
-"""What docs/design.md says of the house: which room imports from which, that no arrow runs back, and how large things are.
+"""What docs/design.md says of the house: which room imports from which, that no arrow runs back, how large things are.
 
 A room is a folder of the package or a module beside them.
 """

@@ -19,7 +19,7 @@ from .fakes import example
 if TYPE_CHECKING:
 
     class Proxy(fx.Proxy):
-        """A recorded tensor. FX gives its proxies a tensor's operators when it is imported, where no type checker looks."""
+        """A recorded tensor. FX gives its proxies a tensor's operators at import, where no type checker looks."""
 
         def __getitem__(self, index: Any) -> "Proxy": ...
         def __add__(self, other: Any) -> "Proxy": ...

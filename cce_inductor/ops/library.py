@@ -53,15 +53,38 @@ KEEP = torch.ops.cce_inductor.keep.default
 MM = torch.ops.cce_inductor.mm_.default
 
 
-def eager_forward(operands, names, row_mask, statistics, training, *attributes) -> list[Tensor]:
+def eager_forward(
+    operands: list[Tensor], names: str, row_mask: Tensor | None, statistics: str, training: bool, *attributes: Any
+) -> list[Tensor]:
+    """The eager implementation of `linear_statistics`.
+
+    operands: as `names` say, ``input (N, D)``, ``weight (V, D)`` and so on (call.py). row_mask: (N,) bool, the rows that
+    count, or None for all. statistics: their names. training: whether a backward may follow. attributes: those of
+    `Attributes`, in order. Returns the statistics, (N,) each, in fp32 (fp64 for fp64; argmax: int64), and behind them
+    the bound if a backward needs one. Raises ValueError for operands that do not fit together.
+    """
     call = Call.read(operands, names, row_mask, statistics, attributes)
     check(call, training)
     return filtered.forward(call) if training and call.bounded else reference.forward(call)
 
 
 def eager_backward(
-    tangents, tangent_names, saved, operands, names, row_mask, statistics, needs, *attributes
+    tangents: list[Tensor],
+    tangent_names: str,
+    saved: list[Tensor],
+    operands: list[Tensor],
+    names: str,
+    row_mask: Tensor | None,
+    statistics: str,
+    needs: str,
+    *attributes: Any,
 ) -> list[Tensor]:
+    """The eager implementation of `linear_statistics_backward`.
+
+    tangents: (N,) each, of the statistics in `tangent_names`. saved: what the forward gave, the bound included. needs:
+    names of operands. The others are as for `eager_forward`. Returns the gradient of each operand in `needs`, in its
+    shape and dtype.
+    """
     call = Call.read(operands, names, row_mask, statistics, attributes)
     check(call, training=True)
     given = dict(zip(tangent_names.split(), tangents, strict=True))
@@ -83,7 +106,10 @@ library.impl("mm_", _eager_mm, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("cce_inductor::linear_statistics", lib=library)
-def fake_forward(operands, names, row_mask, statistics, training, *attributes) -> list[Tensor]:
+def fake_forward(
+    operands: list[Tensor], names: str, row_mask: Tensor | None, statistics: str, training: bool, *attributes: Any
+) -> list[Tensor]:
+    """Shapes and dtypes of what `eager_forward` gives, and its errors."""
     call = Call.read(operands, names, row_mask, statistics, attributes)
     check(call, training)
     x = call.input
@@ -97,8 +123,17 @@ def fake_forward(operands, names, row_mask, statistics, training, *attributes) -
 
 @torch.library.register_fake("cce_inductor::linear_statistics_backward", lib=library)
 def fake_backward(
-    tangents, tangent_names, saved, operands, names, row_mask, statistics, needs, *attributes
+    tangents: list[Tensor],
+    tangent_names: str,
+    saved: list[Tensor],
+    operands: list[Tensor],
+    names: str,
+    row_mask: Tensor | None,
+    statistics: str,
+    needs: str,
+    *attributes: Any,
 ) -> list[Tensor]:
+    """Shapes and dtypes of what `eager_backward` gives."""
     call = Call.read(operands, names, row_mask, statistics, attributes)
     return [call.operands[name].new_empty(call.operands[name].shape) for name in needs.split()]
 

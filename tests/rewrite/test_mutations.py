@@ -79,7 +79,7 @@ class Without(ast.NodeTransformer):
 
 @dataclass
 class Mutant:
-    """A function whose code lacks one guard. words: of what the guard says, the longest piece that is always the same."""
+    """A function whose code lacks one guard. words: of what the guard says, the first piece."""
 
     function: types.FunctionType
     code: types.CodeType
