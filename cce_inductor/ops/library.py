@@ -61,7 +61,7 @@ def eager_forward(
     operands: as `names` say, ``input (N, D)``, ``weight (V, D)`` and so on (call.py). row_mask: (N,) bool, the rows that
     count, or None for all. statistics: their names. training: whether a backward may follow. attributes: those of
     `Attributes`, in order. Returns the statistics, (N,) each, in fp32 (fp64 for fp64; argmax: int64), and behind them
-    the bound if a backward needs one. Raises ValueError for operands that do not fit together.
+    the bound if a backward needs one. Raises RuntimeError for operands that do not fit together.
     """
     call = Call.read(operands, names, row_mask, statistics, attributes)
     check(call, training)
