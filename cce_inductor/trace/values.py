@@ -214,12 +214,8 @@ class Affine:
 
 # "square": k z² + c of the logits z; "root" and "inverse root": the root of it, and one over that.
 SQUARES = ("square", "root", "inverse root")
-# "logits"; "log_softmax" of them; "softmax"; "exp"; "p log p" and "p z": the softmax times its logarithm or the logits,
-# entry by entry; "comparison": true or 1 where they pass one; SQUARES.
-KINDS = ("logits", "log_softmax", "softmax", "exp", "p log p", "p z", "comparison", *SQUARES)
-
-
-# What a person calls them.
+# The kinds of a `Value`, and what a person calls them. "p log p" and "p z": the softmax times its logarithm or the
+# logits, entry by entry; "comparison": true or 1 where they pass one.
 WORDS = {
     "logits": "logits",
     "log_softmax": "log-probabilities",
@@ -236,7 +232,7 @@ WORDS = {
 class Value:
     """A tensor made from a head's logits: rows rearranged, values through an affine map and perhaps a softcap.
 
-    class_dim: where the classes are. kind: which function of the logits `affine` describes (KINDS), times `factor`
+    class_dim: where the classes are. kind: which function of the logits `affine` describes (in WORDS), times `factor`
     where it is not the logits themselves. quadratic: (k, c) of SQUARES. picked: the class (the node of a tensor with
     one for each row) of the only entry that is not 0, or what it was multiplied with over all classes, or None.
     columns, masks: of the vocabulary. terms: of the rows. rows: what happened to the leading dimensions. order: the
