@@ -7,9 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cce_inductor.demo import check, main, memory, report
-from cce_inductor.demo.data import DemoError, batches, english_text, find_model
-from cce_inductor.demo.run import FUSED, PLAIN, Run, Spec
+from cce_inductor.demo import check, main, report
+from cce_inductor.demo.launch import run_contender
+from cce_inductor.demo.run import Run
+from cce_inductor.instruments import memory
+from cce_inductor.instruments.data import CannotRun, batches, english_text, find_model
+from cce_inductor.instruments.training import FUSED, PLAIN, Spec
 
 MIB = memory.MIB
 LOSSES = [2.8, 2.7, 2.6]
@@ -54,7 +57,7 @@ class TestData:
         assert torch.equal(rows - rows[:, :1], torch.arange(32).expand(28, 32))
 
     def test_too_little_text_says_so(self):
-        with pytest.raises(DemoError, match="31 rows of 32 tokens, fewer than a batch of 32"):
+        with pytest.raises(CannotRun, match="31 rows of 32 tokens, fewer than a batch of 32"):
             next(batches(torch.arange(1000), batch=32, seq=32, seed=0))
 
     def test_text_is_long_english_and_the_same_every_time(self):
@@ -67,7 +70,7 @@ class TestData:
         (tmp_path / "tiny.gguf").touch()
         assert find_model(str(tmp_path)) == tmp_path
         assert find_model(str(tmp_path / "tiny.gguf")) == tmp_path / "tiny.gguf"
-        with pytest.raises(DemoError, match="neither a checkpoint directory nor a .gguf file"):
+        with pytest.raises(CannotRun, match="neither a checkpoint directory nor a .gguf file"):
             find_model(str(tmp_path / "none"))
 
 
@@ -184,8 +187,6 @@ class TestCommandLine:
             main.main(["--steps", "1"])
 
     def test_worker_that_fails_shows_its_log(self, tmp_path):
-        from cce_inductor.demo.launch import run_contender
-
         spec = replace(Spec(PLAIN, str(tmp_path / "none")), steps=2)
-        with pytest.raises(DemoError, match=r"ended with status 1; the end of"):
+        with pytest.raises(CannotRun, match=r"ended with status 1; the end of"):
             run_contender(spec, tmp_path / "log", lambda event: None)

@@ -16,7 +16,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .run import FUSED, PLAIN, Run
+from ..instruments.training import FUSED, PLAIN
+from .run import Run
 
 
 @dataclass(frozen=True)

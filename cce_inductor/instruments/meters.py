@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from ..demo import memory
+from . import memory
 
 ITERATIONS = 5  # of a repetition on a GPU
 
