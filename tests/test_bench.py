@@ -22,12 +22,9 @@ from cce_inductor.bench import (
     docs,
     gemm,
     headline,
-    machine,
     measure,
-    meters,
     peers,
     plots,
-    protocol,
     reference,
     report,
     rounds,
@@ -39,11 +36,13 @@ from cce_inductor.bench import (
 from cce_inductor.bench.cases import HEADS, IGNORE_INDEX, Case, cases, parse_shape
 from cce_inductor.bench.densities import densities
 from cce_inductor.bench.inputs import make_inputs
-from cce_inductor.bench.launch import GIB, Child, ChildError, Watch, environment
-from cce_inductor.bench.main import main
+from cce_inductor.bench.main import RUN, main
 from cce_inductor.bench.readers import READERS
-from cce_inductor.demo.memory import MIB
-from cce_inductor.demo.run import Spec
+from cce_inductor.instruments import machine, meters, protocol
+from cce_inductor.instruments.child import GIB, Child, ChildError, Watch
+from cce_inductor.instruments.memory import MIB
+from cce_inductor.instruments.process import environment
+from cce_inductor.instruments.training import Spec
 from cce_inductor.ops.choice import Choice
 
 CASE = Case(64, 32, 4096)
@@ -75,10 +74,10 @@ class TestCases:
         assert make_inputs(replace(case, dtype="bf16"))[0].dtype == torch.bfloat16
 
     def test_the_table_has_every_dtype_and_ignored_rows(self):
-        found = cases(None, None, None, seed=0, quick=False)
+        found = cases()
         assert len(found) == 10
         assert [case.ignored for case in found] == [0.0] * 9 + [0.75]
-        assert cases([(8, 4, 16)], ["bf16"], 0.5, 3, False) == [Case(8, 4, 16, "bf16", 0.5, 3)]
+        assert cases([(8, 4, 16)], ["bf16"], 0.5) == [Case(8, 4, 16, "bf16", 0.5)]
 
     def test_a_gpu_has_the_models_heads_in_every_kind_of_activations(self):
         found = cases(device="cuda")
@@ -100,11 +99,15 @@ class TestCases:
         assert real.label == "SmolLM2-135M: N=8192, D=576, V=49152, bf16, smollm2 activations"
 
     def test_real_activations_have_one_head(self):
-        assert [case.v for case in cases(device="cuda", activations=["smollm2"])] == [49152, 49152]
-        assert cases([(8, 4, 16)], device="cuda", activations=["smollm2"]) == []
-        assert [case.activations for case in cases([(2048, 576, 49152)], ["bf16"], activations=["smollm2"])] == [
-            "smollm2"
-        ]
+        assert [case.v for case in cases(device="cuda") if case.activations == "smollm2"] == [49152]
+        kinds = {
+            shape: [case.activations for case in cases([shape], device="cuda")]
+            for shape in ((8, 4, 16), (2048, 576, 49152))
+        }
+        assert kinds == {
+            (8, 4, 16): ["normal", "calibrated"],
+            (2048, 576, 49152): ["normal", "calibrated", "smollm2"],
+        }
 
     def test_a_shape_has_a_name(self):
         assert parse_shape("llama 3 8b") == (8192, 4096, 128256)
@@ -275,8 +278,8 @@ class TestGpu:
     @pytest.mark.parametrize(
         "argv, message",
         [
-            ("--step", "--step, --sweep and --training go with --device cpu"),
-            ("--contender cut_cross_entropy --activations smollm2 --shape 8,4,16", "goes with --shape N,576,49152"),
+            ("step", "step goes with --device cpu"),
+            ("sweep-budget --shape 8,4,16", "sweep-budget takes no --shape"),
         ],
     )
     def test_arguments(self, monkeypatch, capsys, argv, message):
@@ -324,7 +327,7 @@ class TestGpu:
 
     def test_kernels_compile_side_by_side(self, tmp_path):
         assert int(environment(tmp_path, device="cuda")["TORCHINDUCTOR_COMPILE_THREADS"]) in range(1, 5)
-        assert environment(tmp_path)["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
+        assert environment(tmp_path, device="cpu")["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
 
     def test_table(self):
         case = Case(8192, 4096, 128256, "bf16", device="cuda", activations="calibrated")
@@ -355,7 +358,7 @@ class TestGpu:
         assert not (tmp_path / "benchmarks.md").exists()
 
     def test_the_machine_is_the_gpu(self):
-        about = machine.describe(None) | {
+        about = machine.describe() | {
             "gpu": "NVIDIA H100 80GB HBM3",
             "gpu_memory": 80 * GIB,
             "multiprocessors": 132,
@@ -468,7 +471,7 @@ class TestReport:
     def test_docs_hold_one_block_for_each_name(self, tmp_path):
         section = docs.Section("cpu", "first", {"a": 1})
         docs.write(section, tmp_path, "cpu", "bench")
-        docs.write(docs.Section("sweep", "other", {}), tmp_path, "cpu", "bench --sweep")
+        docs.write(docs.Section("sweep", "other", {}), tmp_path, "cpu", "bench sweep")
         page = tmp_path / "benchmarks.md"
         page.write_text(page.read_text() + "\nWhere we lose.\n")
         docs.write(replace(section, text="second"), tmp_path, "cpu", "bench")
@@ -485,18 +488,16 @@ class TestArguments:
     @pytest.mark.parametrize(
         "argv, message",
         [
-            ("--contender quack", "--device cpu has no contender quack"),
-            ("--activations smollm2 --shape 8,4,16", "goes with --shape N,576,49152"),
-            ("--sweep --activations normal", "--activations goes with the table"),
+            ("--contender quack", "table on cpu has no contender quack, it has eager, compile,"),
             ("--shape 1,2", "is not N,D,V"),
-            ("--repeat 0", "is not a number of at least 1"),
-            ("--ignored 1", "at least 0 and below 1"),
             ("--contender nobody", "invalid choice: 'nobody'"),
-            ("--sweep --shape 1,2,3", "--shape goes with"),
-            ("--headline --dtype fp32 --dtype bf16", "take one --dtype"),
-            ("--memory-limit-gib 2", "goes with --headline"),
-            ("--step --dtype autocast", "takes fp32 or bf16"),
-            ("--step --contender eager", "--step has compile, compile+logits, ours+logits"),
+            ("nonsense", "invalid choice: 'nonsense'"),
+            ("sweep --shape 1,2,3", "sweep takes no --shape"),
+            ("headline --dtype fp32 --dtype bf16", "headline takes one --dtype"),
+            ("headline --shape 1,2,3 --shape 1,2,4", "headline takes one --shape"),
+            ("--model some.gguf", "table takes no --model"),
+            ("step --dtype autocast", "step on cpu has no dtype autocast, it has fp32, bf16"),
+            ("step --contender eager", "has no contender eager, it has compile, compile+logits, ours+logits"),
         ],
     )
     def test_errors_say_what_is_wrong(self, capsys, argv, message):
@@ -507,18 +508,33 @@ class TestArguments:
 
     def test_repeatable(self):
         args = arguments.parse(["--shape=1,2,3", "--shape=4,5,6", "--contender=ours", "--contender=eager"])
-        assert args.shape == [(1, 2, 3), (4, 5, 6)]
-        assert args.contender == ["ours", "eager"]
+        assert args.shape == ((1, 2, 3), (4, 5, 6))
+        assert args.contender == ("eager", "ours")  # in the table's order
+
+    def test_a_preset_has_values_that_an_option_replaces(self):
+        args = arguments.parse(["large"])
+        assert args.shape == ((2048, 576, 49152), (512, 640, 262144)) and args.dtype == ("fp32", "bf16")
+        assert args.contender == ("eager", "compile", "ours")
+        assert arguments.parse(["large", "--dtype=autocast"]).dtype == ("autocast",)
+        assert arguments.parse(["large", "--quick"]).shape == ((64, 64, 4096),)
+        assert arguments.parse([]).contender == contenders.names_on("cpu")
+
+    def test_every_preset_can_be_run_and_is_in_the_help(self, capsys):
+        assert set(RUN) == set(arguments.PRESETS)
+        with pytest.raises(SystemExit):
+            arguments.parse(["--help"])
+        printed = capsys.readouterr().out
+        assert all(f"  {name} " in printed for name in RUN)
 
     def test_a_missing_checkpoint_is_an_error_of_one_line(self, tmp_path, capsys):
-        assert main(["--step", "--model", str(tmp_path / "none"), "--output", str(tmp_path)]) == 2
+        assert main(["step", "--model", str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
         assert capsys.readouterr().err.startswith("bench: --model ")
 
 
 class TestChild:
     def start(self, tmp_path, contender="eager", case=CASE, **how):
         job = {"case": case.__dict__, "contender": contender}
-        return Child("worker", job, tmp_path / "log", environment(tmp_path, threads=1), **how)
+        return Child("bench.worker", job, tmp_path / "log", environment(tmp_path), **how)
 
     def test_watch_kills_what_grows_beyond_its_limit(self):
         grow = "import time; block = bytearray(400 << 20); time.sleep(30)"
@@ -531,7 +547,7 @@ class TestChild:
 
     def test_a_limit_makes_a_large_allocation_fail_and_a_timeout_ends_the_child(self, tmp_path):
         case = Case(16384, 8, 32768)  # 2 GiB of logits
-        options = rounds.Options(tmp_path, tmp_path, ("eager",), threads=1)
+        options = rounds.Options(tmp_path, tmp_path, ("eager",))
         outcome = headline.run_contender("eager", case, options, GIB)
         assert outcome.out_of_memory
         assert outcome.sentence(GIB).startswith("does not fit in 1.0 GiB (reached 0.")
@@ -564,8 +580,7 @@ class TestRun:
 
     def test_the_pass_takes_a_small_part_of_the_compile_time(self, tmp_path, capsys):
         pytest.importorskip("transformers")
-        argv = ["--compile-time", "--quick", "--repeat=1", "--threads=1", "--output", str(tmp_path)]
-        assert main(argv) == 0
+        assert main(["compile-time", "--quick", "--out", str(tmp_path)]) == 0
         (one,) = json.loads((tmp_path / "cpu-compile-time.json").read_text())["compile-time"]
         assert one["fused"] == 1 and one["nodes"] > 50 and 0 < one["trace"] < one["total"]
         # So small a model compiles fast, and the pass looks at its few nodes all the same.
@@ -573,27 +588,22 @@ class TestRun:
         assert f"{one['trace'] / one['total']:.2%} of the time to compile" in capsys.readouterr().out
 
     def test_losses_that_read(self, tmp_path, capsys):
-        assert main(["--reads", "--quick", "--repeat=1", "--threads=1", "--output", str(tmp_path)]) == 0
+        assert main(["reads", "--quick", "--out", str(tmp_path)]) == 0
         found = json.loads((tmp_path / "cpu-reads.json").read_text())["reads"]
         assert {one["loss"] for one in found} == set(READERS)
         assert all(len(one["compile"]) == len(one["ours"]) == 1 for one in found)
         assert "| label_smoother |" in capsys.readouterr().out
 
-    def test_from_arguments_to_report(self, tmp_path, capsys):
-        argv = [
-            "--shape=64,32,4096",
-            "--dtype=fp32",
-            "--contender=eager",
-            "--contender=ours",
-            "--repeat=2",
-            "--threads=1",
-        ]
-        assert main([*argv, "--output", str(tmp_path / "out"), "--docs", str(tmp_path / "docs")]) == 0
+    def test_from_arguments_to_report(self, tmp_path, monkeypatch, capsys):
+        preset = replace(arguments.PRESETS["table"], repeat=2)
+        monkeypatch.setitem(arguments.PRESETS, "table", preset)
+        argv = ["--shape=64,32,4096", "--dtype=fp32", "--contender=eager", "--contender=ours"]
+        assert main([*argv, "--out", str(tmp_path / "out"), "--docs", str(tmp_path / "docs")]) == 0
         printed = capsys.readouterr().out
         assert "## cpu" in printed and "## gemm" in printed
         saved = json.loads((tmp_path / "out" / "cpu.json").read_text())
         (only,) = saved["cpu"]
-        assert saved["machine"]["threads"] == 1
+        assert saved["machine"]["threads"] == torch.get_num_threads()
         assert [r["contender"] for r in only["rows"]] == ["eager", "ours"]
         for r in only["rows"]:
             assert r["failure"] == "" and r["note"] == ""

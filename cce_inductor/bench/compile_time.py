@@ -46,7 +46,7 @@ def run(options: Options, quick: bool = False) -> Section:
     found = []
     for turn in range(options.repeat):
         say(f"compile time: round {turn + 1} of {options.repeat}")
-        with options.child("compile_worker", {"shape": shape, "turn": turn}, f"compile-{turn}") as child:
+        with options.child("bench.compile_worker", {"shape": shape, "turn": turn}, f"compile-{turn}") as child:
             found.append(Compilation(**child.ask("measure", 10 * options.timeout)))
     return conclude(found)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from .protocol import Handlers, main
+from ..instruments.protocol import Handlers, main
 
 TOKENS = (2, 64)
 

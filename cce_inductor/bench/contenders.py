@@ -212,7 +212,7 @@ _ALL = (
 CONTENDERS = {contender.name: contender for contender in _ALL}
 
 
-# ---- the gradient filters, which only --sweep-budget compares
+# ---- the gradient filters, which only the preset sweep-budget compares
 
 EXACT = "exact"
 LATE = "exact, late gradients"

@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from ..instruments.meters import METERS
+from ..instruments.protocol import Handlers, main
 from .cases import Case
 from .inputs import make_inputs
-from .meters import METERS
-from .protocol import Handlers, main
 
 
 def handlers(job: dict[str, Any]) -> Handlers:

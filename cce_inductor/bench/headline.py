@@ -11,19 +11,20 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..instruments.child import GIB, ChildError
+from ..instruments.machine import total_ram
 from . import plots, report
 from .cases import Case
-from .contenders import COMPILE, CONTENDERS, EAGER, OURS
+from .contenders import CONTENDERS
 from .docs import Section
-from .launch import GIB, ChildError
-from .machine import total_ram
 from .measure import Stats
 from .rounds import Options, say
 
-DEFAULT_CONTENDERS = (EAGER, COMPILE, OURS)
+TIMEOUT = 3600.0  # seconds for one contender
 
 
 def default_limit() -> int:
+    """Bytes: 70 % of the memory there is, at most 16 GiB."""
     return min(16 * GIB, int(0.7 * total_ram()))
 
 
@@ -59,7 +60,7 @@ def run_contender(name: str, case: Case, options: Options, limit: int) -> Outcom
     if outcome.failure:
         return outcome
     job = {"case": asdict(case), "contender": name}
-    with options.child("worker", job, f"headline-{name}", memory_limit=limit) as child:
+    with options.child("bench.worker", job, f"headline-{name}", memory_limit=limit) as child:
         try:
             child.ask("inputs", options.timeout)
             answer = child.ask("once", options.timeout)

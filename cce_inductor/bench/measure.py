@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .meters import Cpu, Meter
+from ..instruments.meters import Cpu, Meter
 
 MODES = ("loss", "gradients")  # the loss alone, and the loss with both gradients
 

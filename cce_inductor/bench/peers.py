@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from . import protocol
+from ..instruments import protocol
 
 Head = Callable[[Any, Any, Any], Any]
 Missing = Callable[[], str | None]

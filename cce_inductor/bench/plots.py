@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..demo.memory import MIB
+from ..instruments.memory import MIB
 from .measure import Stats
 from .rounds import Result
 

@@ -38,7 +38,7 @@ def run(options: Options, quick: bool = False) -> Section:
     with ExitStack() as stack:
         children = {
             name: stack.enter_context(
-                options.child("reads_worker", {"contender": name, "shape": shape}, f"reads-{name}")
+                options.child("bench.reads_worker", {"contender": name, "shape": shape}, f"reads-{name}")
             )
             for name in PAIR
         }

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-from .protocol import Handlers, main
+from ..instruments.protocol import Handlers, main
 
 
 def handlers(job: dict[str, Any]) -> Handlers:

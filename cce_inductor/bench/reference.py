@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..instruments.protocol import main
 from .cases import IGNORE_INDEX, Case
 from .densities import densities
 from .inputs import make_inputs
-from .protocol import main
 
 ROWS, COLUMNS = 1024, 8192
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ..demo.memory import MIB
+from ..instruments.memory import MIB
+from ..instruments.meters import ITERATIONS
 from .calibrated import SOURCE
 from .cases import Case
 from .contenders import CONTENDERS, EAGER
 from .densities import sentence as densities_sentence
 from .measure import MODES, Stats, speedup
-from .meters import ITERATIONS
 from .rounds import Result, Row
 
 CAPTION = {

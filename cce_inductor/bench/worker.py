@@ -7,12 +7,12 @@ import sys
 import time
 from typing import Any
 
+from ..instruments.meters import METERS
+from ..instruments.protocol import Handlers, main
 from .cases import Case
 from .contenders import KNOWN, build, with_diagnostics
 from .inputs import make_inputs
 from .measure import MODES, Head, relative_error, row_summary
-from .meters import METERS
-from .protocol import Handlers, main
 from .reference import files
 
 

@@ -1,6 +1,6 @@
 """Training steps of a Hugging Face model by one contender, in a process of its own, one step at a request.
 
-    python -m cce_inductor.instruments.training JOB_JSON REQUESTS_FD ANSWERS_FD
+python -m cce_inductor.instruments.training JOB_JSON REQUESTS_FD ANSWERS_FD
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..measure import relative_error
+from cce_inductor.bench.measure import relative_error
+
 from .losses import direct
 from .specs import EAGER, FILTERS
 

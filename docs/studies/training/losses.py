@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import cce_backend, config, linear_cross_entropy
+from cce_inductor import cce_backend, config, linear_cross_entropy
+
 from .specs import EAGER, EXACT, FILTERS, PERMUTED
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of hidden states (..., D), head (V, D), targets (...)

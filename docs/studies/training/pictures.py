@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..plots import load_pyplot
+from cce_inductor.bench.plots import load_pyplot
+
 from .specs import EXACT
 from .tables import KNOWN, Run, by_mode
 

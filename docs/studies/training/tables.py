@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .. import report
+from cce_inductor.bench import report
+
 from . import caps
 from .errors import QUANTILES
 from .paired import Gap, gap, spread
