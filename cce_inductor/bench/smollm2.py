@@ -19,6 +19,8 @@ from ..instruments.protocol import Handlers, main
 if TYPE_CHECKING:
     import torch
 
+    Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # x (N, D), W (V, D), targets (N,)
+
 SEQ = 512  # tokens that the model reads at once
 NEEDS = ("transformers", "gguf")
 
@@ -35,7 +37,7 @@ def missing() -> str:
     return ""
 
 
-def of_model(path: Path, rows: int, seq: int, seed: int, device: str = "cpu") -> tuple[torch.Tensor, ...]:
+def of_model(path: Path, rows: int, seq: int, seed: int, device: str = "cpu") -> Inputs:
     """x (rows, D), the head W (V, D) in fp32, targets (rows,) of English text in pieces of `seq` tokens; on `device`.
 
     Raises CannotRun if the text is too short.
@@ -70,11 +72,12 @@ def write(folder: str | Path, rows: int, device: str) -> None:
     torch.save([t.cpu() for t in made], _file(folder, rows))
 
 
-def read(folder: str | Path, rows: int) -> tuple[torch.Tensor, ...]:
+def read(folder: str | Path, rows: int) -> Inputs:
     """x (rows, 576) and W (49152, 576) in fp32, targets (rows,), on the CPU."""
     import torch
 
-    return tuple(torch.load(_file(folder, rows)))
+    x, weight, target = torch.load(_file(folder, rows))
+    return x, weight, target
 
 
 def handlers(job: dict[str, Any]) -> Handlers:
