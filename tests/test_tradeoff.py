@@ -151,8 +151,8 @@ def test_arguments_that_do_not_go_with_it(capsys, argv, message):
 
 def test_command(tmp_path, monkeypatch, capsys):
     """Two filters, from their processes to the documentation."""
-    monkeypatch.setattr(tradeoff, "GROUPS", (("eager", "exact", "budget 1e-2"), ("eps 2⁻¹⁰, sorted",)))
-    monkeypatch.setattr(tradeoff, "FLAT_GROUP", ("eager", "exact", "budget 2⁻⁹"))
+    monkeypatch.setattr(tradeoff, "GROUPS", (("eager", "budget 1e-2"), ("eps 2⁻¹⁰, sorted",)))
+    monkeypatch.setattr(tradeoff, "FLAT_GROUP", ("eager", "budget 2⁻⁹"))
     monkeypatch.setattr(tradeoff, "FEW", ("budget 1e-2", "budget 2⁻⁹", "eps 2⁻¹⁰, sorted"))
     argv = ["sweep-budget", "--quick", "--dtype", "fp32"]
     assert main.main([*argv, "--out", str(tmp_path / "out"), "--docs", str(tmp_path / "docs")]) == 0
@@ -164,7 +164,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert rows["eager"]["error"]["dW"] < 1e-5 < rows["budget 1e-2"]["error"]["dW"] < 1e-1
     assert 0 < rows["budget 1e-2"]["filter"]["dropped"] <= 1e-2
     assert rows["eps 2⁻¹⁰, sorted"]["seconds"] == {} and rows["eps 2⁻¹⁰, sorted"]["filter"]["kept"] > 0
-    assert [one["contender"] for one in data["flat"][0]["rows"]] == ["eager", "exact", "budget 2⁻⁹"]
+    assert [one["contender"] for one in data["flat"][0]["rows"]] == ["eager", "budget 2⁻⁹"]
     page = (tmp_path / "docs" / "benchmarks.md").read_text()
     assert "![sweep-budget](benchmarks/sweep-budget.svg)" in page
     assert (tmp_path / "docs" / "benchmarks" / "sweep-budget.svg").exists()

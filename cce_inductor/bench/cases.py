@@ -63,6 +63,7 @@ class Case:
 
     @property
     def label(self) -> str:
+        """The case in one line, as a title."""
         name = f"{self.name}: " if self.name else ""
         # Where several kinds are compared, the title says which this is.
         kind = f", {self.activations} activations" if self.activations != NORMAL or self.device != "cpu" else ""
@@ -81,6 +82,7 @@ class Case:
 
     @property
     def logits_bytes(self) -> int:
+        """Of one logits tensor, in the dtype that the head computes in."""
         return self.n * self.v * LOGITS_ITEMSIZE[self.dtype]
 
     @property

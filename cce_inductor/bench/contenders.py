@@ -125,6 +125,8 @@ def _silent() -> str:
 
 @dataclass(frozen=True)
 class Contender:
+    """A way to compute the loss. `note` says something about itself after it has run."""
+
     name: str
     about: str
     build: Callable[[], Head]

@@ -32,6 +32,7 @@ class Section:
 
 
 def markers(name: str) -> tuple[str, str]:
+    """The comments around a section in a document."""
     return f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
 
 

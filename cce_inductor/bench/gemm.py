@@ -16,6 +16,7 @@ from .inputs import make_inputs
 
 
 def handlers(job: dict[str, Any]) -> Handlers:
+    """`inputs` first, then `warm_up`, then `timed`: seconds of the products of a mode of `MODES`."""
     import torch
 
     case = Case(**job["case"])

@@ -41,6 +41,7 @@ class Outcome:
     failure: str = ""
 
     def sentence(self, limit: int) -> str:
+        """The outcome under a limit in bytes, for people."""
         if not self.failure:
             return "fits"
         if self.out_of_memory:
@@ -51,11 +52,13 @@ class Outcome:
 
     @property
     def out_of_memory(self) -> bool:
+        """Whether the failure is one of memory, by its message."""
         signs = ("needs more than", "not enough memory", "can't allocate memory", "MemoryError", "bad_alloc")
         return any(sign in self.failure for sign in signs)
 
 
 def run_contender(name: str, case: Case, options: Options, limit: int) -> Outcome:
+    """One contender in a process of at most `limit` bytes."""
     outcome = Outcome(name, failure=CONTENDERS[name].missing() or "")
     if outcome.failure:
         return outcome
@@ -73,6 +76,7 @@ def run_contender(name: str, case: Case, options: Options, limit: int) -> Outcom
 
 
 def run(case: Case, options: Options, limit: int) -> Section:
+    """All contenders of `options`, one after the other, each in a process of at most `limit` bytes."""
     outcomes = []
     say(f"{case.label}, in {limit / GIB:.1f} GiB")
     for name in options.contenders:
@@ -83,6 +87,7 @@ def run(case: Case, options: Options, limit: int) -> Section:
 
 
 def conclude(case: Case, outcomes: list[Outcome], options: Options, limit: int) -> Section:
+    """The outcomes as a section, with a picture of those that fit."""
     head = ("contender", "outcome", "peak of the process, MiB", "above inputs and gradients, MiB", "seconds", "loss")
     rows = [
         [

@@ -12,6 +12,7 @@ from .rounds import Result
 
 
 def load_pyplot() -> Any:
+    """matplotlib.pyplot, drawing into files."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -54,6 +54,7 @@ def run(options: Options, quick: bool = False) -> Section:
 
 
 def conclude(found: list[Reads], shape: tuple[int, int, int]) -> Section:
+    """The times as a section."""
     rows = [
         [one.loss, report.milliseconds(one.compile), report.milliseconds(one.ours), f"{one.ratio:.3f}"] for one in found
     ]

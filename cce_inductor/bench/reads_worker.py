@@ -10,6 +10,7 @@ from ..instruments.protocol import Handlers, main
 
 
 def handlers(job: dict[str, Any]) -> Handlers:
+    """`step` is forward and backward with one of `READERS`: how many seconds."""
     import torch
 
     from .. import config

@@ -67,6 +67,8 @@ class Row:
 
 @dataclass
 class Result:
+    """One case: its contenders, the GEMMs' seconds by mode, how sparse its softmax is."""
+
     case: Case
     rows: list[Row]
     interleaved: bool = True
@@ -74,13 +76,16 @@ class Result:
     densities: dict[str, float] = field(default_factory=dict)
 
     def row(self, contender: str) -> Row | None:
+        """Of a contender, or None if it was not asked for."""
         return next((row for row in self.rows if row.contender == contender), None)
 
     def summary(self) -> dict[str, Any]:
+        """Everything, for JSON."""
         return asdict(self) | {"label": self.case.label, "flops": {mode: self.case.flops(mode) for mode in MODES}}
 
 
 def say(text: str) -> None:
+    """Progress, to stderr: stdout is for results."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -118,6 +123,7 @@ class Reference:
 
 @contextmanager
 def references() -> Iterator[Reference]:
+    """A `Reference` with a folder that is removed in the end."""
     with tempfile.TemporaryDirectory(prefix="cce-bench-reference-") as folder:
         yield Reference(Path(folder))
 

@@ -81,6 +81,8 @@ def read(folder: str | Path, rows: int) -> Inputs:
 
 
 def handlers(job: dict[str, Any]) -> Handlers:
+    """`make` writes the file of the job's rows into its cache."""
+
     def make() -> dict[str, Any]:
         write(job["cache"], job["rows"], job["device"])
         return {}

@@ -87,6 +87,7 @@ def _fail(steps: Steps, error: ChildError) -> None:
 
 
 def conclude(spec: Spec, runs: list[Steps], vocab: int, output: Path) -> Section:
+    """The steps as a section, with a picture of those that finished."""
     head = (
         "contender",
         "step, ms",

@@ -27,6 +27,7 @@ def run(options: Options, dtype: str, quick: bool) -> Section:
 
 
 def conclude(over_n: list[Result], over_v: list[Result], output: Path) -> Section:
+    """Both sweeps as a section, with a picture."""
     picture = output / "sweep.png"
     plots.sweeps(
         [("N", lambda result: result.case.n, over_n), ("V", lambda result: result.case.v, over_v)],

@@ -122,6 +122,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def cost_table(results: Sequence[Result]) -> str:
+    """Time, work and what was kept, of every contender."""
     columns = ["contender", "ms", "÷ eager", f"÷ {EXACT}", "÷ late", "NVD", "kept", "in full", "dropped", "worst row"]
     lines = []
     for result, row in rows_of(results):
@@ -139,6 +140,7 @@ _NUMBERS = {"kept": ".1%", "full": ".1%", "dropped": ".1e", "worst": ".1e"}
 
 
 def error_table(results: Sequence[Result]) -> str:
+    """Errors of the gradients, and of single rows of dW."""
     columns = ["contender", "dx", "dW", *(f"rows of dW, {100 * q:g} %" for q in QUANTILES), "zero"]
     lines = []
     for _, row in rows_of(results):
@@ -164,6 +166,7 @@ def target_table(found: Results) -> str:
 
 
 def flat_table(flat: Sequence[Result]) -> str:
+    """Times on the flat softmax over those of the exact schedules."""
     columns = ["contender", *(f"÷ {base}, {result.case.dtype}" for result in flat for base in (EXACT, LATE))]
     lines = []
     for same in zip(*(result.rows for result in flat), strict=True):
@@ -186,6 +189,7 @@ def points(results: Sequence[Result]) -> dict[str, list[dict[str, Any]]]:
 
 
 def conclude(found: Results, flat: list[Result], options: Options) -> Section:
+    """Everything as a section, with a picture of errors over cost."""
     case = next(iter(found.values()))[0].case
     data = {REAL: "SmolLM2-135M's hidden states over English text"}.get(case.activations, "synthetic, `calibrated`")
     parts = [CAPTION.format(n=case.n, d=case.d, v=case.v, data=data)]

@@ -28,6 +28,7 @@ class Tolerance:
     growth: float
 
     def at(self, step: int) -> float:
+        """The relative difference that is allowed in a step, counted from 0."""
         return self.first + self.growth * step
 
 

@@ -71,6 +71,7 @@ class Progress:
             self._bar.update()
 
     def close(self) -> None:
+        """Ends the bar."""
         self._bar.close()
 
 
@@ -88,6 +89,7 @@ def compare(spec: Spec, out: Path) -> tuple[Run, Run]:
 
 
 def main(argv: list[str]) -> int:
+    """Runs the demo; the exit status that the module describes."""
     parser = _parser()
     args = parser.parse_args(argv)
     if args.steps < 2 or args.batch < 1 or args.seq < 2:

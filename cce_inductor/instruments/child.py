@@ -40,6 +40,7 @@ class Watch(RssSampler):
         self.killed = False
 
     def sample(self) -> bool:
+        """Takes one sample, and kills the child if it is above the limit; False when the process is gone."""
         alive = super().sample()
         if alive and self.values[-1] > self.limit:
             self.killed = True

@@ -54,4 +54,5 @@ def measure(x: Tensor, weight: Tensor, target: Tensor, modes: list[str], dtype: 
 
 
 def modes_for(supported: Any) -> list[str]:
+    """The names of eager and of the filters that this version has, as `supported` says of a name."""
     return [EAGER, *(mode for mode in FILTERS if supported(mode))]

@@ -43,6 +43,7 @@ def compiled(mode: str) -> Loss:
 
 
 def loss_of(mode: str, by_compiler: bool) -> Loss:
+    """The mean loss of a mode, a scalar in fp32."""
     return compiled(mode) if by_compiler else direct(mode)
 
 

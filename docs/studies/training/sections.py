@@ -70,12 +70,14 @@ class Inputs:
 
     @cached_property
     def tokens(self) -> torch.Tensor:
+        """(tokens,) int64: the text as the model reads it, or made ones."""
         if self.model is not None:
             return load_tokens(self.model, english_text())
         words = torch.rand(4096, generator=torch.Generator().manual_seed(0))
         return (QUICK_VOCAB**words - 1).long()
 
     def subject(self, layers: int) -> finetune.Subject:
+        """A fresh model whose uppermost layers learn."""
         return finetune.Small(QUICK_VOCAB, 16, 64) if self.model is None else finetune.Checkpoint(self.model, layers)
 
 

@@ -97,6 +97,7 @@ class Plan:
 
 
 def plan(quick: bool) -> Plan:
+    """Everything that docs/accuracy.md shows; quick: tiny models and few steps."""
     small: dict[str, Any] = {}
     tuned: dict[str, Any] = {}
     if quick:
