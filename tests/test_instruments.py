@@ -3,13 +3,15 @@
 import subprocess
 import sys
 import time
+import types
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from cce_inductor.bench import headline, rounds
 from cce_inductor.bench.cases import Case
-from cce_inductor.instruments import memory
+from cce_inductor.instruments import memory, training
 from cce_inductor.instruments.child import GIB, Child, ChildError, Watch
 from cce_inductor.instruments.data import CannotRun, batches, english_text, find_model
 from cce_inductor.instruments.memory import MIB
@@ -81,6 +83,56 @@ class TestMemory:
         assert len(kept) <= 100
         assert kept_times == sorted(kept_times)
         assert kept[kept_times.index(6.543)] == 9000
+
+
+class Echo(torch.nn.Module):
+    """A language model as `transformers` has them: (batch, seq) ids to an object with a loss and logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = torch.nn.Embedding(50, 8), torch.nn.Linear(8, 50, bias=False)
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, labels):
+        logits = self.head(self.embedding(input_ids))
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return types.SimpleNamespace(loss=loss, logits=logits)
+
+
+class TestTraining:
+    @pytest.fixture
+    def made(self, monkeypatch):
+        """A function that makes the handlers of a training run, of a tiny model."""
+        monkeypatch.setattr(training, "load_model", lambda path, dtype: Echo().to(dtype))
+        monkeypatch.setattr(training, "load_tokens", lambda path, text: torch.arange(1000) % 50)
+        monkeypatch.setitem(training.CALLS, "loss", lambda model: lambda ids: model(ids, ids).loss)
+        monkeypatch.setitem(training.CALLS, "outputs", lambda model: lambda ids: model(ids, ids))
+
+        def made(contender):
+            spec = training.Spec(contender, "m", batch=2, seq=16, lr=0.1)
+            return training.handlers({"spec": asdict(spec)})
+
+        return made
+
+    def test_steps_train_and_rest_counts_what_they_keep(self, made):
+        do = made("loss")
+        assert do["load"]() == {"rows": 32, "vocab": 50}
+        steps = [do["step"]() for _ in range(20)]
+        assert steps[-1]["loss"] < 0.1 * steps[0]["loss"]
+        assert steps[1]["start"] >= steps[0]["start"] + steps[0]["seconds"]
+        resting = do["rest"]()
+        # 800 fp32 parameters, as many gradients and twice as many moments; a count of steps for either tensor.
+        assert resting["state_bytes"] == 4 * 800 * 4 + 2 * 4 and resting["rest"] > 0
+
+    def test_contenders_train_on_the_same(self, made):
+        losses = []
+        for contender in ("loss", "outputs"):
+            do = made(contender)
+            do["load"]()
+            losses.append([do["step"]()["loss"] for _ in range(3)])
+        assert losses[0] == losses[1]
 
 
 class TestChild:
