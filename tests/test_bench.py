@@ -2,8 +2,11 @@
 
 import json
 import multiprocessing
+import re
+import shlex
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -279,6 +282,17 @@ class TestArguments:
             arguments.parse(["--help"])
         printed = capsys.readouterr().out
         assert all(f"  {name} " in printed for name in RUN)
+
+    def test_every_table_of_the_documents_has_a_command_that_is_one(self):
+        root = Path(__file__).parents[1]
+        pages = [path.read_text() for path in (root / "README.md", *(root / "docs").rglob("*.md"))]
+        commands = [c for page in pages for c in re.findall(r"`python -m cce_inductor bench ?([^`]*)`", page)]
+        commands += [c for page in pages for c in re.findall(r'BENCH_ARGS="?([^"\s`]*)', page)]
+        presets = {arguments.parse(shlex.split(command)).preset for command in commands if command != "--help"}
+        assert presets == set(arguments.PRESETS) - {"reads"}
+        page = (root / "docs" / "benchmarks.md").read_text()
+        sections = re.findall(r"<!-- bench:(\S+) -->\n(.*)", page)
+        assert sections and all(first.startswith("`python ") for _, first in sections)
 
     def test_a_missing_checkpoint_is_an_error_of_one_line(self, tmp_path, capsys):
         assert main(["step", "--model", str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
