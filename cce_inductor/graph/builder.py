@@ -86,9 +86,6 @@ class Builder:
     def proxy(self, node: Node) -> Proxy:
         return Proxy(node, self.tracer)
 
-    def proxies(self, *nodes: Node | None) -> list[Any]:
-        return [None if n is None else self.proxy(n) for n in nodes]
-
     def run(self, function: Callable, *args: Any) -> Any:
         """Runs `function` on the arguments, with the nodes it records placed in front of `like`."""
         with self.graph.inserting_before(self.like):

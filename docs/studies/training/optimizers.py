@@ -19,6 +19,7 @@ class Lion(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
+        """One step; weights without a gradient stay."""
         for group in self.param_groups:
             first, second = group["betas"]
             for weight in group["params"]:
