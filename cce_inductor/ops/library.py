@@ -58,8 +58,8 @@ def eager_forward(
 ) -> list[Tensor]:
     """The eager implementation of `linear_statistics`.
 
-    operands: as `names` say, ``input (N, D)``, ``weight (V, D)`` and so on (call.py). row_mask: (N,) bool, the rows that
-    count, or None for all. statistics: their names. training: whether a backward may follow. attributes: those of
+    operands: as `names` say, ``input (N, D)``, ``weight (V, D)`` and so on (call.py). row_mask: (N,) bool, the rows
+    that count, or None for all. statistics: their names. training: whether a backward may follow. attributes: those of
     `Attributes`, in order. Returns the statistics, (N,) each, in fp32 (fp64 for fp64; argmax: int64), and behind them
     the bound if a backward needs one. Raises RuntimeError for operands that do not fit together.
     """

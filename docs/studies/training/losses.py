@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ def compiled(mode: str) -> Loss:
     """By the kernels that torch.compile is given; "eager" is not compiled."""
     if mode == EAGER:
         return _plain
-    options = {"grad_filter": _filter(mode), "min_vocab": 0, "strict": True}
+    options: dict[str, Any] = {"grad_filter": _filter(mode), "min_vocab": 0, "strict": True}
     made = torch.compile(_plain, backend=cce_backend, dynamic=False, options=options)
     return made  # type: ignore[no-any-return]
 
