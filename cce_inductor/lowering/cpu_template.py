@@ -43,7 +43,7 @@ def number(value: float) -> str:
     return f"{float(value)!r}f"
 
 
-def emit(spec: Spec, device: torch.device) -> dict[str, ir.TensorBox]:
+def launch(spec: Spec, device: torch.device) -> dict[str, ir.TensorBox]:
     """Adds the kernel to the graph that is being lowered and returns its outputs by name.
 
     In place of CppTemplate.generate(), which requires all outputs to have one shape and dtype (for autotuning, of which

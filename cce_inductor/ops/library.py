@@ -41,7 +41,7 @@ for _schema in (_FORWARD, _BACKWARD):
     library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
 # The tensor itself; only traced graphs have it, and Inductor takes it out again (lowering/register.py).
 library.define(
-    "keep(Tensor value, Tensor[]? beside=None) -> Tensor",
+    "saved(Tensor value, Tensor[]? beside=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
 # out = a @ b, by PyTorch's library of GEMMs: a step of a schedule (lowering/schedules.py).
@@ -49,7 +49,7 @@ library.define("mm_(Tensor(a!) out, Tensor a, Tensor b) -> ()", tags=(torch.Tag.
 
 FORWARD = torch.ops.cce_inductor.linear_statistics.default
 BACKWARD = torch.ops.cce_inductor.linear_statistics_backward.default
-KEEP = torch.ops.cce_inductor.keep.default
+SAVED = torch.ops.cce_inductor.saved.default
 MM = torch.ops.cce_inductor.mm_.default
 
 
@@ -101,7 +101,7 @@ def _eager_mm(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 library.impl("linear_statistics", eager_forward, "CompositeExplicitAutograd")
 library.impl("linear_statistics_backward", eager_backward, "CompositeExplicitAutograd")
-library.impl("keep", lambda value, beside=None: value.clone(), "CompositeExplicitAutograd")
+library.impl("saved", lambda value, beside=None: value.clone(), "CompositeExplicitAutograd")
 library.impl("mm_", _eager_mm, "CompositeExplicitAutograd")
 
 
@@ -138,8 +138,8 @@ def fake_backward(
     return [call.operands[name].new_empty(call.operands[name].shape) for name in needs.split()]
 
 
-@torch.library.register_fake("cce_inductor::keep", lib=library)
-def _fake_keep(value: Tensor, beside: Sequence[Tensor] | None = None) -> Tensor:
+@torch.library.register_fake("cce_inductor::saved", lib=library)
+def _fake_saved(value: Tensor, beside: Sequence[Tensor] | None = None) -> Tensor:
     return torch.empty_like(value)
 
 
@@ -215,7 +215,7 @@ def _autograd_forward(operands, names, row_mask, statistics, training, *attribut
         return FORWARD(operands, names, row_mask, statistics, training, *attributes)
 
 
-def kept(operator: Any, *args: Any) -> list[Tensor]:
+def must_be_saved(operator: Any, *args: Any) -> list[Tensor]:
     """Calls an operator below autograd, and `must_save` on its results: they cost passes over the whole vocabulary."""
     with torch._C._AutoDispatchBelowAutograd():
         results = operator(*args)
@@ -227,7 +227,7 @@ def must_save(tensors: list[Tensor], beside: Sequence[Tensor] = ()) -> list[Tens
 
     No activation checkpoint, memory budget or aggressive recomputation then computes them a second time. The mark has
     to stand on an operator that gives a tensor, since torch saves what is marked
-    (torch._functorch.partitioners.choose_saved_values_set) and the fused operators give a list: hence `keep`. And it
+    (torch._functorch.partitioners.choose_saved_values_set) and the fused operators give a list: hence `saved`. And it
     only counts on what the forward's own results depend on: `beside` are marked tensors that those are made to.
     """
     mode = get_proxy_mode()
@@ -236,7 +236,7 @@ def must_save(tensors: list[Tensor], beside: Sequence[Tensor] = ()) -> list[Tens
         return tensors
     before = len(graph.nodes)
     with torch._C._AutoDispatchBelowAutograd():
-        tensors = [KEEP(t, list(beside) or None) for t in tensors]
+        tensors = [SAVED(t, list(beside) or None) for t in tensors]
     for node in itertools.islice(reversed(graph.nodes), len(graph.nodes) - before):
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     return tensors
