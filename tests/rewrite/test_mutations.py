@@ -162,6 +162,7 @@ HEADS = {
     ),
     "masked vocabularies": lambda h, w, b, t: ce(two(h, w).masked_fill(torch.arange(2 * V) > 70, -torch.inf), t),
     "argmax over two vocabularies": lambda h, w, b, t: ce(z := two(h, w), t) + (z.argmax(-1) * t).float().mean(),
+    "max over two vocabularies": lambda h, w, b, t: ce(z := two(h, w), t) + z.max(-1).values.mean(),
     "topk over two vocabularies": lambda h, w, b, t: ce(z := two(h, w), t) + (z.topk(3).indices.float().mean()),
     "rank over two vocabularies": lambda h, w, b, t: (
         ce(z := two(h, w), t) + (z > z.gather(-1, t[..., None])).sum(-1).float().mean()
