@@ -4,7 +4,7 @@
 #   make demo DEMO_ARGS="..."     the same with other options, see `python -m cce_inductor demo --help`
 #   make bench                    time, memory and error of every way to compute the loss
 #   make bench DEVICE=cuda        the same on a GPU
-#   make bench BENCH_ARGS="..."   the same with other options, see `python -m cce_inductor bench --help`
+#   make bench BENCH_ARGS="..."   a preset, or other options, see `python -m cce_inductor bench --help`
 #   make test                     the test suite
 #   make test TORCH=2.11.0        the same in an environment of its own with another torch
 #   make test PYTHON=python3.13 VENV=.venv-3.13   the same with another Python

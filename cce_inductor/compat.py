@@ -74,7 +74,7 @@ def ignore_logging_function(function: Callable) -> None:
     """Lets Dynamo trace through calls of a logging function instead of breaking the graph at them."""
     import torch._dynamo.config
 
-    known = torch._dynamo.config.ignore_logging_functions
+    known: set[Any] = torch._dynamo.config.ignore_logging_functions
     known.add(_JsonFunction(function) if torch_version() < (2, 13) else function)
 
 
@@ -154,7 +154,8 @@ def name_parameter(gm: GraphModule, name: str) -> None:
     from torch._dynamo.source import ConstantSource
 
     if hasattr(gm, "_param_name_to_source"):
-        gm._param_name_to_source = {**gm._param_name_to_source, name: ConstantSource(name)}  # type: ignore[assignment]
+        known: Any = gm._param_name_to_source
+        gm._param_name_to_source = {**known, name: ConstantSource(name)}  # type: ignore[assignment]
 
 
 def readable(gm: GraphModule) -> str:

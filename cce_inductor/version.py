@@ -2,7 +2,7 @@
 
 Inductor's and AOTAutograd's caches are keyed by the graph, not by the source of our lowerings. An operator argument is
 part of the graph, so a hash of our files in it makes an edited template or lowering miss the cache on every supported
-torch version.
+torch version. The folders of `TOOLS` are left out: they run the library and measure it, and no graph depends on them.
 """
 
 import functools
@@ -11,6 +11,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent
 SOURCES = ("*.py", "*.jinja")
+TOOLS = ("bench", "demo", "instruments")  # folders directly below a hashed one
 
 
 def templates_dir() -> Path:
@@ -20,12 +21,14 @@ def templates_dir() -> Path:
 
 
 def hash_files(*folders: Path) -> str:
-    """A hexadecimal hash over the names and contents of the source files below `folders`."""
+    """A hexadecimal hash over the names and contents of the source files below `folders`, without those of `TOOLS`."""
     digest = hashlib.sha256()
     for folder in folders:
         for path in sorted(p for pattern in SOURCES for p in folder.rglob(pattern)):
-            digest.update(str(path.relative_to(folder)).encode())
-            digest.update(path.read_bytes())
+            name = path.relative_to(folder)
+            if name.parts[0] not in TOOLS:
+                digest.update(str(name).encode())
+                digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 

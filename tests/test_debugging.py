@@ -62,11 +62,14 @@ def test_explain_reports_every_site(inputs):
     assert dict(counters["cce_inductor"]) == before  # looking changes nothing
 
 
-def test_the_report_has_the_workspace_that_a_loss_was_compiled_with(inputs):
+def test_the_report_has_the_options_that_a_loss_was_compiled_with(inputs):
+    options = {"compiler": "aot_eager", "workspace_mb": 32, "grad_filter": 0.02}
     with record.collect() as graphs:
-        torch.compile(returning, backend="cce", options={"compiler": "aot_eager", "workspace_mb": 32})(*inputs)
+        torch.compile(returning, backend="cce", options=options)(*inputs)
     (site,) = report.of(graphs).sites
-    assert site.workspace_mb == 32 and "workspace_mb=32" in str(report.of(graphs))
+    text = str(report.of(graphs))
+    assert site.workspace_mb == 32 and "workspace_mb=32" in text
+    assert "grad_filter: budget 0.02" in text
 
 
 def test_a_loss_without_a_name_is_dumped_and_reported(tmp_path, inputs):

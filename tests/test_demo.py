@@ -5,11 +5,13 @@ import math
 from dataclasses import replace
 
 import pytest
-import torch
 
-from cce_inductor.demo import check, main, memory, report
-from cce_inductor.demo.data import DemoError, batches, english_text, find_model
-from cce_inductor.demo.run import FUSED, PLAIN, Run, Spec
+from cce_inductor.demo import check, main, report
+from cce_inductor.demo.launch import run_contender
+from cce_inductor.demo.run import Run
+from cce_inductor.instruments import memory
+from cce_inductor.instruments.data import CannotRun
+from cce_inductor.instruments.training import FUSED, PLAIN, Spec
 
 MIB = memory.MIB
 LOSSES = [2.8, 2.7, 2.6]
@@ -33,71 +35,6 @@ def make_run(contender, losses=None, counters=None, peak=1000, dtype="fp32"):
 def pair(fused_losses=None, fused=1, dtype="fp32"):
     counters = {"fused": fused, "deferred": 1} if fused else {}
     return make_run(PLAIN, dtype=dtype), make_run(FUSED, fused_losses, counters, peak=850, dtype=dtype)
-
-
-class TestData:
-    def test_batches_depend_on_the_seed_alone(self):
-        tokens = torch.arange(1000)
-
-        def first(seed, n=9):
-            stream = batches(tokens, batch=4, seq=32, seed=seed)
-            return torch.stack([next(stream) for _ in range(n)])
-
-        assert first(0).shape == (9, 4, 32)
-        assert torch.equal(first(0), first(0))
-        assert not torch.equal(first(0), first(1))
-
-    def test_a_pass_repeats_no_row_and_rows_are_consecutive_text(self):
-        stream = batches(torch.arange(1000), batch=4, seq=32, seed=0)  # 31 rows: 7 batches a pass
-        rows = torch.cat([next(stream) for _ in range(7)])
-        assert len(rows[:, 0].unique()) == 28
-        assert torch.equal(rows - rows[:, :1], torch.arange(32).expand(28, 32))
-
-    def test_too_little_text_says_so(self):
-        with pytest.raises(DemoError, match="31 rows of 32 tokens, fewer than a batch of 32"):
-            next(batches(torch.arange(1000), batch=32, seq=32, seed=0))
-
-    def test_text_is_long_english_and_the_same_every_time(self):
-        text = english_text()
-        assert len(text) > 300_000
-        assert text.count(" the ") > 3000
-        assert text == english_text()
-
-    def test_model_path(self, tmp_path):
-        (tmp_path / "tiny.gguf").touch()
-        assert find_model(str(tmp_path)) == tmp_path
-        assert find_model(str(tmp_path / "tiny.gguf")) == tmp_path / "tiny.gguf"
-        with pytest.raises(DemoError, match="neither a checkpoint directory nor a .gguf file"):
-            find_model(str(tmp_path / "none"))
-
-
-class TestMemory:
-    def test_sampler_and_kernel_see_an_allocation(self):
-        memory.trim()
-        memory.reset_peak()
-        before = memory.rss()
-        with memory.RssSampler(interval=0.001) as sampler:
-            block = torch.ones(200 * MIB, dtype=torch.uint8)
-            sampler.sample()
-            del block
-        assert 190 * MIB < sampler.peak() - before < 260 * MIB
-        assert memory.peak_rss() - before > 190 * MIB
-        assert sampler.times == sorted(sampler.times)
-
-    def test_sampler_stops_when_the_process_is_gone(self):
-        assert not memory.RssSampler(pid=2**30).sample()
-
-    def test_tied_and_viewed_tensors_count_once(self):
-        weight = torch.zeros(1000, 10)
-        assert memory.tensor_bytes([weight, weight.t(), weight[5:], torch.zeros(7)]) == 40_000 + 28
-
-    def test_envelope_keeps_the_peak(self):
-        times = [i / 1000 for i in range(10_000)]
-        values = [9000 if i == 6543 else i % 7 for i in range(10_000)]
-        kept_times, kept = memory.envelope(times, values, bins=100)
-        assert len(kept) <= 100
-        assert kept_times == sorted(kept_times)
-        assert kept[kept_times.index(6.543)] == 9000
 
 
 class TestVerdict:
@@ -184,8 +121,6 @@ class TestCommandLine:
             main.main(["--steps", "1"])
 
     def test_worker_that_fails_shows_its_log(self, tmp_path):
-        from cce_inductor.demo.launch import run_contender
-
         spec = replace(Spec(PLAIN, str(tmp_path / "none")), steps=2)
-        with pytest.raises(DemoError, match=r"ended with status 1; the end of"):
+        with pytest.raises(CannotRun, match=r"ended with status 1; the end of"):
             run_contender(spec, tmp_path / "log", lambda event: None)

@@ -20,8 +20,8 @@ def _fresh() -> None:
     torch._dynamo.reset()
 
 
-KEPT = IDS % 3 != 0
-LABELS = IDS.where(KEPT, -100)
+CACHED = IDS % 3 != 0
+LABELS = IDS.where(CACHED, -100)
 LAST = torch.tensor([S - 1, 7])
 
 
@@ -30,18 +30,18 @@ def ce(z: Tensor, t: Tensor) -> Tensor:
 
 
 TAKEN: dict[str, Callable[[Any], Any]] = {
-    "boolean": lambda z: ce(z[KEPT], IDS[KEPT]),
-    "operator.getitem": lambda z: ce(operator.getitem(z, KEPT), IDS[KEPT]),
-    "boolean, flat": lambda z: ce(z.view(-1, V)[KEPT.view(-1)], IDS[KEPT]),
-    "boolean, cast before": lambda z: ce(z.float().reshape(-1, z.size(-1))[LABELS.view(-1) != -100], IDS[KEPT]),
-    "shifted": lambda z: ce(z[..., :-1, :][KEPT[:, 1:]], IDS[:, 1:][KEPT[:, 1:]]),
+    "boolean": lambda z: ce(z[CACHED], IDS[CACHED]),
+    "operator.getitem": lambda z: ce(operator.getitem(z, CACHED), IDS[CACHED]),
+    "boolean, flat": lambda z: ce(z.view(-1, V)[CACHED.view(-1)], IDS[CACHED]),
+    "boolean, cast before": lambda z: ce(z.float().reshape(-1, z.size(-1))[LABELS.view(-1) != -100], IDS[CACHED]),
+    "shifted": lambda z: ce(z[..., :-1, :][CACHED[:, 1:]], IDS[:, 1:][CACHED[:, 1:]]),
     "numbers": lambda z: ce(z[:, torch.tensor([3, 1, 3])].flatten(0, 1), IDS[:, [3, 1, 3]].flatten()),
     "one row of each": lambda z: ce(z[torch.arange(2), LAST], IDS[torch.arange(2), LAST]),
     "index_select": lambda z: ce(z.view(-1, V).index_select(0, LAST), IDS.view(-1)[LAST]),
     "torch.index_select": lambda z: ce(torch.index_select(z, 1, LAST)[0], IDS[0, LAST]),
-    "twice": lambda z: ce(z[KEPT][torch.tensor([4, 2])], IDS[KEPT][[4, 2]]),
-    "then a slice": lambda z: ce(z[KEPT][5:, None].squeeze(1), IDS[KEPT][5:]),
-    "log-probabilities": lambda z: z[KEPT].log_softmax(-1).gather(-1, IDS[KEPT][:, None]),
+    "twice": lambda z: ce(z[CACHED][torch.tensor([4, 2])], IDS[CACHED][[4, 2]]),
+    "then a slice": lambda z: ce(z[CACHED][5:, None].squeeze(1), IDS[CACHED][5:]),
+    "log-probabilities": lambda z: z[CACHED].log_softmax(-1).gather(-1, IDS[CACHED][:, None]),
 }
 
 
@@ -79,25 +79,25 @@ def test_what_is_taken_reads_as_eager() -> None:
     model = Model()
     lazy = compiled(Model())
     with Counted() as c:
-        taken = lazy(X)[KEPT]
+        taken = lazy(X)[CACHED]
         assert isinstance(taken, DeferredLogits) and c.start is not None
-        assert taken.shape == (int(KEPT.sum()), V)
+        assert taken.shape == (int(CACHED.sum()), V)
     assert c.reads == 0
-    torch.testing.assert_close(taken + 0, model(X)[KEPT])
+    torch.testing.assert_close(taken + 0, model(X)[CACHED])
 
 
 def test_without_gradients() -> None:
     lazy = compiled(Model())
     logits = lazy(X)
     with torch.no_grad():
-        taken = logits[KEPT]
+        taken = logits[CACHED]
     assert not taken.requires_grad
-    torch.testing.assert_close(taken + 0, Model()(X)[KEPT].detach())
+    torch.testing.assert_close(taken + 0, Model()(X)[CACHED].detach())
 
 
 def test_changed_weights_are_a_named_error() -> None:
     model = Model()
-    taken = compiled(model)(X)[KEPT]
+    taken = compiled(model)(X)[CACHED]
     with torch.no_grad():
         model.head.weight.mul_(2)
     with pytest.raises(DeferredLogitsError):
@@ -108,10 +108,10 @@ READS: dict[str, Callable[[Any], Any]] = {
     "entries": lambda z: z[IDS[..., None].expand(-1, -1, V) % 2 == 0],
     "classes": lambda z: z[..., torch.tensor([3, 1])],
     "a class of each row": lambda z: z.view(-1, V)[torch.arange(2 * S), IDS.view(-1)],
-    "a new dimension": lambda z: z[None, KEPT],
+    "a new dimension": lambda z: z[None, CACHED],
     "index_select of classes": lambda z: z.index_select(2, LAST),
     "a list": lambda z: z[[1, 0]],
-    "classes were cut": lambda z: z[..., :-1][KEPT],
+    "classes were cut": lambda z: z[..., :-1][CACHED],
     "transposed": lambda z: z.mT[torch.tensor([1])],
 }
 
@@ -126,5 +126,5 @@ def test_what_is_no_row_reads_the_logits(name: str) -> None:
 
 def test_logits_within_the_workspace_are_read() -> None:
     with Counted() as c:
-        taken = compiled(Model(), workspace_mb=64)(X)[KEPT]
+        taken = compiled(Model(), workspace_mb=64)(X)[CACHED]
     assert c.reads == 1 and not (isinstance(taken, DeferredLogits) and not taken.is_materialized)

@@ -1,6 +1,6 @@
 """Deferred logits that are read cost no more than torch.compile alone: neither memory nor a matrix product.
 
-Both are counted, with `aot_eager` behind either backend; times are `python -m cce_inductor bench --reads`.
+Both are counted, with `aot_eager` behind either backend; times are `python -m cce_inductor bench reads`.
 """
 
 import pytest

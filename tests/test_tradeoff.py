@@ -1,4 +1,4 @@
-"""`bench --sweep-budget` and `bench --bound`: their measures, their tables, and a tiny run."""
+"""`bench sweep-budget`: its measures, its tables, and a tiny run."""
 
 import json
 
@@ -7,11 +7,11 @@ import torch
 
 import cce_inductor
 from cce_inductor import config
-from cce_inductor.bench import arguments, bounds, contenders, main, masses, measure, rounds, tradeoff
+from cce_inductor.bench import arguments, contenders, main, measure, rounds, smollm2, tradeoff
 from cce_inductor.bench.cases import CALIBRATED, FLAT, Case
 from cce_inductor.bench.inputs import make_inputs
-from cce_inductor.demo.data import DemoError
 from cce_inductor.filters import Filter
+from cce_inductor.instruments.data import CannotRun
 
 CASE = Case(256, 64, 4096, activations=CALIBRATED)
 
@@ -37,9 +37,9 @@ class TestMeasures:
             assert weight.requires_grad and weight.abs().max() > 0
 
     def test_too_little_text_is_an_error(self, monkeypatch):
-        monkeypatch.setattr("cce_inductor.demo.data.load_tokens", lambda path, text: torch.arange(100))
-        with pytest.raises(DemoError, match="the text has 100 tokens, too few for 99 rows"):
-            masses.of_model(None, 99, 33, seed=0)
+        monkeypatch.setattr(smollm2, "load_tokens", lambda path, text: torch.arange(100))
+        with pytest.raises(CannotRun, match="the text has 100 tokens, too few for 99 rows"):
+            smollm2.of_model(None, 99, 33, seed=0)
 
 
 class TestContenders:
@@ -139,10 +139,8 @@ class TestReport:
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ("--sweep-budget --shape 1,2,3", "--shape goes with"),
-        ("--sweep-budget --contender eager", "its contenders are the filters"),
-        ("--sweep-budget --no-error", "errors are half of what it shows"),
-        ("--bound --ignored 0.5", "--ignored goes with"),
+        ("sweep-budget --shape 1,2,3", "sweep-budget takes no --shape"),
+        ("sweep-budget --contender eager", "sweep-budget takes no --contender"),
     ],
 )
 def test_arguments_that_do_not_go_with_it(capsys, argv, message):
@@ -151,22 +149,13 @@ def test_arguments_that_do_not_go_with_it(capsys, argv, message):
     assert message in capsys.readouterr().err
 
 
-def test_the_bound(tmp_path, capsys):
-    assert main.main(["--bound", "--output", str(tmp_path / "out"), "--docs", str(tmp_path / "docs")]) == 0
-    assert "| N=8192 | 2.0 | 3.0 | 7.8 | 16 |" in capsys.readouterr().out
-    assert "<!-- bench:bound -->" in (tmp_path / "docs" / "benchmarks.md").read_text()
-    for size in bounds.sizes(64 << 20):
-        assert size.bytes <= 32 << 20
-        assert size.group * size.bytes >= size.rows / 128 * size.vocab == size.logits / 256
-
-
 def test_command(tmp_path, monkeypatch, capsys):
     """Two filters, from their processes to the documentation."""
-    monkeypatch.setattr(tradeoff, "GROUPS", (("eager", "exact", "budget 1e-2"), ("eps 2⁻¹⁰, sorted",)))
-    monkeypatch.setattr(tradeoff, "FLAT_GROUP", ("eager", "exact", "budget 2⁻⁹"))
+    monkeypatch.setattr(tradeoff, "GROUPS", (("eager", "budget 1e-2"), ("eps 2⁻¹⁰, sorted",)))
+    monkeypatch.setattr(tradeoff, "FLAT_GROUP", ("eager", "budget 2⁻⁹"))
     monkeypatch.setattr(tradeoff, "FEW", ("budget 1e-2", "budget 2⁻⁹", "eps 2⁻¹⁰, sorted"))
-    argv = ["--sweep-budget", "--quick", "--dtype", "fp32", "--repeat", "1", "--threads", "1"]
-    assert main.main([*argv, "--output", str(tmp_path / "out"), "--docs", str(tmp_path / "docs")]) == 0
+    argv = ["sweep-budget", "--quick", "--dtype", "fp32"]
+    assert main.main([*argv, "--out", str(tmp_path / "out"), "--docs", str(tmp_path / "docs")]) == 0
     printed = capsys.readouterr().out
     assert "### Budgets against eager" in printed and "did not finish" not in printed
     data = json.loads((tmp_path / "out" / "cpu-sweep-budget.json").read_text())["sweep-budget"]
@@ -175,7 +164,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert rows["eager"]["error"]["dW"] < 1e-5 < rows["budget 1e-2"]["error"]["dW"] < 1e-1
     assert 0 < rows["budget 1e-2"]["filter"]["dropped"] <= 1e-2
     assert rows["eps 2⁻¹⁰, sorted"]["seconds"] == {} and rows["eps 2⁻¹⁰, sorted"]["filter"]["kept"] > 0
-    assert [one["contender"] for one in data["flat"][0]["rows"]] == ["eager", "exact", "budget 2⁻⁹"]
+    assert [one["contender"] for one in data["flat"][0]["rows"]] == ["eager", "budget 2⁻⁹"]
     page = (tmp_path / "docs" / "benchmarks.md").read_text()
     assert "![sweep-budget](benchmarks/sweep-budget.svg)" in page
     assert (tmp_path / "docs" / "benchmarks" / "sweep-budget.svg").exists()

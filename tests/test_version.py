@@ -53,6 +53,17 @@ def test_other_files_do_not_count(tree):
     assert hash_of(tree) == before
 
 
+@pytest.mark.parametrize("folder", version.TOOLS)
+def test_the_tools_do_not_count(tree, folder):
+    before = hash_of(tree)
+    (tree / "package" / folder / "deeper").mkdir(parents=True)
+    (tree / "package" / folder / "deeper" / "c.py").write_text("# c\n")
+    assert hash_of(tree) == before
+    (tree / "package" / "ops" / folder).mkdir()  # of the same name, but elsewhere
+    (tree / "package" / "ops" / folder / "c.py").write_text("# c\n")
+    assert hash_of(tree) != before
+
+
 def test_it_does_not_depend_on_the_place(tree, tmp_path_factory):
     import shutil
 

@@ -33,6 +33,8 @@ BLOCK = 4096  # rows of W, or columns of the logits, that are made at a time
 
 @dataclass(frozen=True)
 class Parameters:
+    """The numbers of the module's formula for one vocabulary."""
+
     slope: float
     shift: float
     spread: float

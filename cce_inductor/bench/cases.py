@@ -40,7 +40,7 @@ DTYPES = ("fp32", "autocast", "bf16")  # the first two have the same inputs, hen
 DEFAULT_DTYPES = {"cpu": DTYPES, "cuda": ("bf16",)}
 NORMAL, CALIBRATED, REAL = ACTIVATIONS = ("normal", "calibrated", "smollm2")
 FLAT = "flat"  # nothing to drop; not in the table
-DEFAULT_ACTIVATIONS = {"cpu": (NORMAL,), "cuda": ACTIVATIONS}
+KINDS = {"cpu": (NORMAL,), "cuda": ACTIVATIONS}
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Case:
 
     @property
     def label(self) -> str:
+        """The case in one line, as a title."""
         name = f"{self.name}: " if self.name else ""
         # Where several kinds are compared, the title says which this is.
         kind = f", {self.activations} activations" if self.activations != NORMAL or self.device != "cpu" else ""
@@ -81,6 +82,7 @@ class Case:
 
     @property
     def logits_bytes(self) -> int:
+        """Of one logits tensor, in the dtype that the head computes in."""
         return self.n * self.v * LOGITS_ITEMSIZE[self.dtype]
 
     @property
@@ -116,22 +118,17 @@ def cases(
     shapes: Sequence[Shape] | None = None,
     dtypes: Sequence[str] | None = None,
     ignored: float | None = None,
-    seed: int = 0,
     quick: bool = False,
     device: str = "cpu",
-    activations: Sequence[str] | None = None,
 ) -> list[Case]:
-    """The cases of the main table; with anything chosen by hand, that and nothing more. Empty if nothing is left."""
+    """The cases of a table, in every kind of activations that applies; with shapes given, of these and nothing more."""
     chosen = list(dict.fromkeys(shapes or (QUICK_SHAPES if quick else SHAPES[device])))
-    if not shapes and activations and set(activations) == {REAL}:
-        chosen = [SMOLLM2]
     modes = [mode for mode in DTYPES if mode in (dtypes or DEFAULT_DTYPES[device])]
-    kinds = [kind for kind in ACTIVATIONS if kind in (activations or DEFAULT_ACTIVATIONS[device])]
     found = [
-        Case(*shape, mode, ignored or 0.0, seed, device, kind)
-        for shape, mode, kind in product(chosen, modes, kinds)
+        Case(*shape, mode, ignored or 0.0, device=device, activations=kind)
+        for shape, mode, kind in product(chosen, modes, KINDS[device])
         if applies(kind, shape)
     ]
-    if ignored is None and not shapes and found:
+    if ignored is None and not shapes:
         found.append(replace(found[0], ignored=IGNORED))
     return found

@@ -37,6 +37,7 @@ class Compilation:
 
     @property
     def share(self) -> float:
+        """Of the compile time, what the pass took."""
         return self.trace / self.total
 
 
@@ -46,12 +47,13 @@ def run(options: Options, quick: bool = False) -> Section:
     found = []
     for turn in range(options.repeat):
         say(f"compile time: round {turn + 1} of {options.repeat}")
-        with options.child("compile_worker", {"shape": shape, "turn": turn}, f"compile-{turn}") as child:
+        with options.child("bench.compile_worker", {"shape": shape, "turn": turn}, f"compile-{turn}") as child:
             found.append(Compilation(**child.ask("measure", 10 * options.timeout)))
     return conclude(found)
 
 
 def conclude(found: list[Compilation]) -> Section:
+    """The compilations as a section."""
     one = found[0]
     head = ("", "the pass, CPU ms", "forward and backward compiled, CPU s", "share")
     rows = [[f"run {i}", f"{1000 * c.trace:,.0f}", f"{c.total:,.1f}", f"{c.share:.2%}"] for i, c in enumerate(found, 1)]

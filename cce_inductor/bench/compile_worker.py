@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from .protocol import Handlers, main
+from ..instruments.protocol import Handlers, main
 
 TOKENS = (2, 64)
 
@@ -59,6 +59,7 @@ def timed_pass() -> Iterator[Clock]:
 
 
 def handlers(job: dict[str, Any]) -> Handlers:
+    """`measure` compiles a llama of the job's shape once, with an empty cache."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(job["cache"], f"compile-{job['turn']}"))
     import torch
     from torch._dynamo.utils import counters

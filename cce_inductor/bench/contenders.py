@@ -125,6 +125,8 @@ def _silent() -> str:
 
 @dataclass(frozen=True)
 class Contender:
+    """A way to compute the loss. `note` says something about itself after it has run."""
+
     name: str
     about: str
     build: Callable[[], Head]
@@ -212,7 +214,7 @@ _ALL = (
 CONTENDERS = {contender.name: contender for contender in _ALL}
 
 
-# ---- the gradient filters, which only --sweep-budget compares
+# ---- the gradient filters, which only the preset sweep-budget compares
 
 EXACT = "exact"
 LATE = "exact, late gradients"

@@ -33,6 +33,7 @@ def densities(x: Any, weight: Any) -> dict[str, float]:
 
 
 def sentence(found: dict[str, float]) -> str:
+    """What `densities` found, for people."""
     kept = ", ".join(f"{found[str(budget)]:.1%} hold all but {budget:g} of the mass" for budget in BUDGETS)
     return (
         f"Of the columns, in blocks of {ROWS} rows, {found['alive']:.1%} have an entry of the softmax of at least "

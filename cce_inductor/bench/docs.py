@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from ..instruments import machine
 
 PAGES = {"cpu": "benchmarks", "cuda": "benchmarks-gpu"}
 INTRODUCTION = """\
@@ -29,6 +32,7 @@ class Section:
 
 
 def markers(name: str) -> tuple[str, str]:
+    """The comments around a section in a document."""
     return f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
 
 
@@ -69,5 +73,25 @@ def write(section: Section, folder: Path, device: str, command: str) -> None:
     document.write_text(replaced(before, section.name, text))
 
 
+def publish(sections: Iterable[Section], command: str, device: str, out: Path, docs: Path | None = None) -> None:
+    """Print each section as soon as it is there and put it into the folder `out`; into the documentation in `docs` too.
+
+    command: how the results can be made again. Raises ValueError where a page of `docs` has half a pair of markers.
+    """
+    about = machine.describe(device)
+    for section in sections:
+        finished = replace(
+            section,
+            text=f"{machine.sentence(about)}\n\n{section.text}",
+            data={"command": command, "machine": about, section.name: section.data},
+        )
+        print(f"## {finished.name}\n\n{finished.text}\n", flush=True)
+        (out / f"{finished.name}.md").write_text(finished.text + "\n")
+        save(finished, out / file_name(device, finished.name))
+        if docs:
+            write(finished, docs, device, command)
+
+
 def save(section: Section, path: Path) -> None:
+    """Its data, as JSON."""
     path.write_text(json.dumps(section.data, indent=1) + "\n")

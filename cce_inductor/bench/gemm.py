@@ -9,13 +9,14 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from ..instruments.meters import METERS
+from ..instruments.protocol import Handlers, main
 from .cases import Case
 from .inputs import make_inputs
-from .meters import METERS
-from .protocol import Handlers, main
 
 
 def handlers(job: dict[str, Any]) -> Handlers:
+    """`inputs` first, then `warm_up`, then `timed`: seconds of the products of a mode of `MODES`."""
     import torch
 
     case = Case(**job["case"])

@@ -11,19 +11,20 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..instruments.child import GIB, ChildError
+from ..instruments.machine import total_ram
 from . import plots, report
 from .cases import Case
-from .contenders import COMPILE, CONTENDERS, EAGER, OURS
+from .contenders import CONTENDERS
 from .docs import Section
-from .launch import GIB, ChildError
-from .machine import total_ram
 from .measure import Stats
 from .rounds import Options, say
 
-DEFAULT_CONTENDERS = (EAGER, COMPILE, OURS)
+TIMEOUT = 3600.0  # seconds for one contender
 
 
 def default_limit() -> int:
+    """Bytes: 70 % of the memory there is, at most 16 GiB."""
     return min(16 * GIB, int(0.7 * total_ram()))
 
 
@@ -40,6 +41,7 @@ class Outcome:
     failure: str = ""
 
     def sentence(self, limit: int) -> str:
+        """The outcome under a limit in bytes, for people."""
         if not self.failure:
             return "fits"
         if self.out_of_memory:
@@ -50,16 +52,18 @@ class Outcome:
 
     @property
     def out_of_memory(self) -> bool:
+        """Whether the failure is one of memory, by its message."""
         signs = ("needs more than", "not enough memory", "can't allocate memory", "MemoryError", "bad_alloc")
         return any(sign in self.failure for sign in signs)
 
 
 def run_contender(name: str, case: Case, options: Options, limit: int) -> Outcome:
+    """One contender in a process of at most `limit` bytes."""
     outcome = Outcome(name, failure=CONTENDERS[name].missing() or "")
     if outcome.failure:
         return outcome
     job = {"case": asdict(case), "contender": name}
-    with options.child("worker", job, f"headline-{name}", memory_limit=limit) as child:
+    with options.child("bench.worker", job, f"headline-{name}", memory_limit=limit) as child:
         try:
             child.ask("inputs", options.timeout)
             answer = child.ask("once", options.timeout)
@@ -72,6 +76,7 @@ def run_contender(name: str, case: Case, options: Options, limit: int) -> Outcom
 
 
 def run(case: Case, options: Options, limit: int) -> Section:
+    """All contenders of `options`, one after the other, each in a process of at most `limit` bytes."""
     outcomes = []
     say(f"{case.label}, in {limit / GIB:.1f} GiB")
     for name in options.contenders:
@@ -82,6 +87,7 @@ def run(case: Case, options: Options, limit: int) -> Section:
 
 
 def conclude(case: Case, outcomes: list[Outcome], options: Options, limit: int) -> Section:
+    """The outcomes as a section, with a picture of those that fit."""
     head = ("contender", "outcome", "peak of the process, MiB", "above inputs and gradients, MiB", "seconds", "loss")
     rows = [
         [

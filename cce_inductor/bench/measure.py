@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .meters import Cpu, Meter
+from ..instruments.meters import Cpu, Meter
 
 MODES = ("loss", "gradients")  # the loss alone, and the loss with both gradients
 
@@ -24,6 +24,7 @@ class Stats:
 
     @staticmethod
     def of(samples: Sequence[float]) -> Stats:
+        """Of at least one sample."""
         return Stats(statistics.median(samples), min(samples), max(samples))
 
 
@@ -44,9 +45,11 @@ class Head:
         self.meter = meter or Cpu()
 
     def clear(self) -> None:
+        """Drops the gradients."""
         self.x.grad = self.weight.grad = None
 
     def loss(self) -> Any:
+        """The loss alone, a scalar tensor, without a graph for a backward."""
         import torch
 
         with torch.no_grad():
@@ -69,6 +72,7 @@ class Head:
         return self.loss() if mode == "loss" else self.gradients()
 
     def timed(self, mode: str) -> float:
+        """Seconds of one run, after which nothing but the inputs is left."""
         seconds = self.meter.seconds(lambda: self.run(mode))
         self.rest()
         return seconds
@@ -79,6 +83,7 @@ class Head:
         self.meter.trim()
 
     def gradient_bytes(self) -> int:
+        """Of the gradients that are there."""
         return sum(t.grad.untyped_storage().nbytes() for t in (self.x, self.weight) if t.grad is not None)
 
     def peak(self, mode: str) -> dict[str, Any]:

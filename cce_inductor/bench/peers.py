@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from . import protocol
+from ..instruments import protocol
 
 Head = Callable[[Any, Any, Any], Any]
 Missing = Callable[[], str | None]
@@ -18,6 +18,8 @@ DISTRIBUTIONS = {"quack": "quack-kernels", "cutlass": "nvidia-cutlass-dsl"}  # w
 
 
 def needs_packages(*names: str) -> Missing:
+    """A function that says which of the packages are not installed, or None."""
+
     def missing() -> str | None:
         absent = [name for name in names if importlib.util.find_spec(name) is None]
         wanted = " ".join(DISTRIBUTIONS.get(name, name.replace("_", "-")) for name in absent)
@@ -45,6 +47,8 @@ def needs_cut_cross_entropy(impl: str) -> Missing:
 
 
 def cut_cross_entropy(**how: Any) -> Callable[[], Head]:
+    """Builds the package's loss with these arguments."""
+
     def build() -> Head:
         from cut_cross_entropy import linear_cross_entropy
 
@@ -66,6 +70,7 @@ def liger(implementation: str = "") -> Callable[[], Head]:
 
 
 def quack() -> Head:
+    """The package's loss, in chunks of rows."""
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
     return chunked_linear_cross_entropy

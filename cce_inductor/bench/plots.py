@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..demo.memory import MIB
+from ..instruments.memory import MIB
 from .measure import Stats
 from .rounds import Result
 
 
 def load_pyplot() -> Any:
+    """matplotlib.pyplot, drawing into files."""
     import matplotlib
 
     matplotlib.use("Agg")

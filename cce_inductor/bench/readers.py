@@ -1,7 +1,7 @@
 """Losses that have to read the logits, as programs write them behind a compiled model.
 
 None of them is fused where it is called eagerly on deferred logits, so all that can be asked of us is to cost no more
-than ``torch.compile`` alone: the tests hold their memory to that, ``python -m cce_inductor bench --reads`` their time.
+than ``torch.compile`` alone: the tests hold their memory to that, ``python -m cce_inductor bench reads`` their time.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def run(options: Options, quick: bool = False) -> Section:
     with ExitStack() as stack:
         children = {
             name: stack.enter_context(
-                options.child("reads_worker", {"contender": name, "shape": shape}, f"reads-{name}")
+                options.child("bench.reads_worker", {"contender": name, "shape": shape}, f"reads-{name}")
             )
             for name in PAIR
         }
@@ -54,6 +54,7 @@ def run(options: Options, quick: bool = False) -> Section:
 
 
 def conclude(found: list[Reads], shape: tuple[int, int, int]) -> Section:
+    """The times as a section."""
     rows = [
         [one.loss, report.milliseconds(one.compile), report.milliseconds(one.ours), f"{one.ratio:.3f}"] for one in found
     ]

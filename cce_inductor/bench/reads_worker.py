@@ -6,10 +6,11 @@ import sys
 import time
 from typing import Any
 
-from .protocol import Handlers, main
+from ..instruments.protocol import Handlers, main
 
 
 def handlers(job: dict[str, Any]) -> Handlers:
+    """`step` is forward and backward with one of `READERS`: how many seconds."""
     import torch
 
     from .. import config

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..instruments.protocol import main
 from .cases import IGNORE_INDEX, Case
 from .densities import densities
 from .inputs import make_inputs
-from .protocol import main
 
 ROWS, COLUMNS = 1024, 8192
 
@@ -68,6 +68,8 @@ def write(x: Any, weight: Any, target: Any, dx: Any, dweight: Any) -> float:
 
 
 def handlers(job: dict[str, Any]) -> dict[str, Any]:
+    """`compute` writes the gradients of the job's case into its folder; the loss, and the softmax's densities."""
+
     def compute() -> dict[str, Any]:
         case = Case(**job["case"])
         x, weight, target = make_inputs(case, job["cache"])

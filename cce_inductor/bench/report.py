@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ..demo.memory import MIB
+from ..instruments.memory import MIB
+from ..instruments.meters import ITERATIONS
 from .calibrated import SOURCE
 from .cases import Case
 from .contenders import CONTENDERS, EAGER
 from .densities import sentence as densities_sentence
 from .measure import MODES, Stats, speedup
-from .meters import ITERATIONS
 from .rounds import Result, Row
 
 CAPTION = {
@@ -32,6 +32,7 @@ _COST = {"cpu": ("x eager", "of GEMM", "MiB"), "cuda": ("x eager", "TFLOP/s", "o
 
 
 def head(device: str) -> tuple[str, ...]:
+    """The columns of a device's table."""
     cost = _COST[device]
     return ("contender", "loss, ms", *cost, "loss + gradients, ms", *cost, "error of loss", "of dx", "of dW")
 
@@ -43,6 +44,7 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def milliseconds(samples: Sequence[float] | None) -> str:
+    """Median (least-most) of seconds, in milliseconds; "" without any."""
     if not samples:
         return ""
     stats = Stats.of([1000 * s for s in samples])
@@ -51,10 +53,12 @@ def milliseconds(samples: Sequence[float] | None) -> str:
 
 
 def mib(count: int | None) -> str:
+    """Bytes in MiB."""
     return "" if count is None else f"{count / MIB:,.0f}" if count >= 10 * MIB else f"{count / MIB:.1f}"
 
 
 def ratio(base: Sequence[float] | None, samples: Sequence[float] | None) -> str:
+    """How many times faster than `base`, both in seconds by round; "" without either."""
     value = speedup(base, samples) if base and samples else None
     return "" if value is None else f"{value:.2f}"
 
@@ -94,6 +98,7 @@ def notes(result: Result) -> list[str]:
 
 
 def case_section(result: Result) -> str:
+    """One case's table, and what does not fit into it."""
     columns = head(result.case.device)
     parts = [f"### {result.case.label}", markdown(columns, [_cells(result, row) for row in result.rows])]
     if result.densities:

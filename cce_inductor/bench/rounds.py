@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..instruments.child import Child, ChildError
+from ..instruments.machine import memory_of
+from ..instruments.process import environment
 from . import smollm2
 from .cases import REAL, Case
 from .contenders import KNOWN
-from .launch import Child, ChildError, environment
-from .machine import memory_of
 from .measure import MODES
 
 PROCESS_BYTES = 600 << 20  # interpreter, libraries, compiled code; on a GPU its context
@@ -35,17 +36,17 @@ class Options:
     contenders: tuple[str, ...]
     device: str = "cpu"
     repeat: int = 5
-    threads: int | None = None
     timeout: float = 300.0
     error: bool = True
     gemm: bool = True
     filters: bool = False  # what the gradient filters did, too
 
     def child(self, module: str, job: dict[str, Any], name: str, memory_limit: int | None = None) -> Child:
+        """``cce_inductor.MODULE`` for a job, its prints in the log `name`; memory_limit: in bytes. See `Child`."""
         logs = self.output / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         log = logs / f"{name.replace('/', '_')}.log"
-        env = environment(self.cache, self.threads, self.device)
+        env = environment(self.cache, self.device)
         return Child(module, job | {"cache": str(self.cache)}, log, env, memory_limit)
 
 
@@ -66,6 +67,8 @@ class Row:
 
 @dataclass
 class Result:
+    """One case: its contenders, the GEMMs' seconds by mode, how sparse its softmax is."""
+
     case: Case
     rows: list[Row]
     interleaved: bool = True
@@ -73,13 +76,16 @@ class Result:
     densities: dict[str, float] = field(default_factory=dict)
 
     def row(self, contender: str) -> Row | None:
+        """Of a contender, or None if it was not asked for."""
         return next((row for row in self.rows if row.contender == contender), None)
 
     def summary(self) -> dict[str, Any]:
+        """Everything, for JSON."""
         return asdict(self) | {"label": self.case.label, "flops": {mode: self.case.flops(mode) for mode in MODES}}
 
 
 def say(text: str) -> None:
+    """Progress, to stderr: stdout is for results."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -108,7 +114,7 @@ class Reference:
             say("  float64 reference")
             job = {"case": asdict(case), "folder": str(self.folder)}
             try:
-                with options.child("reference", job, "reference") as child:
+                with options.child("bench.reference", job, "reference") as child:
                     self._answer = child.ask("compute", max(options.timeout, 1800.0))
             except ChildError as error:
                 say(f"  no reference: {error}")
@@ -117,6 +123,7 @@ class Reference:
 
 @contextmanager
 def references() -> Iterator[Reference]:
+    """A `Reference` with a folder that is removed in the end."""
     with tempfile.TemporaryDirectory(prefix="cce-bench-reference-") as folder:
         yield Reference(Path(folder))
 
@@ -156,7 +163,7 @@ def _prepare_inputs(case: Case, options: Options) -> str:
     if reason:
         return reason
     say("  hidden states of the model")
-    with options.child("smollm2", {"rows": case.n, "device": case.device}, "smollm2") as child:
+    with options.child("bench.smollm2", {"rows": case.n, "device": case.device}, "smollm2") as child:
         try:
             child.ask("make", max(options.timeout, 600.0))
         except ChildError as error:
@@ -172,7 +179,7 @@ def _run_group(result: Result, rows: list[Row], options: Options, folder: str, l
     try:
         for row in rows:  # all of them, so that the others import while one compiles
             job = {"case": asdict(case), "contender": row.contender}
-            children[row.contender] = options.child("worker", job, row.contender)
+            children[row.contender] = options.child("bench.worker", job, row.contender)
         for row in rows:
             say(f"  {row.contender}: compiling")
             _attempt(row, lambda row=row: _prepare(row, children[row.contender], options.timeout))
@@ -228,7 +235,7 @@ def _examine(row: Row, child: Child, options: Options, folder: str, loss: float 
 
 
 def _start_gemm(case: Case, options: Options) -> Child | None:
-    child = options.child("gemm", {"case": asdict(case)}, "gemm")
+    child = options.child("bench.gemm", {"case": asdict(case)}, "gemm")
     try:
         child.ask("inputs", options.timeout)
         child.ask("warm_up", options.timeout)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from ..demo.run import ITEMSIZE, Spec
+from ..instruments.child import Child, ChildError
+from ..instruments.machine import total_ram
+from ..instruments.training import ITEMSIZE, Spec
 from . import plots, report
 from .docs import Section
-from .launch import Child, ChildError
-from .machine import total_ram
 from .measure import Stats
 from .rounds import RAM_SHARE, Options, say
 
@@ -47,16 +47,18 @@ def run(spec: Spec, options: Options) -> Section:
             rest = 0
             while waiting and RAM_SHARE * total_ram() > (len(group) + 2) * rest:  # the next, and a running one's peak
                 steps = waiting.pop(0)
-                job = {"spec": asdict(spec), "contender": steps.contender}
-                child = stack.enter_context(options.child("step_worker", job, f"step-{steps.contender}"))
+                job = {"spec": asdict(replace(spec, contender=steps.contender))}
+                child = stack.enter_context(options.child("instruments.training", job, f"step-{steps.contender}"))
                 say(f"  {steps.contender}: compiling")
                 try:
                     vocab = child.ask("load", options.timeout)["vocab"]
-                    answer = child.ask("warm_up", 3 * options.timeout)
+                    steps.warm_up = child.ask("step", 3 * options.timeout)["seconds"]  # compiles
+                    child.ask("step", options.timeout)
+                    answer = child.ask("rest", options.timeout)
                 except ChildError as error:
                     _fail(steps, error)
                     continue
-                steps.warm_up, steps.state, rest = answer["seconds"], answer["state"], answer["rest"]
+                steps.state, rest = answer["state_bytes"], answer["rest"]
                 group.append((steps, child))
             for turn in range(options.repeat):
                 say(f"  round {turn + 1} of {options.repeat}")
@@ -69,12 +71,13 @@ def _step(steps: Steps, child: Child, timeout: float) -> None:
     if steps.failure:
         return
     try:
+        rest = child.ask("rest", timeout)["rest"]
         answer = child.ask("step", timeout)
     except ChildError as error:
         _fail(steps, error)
         return
     steps.seconds.append(answer["seconds"])
-    steps.above.append(answer["above"])
+    steps.above.append(answer["peak"] - rest)
     steps.losses.append(answer["loss"])
 
 
@@ -84,6 +87,7 @@ def _fail(steps: Steps, error: ChildError) -> None:
 
 
 def conclude(spec: Spec, runs: list[Steps], vocab: int, output: Path) -> Section:
+    """The steps as a section, with a picture of those that finished."""
     head = (
         "contender",
         "step, ms",

@@ -18,7 +18,6 @@ from .rounds import Options, Result, Row, references, run_case, say
 
 SHAPE: Shape = (2048, *SMOLLM2[1:])
 QUICK: Shape = (256, 64, 4096)
-DTYPES = ("fp32", "bf16")
 TARGETS = (2.0**-9, 1e-2)
 BASELINES = (EAGER, EXACT, LATE)
 
@@ -66,7 +65,7 @@ dW, which are words, rare ones among them; zero: rows of dW that are exactly zer
 Results = dict[str, list[Result]]  # by dtype, one for each of GROUPS
 
 
-def run(options: Options, dtypes: Sequence[str], seed: int, quick: bool) -> Section:
+def run(options: Options, dtypes: Sequence[str], quick: bool) -> Section:
     """Every filter in every dtype, on the model's hidden states where the model is there, and on a flat softmax."""
     reason = smollm2.missing()
     shape = QUICK if quick else SHAPE
@@ -81,7 +80,7 @@ def run(options: Options, dtypes: Sequence[str], seed: int, quick: bool) -> Sect
     flat: list[Result] = []
     with references() as reference:
         for dtype in dtypes:
-            case = Case(*shape, dtype, seed=seed, device=options.device, activations=kind)
+            case = Case(*shape, dtype, device=options.device, activations=kind)
             found[dtype] = [run_case(case, replace(options, contenders=names), reference) for names in groups[:-1]]
             # On the flat softmax time is all there is to see.
             plain = replace(options, error=False, filters=False, contenders=groups[-1])
@@ -123,6 +122,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def cost_table(results: Sequence[Result]) -> str:
+    """Time, work and what was kept, of every contender."""
     columns = ["contender", "ms", "÷ eager", f"÷ {EXACT}", "÷ late", "NVD", "kept", "in full", "dropped", "worst row"]
     lines = []
     for result, row in rows_of(results):
@@ -140,6 +140,7 @@ _NUMBERS = {"kept": ".1%", "full": ".1%", "dropped": ".1e", "worst": ".1e"}
 
 
 def error_table(results: Sequence[Result]) -> str:
+    """Errors of the gradients, and of single rows of dW."""
     columns = ["contender", "dx", "dW", *(f"rows of dW, {100 * q:g} %" for q in QUANTILES), "zero"]
     lines = []
     for _, row in rows_of(results):
@@ -165,6 +166,7 @@ def target_table(found: Results) -> str:
 
 
 def flat_table(flat: Sequence[Result]) -> str:
+    """Times on the flat softmax over those of the exact schedules."""
     columns = ["contender", *(f"÷ {base}, {result.case.dtype}" for result in flat for base in (EXACT, LATE))]
     lines = []
     for same in zip(*(result.rows for result in flat), strict=True):
@@ -187,6 +189,7 @@ def points(results: Sequence[Result]) -> dict[str, list[dict[str, Any]]]:
 
 
 def conclude(found: Results, flat: list[Result], options: Options) -> Section:
+    """Everything as a section, with a picture of errors over cost."""
     case = next(iter(found.values()))[0].case
     data = {REAL: "SmolLM2-135M's hidden states over English text"}.get(case.activations, "synthetic, `calibrated`")
     parts = [CAPTION.format(n=case.n, d=case.d, v=case.v, data=data)]

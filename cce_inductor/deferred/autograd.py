@@ -98,6 +98,7 @@ class DeferLogits(torch.autograd.Function):
             check_allocated(operand_name(i), operand)
         wanted = [i for i, need in enumerate(needed) if need]
         create_graph = torch.is_grad_enabled()
+        found: Sequence[Tensor | None]
         with surroundings(operands[0].device, grad=True):
             if create_graph:
                 # Aliases, not detached for the sake of create_graph; the operands' own hooks must not run here.

@@ -76,7 +76,8 @@ class Operand(NamedTuple):
 
     def _holds_its_sample(self) -> bool:
         try:
-            return torch.equal(sample(self.alias), self.sample)
+            now = sample(self.alias)
+            return now is not None and self.sample is not None and torch.equal(now, self.sample)
         except RuntimeError as error:
             if compat.is_of_replayed_cuda_graph(error):
                 return False

@@ -216,7 +216,7 @@ class DeferredLogits(torch.Tensor):
         return None if compat.is_tracing() else super()._base
 
     @property
-    def _values(self) -> Tensor:
+    def _values(self) -> Tensor:  # type: ignore[override]
         return self._value.get()
 
     def _is_traced_to_the_end(self) -> bool:
@@ -314,7 +314,7 @@ class DeferredLogits(torch.Tensor):
             return super().untyped_storage()  # Dynamo asks for its identity, to find out which inputs share memory
         return self.materialize().untyped_storage()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         # Loggers and debuggers call repr on whole outputs: that is not yet an interest in the values.
         if self.is_materialized:
             return str(self)
@@ -381,7 +381,7 @@ STATISTICS = functions_of("logsumexp", "gather", "take_along_dim", "argmax", "ma
 ROWS = functions_of("getitem", "index_select")
 _FUSED = LOSSES | STATISTICS | ROWS
 # What waits for a gradient that would go around the logits then: hooks, also on the node of the autograd graph.
-_WATCHING = frozenset((Tensor.register_hook, Tensor.retain_grad, Tensor.grad_fn.__get__))  # type: ignore[attr-defined]
+_WATCHING = frozenset((Tensor.register_hook, Tensor.retain_grad, Tensor.grad_fn.__get__))  # type: ignore[union-attr]
 
 
 def _fused(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:

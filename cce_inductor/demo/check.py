@@ -16,7 +16,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .run import FUSED, PLAIN, Run
+from ..instruments.training import FUSED, PLAIN
+from .run import Run
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Tolerance:
     growth: float
 
     def at(self, step: int) -> float:
+        """The relative difference that is allowed in a step, counted from 0."""
         return self.first + self.growth * step
 
 

@@ -16,11 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..instruments.data import CannotRun, find_model
+from ..instruments.training import FUSED, ITEMSIZE, PLAIN, Spec
 from .check import problems
-from .data import DemoError, find_model
 from .launch import run_contender
 from .report import plot, table
-from .run import FUSED, ITEMSIZE, PLAIN, Run, Spec
+from .run import Run
 
 REQUIRED = ("transformers", "accelerate", "gguf", "matplotlib", "tqdm")
 
@@ -43,12 +44,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_requirements() -> None:
-    """Raise DemoError naming what is not installed, before minutes are spent."""
+    """Raise CannotRun naming what is not installed, before minutes are spent."""
     missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
     if missing:
-        raise DemoError(f"not installed: {', '.join(missing)}; `pip install 'cce-inductor[demo]'` brings them")
+        raise CannotRun(f"not installed: {', '.join(missing)}; `pip install 'cce-inductor[demo]'` brings them")
     if not Path("/proc/self/statm").exists():
-        raise DemoError("memory is measured through /proc, which only Linux has")
+        raise CannotRun("memory is measured through /proc, which only Linux has")
 
 
 class Progress:
@@ -70,6 +71,7 @@ class Progress:
             self._bar.update()
 
     def close(self) -> None:
+        """Ends the bar."""
         self._bar.close()
 
 
@@ -87,6 +89,7 @@ def compare(spec: Spec, out: Path) -> tuple[Run, Run]:
 
 
 def main(argv: list[str]) -> int:
+    """Runs the demo; the exit status that the module describes."""
     parser = _parser()
     args = parser.parse_args(argv)
     if args.steps < 2 or args.batch < 1 or args.seq < 2:
@@ -99,7 +102,7 @@ def main(argv: list[str]) -> int:
         spec = Spec(PLAIN, str(model.resolve()), args.dtype, args.steps, args.batch, args.seq)
         print(f"{model.name}: {args.steps} steps of {args.batch} x {args.seq} tokens, {args.dtype}")
         plain, fused = compare(spec, args.out)
-    except DemoError as error:
+    except CannotRun as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
     return conclude(plain, fused, args.out, time.monotonic() - begin)

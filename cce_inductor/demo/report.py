@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..instruments.memory import MIB, envelope
 from .check import TOLERANCES
-from .memory import MIB, envelope
 from .run import Run
 
 CAPTION = """\

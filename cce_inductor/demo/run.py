@@ -6,23 +6,7 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-PLAIN = "torch.compile"
-FUSED = "cce_inductor"
-ITEMSIZE = {"fp32": 4, "bf16": 2}  # bytes per element of weights and logits, by --dtype
-
-
-@dataclass(frozen=True)
-class Spec:
-    """The training run; the two contenders differ in `contender` only."""
-
-    contender: str  # PLAIN or FUSED
-    model: str  # checkpoint directory or GGUF file
-    dtype: str = "fp32"  # of the weights: a key of ITEMSIZE
-    steps: int = 4
-    batch: int = 8
-    seq: int = 256
-    lr: float = 1e-4
-    seed: int = 0
+from ..instruments.training import ITEMSIZE, Spec
 
 
 @dataclass
@@ -48,7 +32,7 @@ class Run:
     rss: list[int] = field(default_factory=list)
 
     def record(self, event: dict[str, Any]) -> None:
-        """Take one of the worker's JSON lines: a `step` adds to the lists, anything else sets fields."""
+        """Take one of the worker's answers: a `step` adds to the lists, anything else sets fields."""
         if event["event"] == "step":
             self.losses.append(event["loss"])
             self.seconds.append(event["seconds"])

@@ -6,7 +6,7 @@ Every new node gets the metadata that Dynamo's own nodes have: AOTAutograd's cac
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -15,6 +15,27 @@ from torch.fx.node import map_arg
 
 from .. import compat
 from .fakes import example
+
+if TYPE_CHECKING:
+
+    class Proxy(fx.Proxy):
+        """A recorded tensor. FX gives its proxies a tensor's operators at import, where no type checker looks."""
+
+        def __getitem__(self, index: Any) -> "Proxy": ...
+        def __add__(self, other: Any) -> "Proxy": ...
+        def __radd__(self, other: Any) -> "Proxy": ...
+        def __sub__(self, other: Any) -> "Proxy": ...
+        def __rsub__(self, other: Any) -> "Proxy": ...
+        def __mul__(self, other: Any) -> "Proxy": ...
+        def __rmul__(self, other: Any) -> "Proxy": ...
+        def __truediv__(self, other: Any) -> "Proxy": ...
+        def __rtruediv__(self, other: Any) -> "Proxy": ...
+        def __lt__(self, other: Any) -> "Proxy": ...
+        def __gt__(self, other: Any) -> "Proxy": ...
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    Proxy = fx.Proxy
 
 _INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
@@ -62,26 +83,23 @@ class Builder:
         self.graph, self.like = graph, like
         self.tracer = _Tracer(graph, like)
 
-    def proxy(self, node: Node) -> fx.Proxy:
-        return fx.Proxy(node, self.tracer)
-
-    def proxies(self, *nodes: Node | None) -> list[Any]:
-        return [None if n is None else self.proxy(n) for n in nodes]
+    def proxy(self, node: Node) -> Proxy:
+        return Proxy(node, self.tracer)
 
     def run(self, function: Callable, *args: Any) -> Any:
         """Runs `function` on the arguments, with the nodes it records placed in front of `like`."""
         with self.graph.inserting_before(self.like):
             return function(*args)
 
-    def parameter(self, name: str, value: torch.nn.Parameter) -> fx.Proxy:
+    def parameter(self, name: str, value: torch.nn.Parameter) -> Proxy:
         """Adds a parameter to the graph's module and reads it."""
         module = self.graph.owning_module
         assert module is not None
         name = next(numbered for i in itertools.count() if not hasattr(module, numbered := f"{name}_{i}"))
         module.register_parameter(name, value)
         compat.name_parameter(module, name)
-        return self.tracer.create_proxy("get_attr", name, (), {})
+        return self.tracer.create_proxy("get_attr", name, (), {})  # type: ignore[return-value]
 
-    def call(self, target: Callable, *args: Any, **kwargs: Any) -> fx.Proxy:
+    def call(self, target: Callable, *args: Any, **kwargs: Any) -> Proxy:
         """Records one call that does not dispatch on proxies, such as an operator overload on a list of tensors."""
-        return self.tracer.create_proxy("call_function", target, args, kwargs)
+        return self.tracer.create_proxy("call_function", target, args, kwargs)  # type: ignore[return-value]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor
 from torch.fx import Node
@@ -38,5 +38,6 @@ def is_number(x: Any) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
-def is_tensor(x: Any) -> bool:
+def is_tensor(x: Any) -> TypeGuard[Node]:
+    """Whether something is the node of a tensor."""
     return isinstance(x, Node) and isinstance(example(x), Tensor)

@@ -9,7 +9,7 @@ import torch
 
 from ..ops.call import MIB
 from ..ops.choice import Choice, Problem
-from .limits import KEPT_SHARE, LEAST_CHUNK
+from .limits import CACHED_SHARE, LEAST_CHUNK
 from .unsupported import unsupported_dtype
 
 # Where dW can not be added up over chunks, the share of the rows whose logits must fit: with less than half, the pass
@@ -62,9 +62,9 @@ def _keeps_logits(problem: Problem, element: torch.dtype) -> bool:
     workspace = min(problem.workspace, max(problem.logits_bytes, MIB))  # as the kernel does
     # What else the passes need: at least two panels of packed rows, as left and as right operand.
     packed = 2 * min(problem.rows, 128) * problem.width * element.itemsize
-    if packed > workspace * (1 - KEPT_SHARE):
+    if packed > workspace * (1 - CACHED_SHARE):
         return False
-    fit = int(workspace * KEPT_SHARE) // max(1, problem.vocab * element.itemsize)
+    fit = int(workspace * CACHED_SHARE) // max(1, problem.vocab * element.itemsize)
     if problem.weight_dtype == torch.float32:
         return fit >= min(problem.rows, LEAST_CHUNK[element])
     return fit >= problem.rows * LEAST_SHARE

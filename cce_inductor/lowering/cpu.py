@@ -13,8 +13,8 @@ from ..filters import Filter
 from ..ops import bound, diagnostics
 from ..ops import statistics as table
 from ..ops.call import Attributes
-from .cpu_template import Spec, emit
-from .limits import KEPT_SHARE, LEAST_CHUNK, sixteen_bits_hold
+from .cpu_template import Spec, launch
+from .limits import CACHED_SHARE, LEAST_CHUNK, sixteen_bits_hold
 from .unsupported import Unsupported, unsupported_dtype
 
 
@@ -30,7 +30,7 @@ def forward(
         size = [CeilDiv(n, bound.BLOCK), CeilDiv(v, Filter.read(attributes.grad_filter).group)]
         layouts["bound"] = _contiguous(operands["input"].get_device(), torch.uint8, size)
     spec = Spec("linear_statistics", element, compute, given, _ABSENT, layouts, constants)
-    return list(emit(spec, operands["input"].get_device()).values())
+    return list(launch(spec, operands["input"].get_device()).values())
 
 
 def backward(
@@ -56,7 +56,7 @@ def backward(
     layouts = _gradient_layouts(operands, needs)
     template = "linear_statistics_filtered_backward" if filtered else "linear_statistics_backward"
     spec = Spec(template, element, compute, _realize(given), absent, layouts, constants)
-    return list(emit(spec, operands["input"].get_device()).values())
+    return list(launch(spec, operands["input"].get_device()).values())
 
 
 def _filter(tangents: dict[str, Any], attributes: Attributes) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def with_gradients(
         "statistics": statistics,
         "tangents": list(tangents),
         "needs": needs,
-        "kept_share": KEPT_SHARE if element == torch.float32 or sixteen_bits_hold(attributes.softcap) else 0.0,
+        "kept_share": CACHED_SHARE if element == torch.float32 or sixteen_bits_hold(attributes.softcap) else 0.0,
         "least_chunk": LEAST_CHUNK[element],
         "bounded": bounded,
     }
@@ -101,7 +101,7 @@ def with_gradients(
     absent = _ABSENT | dict.fromkeys(_prefixed(table.TABLE), torch.float32)
     layouts = _statistics_layouts(operands, statistics) | _gradient_layouts(operands, needs)
     spec = Spec("linear_statistics_with_gradients", element, compute, given, absent, layouts, constants)
-    return list(emit(spec, operands["input"].get_device()).values())
+    return list(launch(spec, operands["input"].get_device()).values())
 
 
 def _prefixed(tangents: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,13 +131,13 @@ def _constants(attributes: Attributes, compute: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _statistics_layouts(operands: dict[str, Any], statistics: list[str]) -> dict[str, ir.FixedLayout]:
+def _statistics_layouts(operands: dict[str, Any], statistics: list[str]) -> dict[str, ir.Layout]:
     n, device = operands["input"].get_size()[0], operands["input"].get_device()
     dtypes = {name: torch.int64 if table.TABLE[name].integer else torch.float32 for name in statistics}
     return {name: _contiguous(device, dtype, [n]) for name, dtype in dtypes.items()}
 
 
-def _gradient_layouts(operands: dict[str, Any], needs: list[str]) -> dict[str, ir.FixedLayout]:
+def _gradient_layouts(operands: dict[str, Any], needs: list[str]) -> dict[str, ir.Layout]:
     device = operands["input"].get_device()
     numbers = _contiguous(device, torch.float32, [len(diagnostics.NAMES)])
     return {
@@ -198,8 +198,9 @@ def _realize(operands: dict[str, Any]) -> dict[str, Any]:
     """The operands as buffers or strided views of buffers, in memory before the kernel runs."""
     nodes = {}
     for name, operand in operands.items():
-        node = ir.ExternKernel.realize_input(operand)
+        node: Any = ir.ExternKernel.realize_input(operand)
         node.freeze_layout()
-        (nodes[name],) = ir.InputsKernel.unwrap_storage([node])
-        assert isinstance(nodes[name].get_layout().offset, (int, sympy.Expr))
+        (stored,) = ir.InputsKernel.unwrap_storage([node])
+        assert isinstance(stored, ir.IRNode) and isinstance(stored.get_layout().offset, (int, sympy.Expr))
+        nodes[name] = stored
     return nodes

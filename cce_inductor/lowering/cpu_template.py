@@ -43,7 +43,7 @@ def number(value: float) -> str:
     return f"{float(value)!r}f"
 
 
-def emit(spec: Spec, device: torch.device) -> dict[str, ir.TensorBox]:
+def launch(spec: Spec, device: torch.device) -> dict[str, ir.TensorBox]:
     """Adds the kernel to the graph that is being lowered and returns its outputs by name.
 
     In place of CppTemplate.generate(), which requires all outputs to have one shape and dtype (for autotuning, of which
@@ -57,10 +57,10 @@ def emit(spec: Spec, device: torch.device) -> dict[str, ir.TensorBox]:
         return kernel, functools.partial(kernel.render, template, template_buffer_node=node, **kwargs)
 
     buffer = ir.CppTemplateBuffer(
-        layout=ir.MultiOutputLayout(device=device),
+        layout=ir.MultiOutputLayout(device=device),  # type: ignore[arg-type]
         inputs=template.input_nodes,
         make_kernel_render=make_kernel_render,
-        template=template,
+        template=template,  # type: ignore[arg-type]
         choice=None,
     )
     buffer.outputs = [ir.MultiOutput(layout, buffer, [(list, i)]) for i, layout in enumerate(layouts)]

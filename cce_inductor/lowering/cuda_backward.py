@@ -13,19 +13,19 @@ from ..ops.call import Attributes
 from ..ops.library import BACKWARD, MM
 from . import cuda_budget
 from .buffers import in_memory, numbers, op, part, zeros
-from .cuda_call import Call
+from .cuda_call import KernelCall
 from .cuda_forward import exact
 from .limits import sixteen_bits_hold
 from .schedule_choice import fastest
 from .schedules import Schedule, Sweep, schedules, whole_tiles
-from .triton_configs import KEPT_TILE
+from .triton_configs import CACHED_TILE
 from .unsupported import Unsupported
 
 
 class Backward:
     """The gradients of a call, made region by region."""
 
-    def __init__(self, call: Call, tangents: dict[str, Any], saved: dict[str, Any], needs: list[str]):
+    def __init__(self, call: KernelCall, tangents: dict[str, Any], saved: dict[str, Any], needs: list[str]):
         self.call, self.needs = call, needs
         given = call.named("input", "weight", "bias", "target", "column_weight") | call.rows
         if "lse" in tangents or "entropy" in tangents:
@@ -48,24 +48,24 @@ class Backward:
         dx = {name: t for name, t in outputs.items() if name == "DX" and (add_dx or not sweep.library)}
         dw = {name: t for name, t in outputs.items() if name == "DB" or (name == "DW" and not sweep.library)}
         size = [rows or call.n, sweep.columns]
-        dlogits = kept["KEPT"] if kept else call.empty(size, call.compute)
+        dlogits = kept["CACHED"] if kept else call.empty(size, call.compute)
         # Where a region begins, in a buffer and not in the kernel's text: one kernel serves all regions.
         for column in range(0, call.v, sweep.columns):
             for position in range(0, call.hint if rows else 1, rows or 1):
                 begin = {"BEGIN": numbers([column, position], call.device)}
                 region = {"ROWS": rows, "SLAB": sweep.columns}
                 inputs = self.given | ({"TOPS": kept["TOPS"]} if kept and "TOPS" in kept else {}) | begin
-                keeping = {"KEPT": KEPT_TILE if kept else 0}
-                call.emit("linear_statistics_dlogits", inputs, {"DLOGITS": dlogits}, size, **keeping, **region)
+                keeping = {"CACHED": CACHED_TILE if kept else 0}
+                call.launch("linear_statistics_dlogits", inputs, {"DLOGITS": dlogits}, size, **keeping, **region)
                 if sweep.library:
                     others = {name: t for name, t in outputs.items() if name not in dx | dw}
                     self._by_library(dlogits, others, column, position, rows)
                 inputs = {"DLOGITS": dlogits} | call.named("input", "weight") | call.rows | begin
                 if dw:
                     given = inputs | ({"FACTOR": self.given["FACTOR"]} if self.factor is not None else {})
-                    call.emit("linear_statistics_dw", given, dw | sums, [sweep.columns, call.d], ADD=add_dw, **region)
+                    call.launch("linear_statistics_dw", given, dw | sums, [sweep.columns, call.d], ADD=add_dw, **region)
                 if dx:
-                    call.emit("linear_statistics_dx", inputs, dx, [rows or call.n, call.d], ADD=add_dx, **region)
+                    call.launch("linear_statistics_dx", inputs, dx, [rows or call.n, call.d], ADD=add_dx, **region)
         self.finish(outputs)
 
     def _by_library(self, dlogits: Any, outputs: dict[str, Any], column: int, position: int, rows: int) -> None:
@@ -127,7 +127,7 @@ def backward(
 ) -> list[Any]:
     bound = saved.get("bound")
     saved = {name: t for name, t in saved.items() if name != "bound"}
-    call = Call(operands, row_mask, attributes)
+    call = KernelCall(operands, row_mask, attributes)
     if diagnostics.OPERAND in needs:
         raise Unsupported("no Triton template leaves diagnostics")
     chosen = Filter.read(attributes.grad_filter)
@@ -194,13 +194,13 @@ def with_gradients(
     attributes: Attributes,
     bounded: bool,  # nothing is left out all the same: the logits are there
 ) -> list[Any]:
-    call = Call(operands, row_mask, attributes)
+    call = KernelCall(operands, row_mask, attributes)
     pitch = whole_tiles(call.v)
     kept = None
     if call.compute == torch.float32 or sixteen_bits_hold(attributes.softcap):
-        kept = {"KEPT": call.empty([call.n, pitch], call.compute)}
+        kept = {"CACHED": call.empty([call.n, pitch], call.compute)}
     if kept is not None and call.compute != torch.float32:
-        kept["TOPS"] = call.empty([math.ceil(call.v / KEPT_TILE) * call.n], torch.float32)
+        kept["TOPS"] = call.empty([math.ceil(call.v / CACHED_TILE) * call.n], torch.float32)
     # What the second pass reads is needed even if it is no result.
     wanted = list(statistics)
     wanted += [name for name in ("lse", "entropy") if name not in wanted and {name, "entropy"} & set(tangents)]

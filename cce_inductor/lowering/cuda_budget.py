@@ -95,7 +95,7 @@ class _Budget:
             "IN_TILE": lambda _: full(self.tiles, blocks),
         }
 
-    def emit(self, kernel: str, reads: str, writes: str, sizes: list[Any], **more: Any) -> None:
+    def launch(self, kernel: str, reads: str, writes: str, sizes: list[Any], **more: Any) -> None:
         """`reads`, `writes`: names of what was made so far, or is given."""
         known = {**self.given, **self.made}
         rows = ["INPUT", "WEIGHT", "INDEX", "COUNT"]
@@ -103,7 +103,7 @@ class _Budget:
         mutated = {name: known[name] for name in writes.split() if name in known}
         inputs |= {name: buffer for name, buffer in more.items() if name == "SLAB"}
         constants = self.constants | {name: value for name, value in more.items() if name != "SLAB"}
-        self.call.emit(kernel, inputs, mutated, sizes, **constants)
+        self.call.launch(kernel, inputs, mutated, sizes, **constants)
 
     def run(self) -> None:
         call, backward = self.call, self.backward
@@ -124,23 +124,23 @@ class _Budget:
         made |= outputs
         slabs = [numbers([index], call.device) for index in range(self.slabs)]
         for again in (False, True):
-            self.emit("budget_bits", "MASK PERM FULL" if again else "MASK PERM", "BITS RUN", [blocks], AGAIN=again)
-            self.emit("budget_tiles", "RUN", "OF_TILE IN_TILE ENTRIES", [tiles])
+            self.launch("budget_bits", "MASK PERM FULL" if again else "MASK PERM", "BITS RUN", [blocks], AGAIN=again)
+            self.launch("budget_tiles", "RUN", "OF_TILE IN_TILE ENTRIES", [tiles])
             plans = "START NUMBER BASE RANGE MOST"
             reads = "RUN ENTRIES FULL" if again else "RUN ENTRIES"
-            self.emit("budget_plan", reads, plans, [self.slabs], AGAIN=again)
+            self.launch("budget_plan", reads, plans, [self.slabs], AGAIN=again)
             for slab in slabs:
                 self._slab(slab)
             if not again:
                 reads = "TARGET LSE TARGET_LOGIT G_LSE RUN NUMBER START MASS TOTAL"
-                self.emit("budget_check", reads, "FULL", [blocks], SLAB=numbers([self.slabs], call.device))
+                self.launch("budget_check", reads, "FULL", [blocks], SLAB=numbers([self.slabs], call.device))
         backward.finish(outputs)
 
     def _order(self) -> None:
         """PERM, the columns sorted by the blocks that keep them, and MASK, which those are."""
         call, made, blocks = self.call, self.made, self.blocks
         made |= {name: call.empty([blocks], torch.int32) for name in ("EDGE", "CUT", "KEEPS")}
-        self.emit("budget_select", "TARGET LSE TARGET_LOGIT G_LSE BOUND", "EDGE CUT KEEPS", [blocks])
+        self.launch("budget_select", "TARGET LSE TARGET_LOGIT G_LSE BOUND", "EDGE CUT KEEPS", [blocks])
         # The place of each block among those with shorter lists.
         keeps = made["KEEPS"]
         one, other = op("unsqueeze", keeps, 1), op("unsqueeze", keeps, 0)
@@ -153,16 +153,16 @@ class _Budget:
         made["RANK"] = in_memory(op("index_put", rank, [place], index))
         made["MASK"] = call.empty([blocks, self.tiles * 4], torch.int32)
         made["KEY"] = call.empty([call.v], torch.int64)
-        self.emit("budget_mask", "TARGET BOUND EDGE CUT RANK", "MASK KEY", [call.v])
+        self.launch("budget_mask", "TARGET BOUND EDGE CUT RANK", "MASK KEY", [call.v])
         made["PERM"] = argsort(made.pop("KEY"))
 
     def _slab(self, slab: Any) -> None:
         call, made, n = self.call, self.made, self.blocks * BLOCK
-        self.emit("budget_list", "PERM BITS RUN NUMBER START BASE RANGE MASS", "LIST TOTAL", [self.blocks], SLAB=slab)
+        self.launch("budget_list", "PERM BITS RUN NUMBER START BASE RANGE MASS", "LIST TOTAL", [self.blocks], SLAB=slab)
         reads = "BIAS TARGET LSE G_LSE G_TARGET_LOGIT FACTOR LIST NUMBER START MOST"
-        self.emit("budget_dlogits", reads, "DLOGITS MASS", [n, self.width], SLAB=slab)
+        self.launch("budget_dlogits", reads, "DLOGITS MASS", [n, self.width], SLAB=slab)
         if "DW" in made or "DB" in made:
             reads = "FACTOR DLOGITS PERM BITS RUN BASE RANGE OF_TILE IN_TILE"
-            self.emit("budget_dw", reads, "DW DB", [self.width, call.d], SLAB=slab)
+            self.launch("budget_dw", reads, "DW DB", [self.width, call.d], SLAB=slab)
         if "DX" in made:
-            self.emit("budget_dx", "DLOGITS LIST NUMBER START RANGE", "DX", [n, call.d], SLAB=slab)
+            self.launch("budget_dx", "DLOGITS LIST NUMBER START RANGE", "DX", [n, call.d], SLAB=slab)

@@ -13,8 +13,8 @@ from ..ops.bound import BLOCK
 from ..ops.call import Attributes
 from .buffers import in_memory, iota, op, own
 from .schedules import whole_tiles
-from .triton_configs import KEPT_TILE, configurations
-from .triton_template import DTYPES, emit
+from .triton_configs import CACHED_TILE, configurations
+from .triton_template import DTYPES, launch
 from .unsupported import Unsupported, unsupported_dtype
 
 # A split of the vocabulary should be worth a program of its own.
@@ -30,7 +30,7 @@ PARTS = {
 }
 
 
-class Call:
+class KernelCall:
     """What every kernel of a call needs: operands in memory, the rows that count, options."""
 
     def __init__(self, operands: dict[str, Any], row_mask: Any, attributes: Attributes):
@@ -84,17 +84,17 @@ class Call:
     def dtypes(self) -> list[torch.dtype]:
         return [self.input.get_dtype(), self.weight.get_dtype()]
 
-    def emit(self, kernel: str, inputs: dict, mutated: dict, sizes: Sequence[Any], **constants: Any) -> None:
+    def launch(self, kernel: str, inputs: dict, mutated: dict, sizes: Sequence[Any], **constants: Any) -> None:
         matrices = [self.weight] if "INDEX" in inputs else [self.input, self.weight]
         tma = compat.can_use_tma(*matrices)
-        block_n = KEPT_TILE if "KEPT" in mutated else None
-        variant = ", kept" * bool("KEPT" in mutated or constants.get("KEPT")) + ", added" * ("DW_SUM" in mutated)
+        block_n = CACHED_TILE if "CACHED" in mutated else None
+        variant = ", kept" * bool("CACHED" in mutated or constants.get("CACHED")) + ", added" * ("DW_SUM" in mutated)
         variant += ", bound" * ("BOUND" in mutated)
         block_m = BLOCK if "BOUND" in mutated else None
         if kernel == "budget_dlogits":
             block_n = constants["CHUNK"]
         found = configurations(kernel + variant, self.dtypes, self.compute, self.device, tma, block_n, block_m)
-        emit(
+        launch(
             kernel,
             inputs,
             mutated,

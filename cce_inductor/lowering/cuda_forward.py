@@ -11,7 +11,7 @@ from ..ops import statistics as table
 from ..ops.bound import BLOCK, INFLATION, LAST, LOWERING, OFFSET, STEPS
 from ..ops.call import Attributes
 from .buffers import in_memory, numbers, op, part, zeros
-from .cuda_call import LEAST_SPLIT, PARTS, Call
+from .cuda_call import LEAST_SPLIT, PARTS, KernelCall
 from .schedules import rounds, whole_tiles
 from .unsupported import Unsupported
 
@@ -19,7 +19,7 @@ from .unsupported import Unsupported
 def forward(
     operands: dict[str, Any], row_mask: Any, statistics: list[str], attributes: Attributes, bounded: bool
 ) -> list[Any]:
-    call = Call(operands, row_mask, attributes)
+    call = KernelCall(operands, row_mask, attributes)
     if not bounded:
         return exact(call, statistics)
     chosen = Filter.read(attributes.grad_filter)
@@ -32,7 +32,7 @@ def forward(
     return _statistics_and_bound(call, statistics)
 
 
-def exact(call: Call, statistics: list[str], kept: dict[str, Any] | None = None, pitch: int = 0) -> list[Any]:
+def exact(call: KernelCall, statistics: list[str], kept: dict[str, Any] | None = None, pitch: int = 0) -> list[Any]:
     """The forward. `kept`: where it is to leave the logits, (N, pitch)."""
     sms = torch.cuda.get_device_properties(call.device).multi_processor_count
     blocks = max(1, math.ceil(call.hint / 128))
@@ -46,11 +46,11 @@ def exact(call: Call, statistics: list[str], kept: dict[str, Any] | None = None,
     inputs = call.named("input", "weight", "bias", "target", "column_weight") | call.rows
     wanted = repr(" ".join(statistics))
     outputs = parts | (kept or {})
-    call.emit("linear_statistics", inputs, outputs, [call.n, splits], SPLIT=split, STATISTICS=wanted, PITCH=pitch)
+    call.launch("linear_statistics", inputs, outputs, [call.n, splits], SPLIT=split, STATISTICS=wanted, PITCH=pitch)
     return _results(call, statistics, parts, splits)
 
 
-def _results(call: Call, statistics: list[str], parts: dict[str, Any], splits: int) -> list[Any]:
+def _results(call: KernelCall, statistics: list[str], parts: dict[str, Any], splits: int) -> list[Any]:
     """The statistics, 0 in rows that do not count."""
     merged = _merge({name: op("view", t, [splits, call.n]) for name, t in parts.items()}, splits)
     results = []
@@ -62,7 +62,7 @@ def _results(call: Call, statistics: list[str], parts: dict[str, Any], splits: i
     return results
 
 
-def _statistics_and_bound(call: Call, statistics: list[str]) -> list[Any]:
+def _statistics_and_bound(call: KernelCall, statistics: list[str]) -> list[Any]:
     """The forward in rounds, and the bound that it leaves (ops/bound.py)."""
     sms = torch.cuda.get_device_properties(call.device).multi_processor_count
     found = rounds(max(1, math.ceil(call.hint / BLOCK)), call.v, sms)
@@ -78,7 +78,7 @@ def _statistics_and_bound(call: Call, statistics: list[str]) -> list[Any]:
     if with_target and (call.compute != torch.float32 or call.precision == "ieee"):
         given = call.named("input", "weight", "bias", "target")
         inputs["EARLY"] = early = call.empty([call.n], torch.float32)
-        call.emit("linear_statistics_early", given, {"EARLY": early}, [call.n], LOWERING=LOWERING)
+        call.launch("linear_statistics_early", given, {"EARLY": early}, [call.n], LOWERING=LOWERING)
     wanted = repr(" ".join(statistics))
     before = op("full", [call.n], -math.inf, dtype=torch.float32, device=call.device)
     for each in found:
@@ -86,7 +86,7 @@ def _statistics_and_bound(call: Call, statistics: list[str]) -> list[Any]:
         given = inputs | {"BEFORE": in_memory(before), "ROUND": position}
         constants = {"OFFSET": OFFSET, "STEPS": float(STEPS), "INFLATION": INFLATION}
         outputs = parts | {"BOUND": bound}
-        call.emit("linear_statistics", given, outputs, [call.n, each.splits], STATISTICS=wanted, PITCH=0, **constants)
+        call.launch("linear_statistics", given, outputs, [call.n, each.splits], STATISTICS=wanted, PITCH=0, **constants)
         done = each.before + each.splits
         if done < splits:
             lse = part(op("view", parts["LSE"], [splits, call.n]), 0, 0, done)

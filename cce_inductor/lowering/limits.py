@@ -8,7 +8,7 @@ LEAST_CHUNK = {torch.float32: 128, torch.bfloat16: 256}
 
 
 # The part of the workspace that holds kept logits. (At 0.8 the rows of two chunks no longer stay packed: 6 % slower.)
-KEPT_SHARE = 0.75
+CACHED_SHARE = 0.75
 
 
 def sixteen_bits_hold(softcap: float) -> bool:

@@ -23,13 +23,13 @@ def register() -> None:
     """Makes Inductor compile the fused operators with our templates. May be called any number of times."""
     from torch._inductor.lowering import register_lowering
 
-    from ..ops.library import BACKWARD, FORWARD, KEEP
+    from ..ops.library import BACKWARD, FORWARD, SAVED
     from ..ops.with_gradients import ATTACH, WITH_GRADIENTS
 
     for operator, read in ((FORWARD, _forward), (BACKWARD, _backward), (WITH_GRADIENTS, _with_gradients)):
         register_lowering(operator, type_promotion_kind=None)(functools.partial(_lower, operator, read))
     # What these two are for is done when the joint graph is cut in two.
-    for operator in (KEEP, ATTACH):
+    for operator in (SAVED, ATTACH):
         register_lowering(operator, type_promotion_kind=None)(lambda value, *rest: value)
 
 

@@ -57,7 +57,7 @@ def fastest(
         names = [" ".join(named) for named in (tangents, operands, saved, needs)]
         return operator(parts[0], names[0], parts[1], parts[2], names[1], mask, names[2], names[3], *attributes.args())
 
-    layout = ir.FixedLayout(nodes[0].get_device(), torch.float32, [1], [1])
+    layout = ir.FixedLayout(nodes[0].get_device_or_error(), torch.float32, [1], [1])
     choices = []
     for schedule in found:
         try:

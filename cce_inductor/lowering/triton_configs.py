@@ -11,7 +11,7 @@ import torch
 from .triton_template import Tiles
 
 # Columns of a tile of logits that the forward keeps: their largest is kept beside them.
-KEPT_TILE = 128
+CACHED_TILE = 128
 
 # kernel, with its variant -> kind of operands -> configurations, the most promising first.
 # "kept": the forward keeps the logits; "bound": it leaves the bound, in blocks of 128 rows; "added": dW is added up

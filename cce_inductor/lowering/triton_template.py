@@ -111,7 +111,7 @@ class Tiles:
         }
 
 
-def emit(
+def launch(
     name: str,
     inputs: Mapping[str, Any],
     mutated: Mapping[str, Any],

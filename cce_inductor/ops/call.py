@@ -122,9 +122,6 @@ class Call:
         text = str(replace(self.filter, group=size))
         return replace(self, attributes=replace(self.attributes, grad_filter=text))
 
-    def with_compute_dtype(self, dtype: torch.dtype) -> "Call":
-        return replace(self, attributes=replace(self.attributes, compute_dtype=dtype))
-
 
 def filtered(statistics: str, attributes: Attributes) -> bool:
     """Whether the backward of these statistics leaves out columns: what no bound is proved for stays exact."""

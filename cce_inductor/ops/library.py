@@ -41,7 +41,7 @@ for _schema in (_FORWARD, _BACKWARD):
     library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
 # The tensor itself; only traced graphs have it, and Inductor takes it out again (lowering/register.py).
 library.define(
-    "keep(Tensor value, Tensor[]? beside=None) -> Tensor",
+    "saved(Tensor value, Tensor[]? beside=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
 # out = a @ b, by PyTorch's library of GEMMs: a step of a schedule (lowering/schedules.py).
@@ -49,19 +49,42 @@ library.define("mm_(Tensor(a!) out, Tensor a, Tensor b) -> ()", tags=(torch.Tag.
 
 FORWARD = torch.ops.cce_inductor.linear_statistics.default
 BACKWARD = torch.ops.cce_inductor.linear_statistics_backward.default
-KEEP = torch.ops.cce_inductor.keep.default
+SAVED = torch.ops.cce_inductor.saved.default
 MM = torch.ops.cce_inductor.mm_.default
 
 
-def eager_forward(operands, names, row_mask, statistics, training, *attributes) -> list[Tensor]:
+def eager_forward(
+    operands: list[Tensor], names: str, row_mask: Tensor | None, statistics: str, training: bool, *attributes: Any
+) -> list[Tensor]:
+    """The eager implementation of `linear_statistics`.
+
+    operands: as `names` say, ``input (N, D)``, ``weight (V, D)`` and so on (call.py). row_mask: (N,) bool, the rows
+    that count, or None for all. statistics: their names. training: whether a backward may follow. attributes: those of
+    `Attributes`, in order. Returns the statistics, (N,) each, in fp32 (fp64 for fp64; argmax: int64), and behind them
+    the bound if a backward needs one. Raises RuntimeError for operands that do not fit together.
+    """
     call = Call.read(operands, names, row_mask, statistics, attributes)
     check(call, training)
     return filtered.forward(call) if training and call.bounded else reference.forward(call)
 
 
 def eager_backward(
-    tangents, tangent_names, saved, operands, names, row_mask, statistics, needs, *attributes
+    tangents: list[Tensor],
+    tangent_names: str,
+    saved: list[Tensor],
+    operands: list[Tensor],
+    names: str,
+    row_mask: Tensor | None,
+    statistics: str,
+    needs: str,
+    *attributes: Any,
 ) -> list[Tensor]:
+    """The eager implementation of `linear_statistics_backward`.
+
+    tangents: (N,) each, of the statistics in `tangent_names`. saved: what the forward gave, the bound included. needs:
+    names of operands. The others are as for `eager_forward`. Returns the gradient of each operand in `needs`, in its
+    shape and dtype.
+    """
     call = Call.read(operands, names, row_mask, statistics, attributes)
     check(call, training=True)
     given = dict(zip(tangent_names.split(), tangents, strict=True))
@@ -78,12 +101,15 @@ def _eager_mm(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 library.impl("linear_statistics", eager_forward, "CompositeExplicitAutograd")
 library.impl("linear_statistics_backward", eager_backward, "CompositeExplicitAutograd")
-library.impl("keep", lambda value, beside=None: value.clone(), "CompositeExplicitAutograd")
+library.impl("saved", lambda value, beside=None: value.clone(), "CompositeExplicitAutograd")
 library.impl("mm_", _eager_mm, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("cce_inductor::linear_statistics", lib=library)
-def fake_forward(operands, names, row_mask, statistics, training, *attributes) -> list[Tensor]:
+def fake_forward(
+    operands: list[Tensor], names: str, row_mask: Tensor | None, statistics: str, training: bool, *attributes: Any
+) -> list[Tensor]:
+    """Shapes and dtypes of what `eager_forward` gives, and its errors."""
     call = Call.read(operands, names, row_mask, statistics, attributes)
     check(call, training)
     x = call.input
@@ -97,14 +123,23 @@ def fake_forward(operands, names, row_mask, statistics, training, *attributes) -
 
 @torch.library.register_fake("cce_inductor::linear_statistics_backward", lib=library)
 def fake_backward(
-    tangents, tangent_names, saved, operands, names, row_mask, statistics, needs, *attributes
+    tangents: list[Tensor],
+    tangent_names: str,
+    saved: list[Tensor],
+    operands: list[Tensor],
+    names: str,
+    row_mask: Tensor | None,
+    statistics: str,
+    needs: str,
+    *attributes: Any,
 ) -> list[Tensor]:
+    """Shapes and dtypes of what `eager_backward` gives."""
     call = Call.read(operands, names, row_mask, statistics, attributes)
     return [call.operands[name].new_empty(call.operands[name].shape) for name in needs.split()]
 
 
-@torch.library.register_fake("cce_inductor::keep", lib=library)
-def _fake_keep(value: Tensor, beside: Sequence[Tensor] | None = None) -> Tensor:
+@torch.library.register_fake("cce_inductor::saved", lib=library)
+def _fake_saved(value: Tensor, beside: Sequence[Tensor] | None = None) -> Tensor:
     return torch.empty_like(value)
 
 
@@ -180,7 +215,7 @@ def _autograd_forward(operands, names, row_mask, statistics, training, *attribut
         return FORWARD(operands, names, row_mask, statistics, training, *attributes)
 
 
-def kept(operator: Any, *args: Any) -> list[Tensor]:
+def must_be_saved(operator: Any, *args: Any) -> list[Tensor]:
     """Calls an operator below autograd, and `must_save` on its results: they cost passes over the whole vocabulary."""
     with torch._C._AutoDispatchBelowAutograd():
         results = operator(*args)
@@ -192,7 +227,7 @@ def must_save(tensors: list[Tensor], beside: Sequence[Tensor] = ()) -> list[Tens
 
     No activation checkpoint, memory budget or aggressive recomputation then computes them a second time. The mark has
     to stand on an operator that gives a tensor, since torch saves what is marked
-    (torch._functorch.partitioners.choose_saved_values_set) and the fused operators give a list: hence `keep`. And it
+    (torch._functorch.partitioners.choose_saved_values_set) and the fused operators give a list: hence `saved`. And it
     only counts on what the forward's own results depend on: `beside` are marked tensors that those are made to.
     """
     mode = get_proxy_mode()
@@ -201,7 +236,7 @@ def must_save(tensors: list[Tensor], beside: Sequence[Tensor] = ()) -> list[Tens
         return tensors
     before = len(graph.nodes)
     with torch._C._AutoDispatchBelowAutograd():
-        tensors = [KEEP(t, list(beside) or None) for t in tensors]
+        tensors = [SAVED(t, list(beside) or None) for t in tensors]
     for node in itertools.islice(reversed(graph.nodes), len(graph.nodes) - before):
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     return tensors

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .call import MIB
-from .library import autocast_off, kept, library
+from .library import autocast_off, library, must_be_saved
 from .reference import check_classes, cut
 from .softcap import capped
 
@@ -195,7 +195,7 @@ def _larger(largest: tuple[Tensor, Tensor] | None, z: Tensor, start: int, k: int
 
 
 def _autograd(*arguments: Any) -> list[Tensor]:
-    return kept(RANKING, *arguments)
+    return must_be_saved(RANKING, *arguments)
 
 
 library.impl("linear_ranking", _eager, "CompositeExplicitAutograd")

@@ -23,8 +23,8 @@ from .library import (
     eager_forward,
     fake_backward,
     fake_forward,
-    kept,
     library,
+    must_be_saved,
 )
 from .statistics import with_all_digits
 
@@ -57,7 +57,7 @@ def _eager(tangents, tangent_names, operands, names, row_mask, statistics, needs
 
 def _autograd(tangents, tangent_names, operands, *rest) -> list[Tensor]:
     """Its results are constants to autograd; `attach_gradients` is what is differentiated."""
-    return kept(WITH_GRADIENTS, tangents, tangent_names, operands, *rest)
+    return must_be_saved(WITH_GRADIENTS, tangents, tangent_names, operands, *rest)
 
 
 library.impl("linear_statistics_with_gradients", _eager, "CompositeExplicitAutograd")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from torch.fx import Graph, Node, Proxy
+from torch.fx import Graph, Node
 
 from ..graph import nodes
-from ..graph.builder import Builder
+from ..graph.builder import Builder, Proxy
 from ..graph.regions import descendants
 from ..trace import operands
 from ..trace.trace import Trace

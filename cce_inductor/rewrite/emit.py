@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import Graph, Proxy
+from torch.fx import Graph
 
-from ..graph.builder import Builder
+from ..graph.builder import Builder, Proxy
 from ..graph.fakes import example, fake
 from ..graph.hoist import Hoist
 from ..ops.call import SEEDS, Attributes, sampled
@@ -46,7 +46,7 @@ def emit(
         for node in group.reads():
             hoist.move(node, anchor)
     builder = Builder(graph, anchor)
-    call = builder.run(_Call, builder, bundle, attributes, hoist, diagnostics)
+    call = builder.run(_Arguments, builder, bundle, attributes, hoist, diagnostics)
     if gradients:
         ((loss,),) = (group.members for group in bundle.groups)
         assert isinstance(loss, Loss)
@@ -63,7 +63,7 @@ def emit(
             reduction.node.replace_all_uses_with(made)
 
 
-class _Call:
+class _Arguments:
     """The arguments of a bundle's operator, recorded: its operands, the (N,) target, the mask of active rows."""
 
     def __init__(self, builder: Builder, bundle: Bundle, attributes: Attributes, hoist: Hoist, diagnostics: bool):
@@ -159,7 +159,7 @@ def _without_ignored(builder: Builder, target: Proxy, bundle: Bundle) -> Proxy:
     return builder.call(torch.where, target.ne(ignored), target, 0)
 
 
-def _with_gradients(builder: Builder, loss: Loss, call: _Call, hoist: Hoist) -> Proxy:
+def _with_gradients(builder: Builder, loss: Loss, call: _Arguments, hoist: Hoist) -> Proxy:
     """Records the operator that forms the gradients as well, and the loss they are attached to."""
     weight = None if loss.weight is None else builder.proxy(loss.weight)
     known = tangents(call.target, call.row_mask, weight, operands.vocab(builder, loss.value), loss.arguments)

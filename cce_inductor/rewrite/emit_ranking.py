@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.fx import Graph, Proxy
+from torch.fx import Graph
 
-from ..graph.builder import Builder
+from ..graph.builder import Builder, Proxy
 from ..graph.fakes import example, fake
 from ..graph.hoist import Hoist
 from ..ops.call import Attributes

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 
+from ..graph.builder import Proxy
 from ..trace.values import Range, Step
 
 RECORDED = "cce_inductor_recorded"  # in the meta of a head that was put into a graph by `Logits.record`
@@ -40,9 +41,9 @@ class Logits:
 
     def _computed(self, operands: Sequence[Tensor]) -> Tensor:
         x, w, *bias = [t.to(self.dtype) for t in operands]
-        return self._head(x, w, *bias)
+        return self._head(x, w, bias[0] if bias else None)
 
-    def record(self, operands: Sequence[fx.Proxy]) -> fx.Proxy:
+    def record(self, operands: Sequence[Proxy]) -> Proxy:
         """The same as nodes of a graph, with a head whose operands keep their dtypes, as under autocast.
 
         It is marked: the pass erases it where nothing but what it fuses needs the logits.

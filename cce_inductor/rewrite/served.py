@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.fx import Proxy
 
-from ..graph.builder import Builder
+from ..graph.builder import Builder, Proxy
 from ..graph.fakes import example
 from ..graph.hoist import Hoist
 from ..ops.losses import normalizer

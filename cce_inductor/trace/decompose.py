@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.fx import Node, Proxy
+from torch.fx import Node
 
 from ..graph import nodes
-from ..graph.builder import Builder
+from ..graph.builder import Builder, Proxy
 from ..graph.fakes import example, fake
 from ..graph.refusal import Refused
 from ..graph.spellings import Fact
@@ -184,7 +184,7 @@ class _Members(abc.ABC):
 
     def _steps(self, z: Any, cut: slice) -> Any:
         """What was done to the logits since, with the classes last; `cut` are the classes of `z` among all."""
-        extra = []
+        extra: list[Any] = []
         for node in self.value.extra:
             p = self.builder.proxy(node)
             extra.append(p.reshape(-1)[cut] if fake(node).numel() != 1 else p)

@@ -37,7 +37,7 @@ def subclassed(head: Head | SeveralHeads) -> Refusal | None:
     """Why a head is left alone whose operands are other than plain tensors."""
     weights = head.weights()
     for node in dict.fromkeys([*weights, *head.operands()]):
-        made = fake(node)
+        made: Any = fake(node)
         if is_traceable_wrapper_subclass(made):
             kind, placements = type(made).__name__, getattr(made, "placements", ())
             if node in weights and any(placement.is_shard() for placement in placements):

@@ -9,6 +9,8 @@ it is.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
@@ -301,7 +303,7 @@ def _check_independence(trace: Trace) -> None:
     behind = {n for part in trace.with_parts for n in descendants(part.first.node)}
     for r in trace.reductions:
         affine = r.value.affine
-        others = [r.target, *(s.node for s in affine.shifts), *(f.node for f in affine.factors)]
+        others: list[Any] = [r.target, *(s.node for s in affine.shifts), *(f.node for f in affine.factors)]
         others += [*(m.node for m in r.value.masks), *r.others]
         others += [part.indices for part in r.value.columns if isinstance(part, Listed)]
         if isinstance(r, Loss):

@@ -265,7 +265,7 @@ def join(values: Sequence[Value], node: Node, dim: int, stacked: bool) -> Value:
     """Rows of one head put together again by cat, along other than the classes, or by stack."""
     first = values[0]
     rank = first.fake.dim()
-    alike = {"node": node, "rows": (), "order": None, "steps": (), "extra": ()}
+    alike: dict[str, Any] = {"node": node, "rows": (), "order": None, "steps": (), "extra": ()}
     # What belongs to rows that were rearranged before: afterwards nobody knows by how much.
     behind = any(v.comparison is not None or any(term.start for term in v.terms) for v in values)
     plain = not behind and all(v.picked is None and v.fake.dim() == rank for v in values)

@@ -84,7 +84,7 @@ def setitem(value: Value, node: Node, args: Args) -> Value:
         return fill(value, node, part, number)
     if isinstance(part, int):
         part = slice(part, part + 1 if part != -1 else None)
-    bounds = (part.start, part.stop, part.step) if isinstance(part, slice) else (None, None, object())
+    bounds: tuple[Any, ...] = (part.start, part.stop, part.step) if isinstance(part, slice) else (None, None, object())
     if not all(s is None or isinstance(s, int) for s in bounds):
         raise Refused("logits of computed columns are written to in place", "use masked_fill with a mask")
     if not isinstance(value.vocab, int):
@@ -92,6 +92,7 @@ def setitem(value: Value, node: Node, args: Args) -> Value:
 
     def step(z: Tensor, extra: list[Tensor]) -> Tensor:
         # Not in place: where deferred logits are read, autograd does not see a write through a view.
-        return z.slice_scatter(torch.full_like(z[..., slice(*bounds)], number), -1, *bounds[:2], bounds[2] or 1)
+        start, stop, stride = bounds
+        return z.slice_scatter(torch.full_like(z[..., slice(*bounds)], number), -1, start, stop, stride or 1)
 
     return _masked(value, node, Mask(None, bounds, number, (), value.vocab), step)

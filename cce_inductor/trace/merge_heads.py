@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node, Proxy
+from torch.fx import Node
 
-from ..graph.builder import Builder
+from ..graph.builder import Builder, Proxy
 from ..graph.fakes import fake, same
 from ..graph.refusal import Refused
 from . import operands

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import Node, Proxy
+from torch.fx import Node
 
-from ..graph.builder import Builder
+from ..graph.builder import Builder, Proxy
 from ..graph.fakes import fake
 from .values import Head, Listed, Mask, Range, Shift, Value
 

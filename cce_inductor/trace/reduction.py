@@ -49,7 +49,7 @@ class Reduction:
 
     @property
     def since(self) -> Node:
-        """The node that read the target and `others`."""
+        """The node from which on the target and `others` must not change: the one that read them."""
         return self.node
 
     @property

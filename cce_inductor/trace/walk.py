@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from torch import Tensor
-from torch.fx import Graph, Node, Proxy
+from torch.fx import Graph, Node
 
 from ..graph import memory
-from ..graph.builder import Builder
+from ..graph.builder import Builder, Proxy
 from ..graph.fakes import example, fake
 from ..graph.nodes import Op
 from ..graph.refusal import Refusal, Refused

@@ -14,7 +14,7 @@ from gpu_graphs import generate
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cce_inductor.lowering.schedules import Sweep
-from cce_inductor.lowering.triton_configs import KEPT_TILE, TABLE, kind
+from cce_inductor.lowering.triton_configs import CACHED_TILE, TABLE, kind
 from cce_inductor.ops.choice import Choice
 
 SHAPE = (8192, 4096, 128256)  # Llama 3 8B
@@ -56,7 +56,7 @@ def compiled(dtype: str, variants: Sequence[str] = tuple(VARIANTS)) -> Iterator[
     for architecture, variant in itertools.product(ARCHITECTURES, variants):
         table = TABLE[architecture]
         for tiles in dict.fromkeys(tiles for lists in table.values() for tiles in lists[column]):
-            if variant == "kept" and tiles.block_n != KEPT_TILE:
+            if variant == "kept" and tiles.block_n != CACHED_TILE:
                 continue
             # What Inductor writes for AMD differs in nothing that our kernels use.
             capability = architecture if isinstance(architecture, int) else 80

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from cce_inductor.lowering.schedules import Round, Sweep
-from cce_inductor.lowering.triton_configs import KEPT_TILE
+from cce_inductor.lowering.triton_configs import CACHED_TILE
 from cce_inductor.lowering.triton_template import Tiles
 from cce_inductor.ops.call import Attributes
 from cce_inductor.ops.library import FORWARD
@@ -195,7 +195,7 @@ EVERY = ("input", "weight", "bias")
 THREE = (Round(0, 256, 512, 0), Round(512, 512, 1280, 2), Round(1280, 512, 1700, 4))
 BUDGET = Case(plain, n=300, v=1700, d=40, sharp=3.0, budget=1e-2, rounds=THREE)
 # The forward keeps logits in tiles of this many columns.
-KEEPING = replace(SMALL, block_n=KEPT_TILE)
+KEEPING = replace(SMALL, block_n=CACHED_TILE)
 CASES = {
     "float32": Case(plain),
     "bfloat16": Case(plain, dtype=torch.bfloat16),

@@ -31,7 +31,7 @@ from gpu_graphs import generate
 from cce_inductor.lowering import cuda_budget
 from cce_inductor.lowering.schedule_choice import ScheduleChoice, _example
 from cce_inductor.lowering.schedules import budget_slabs, rounds, schedules
-from cce_inductor.lowering.triton_configs import KEPT_TILE, TABLE
+from cce_inductor.lowering.triton_configs import CACHED_TILE, TABLE
 from cce_inductor.ops.choice import Choice
 
 HERE = Path(__file__).parent
@@ -504,4 +504,4 @@ def test_every_kernel_has_configurations_for_every_kind_of_operands():
                 plain = [t for t in tiles if not t.tma]
                 assert plain, "operands of any strides"
                 # What the forward keeps lies in tiles of one width.
-                assert not kernel.endswith("kept") or any(t.block_n == KEPT_TILE for t in plain)
+                assert not kernel.endswith("kept") or any(t.block_n == CACHED_TILE for t in plain)

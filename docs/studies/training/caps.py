@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...ops import bound, filtered, reference
-from ...ops.call import Attributes, Call
+from cce_inductor.ops import bound, filtered, reference
+from cce_inductor.ops.call import Attributes, Call
 
 CAPS = (16, 64, 256, None)  # of budgets; None: rows are not looked at
 

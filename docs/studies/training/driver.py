@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ... import config
-from ..rounds import say
+from cce_inductor import config
+from cce_inductor.bench.rounds import say
+
 from .specs import FILTERS
 
 

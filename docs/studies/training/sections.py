@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ...demo.data import english_text, load_tokens
-from ..docs import Section
-from . import caps, driver, errors, finetune, pictures, tables
+import torch
+
+from cce_inductor.bench.docs import Section
+from cce_inductor.bench.smollm2 import of_model
+from cce_inductor.instruments.data import english_text, load_tokens
+
+from . import caps, driver, errors, finetune, pictures, pretrain, tables
+from .made import made
 from .specs import LION, Finetuning, Plan, Pretraining, plan
-
-if TYPE_CHECKING:
-    import torch
 
 PAGE = "accuracy"
 SEQ = 512  # tokens a text, where the model is looked at before training
 QUICK_VOCAB = 512
+SEED = 0  # of the texts and the made head that are looked at before training
 
 ERRORS = """\
 Gradients of a mean loss in bf16, operands and results, relative to float64 on the same operands (Frobenius norm); and
@@ -67,24 +70,20 @@ class Inputs:
 
     @cached_property
     def tokens(self) -> torch.Tensor:
+        """(tokens,) int64: the text as the model reads it, or made ones."""
         if self.model is not None:
             return load_tokens(self.model, english_text())
-        import torch
-
         words = torch.rand(4096, generator=torch.Generator().manual_seed(0))
         return (QUICK_VOCAB**words - 1).long()
 
     def subject(self, layers: int) -> finetune.Subject:
+        """A fresh model whose uppermost layers learn."""
         return finetune.Small(QUICK_VOCAB, 16, 64) if self.model is None else finetune.Checkpoint(self.model, layers)
 
 
-def heads(inputs: Inputs, rows: int, seed: int) -> dict[str, Any]:
+def heads(inputs: Inputs, rows: int) -> dict[str, Any]:
     """Errors and row checks of a head before any training of ours."""
-    import torch
-
-    from ..masses import made, of_model
-
-    found = made(rows, QUICK_VOCAB, seed) if inputs.model is None else of_model(inputs.model, rows, SEQ, seed)
+    found = made(rows, QUICK_VOCAB, SEED) if inputs.model is None else of_model(inputs.model, rows, SEQ, SEED)
     modes = errors.modes_for(driver.supported)
     return {
         "errors": errors.measure(*found, modes, torch.bfloat16),
@@ -92,17 +91,15 @@ def heads(inputs: Inputs, rows: int, seed: int) -> dict[str, Any]:
     }
 
 
-def run(model: Path | None, folder: Path, pictures_folder: Path, seed: int, more: bool) -> Iterator[Section]:
+def run(model: Path | None, folder: Path, pictures_folder: Path, more: bool) -> Iterator[Section]:
     """Every section, each as soon as its runs are done; without a model a tiny made one.
 
     more: False does no runs, and takes those that are done.
     """
-    from .pretrain import run as pretrain
-
     todo = plan(quick=model is None)
     inputs = Inputs(model)
     name = "a made head" if model is None else model.name
-    before = driver.once(folder / "heads.json", lambda: heads(inputs, todo.rows, seed))
+    before = driver.once(folder / "heads.json", lambda: heads(inputs, todo.rows))
     modes = errors.modes_for(driver.supported)
     tuned = driver.finish(
         todo.finetuning,
@@ -114,7 +111,7 @@ def run(model: Path | None, folder: Path, pictures_folder: Path, seed: int, more
     if tuned:
         yield _finetuning(tuned, name, todo.finetuning[0], pictures_folder)
     yield _caps(before, tuned, name, todo)
-    trained = driver.finish(todo.pretraining, lambda spec: pretrain(spec, inputs.tokens), folder, more)
+    trained = driver.finish(todo.pretraining, lambda spec: pretrain.run(spec, inputs.tokens), folder, more)
     if trained:
         yield from _pretraining(trained, todo.pretraining[0], pictures_folder)
 

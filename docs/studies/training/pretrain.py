@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import config, linear_cross_entropy
-from ...demo.data import batches
-from ..rounds import say
+from cce_inductor import config, linear_cross_entropy
+from cce_inductor.bench.rounds import say
+from cce_inductor.instruments.data import batches
+
 from .losses import loss_of
 from .model import Model
 from .optimizers import make

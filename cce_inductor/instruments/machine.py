@@ -69,7 +69,8 @@ def _gpu() -> dict[str, Any]:
     }
 
 
-def describe(threads: int | None, device: str = "cpu") -> dict[str, Any]:
+def describe(device: str = "cpu") -> dict[str, Any]:
+    """What results are stored with, for JSON: processor, memory in bytes, versions, date, commit."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -77,7 +78,7 @@ def describe(threads: int | None, device: str = "cpu") -> dict[str, Any]:
         **(_gpu() if device == "cuda" else {}),
         **_cpu(),
         "cores": cores,
-        "threads": threads or torch.get_num_threads(),
+        "threads": torch.get_num_threads(),
         "ram": total_ram(),
         "torch": str(torch.__version__),
         "python": platform.python_version(),
@@ -88,6 +89,7 @@ def describe(threads: int | None, device: str = "cpu") -> dict[str, Any]:
 
 
 def sentence(machine: dict[str, Any]) -> str:
+    """What `describe` gave, for people."""
     isa = ", ".join(machine["isa"]) or "no extension we know"
     gpu = ""
     if "gpu" in machine:

@@ -1,9 +1,10 @@
 """The side of the conversation that runs in a child: requests come down one pipe, answers go up another.
 
-    python -m MODULE JOB_JSON REQUESTS_FD ANSWERS_FD
+    python -m MODULE JOB_JSON REQUESTS_FD ANSWERS_FD          (instruments/child.py is the other side)
 
 A request is a line of JSON, ``{"do": name, ...}``; it is answered by a line with what the handler returned, or
-``{"error": ...}``. Between requests the process sleeps in a blocking read; it ends when the pipe is closed.
+``{"error": ...}``, after which the process ends with status 1. Between requests it sleeps in a blocking read; it also
+ends when the pipe is closed.
 Whatever libraries print goes elsewhere and can not end up in an answer.
 """
 
@@ -36,7 +37,7 @@ def reason(error: Exception) -> str:
 
 
 def main(argv: list[str], make: Callable[[dict[str, Any]], Handlers]) -> int:
-    """Serve the handlers that ``make(job)`` gives, until the requests end."""
+    """Serve the handlers that ``make(job)`` gives, until the requests end or one fails; the exit status."""
     job = json.loads(argv[0])
     if job.get("memory_limit"):
         _limit_data(job["memory_limit"])
@@ -46,9 +47,11 @@ def main(argv: list[str], make: Callable[[dict[str, Any]], Handlers]) -> int:
             request = json.loads(line)
             try:
                 answer = handlers[request.pop("do")](**request)
-            except Exception as error:  # any failure is a result of the benchmark
+            except Exception as error:  # any failure is a result
                 traceback.print_exc()
                 answer = {"error": reason(error)}
             answers.write(json.dumps(answer) + "\n")
             answers.flush()
+            if "error" in answer:
+                return 1
     return 0

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import cce_backend, config, linear_cross_entropy
+from cce_inductor import cce_backend, config, linear_cross_entropy
+
 from .specs import EAGER, EXACT, FILTERS, PERMUTED
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of hidden states (..., D), head (V, D), targets (...)
@@ -36,12 +38,13 @@ def compiled(mode: str) -> Loss:
     """By the kernels that torch.compile is given; "eager" is not compiled."""
     if mode == EAGER:
         return _plain
-    options = {"grad_filter": _filter(mode), "min_vocab": 0, "strict": True}
+    options: dict[str, Any] = {"grad_filter": _filter(mode), "min_vocab": 0, "strict": True}
     made = torch.compile(_plain, backend=cce_backend, dynamic=False, options=options)
     return made  # type: ignore[no-any-return]
 
 
 def loss_of(mode: str, by_compiler: bool) -> Loss:
+    """The mean loss of a mode, a scalar in fp32."""
     return compiled(mode) if by_compiler else direct(mode)
 
 

@@ -10,6 +10,8 @@ HEADS = 4
 
 
 class Layer(nn.Module):
+    """Attention and an MLP on hidden states (batch, seq, width), each with a residual."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(2))
@@ -37,6 +39,7 @@ class Model(nn.Module):
             nn.init.normal_(weight, std=0.02 if weight is self.head else 1.0 / width**0.5)
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Ids (batch, seq) to hidden states (batch, seq, width)."""
         positions = torch.arange(ids.shape[1], device=ids.device)
         return self.norm(self.layers(self.embedding(ids) + self.position(positions)))
 

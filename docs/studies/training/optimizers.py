@@ -18,7 +18,8 @@ class Lion(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step; weights without a gradient stay."""
         for group in self.param_groups:
             first, second = group["betas"]
             for weight in group["params"]:

@@ -23,7 +23,6 @@ FILTERS: dict[str, Any] = {
 }
 # The same training as exact but for rounding: how far two runs drift apart that nobody would call different.
 EAGER, PERMUTED = "eager", "exact, permuted"
-FLOOR = (EAGER, PERMUTED)
 # Those that models are trained with, the most telling first; of the others only the gradients' errors are measured.
 TRAINED = (EXACT, "budget 2⁻⁹", "unbiased 2⁻⁹", "eps 2⁻¹²", "budget 1e-2", "unbiased 1e-2", EAGER, PERMUTED)
 LION: dict[str, Any] = {"optimizer": "Lion"}
@@ -98,6 +97,7 @@ class Plan:
 
 
 def plan(quick: bool) -> Plan:
+    """Everything that docs/accuracy.md shows; quick: tiny models and few steps."""
     small: dict[str, Any] = {}
     tuned: dict[str, Any] = {}
     if quick:

@@ -7,12 +7,12 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 import torch.nn.functional as F
-
-from cce_inductor.bench.main import main
-from cce_inductor.bench.training import caps, driver, errors, paired, pretrain, specs, tables
-from cce_inductor.bench.training.model import Model
-from cce_inductor.bench.training.optimizers import Lion
-from cce_inductor.bench.training.specs import Finetuning, Pretraining
+from run import main
+from training import caps, driver, errors, paired, pretrain, specs, tables
+from training.made import made
+from training.model import Model
+from training.optimizers import Lion
+from training.specs import Finetuning, Pretraining
 
 
 class TestPaired:
@@ -110,6 +110,13 @@ def test_gradients_of_reference():
     torch.testing.assert_close(dw, w.grad)
 
 
+def test_made_targets_follow_the_softmax():
+    x, weight, target = made(600, 50, seed=1)
+    assert x.shape == (600, weight.shape[1]) and len(weight) == 50
+    expected = (x @ weight.T).softmax(1).sum(0)
+    assert (torch.bincount(target, minlength=50) - expected).abs().max() < 4 * expected.max().sqrt()
+
+
 def test_what_rows_lose():
     x, w, t = 2 * torch.randn(300, 8), torch.randn(2000, 8), torch.randint(2000, (300,))
     budget = 0.05
@@ -179,7 +186,7 @@ def test_groups():
 
 
 def test_command(tmp_path, capsys):
-    command = ["--training", "--quick", "--output", str(tmp_path / "out"), "--docs", str(tmp_path / "docs")]
+    command = ["training", "--quick", "--out", str(tmp_path / "out"), "--docs", str(tmp_path / "docs")]
     assert main(command) == 0
     printed = capsys.readouterr().out
     page = (tmp_path / "docs" / "accuracy.md").read_text()

@@ -12,13 +12,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from ..demo import memory
+from . import memory
 
 ITERATIONS = 5  # of a repetition on a GPU
 
 
 class Cpu:
+    """Wall time, and this process's resident set."""
+
     def seconds(self, call: Callable[[], Any]) -> float:
+        """How long one call took, in seconds."""
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
@@ -28,9 +31,11 @@ class Cpu:
         memory.trim()
 
     def level(self) -> int:
+        """Bytes that are in use now."""
         return memory.rss()
 
     def peak(self) -> RssPeak:
+        """A context manager whose `value` is the most bytes in use inside."""
         return RssPeak()
 
 
@@ -52,6 +57,8 @@ class RssPeak(AbstractContextManager):
 
 
 class Cuda:
+    """Time between CUDA events, and what PyTorch's allocator has given out."""
+
     def seconds(self, call: Callable[[], Any]) -> float:
         """Median over `ITERATIONS` calls behind each other, after one that allocates again what `trim` gave back."""
         import torch
@@ -75,11 +82,13 @@ class Cuda:
         torch.cuda.empty_cache()
 
     def level(self) -> int:
+        """Bytes that are in use now."""
         import torch
 
         return torch.cuda.memory_allocated()
 
     def peak(self) -> AllocatorPeak:
+        """A context manager whose `value` is the most bytes in use inside."""
         return AllocatorPeak()
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from . import report
-from .docs import Section
+from cce_inductor import config
+from cce_inductor.bench import report
+from cce_inductor.bench.docs import Section
+from cce_inductor.ops.bound import BLOCK, bound_bytes, group
 
 ROWS = (1024, 2048, 8192, 32768, 131072)
 VOCABULARIES = (32000, 49152, 128256, 262144)
@@ -23,8 +25,7 @@ class Size:
 
 
 def sizes(workspace: int) -> list[Size]:
-    from ..ops.bound import bound_bytes, group
-
+    """For each of `ROWS` and `VOCABULARIES`, with a workspace of so many bytes."""
     return [
         Size(n, v, bound_bytes(n, v, workspace), group(n, v, workspace, "cpu"), 2 * n * v)
         for n in ROWS
@@ -33,9 +34,7 @@ def sizes(workspace: int) -> list[Size]:
 
 
 def run() -> Section:
-    from .. import config
-    from ..ops.bound import BLOCK
-
+    """The table of the sizes, with the workspace of this process."""
     settings = config.current()
     found = sizes(settings.workspace_bytes)
     text = f"""\

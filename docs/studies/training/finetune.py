@@ -11,8 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from cce_inductor.instruments.data import load_model
+
 from . import caps, errors
 from .losses import direct, loss_of
+from .model import Model
 from .specs import EXACT, Finetuning
 
 BUDGET = 2**-9  # under which blocks are examined
@@ -32,8 +35,6 @@ class Small:
     """The small language model, for trying the harness out."""
 
     def __init__(self, vocab: int, width: int, seq: int) -> None:
-        from .model import Model
-
         self.model = Model(vocab, width, 1, seq)
         self.head = self.model.head
 
@@ -48,8 +49,6 @@ class Checkpoint:
     """A Hugging Face model of which the `layers` uppermost layers and the head, untied from the embedding, learn."""
 
     def __init__(self, path: Path, layers: int) -> None:
-        from ...demo.data import load_model
-
         model = load_model(path, torch.float32)
         self.base = model.base_model.requires_grad_(False)
         for layer in self.base.layers[-layers:]:

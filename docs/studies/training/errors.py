@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..measure import relative_error
+from cce_inductor.bench.measure import relative_error
+
 from .losses import direct
 from .specs import EAGER, FILTERS
 
@@ -53,4 +54,5 @@ def measure(x: Tensor, weight: Tensor, target: Tensor, modes: list[str], dtype: 
 
 
 def modes_for(supported: Any) -> list[str]:
+    """The names of eager and of the filters that this version has, as `supported` says of a name."""
     return [EAGER, *(mode for mode in FILTERS if supported(mode))]

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..plots import load_pyplot
+from cce_inductor.bench.plots import load_pyplot
+
 from .specs import EXACT
 from .tables import KNOWN, Run, by_mode
 
@@ -53,6 +54,7 @@ def curves(panels: Sequence[tuple[str, Sequence[float], Mapping[str, Any]]], pat
 
 
 def pretraining(parts: Mapping[str, Sequence[Run]], path: Path) -> None:
+    """Held-out losses over the steps, a panel for each optimizer."""
     panels = []
     for name, runs in parts.items():
         steps = [step for step, _ in runs[0]["curve"]]
@@ -65,5 +67,6 @@ def pretraining(parts: Mapping[str, Sequence[Run]], path: Path) -> None:
 
 
 def finetuning(runs: Sequence[Run], path: Path) -> None:
+    """Losses of the texts over the steps."""
     found = {mode: {s: run["losses"] for s, run in seeds.items()} for mode, seeds in by_mode(runs).items()}
     curves([("loss of the texts learned", range(len(runs[0]["losses"])), found)], path, level=True)

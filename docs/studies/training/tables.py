@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .. import report
+from cce_inductor.bench import report
+
 from . import caps
 from .errors import QUANTILES
 from .paired import Gap, gap, spread
@@ -27,6 +28,7 @@ def by_mode(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
 
 
 def values(runs: Mapping[int, Run], value: Callable[[Run], float]) -> dict[int, float]:
+    """A number of each run, by seed."""
     return {seed: value(run) for seed, run in runs.items()}
 
 
@@ -69,6 +71,7 @@ def _spread(numbers: Mapping[int, float], digits: int = 4) -> str:
 
 
 def pretraining(runs: Sequence[Run]) -> str:
+    """Losses by mode, and their gaps to exact."""
     modes = by_mode(runs)
     head = ["gradient of the head", "seeds", "held-out loss", "gap to exact", "curve", "training loss", "gap to exact"]
     rows = []
@@ -126,6 +129,7 @@ def words(runs: Sequence[Run]) -> str:
 
 
 def finetuning(runs: Sequence[Run]) -> str:
+    """Steps needed and losses by mode, and their gaps to exact."""
     modes = by_mode(runs)
     head = ["gradient of the head", "seeds", f"steps to a loss < {KNOWN}", "final loss", "gap to exact"]
     head += ["loss on other texts", "gap to exact"]
@@ -141,6 +145,7 @@ def finetuning(runs: Sequence[Run]) -> str:
 
 
 def errors(found: Mapping[str, Any]) -> str:
+    """What errors.measure found, by mode."""
     head = ["gradient of the head", "error of dx", "error of dW"]
     head += [f"rows of dW: {'median' if q == 0.5 else f'{q:.0%} quantile'}" for q in QUANTILES]
     head += ["rows of dW exactly 0, %"]

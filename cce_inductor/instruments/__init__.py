@@ -1,0 +1,1 @@
+"""What the demo and the benchmark share: child processes, meters of time and memory, a model and a text to train on."""
