@@ -39,28 +39,26 @@ HERE = Path(__file__).parent
 NO_PRODUCT = {"linear_statistics_dlogits, kept", "linear_statistics_early"} | {
     f"budget_{name}" for name in ("select", "mask", "bits", "tiles", "plan", "list", "check")
 }
-# Variants of what the others show.
-RARE = [
-    "budget, float16",
-    "budget, peaked",
-    "budget, flat",
-    "budget, softcap and scale",
-    "budget, softcap by a root",
-    "gradients in the forward, a wide softcap",
-    "budget, every row ignored",
-    "budget, smoothing",
-    "blocks in float16",
-    "every row ignored, float16",
-    "every statistic, splits",
-    "TMA, in blocks",
+# One of each kind of kernel, operand and statistic. All others are variants of these, and slow tests: interpreting one
+# takes some seconds.
+OFTEN = [
+    *(
+        "float32",
+        "bfloat16",
+        "softcap, scale and smoothing",
+        "class weights",
+        "every row ignored",
+        "any number of rows",
+    ),
+    *("separate", "slab, library", "chunk", "blocks", "TMA"),
+    *("gradients in the forward, bfloat16", "gradients in the forward, NaN", "infinite logits", "large logits"),
+    *("budget", "budget, NaN"),
 ]
-OFTEN = [name for name in CASES if name not in RARE]
-# A third of the cases to a process: interpreting costs some seconds each.
-GROUPS = [OFTEN[i::3] for i in range(3)]
+VARIANTS = [name for name in CASES if name not in OFTEN]
 
 
 @pytest.mark.parametrize(
-    "group", [*GROUPS, pytest.param(RARE, marks=pytest.mark.slow)], ids=["1", "2", "3", "variants"]
+    "group", [OFTEN, *(pytest.param(VARIANTS[i::3], marks=pytest.mark.slow) for i in range(3))], ids=["often", *"123"]
 )
 def test_interpreted_kernels_obey_the_error_rule(group):
     """Whole training graphs, forward and backward, with every kernel that Inductor generates for them."""
