@@ -328,8 +328,8 @@ def test_the_bound_is_never_below_the_mass(kind, configuration):
 
 def test_the_bound_is_little_above_the_mass(monkeypatch):
     """With one split: as the eager implementation's where its slabs are the kernel's tiles. With more: the first round
-    knows one tile of each of `splits`, the last everything. Differences in steps of the code: 12 % each. (With AVX2, whose
-    tiles have fewer rows, 0.101 for the first.)"""
+    knows one tile of each of `splits`, the last everything. Differences in steps of the code, 12 % each. (With AVX2,
+    whose tiles have fewer rows, 0.101 for the first.)"""
     monkeypatch.setattr(reference, "SLAB_COLUMNS", 128)
     for n, most in ((600, 0.15), (140, 6.0)):
         head = peaked(n, 40, 3000)
