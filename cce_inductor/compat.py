@@ -403,3 +403,25 @@ def is_of_replayed_cuda_graph(error: RuntimeError) -> bool:
 
 
 OVERWRITTEN = "output of CUDAGraphs that has been overwritten"
+
+
+def cpu_extensions() -> list[tuple[str, bool]]:
+    """The instruction sets for matrices that this torch can ask a CPU for, each with whether it has them."""
+    found = []
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        test = getattr(torch.cpu, name, None)
+        if test is not None:
+            found.append((name.removeprefix("_is_").removesuffix("_supported"), bool(test())))
+    return found
+
+
+def has_inductor_option(name: str) -> bool:
+    """Whether Inductor's config has an option."""
+    import torch._inductor.config
+
+    return hasattr(torch._inductor.config, name)
+
+
+def has_linear_cross_entropy() -> bool:
+    """Whether PyTorch has a fused linear cross-entropy of its own."""
+    return hasattr(torch.nn.functional, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions")

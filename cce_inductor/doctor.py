@@ -34,10 +34,7 @@ def _installed(distribution: str) -> str | None:
 
 def _devices() -> list[tuple[str, str]]:
     found = [("cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")]
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        test = getattr(torch.cpu, name, None)
-        if test is not None:
-            found.append(("cpu " + name.removeprefix("_is_").removesuffix("_supported"), "yes" if test() else "no"))
+    found += [(f"cpu {name}", "yes" if there else "no") for name, there in compat.cpu_extensions()]
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(i)

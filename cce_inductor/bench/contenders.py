@@ -66,9 +66,10 @@ def _functional() -> Head:
 def _needs_config(name: str) -> Callable[[], str | None]:
     def missing() -> str | None:
         import torch
-        import torch._inductor.config
 
-        return None if hasattr(torch._inductor.config, name) else f"torch {torch.__version__} has no {name}"
+        from .. import compat
+
+        return None if compat.has_inductor_option(name) else f"torch {torch.__version__} has no {name}"
 
     return missing
 
@@ -76,7 +77,9 @@ def _needs_config(name: str) -> Callable[[], str | None]:
 def _needs_functional() -> str | None:
     import torch
 
-    if hasattr(torch.nn.functional, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions"):
+    from .. import compat
+
+    if compat.has_linear_cross_entropy():
         return None
     return f"torch {torch.__version__} has no F.linear_cross_entropy(options=...)"
 
