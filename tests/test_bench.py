@@ -289,7 +289,7 @@ class TestArguments:
         commands = [c for page in pages for c in re.findall(r"`python -m cce_inductor bench ?([^`]*)`", page)]
         commands += [c for page in pages for c in re.findall(r'BENCH_ARGS="?([^"\s`]*)', page)]
         presets = {arguments.parse(shlex.split(command)).preset for command in commands if command != "--help"}
-        assert presets == set(arguments.PRESETS) - {"reads"}
+        assert presets == set(arguments.PRESETS)
         page = (root / "docs" / "benchmarks.md").read_text()
         sections = re.findall(r"<!-- bench:(\S+) -->\n(.*)", page)
         assert sections and all(first.startswith("`python ") for _, first in sections)
