@@ -615,8 +615,9 @@ class Interpreter:
     def _follow_lse(self, node: Node, op: Op, made: Reading | None = None) -> None:
         """Remembers the log-sum-exps of rows, in the rank of the logits."""
         if made is not None:
-            if made.statistics == SOFTMAX and isinstance(example(node), Tensor):
-                (self.lse if op.name == "logsumexp" else self.sums)[node] = made
+            known = {"logsumexp": self.lse, "sum": self.sums}.get(op.name)
+            if known is not None and made.statistics == SOFTMAX and made.value.factor == 1.0:
+                known[node] = made
             return
         source = op.args.get("input")
         for known in (self.lse, self.sums):
