@@ -49,6 +49,26 @@ def check(seeds: range, dtype: torch.dtype = torch.float64, dynamic: bool | None
 
 # What the generator found, made as short as it could be.
 FOUND = {
+    "exponentials over their mean": (
+        "z = F.linear(h, w)",
+        "p = z.exp() / z.exp().mean(-1, keepdim=True)",
+        "r0 = p.gather(-1, t.clamp(min=0)[..., None]).mean() + F.cross_entropy(z.view(-1, z.shape[-1]), t.view(-1))",
+    ),
+    "exponentials over the sum of their double": (
+        "z = F.linear(h, w)",
+        "p = z.exp() / (2 * z.exp()).sum(-1, keepdim=True)",
+        "r0 = p.gather(-1, t.clamp(min=0)[..., None]).mean() + F.cross_entropy(z.view(-1, z.shape[-1]), t.view(-1))",
+    ),
+    "less the logarithm of the mean of the exponentials": (
+        "z = F.linear(h, w)",
+        "p = z - z.exp().mean(-1, keepdim=True).log()",
+        "r0 = p.gather(-1, t.clamp(min=0)[..., None]).mean() + F.cross_entropy(z.view(-1, z.shape[-1]), t.view(-1))",
+    ),
+    "less the logarithm of the sum of doubled exponentials": (
+        "z = F.linear(h, w)",
+        "p = z - (2 * z.exp()).sum(-1, keepdim=True).log()",
+        "r0 = p.gather(-1, t.clamp(min=0)[..., None]).mean() + F.cross_entropy(z.view(-1, z.shape[-1]), t.view(-1))",
+    ),
     "a bias with a gradient on detached logits": (
         "z = F.linear(h, w).detach() + b",
         "r0 = F.cross_entropy(z.view(-1, z.shape[-1]), t.view(-1))",
