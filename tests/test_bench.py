@@ -312,6 +312,7 @@ class TestRun:
         result = rounds.run_case(CASE, rounds.Options(tmp_path, tmp_path, ("eager", "compile", "ours")))
         assert ran == [(2, True), (1, False)] and not result.interleaved
 
+    @pytest.mark.slow
     def test_the_pass_takes_a_small_part_of_the_compile_time(self, tmp_path, capsys):
         pytest.importorskip("transformers")
         assert main(["compile-time", "--quick", "--out", str(tmp_path)]) == 0

@@ -62,6 +62,7 @@ def test_second_process_is_warm_and_an_edit_is_not(tmp_path, copied_package):
     assert edited["aot"].get("autograd_cache_miss") == 1 and edited["inductor"]["fxgraph_cache_miss"] >= 1
 
 
+@pytest.mark.slow
 def test_dynamic_rows_are_warm_for_other_numbers_of_rows(tmp_path):
     cold = train(tmp_path / "cache", dynamic=True)
     warm = train(tmp_path / "cache", dynamic=True, rows=40)
@@ -70,6 +71,7 @@ def test_dynamic_rows_are_warm_for_other_numbers_of_rows(tmp_path):
     assert warm["cce"] == cold["cce"] and warm["error"] < 1e-5
 
 
+@pytest.mark.slow
 def test_numbers_of_a_filter_are_left_by_a_warm_graph_too(tmp_path):
     cold, warm = (train(tmp_path / "cache", grad_filter=0.1, diagnostics=True) for _ in range(2))
     assert warm["aot"].get("autograd_cache_hit") == 1 and cold["aot"]["autograd_cache_miss"] == 1

@@ -69,7 +69,11 @@ def fresh(monkeypatch):
     counters.clear()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# Every third family; the others are slow tests.
+SOME = [name if i % 3 == 0 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(FAMILIES)]
+
+
+@pytest.mark.parametrize("name", SOME)
 def test_family(name):
     """Loss and gradients of eager, in as many graphs as PyTorch makes, and nowhere a tensor as large as the logits."""
     family = FAMILIES[name]

@@ -149,6 +149,7 @@ def test_arguments_that_do_not_go_with_it(capsys, argv, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_command(tmp_path, monkeypatch, capsys):
     """Two filters, from their processes to the documentation."""
     monkeypatch.setattr(tradeoff, "GROUPS", (("eager", "budget 1e-2"), ("eps 2⁻¹⁰, sorted",)))

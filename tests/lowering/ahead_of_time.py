@@ -38,7 +38,9 @@ VARIANTS = {
 }
 
 
-def compiled(dtype: str, variants: Sequence[str] = tuple(VARIANTS)) -> Iterator[dict]:
+def compiled(
+    dtype: str, variants: Sequence[str] = tuple(VARIANTS), architectures: Sequence = ARCHITECTURES
+) -> Iterator[dict]:
     """One row of the table for each kernel, configuration and architecture."""
     stored, compute = DTYPES[dtype]
     n, d, v = SHAPE
@@ -53,7 +55,7 @@ def compiled(dtype: str, variants: Sequence[str] = tuple(VARIANTS)) -> Iterator[
         t = torch.empty(n, dtype=torch.int64)
     column = kind([stored], compute)
     seen = set()
-    for architecture, variant in itertools.product(ARCHITECTURES, variants):
+    for architecture, variant in itertools.product(architectures, variants):
         table = TABLE[architecture]
         for tiles in dict.fromkeys(tiles for lists in table.values() for tiles in lists[column]):
             if variant == "kept" and tiles.block_n != CACHED_TILE:

@@ -78,12 +78,20 @@ def test_interpreted_kernels_obey_the_error_rule(group):
 
 
 @pytest.mark.parametrize(
-    "dtype", ["bfloat16", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float16", "autocast", "float32"))]
+    "dtype,architectures",
+    [
+        ("bfloat16", [90]),
+        pytest.param("bfloat16", [80, 100, "gfx942"], marks=pytest.mark.slow),
+        *(
+            pytest.param(dtype, ahead_of_time.ARCHITECTURES, marks=pytest.mark.slow)
+            for dtype in ("float16", "autocast", "float32")
+        ),
+    ],
 )
-def test_no_configuration_spills_or_does_without_matrix_instructions(dtype):
-    rows = list(ahead_of_time.compiled(dtype))
+def test_no_configuration_spills_or_does_without_matrix_instructions(dtype, architectures):
+    rows = list(ahead_of_time.compiled(dtype, architectures=architectures))
     wanted = {80: "mma.sync", 90: "wgmma", 100: "tcgen05", "gfx942": "mfma"}
-    assert {row["kernel"] for row in rows} == set(TABLE[90]) and {row["sm"] for row in rows} == set(wanted)
+    assert {row["kernel"] for row in rows} == set(TABLE[90]) and {row["sm"] for row in rows} == set(architectures)
     shared = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, "gfx942": 64 << 10}
     for row in rows:
         assert row["stack"] == 0 and row["shared"] <= shared[row["sm"]], row
