@@ -25,19 +25,15 @@ MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def imported(name: str) -> set[str]:
-    """The modules of the package that a module imports, inside functions as well, but not for its types alone."""
+    """The modules of the package that a module imports, inside functions and for its types as well."""
+    if not name:
+        return set()  # the package itself hands names on, and imports each when it is asked for
     path = MODULES[name]
     tree = ast.parse(path.read_text())
-    for_types = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for inner in ast.walk(node)
-    }
     folder = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     found = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level and id(node) not in for_types:
+        if isinstance(node, ast.ImportFrom) and node.level:
             base = [part for part in folder[: len(folder) - node.level + 1] if part]
             base += node.module.split(".") if node.module else []
             for alias in node.names:

@@ -6,7 +6,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +18,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from .. import compat
 from .staleness import Operand
 
-if TYPE_CHECKING:
-    from .tensor import DeferredLogits
-
 Compute = Callable[[Sequence[Tensor]], Tensor]
 # (pending logits, function, args, kwargs) -> what function(*args, **kwargs) gives, or NotImplemented.
-Fuse = Callable[["DeferredLogits", Callable, tuple, dict[str, Any]], Any]
+Fuse = Callable[[Any, Callable, tuple, dict[str, Any]], Any]
 
 
 # ---------------------------------------------------------------------------------------------------- the head

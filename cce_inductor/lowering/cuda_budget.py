@@ -10,25 +10,35 @@ done once more, in slabs that are empty if there is no such row.
 import logging
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch._inductor.utils import ceildiv
 
 from ..ops.bound import BLOCK, OFFSET, ROW_CAP, STEPS
 from .buffers import argsort, in_memory, iota, numbers, op, zeros
+from .cuda_call import KernelCall
 from .schedules import budget_slabs
 from .triton_configs import chunk, kind
-
-if TYPE_CHECKING:
-    from .cuda_backward import Backward
 
 log = logging.getLogger(__name__)
 
 TILE = 128
 
 
-def run(backward: "Backward", saved: dict[str, Any], bound: Any, budget: float) -> bool:
+class Gradients(Protocol):
+    """What is needed of the exact backward: its call and operands, its outputs, and their last step."""
+
+    call: KernelCall
+    given: dict[str, Any]
+    needs: Any
+
+    def outputs(self, makes: Any, add_dx: bool) -> dict[str, Any]: ...
+
+    def finish(self, outputs: dict[str, Any]) -> None: ...
+
+
+def run(backward: Gradients, saved: dict[str, Any], bound: Any, budget: float) -> bool:
     """Forms the gradients that `backward` needs. Its tangents are those of lse and target_logit at most.
 
     False if the workspace is too small for it, or would take too many slabs: every column may be kept.
@@ -42,7 +52,7 @@ def run(backward: "Backward", saved: dict[str, Any], bound: Any, budget: float) 
 
 
 class _Budget:
-    def __init__(self, backward: "Backward", saved: dict[str, Any], bound: Any, budget: float):
+    def __init__(self, backward: Gradients, saved: dict[str, Any], bound: Any, budget: float):
         self.backward, self.call = backward, backward.call
         call = self.call
         self.tiles = math.ceil(call.v / TILE)

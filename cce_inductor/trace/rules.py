@@ -24,7 +24,7 @@ from . import (
 from .reduction import Reduction
 from .values import Value
 
-_MODULES = {
+MODULES = {
     module.__name__.rpartition(".")[2]: module
     for module in (
         *(heads, indexing, layout, masks, pointwise),
@@ -36,7 +36,7 @@ _MODULES = {
 def _rule(where: str) -> Callable[..., Any]:
     """The function that a row of the table names as ``module.function``."""
     module, _, function = where.partition(".")
-    return getattr(_MODULES[module], function)
+    return getattr(MODULES[module], function)
 
 
 # name -> (node, arguments) -> the values of its result, one for each way to read the product

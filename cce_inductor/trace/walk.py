@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 from torch.fx import Graph, Node
@@ -43,7 +44,7 @@ class Parts:
     stale: bool = False
 
 
-class Walk:
+class Walk(abc.ABC):
     """What is known so far. Rules for several heads add nodes to the graph; `Interpreter.erase_unused` takes out those
     that nothing reads."""
 
@@ -59,9 +60,9 @@ class Walk:
         self.decomposed: list[Decomposition] = []
         self.members: dict[Node, list[Entry]] = {}  # of values that are made of several heads', when they were
 
+    @abc.abstractmethod
     def visit(self, node: Node) -> None:
         """Follows one more node."""
-        raise NotImplementedError
 
     def put(self, node: Node, trace: Trace, values: list[Value]) -> None:
         """Notes what a node is."""
@@ -155,6 +156,3 @@ def first_way(ways: Iterable[Callable[[], Value]]) -> Value:
 def distinct(traces: Iterable[Trace]) -> list[Trace]:
     """Each trace once."""
     return list({id(trace): trace for trace in traces}.values())
-
-
-Rule = Callable[[Value, Node, dict[str, Any]], Any]

@@ -6,19 +6,7 @@ import pytest
 import torch
 
 from cce_inductor.graph.spellings import FUNCTIONS, METHODS, NAMES, SPELLINGS, Fact
-from cce_inductor.trace import (
-    heads,
-    indexing,
-    layout,
-    masks,
-    pointwise,
-    ranking,
-    reductions,
-    rsqrt_softcap,
-    rules,
-    several,
-    softmax,
-)
+from cce_inductor.trace import rules
 
 TABLES = {"head": rules.HEADS, "several": rules.SEVERAL, "beside": rules.BESIDE, "rules": rules.RULES}
 
@@ -43,9 +31,7 @@ def test_a_name_that_stands_twice_has_its_facts_in_the_first_row():
         seen.add(row.name)
 
 
-@pytest.mark.parametrize(
-    "module", [heads, indexing, layout, masks, pointwise, ranking, reductions, rsqrt_softcap, several, softmax]
-)
+@pytest.mark.parametrize("module", rules.MODULES.values(), ids=list(rules.MODULES))
 def test_every_rule_is_in_the_table(module):
     """A public function that takes what a rule takes, and that no row names, would be one that nobody finds."""
     own = module.__name__.rpartition(".")[2]
