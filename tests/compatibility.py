@@ -1,7 +1,7 @@
 """docs/compatibility.md: which versions of torch and of Python were tried, and how. `make compatibility` writes it.
 
-Tests are run in every environment that `make setup TORCH=...` has made. What came out is kept there, and is not run
-again while package, templates and tests stay what they are. For each Python the command uses what it finds: an
+All tests but the slow ones are run in every environment that `make setup TORCH=...` has made. What came out is kept
+there, and is not run again while package, templates and tests stay what they are. For each Python the command uses what it finds: an
 environment, an interpreter, or only what a linter and a type checker know of that version.
 """
 
@@ -23,14 +23,8 @@ ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 PYTHONS = (10, 11, 12, 13, 14)
 
-# What stands for each part of the package; `make test TORCH=...` runs everything.
-AREAS = {
-    "rewrite": ("rewrite/test_idioms.py", "rewrite/test_refusals.py", "rewrite/test_decompose.py"),
-    "operators": ("ops/test_operators.py", "ops/test_autograd.py", "ops/test_autocast.py"),
-    "kernels": ("lowering/test_cpu.py", "lowering/test_cuda.py"),
-    "deferral": ("test_deferred.py", "test_other_graphs.py"),
-    "backend": ("test_backend.py", "test_version.py"),
-}
+# area -> its folder of `tests/`; the last has what lies in none of the others.
+AREAS = {"rewrite": "rewrite", "operators": "ops", "kernels": "lowering", "everything else": ""}
 
 # Run by the interpreter of an environment: what it consists of.
 ABOUT = """
@@ -83,8 +77,8 @@ def sources() -> str:
     return digest.hexdigest()[:16]
 
 
-def environments(jobs: int, areas: list[str]) -> Iterator[Environment]:
-    """Every environment that is there, its tests of `areas` run."""
+def environments(jobs: int) -> Iterator[Environment]:
+    """Every environment that is there, its tests run."""
     for home in sorted(ROOT.glob(".venv-*")):
         if not (home / ".stamp").exists():
             continue
@@ -96,30 +90,35 @@ def environments(jobs: int, areas: list[str]) -> Iterator[Environment]:
         kept = home / "compatibility.json"
         known = json.loads(kept.read_text()) if kept.exists() else {}
         key = f"{sources()} {sorted(about.items())}"
-        results = known["results"] if known.get("key") == key else {}
-        for area in areas:
-            if area not in results:
-                print(f"torch {about['torch']}: {area}", file=sys.stderr, flush=True)
-                results[area] = outcome(python, AREAS[area], jobs, home)
-                kept.write_text(json.dumps({"key": key, "results": results}, indent=1))
-        yield Environment(about, results)
+        if known.get("key") != key:
+            print(f"torch {about['torch']}", file=sys.stderr, flush=True)
+            known = {"key": key, "results": outcome(python, ROOT / "tests", jobs, home)}
+            kept.write_text(json.dumps(known, indent=1))
+        yield Environment(about, known["results"])
 
 
-def outcome(python: Path, files: tuple[str, ...], jobs: int, home: Path) -> dict:
-    """What pytest says of some test files: how many passed, failed and were skipped, and which failed."""
-    cache = {"TORCHINDUCTOR_CACHE_DIR": str(home / "inductor-cache")}
+def outcome(python: Path, tests: Path, jobs: int, home: Path) -> dict[str, dict]:
+    """What pytest says of a folder of tests, for each area: how many passed and were skipped, and which failed."""
+    cache = home / "inductor-cache"
+    shutil.rmtree(cache, ignore_errors=True)  # as `make test` does
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        paths = [ROOT / "tests" / name for name in files]
         options = ("-q", "-n", jobs, "--dist", "loadgroup", f"--junitxml={report}")
-        done = run(python, "-m", "pytest", *options, *paths, env=cache)
+        done = run(python, "-m", "pytest", *options, tests, env={"TORCHINDUCTOR_CACHE_DIR": str(cache)})
         if done.returncode not in (0, 1) or not report.exists():  # not even the tests were found
-            return {"passed": 0, "skipped": 0, "failed": [f"pytest itself, exit {done.returncode}"]}
+            return {list(AREAS)[-1]: {"passed": 0, "skipped": 0, "failed": [f"pytest itself, exit {done.returncode}"]}}
         cases = list(ElementTree.parse(report).getroot().iter("testcase"))
-    kinds = [{child.tag for child in case} for case in cases]
-    failed = [c.get("name") for c, kind in zip(cases, kinds, strict=True) if kind & {"failure", "error"}]
-    skipped = sum("skipped" in kind and not kind & {"failure", "error"} for kind in kinds)
-    return {"passed": len(cases) - len(failed) - skipped, "skipped": skipped, "failed": failed}
+    results: dict[str, dict] = {}
+    for case in cases:
+        folders = case.get("classname", "").split(".")
+        area = next(area for area, folder in AREAS.items() if folder in folders or not folder)
+        result = results.setdefault(area, {"passed": 0, "skipped": 0, "failed": []})
+        kinds = {child.tag for child in case}
+        if kinds & {"failure", "error"}:
+            result["failed"].append(case.get("name"))
+        else:
+            result["skipped" if "skipped" in kinds else "passed"] += 1
+    return results
 
 
 def counts(result: dict | None) -> str:
@@ -185,8 +184,8 @@ INTRODUCTION = """\
 # Compatibility
 
 `make compatibility` writes this file, from what it finds on the machine where it is run: in each environment that
-`make setup TORCH=...` has made there it runs the tests named below, and for each Python it says how far it was tried.
-`make test TORCH=...` runs all tests with one torch; this is a part of them. One wheel serves all versions.
+`make setup TORCH=...` has made there it runs what `make test` runs, and for each Python it says how far it was tried.
+One wheel serves all versions.
 """
 
 
@@ -203,7 +202,7 @@ def document(found: list[Environment]) -> str:
     for one in sorted(found, key=lambda one: one.release):
         cells = [one.about["torch"], one.about["triton"], one.about["numpy"], one.about["python"]]
         lines.append("| " + " | ".join([*cells, *(counts(one.results.get(area)) for area in AREAS)]) + " |")
-    lines += ["", *(f"* {area}: {', '.join(f'`tests/{name}`' for name in names)}" for area, names in AREAS.items()), ""]
+    lines += ["", f"Where the tests lie: {', '.join(f'{a} in `tests/{f}`' for a, f in AREAS.items() if f)}.", ""]
     failures = [(one, name) for one in found for result in one.results.values() for name in result["failed"]]
     if failures:
         lines += ["Failed:\n", *(f"* torch {one.about['torch']}: `{name}`" for one, name in failures), ""]
@@ -236,15 +235,14 @@ def not_run(found: list[Environment]) -> Iterator[str]:
     if without:
         yield f"The GPU kernels with torch {', '.join(without)}: no Triton in its environment."
     yield "Other operating systems and processors than the one named above."
-    yield "The slow tests (`make test-all`), and the files under `tests/` that the list above does not name."
+    yield "The slow tests (`make test-all`)."
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="worker processes of pytest")
-    parser.add_argument("--areas", nargs="*", choices=AREAS, default=list(AREAS), help="what to run if not yet run")
     arguments = parser.parse_args()
-    found = list(environments(arguments.jobs, arguments.areas))
+    found = list(environments(arguments.jobs))
     if not found:
         raise SystemExit("no environment here: `make setup TORCH=...` makes one")
     print(document(found), end="")

@@ -20,13 +20,17 @@ def test_skipped(): pytest.skip("not here")
 
 
 def test_results_are_those_of_pytest(tmp_path):
-    path = tmp_path / "test_some.py"
-    path.write_text(TESTS)
-    result = outcome(Path(sys.executable), (str(path),), 0, tmp_path)
-    assert result == {"passed": 2, "skipped": 1, "failed": ["test_wrong", "test_with_a_broken_fixture"]}
+    for folder in ("ops", "gpu"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test_some.py").write_text(TESTS)
+    (tmp_path / "ops" / "test_more.py").write_text("def test_more(): pass")
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib")
+    results = outcome(Path(sys.executable), tmp_path, 0, tmp_path / "home")
+    result = {"passed": 2, "skipped": 1, "failed": ["test_wrong", "test_with_a_broken_fixture"]}
+    assert results == {"operators": result | {"passed": 3}, "everything else": result}
     assert counts(result) == "2 passed, 2 failed, 1 skipped" and counts(None) == "not run"
-    (path.parent / "empty").mkdir()
-    assert outcome(Path(sys.executable), (str(path.parent / "empty" / "none.py"),), 0, tmp_path)["failed"]
+    [broken] = outcome(Path(sys.executable), tmp_path / "none", 0, tmp_path / "home").values()
+    assert broken["failed"]
 
 
 def environment(torch, python="3.11.7", **more):

@@ -80,7 +80,8 @@ _HOPPER = _table(
         "linear_statistics_dlogits": [_TALL_TMA, _MIDDLE_TMA, _MIDDLE, _SMALL],
         "linear_statistics_dw": [_LARGE_TMA, _LARGE, _MIDDLE_TMA, _MIDDLE, _SMALL],
         "linear_statistics_dw, added": [_MIDDLE_TMA, _MIDDLE, _SMALL],
-        "linear_statistics_dx": [_LARGE_TMA, _LARGE, _MIDDLE_TMA, _MIDDLE, _SMALL],
+        # _LARGE spills under Triton 3.9.
+        "linear_statistics_dx": [_LARGE_TMA, _MIDDLE_TMA, _MIDDLE, _SMALL],
         "budget_dlogits": [_MIDDLE, _SMALL],
         "budget_dw": [_LARGE, _MIDDLE, _SMALL],
         "budget_dx": [_LARGE, _MIDDLE, _SMALL],
