@@ -89,7 +89,7 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	rm -rf $(INDUCTOR_CACHE)
-	$(PYTEST) -m "not gpu" $(PYTEST_ARGS)
+	CCE_TEST_COMPILER=aot_eager $(PYTEST) -m "not gpu" $(PYTEST_ARGS)
 
 # A new environment each time: the index has another torch every night.
 nightly:

@@ -1,8 +1,8 @@
 """docs/compatibility.md: which versions of torch and of Python were tried, and how. `make compatibility` writes it.
 
 All tests but the slow ones are run in every environment that `make setup TORCH=...` has made. What came out is kept
-there, and is not run again while package, templates and tests stay what they are. For each Python the command uses what it finds: an
-environment, an interpreter, or only what a linter and a type checker know of that version.
+there, and is not run again while package, templates and tests stay what they are. For each Python the command uses what
+it finds: an environment, an interpreter, or only what a linter and a type checker know of that version.
 """
 
 import argparse

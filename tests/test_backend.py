@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from capture import FUSE_ALL
+from capture import THROUGH_AOT
 from torch._dynamo.utils import counters
 
 import cce_inductor
@@ -39,7 +39,7 @@ def enabled():
 def test_by_name_and_by_function(inputs):
     for b in ("cce", cce_inductor.cce_backend):
         torch._dynamo.reset()
-        torch.compile(loss, backend=b, options=FUSE_ALL)(*inputs).backward()
+        torch.compile(loss, backend=b, options=THROUGH_AOT)(*inputs).backward()
     assert counters["cce_inductor"]["fused"] == 2
     assert "cce" in torch._dynamo.list_backends()
 
@@ -151,7 +151,7 @@ def test_module_compile_in_place(inputs):
     h, _, t = inputs
     model = Model()
     want, _ = model(h, t)
-    model.compile(backend="cce", options=FUSE_ALL)
+    model.compile(backend="cce", options=THROUGH_AOT)
     got, z = model(h, t)
     torch.testing.assert_close(got, want)
     assert isinstance(z, cce_inductor.deferred.DeferredLogits)
@@ -170,7 +170,7 @@ def test_checkpointed_training_step_runs_the_forward_once(inputs, monkeypatch):
         h = torch.utils.checkpoint.checkpoint(lambda x: torch.tanh(trunk(x)), h, use_reentrant=False)
         return F.cross_entropy(F.linear(h, w), t)
 
-    torch.compile(step, backend="cce", options=FUSE_ALL)(*inputs).backward()
+    torch.compile(step, backend="cce", options=THROUGH_AOT)(*inputs).backward()
     assert len(calls) == 1
 
 
@@ -180,14 +180,14 @@ def test_second_derivative_is_an_error_never_silence(inputs):
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(eager(h, w, t), h, create_graph=True)
     torch._dynamo.reset()
-    aot = torch.compile(loss, backend="cce", options=FUSE_ALL)
+    aot = torch.compile(loss, backend="cce", options=THROUGH_AOT)
     with pytest.raises(RuntimeError, match="double backward"):
         (g,) = torch.autograd.grad(aot(h, w, t), h, create_graph=True)
         g.sum().backward()
 
 
 def test_two_backwards_give_the_same_gradients(inputs):
-    value = torch.compile(loss, backend="cce", options=FUSE_ALL)(*inputs)
+    value = torch.compile(loss, backend="cce", options=THROUGH_AOT)(*inputs)
     first = torch.autograd.grad(value, inputs[:2], retain_graph=True)
     second = torch.autograd.grad(value, inputs[:2])
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -195,7 +195,7 @@ def test_two_backwards_give_the_same_gradients(inputs):
 
 def test_out_of_range_target_is_an_error(inputs):
     h, w, t = inputs
-    compiled = torch.compile(loss, backend="cce", options=FUSE_ALL)
+    compiled = torch.compile(loss, backend="cce", options=THROUGH_AOT)
     for wrong in (40, -1):
         with pytest.raises(IndexError, match=f"Target {wrong} is out of bounds"):
             compiled(h, w, t.clone().fill_(wrong))

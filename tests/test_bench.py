@@ -322,6 +322,7 @@ class TestRun:
         assert one["trace"] < compile_time.LIMIT * one["total"]
         assert f"{one['trace'] / one['total']:.2%} of the time to compile" in capsys.readouterr().out
 
+    @pytest.mark.slow
     def test_losses_that_read(self, tmp_path, capsys):
         assert main(["reads", "--quick", "--out", str(tmp_path)]) == 0
         found = json.loads((tmp_path / "cpu-reads.json").read_text())["reads"]

@@ -52,14 +52,21 @@ def test_second_process_is_warm_and_an_edit_is_not(tmp_path, copied_package):
     assert warm["cce"] == cold["cce"] == {"fused": 1, "declined": 0, "deferred": 1}
     assert warm["lazy"] == "DeferredLogits"
 
-    # An option that a lowering reads is an argument of the operator: another value is another graph.
-    assert train(cache, copied_package, workspace_mb=1)["aot"].get("autograd_cache_miss") == 1
-
-    # Edited source: the cached code was generated from another one and must not run.
-    source = copied_package / "cce_inductor" / "ops" / "reference.py"
-    source.write_text(source.read_text() + "\n# edited\n")
+    # Edited source, here every log-sum-exp 3 larger: the cached code was generated from another one and must not run.
+    template = copied_package / "cce_inductor" / "templates" / "row_statistics.cpp.jinja"
+    line = "whole = log + shift(maximum);"
+    assert template.read_text().count(line) == 1
+    template.write_text(template.read_text().replace(line, line.replace(";", " + 3.0;")))
     edited = train(cache, copied_package)
     assert edited["aot"].get("autograd_cache_miss") == 1 and edited["inductor"]["fxgraph_cache_miss"] >= 1
+    assert abs(edited["loss"] - cold["loss"] - 3) < 1e-5
+
+
+@pytest.mark.slow
+def test_another_option_that_a_lowering_reads_is_not_warm(tmp_path):
+    """It is an argument of the operator: another value is another graph."""
+    cold, other = train(tmp_path / "cache"), train(tmp_path / "cache", workspace_mb=1)
+    assert cold["aot"]["autograd_cache_miss"] == other["aot"].get("autograd_cache_miss") == 1
 
 
 @pytest.mark.slow
@@ -90,7 +97,9 @@ def test_hash_sees_names_and_contents(tmp_path):
     (tmp_path / "k.cpp.jinja").write_text("{ }")
     second = hash_files(tmp_path)
     (tmp_path / "a.py").rename(tmp_path / "b.py")
-    assert len({first, second, hash_files(tmp_path)}) == 3
+    third = hash_files(tmp_path)
+    (tmp_path / "b.py").write_text("x = 2\n")
+    assert len({first, second, third, hash_files(tmp_path)}) == 4
 
 
 V, D = 96, 16

@@ -102,7 +102,7 @@ def test_other_numbers_of_rows_are_the_same_site():
     check(only(), 3, *(expected(*inputs) for inputs in every))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_inductor(dynamic):
     """Through the lowerings the bound may be another, and with it what is kept: the contract is the same."""
     step = compiled(written, dynamic=dynamic)
@@ -134,7 +134,7 @@ def test_direct_calls(backend, rematerialized):
     assert f"test_diagnostics.py:{direct.__code__.co_firstlineno + 1}" in only()["site"]
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_loss_inside_a_checkpoint(compiler):
     step = compiled(written, compiler=compiler)
     h, w, t = make()

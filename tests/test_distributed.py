@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from capture import FUSE_ALL
+from capture import THROUGH_AOT
 from test_other_graphs import Counted, D, V, data, same
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -57,7 +57,7 @@ def loss_of(logits: Tensor, t: Tensor) -> Tensor:
 
 
 def compiled(model: nn.Module) -> Any:
-    return torch.compile(model, backend=cce_inductor.cce_backend, options=FUSE_ALL)
+    return torch.compile(model, backend=cce_inductor.cce_backend, options=THROUGH_AOT)
 
 
 def steps(model: Any, inside: bool, x: Tensor, t: Tensor, n: int = 3) -> tuple[list[Tensor], Tensor]:
@@ -168,7 +168,7 @@ def test_fsdp2(name: str, order: str, inside: bool) -> None:
     expected, _ = steps(sharded(Model(), **FSDP[name]), inside, x, t)
     model: Any = Model()
     if order == "shard(compile)":
-        model.compile(backend=cce_inductor.cce_backend, options=FUSE_ALL)
+        model.compile(backend=cce_inductor.cce_backend, options=THROUGH_AOT)
     model = sharded(model, **FSDP[name])
     if order == "compile(shard)":
         model = compiled(model)

@@ -115,7 +115,7 @@ class Containing(str):
 FORMS = ("llama, tied", "gemma2", "cohere", "phi", "mamba", "gpt2", "bart", "t5", "bert")
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", [*FORMS[:3], *(pytest.param(name, marks=pytest.mark.slow) for name in FORMS[3:])])
 def test_through_autograd_and_logits_that_are_read(name):
     family = FAMILIES[name]
     model, inputs = family.build(), family.inputs()

@@ -41,7 +41,7 @@ def in_place(model: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("bf16", [pytest.param(False, marks=pytest.mark.slow), True], ids=["fp32", "bf16"])
 def test_hugging_face_trainer(tmp_path: Path, bf16: bool) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")

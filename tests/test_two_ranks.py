@@ -14,7 +14,10 @@ import two_ranks
 from torch import Tensor
 from two_ranks import INSIDE, ORDERS, RANKS, WRAPPERS
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo"),
+    pytest.mark.xdist_group("two_ranks"),  # one worker runs the ranks for all
+]
 
 
 @pytest.fixture(scope="module")

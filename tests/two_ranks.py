@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from capture import FUSE_ALL
+from capture import THROUGH_AOT
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
@@ -74,7 +74,7 @@ INSIDE = ("loss_inside", "loss_in_another_graph")
 
 def made(wrapper: str, order: str | None) -> Any:
     model: Any = Model()
-    options = {"backend": cce_inductor.cce_backend, "options": FUSE_ALL}
+    options = {"backend": cce_inductor.cce_backend, "options": THROUGH_AOT}
     if order == "wrap(compile)":
         model.compile(**options)
     model = WRAPPERS[wrapper](model)

@@ -49,7 +49,11 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("case", COMPILED)
+# Three that have every part of the kernels; the others are slow tests.
+OFTEN = ("gradients in the forward, bfloat16", "every statistic", "budget")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in OFTEN else pytest.mark.slow) for c in COMPILED])
 def test_compiled(case):
     """Not finite, as in eager; and large, by the error rule."""
     program, dtype, options, count = COMPILED[case]

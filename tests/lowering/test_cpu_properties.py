@@ -26,6 +26,8 @@ CONFIGURATIONS = {
     "float32 in bfloat16, gradients in the forward": (torch.float32, torch.bfloat16, True, False),
     "float16": (torch.float16, None, False, False),
 }
+# One of each dtype and of each form; the others are slow tests.
+OFTEN = ("float32, strided", "bfloat16, gradients in the forward")
 # 1 MiB: blocks, slabs and chunks are several at the larger sizes.
 WORKSPACE = 1 << 20
 
@@ -82,7 +84,9 @@ def size(most: int, least: int = 2):
 
 
 # `derandomize` draws the examples from the text of this function: an edit draws others.
-@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+@pytest.mark.parametrize(
+    "configuration", [pytest.param(c, marks=() if c in OFTEN else pytest.mark.slow) for c in CONFIGURATIONS]
+)
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 # Errors are compared with eager's: of a handful of numbers those may be nearly 0 by luck, and what is drawn depends on
 # hypothesis's version.

@@ -31,8 +31,9 @@ def test_float32_kept_in_full_in_chunks_and_not_at_all():
         for n in (137, 500):
             head = Head.make(n, 90, 1003, bias=True, seed=n)
             operator.check(f"{case}, {n} rows", head, column_weight=weight, row_mask=some_rows(n))
-            operator.check(f"{case}, {n} rows, all active", head, column_weight=weight)
-    assert kernels() == 6
+            if case == "one chunk":
+                operator.check(f"{case}, {n} rows, all active", head, column_weight=weight)
+    assert kernels() == 4
 
 
 def test_bfloat16_kept_in_part():
@@ -53,8 +54,15 @@ def test_float32_weights_in_bfloat16_and_masked_columns():
     assert (ours["dw"][::7] == 0).all() and (ours["db"][::7] == 0).all()
 
 
-@pytest.mark.parametrize("kind", ["budget", "unbiased"])
-@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "kind,compute",
+    [
+        pytest.param("budget", torch.bfloat16, marks=pytest.mark.slow),
+        ("budget", torch.float32),
+        ("unbiased", torch.bfloat16),
+        pytest.param("unbiased", torch.float32, marks=pytest.mark.slow),
+    ],
+)
 def test_a_filter_computes_the_same_columns_from_kept_logits(kind, compute):
     """In chunks of blocks, and where a row's check fails: what the two operators give one after the other."""
     filter = f"{kind} 0.01"
@@ -95,11 +103,15 @@ def test_an_infinite_logit_is_not_lost_between_the_passes(dtype):
     assert ours["dw"].isnan().all()
 
 
-def test_one_row_one_column_and_width_one():
-    """Sizes that Dynamo compiles apart; all others are in test_cpu_properties.py."""
-    for shape in ((1, 16, 131), (37, 1, 131), (37, 16, 1)):
-        Operator(LOSS, at_once=True).check(str(shape), Head.make(*shape, bias=True))
-    assert kernels() == 3
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 16, 131), *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((37, 1, 131), (37, 16, 1)))],
+    ids=["one row", "width one", "one column"],
+)
+def test_sizes_that_dynamo_compiles_apart(shape):
+    """All others are in test_cpu_properties.py."""
+    Operator(LOSS, at_once=True).check(str(shape), Head.make(*shape, bias=True))
+    assert kernels() == 1
 
 
 def test_confident_rows_keep_the_digits_of_their_gradient():

@@ -47,11 +47,9 @@ OFTEN = [
         "bfloat16",
         "softcap, scale and smoothing",
         "class weights",
-        "every row ignored",
         "any number of rows",
     ),
-    *("separate", "blocks", "TMA"),
-    *("gradients in the forward, bfloat16", "gradients in the forward, NaN", "infinite logits", "large logits"),
+    *("separate", "TMA", "gradients in the forward, bfloat16", "infinite logits"),
     "budget, NaN",
 ]
 VARIANTS = [name for name in CASES if name not in OFTEN]
@@ -340,7 +338,7 @@ launch pointwise""",
 
 def test_slabs_of_a_budget_stay_within_the_workspace():
     n, d, v = 512, 64, 9000
-    for workspace in (1 << 20, 2 << 20, 3 << 20):
+    for workspace in (1 << 20, 3 << 20):
         _, backward = bfloat16_loss(grad_filter="budget 0.004", workspace=workspace)
         slabs, width = budget_slabs(n, v, 2, workspace)
         launches = rendered.summary(backward).count("launch budget_dlogits")

@@ -69,7 +69,7 @@ def test_operators_at_a_tiny_workspace(shape, dtype, compute_dtype, names, attri
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "names,attributes,masked",
     [

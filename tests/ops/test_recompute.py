@@ -101,7 +101,9 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("checkpointed", ["", "trunk", "loss", "all"])
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize(
+    "settings", [pytest.param(s, marks=pytest.mark.slow if s in ("budget 0.5", "aggressive") else ()) for s in SETTINGS]
+)
 @pytest.mark.parametrize("kind", LOSSES)
 def test_compiled_step_runs_the_forward_operator_once(kind, settings, checkpointed, forward_calls):
     torch._dynamo.reset()
@@ -119,7 +121,9 @@ def test_compiled_step_runs_the_forward_operator_once(kind, settings, checkpoint
     assert all(error(result[name], want[name]) < 1e-5 for name in want)
 
 
-@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "filtered" else ()) for kind in LOSSES]
+)
 def test_inductor_step_runs_the_forward_operator_once(kind, forward_calls):
     torch._dynamo.reset()
     # float64 has no template: the eager implementation, which is counted here, runs whatever lowerings are registered.

@@ -40,6 +40,8 @@ from cce_inductor.trace import (
     unnamed,
 )
 
+pytestmark = pytest.mark.xdist_group("mutations")  # one worker captures the programs for all
+
 B, S, D, V = 2, 6, 8, 40
 MODULES = (
     *(heads, layout, indexing, pointwise, masks, softmax, rsqrt_softcap, reductions, ranking),
@@ -481,7 +483,6 @@ def test_none_of_the_programs_is_fused(programs):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.xdist_group("mutations")
 @pytest.mark.parametrize("module", MODULES, ids=[module.__name__.rpartition(".")[2] for module in MODULES])
 def test_every_guard_is_needed(module, programs):
     survivors = set()

@@ -159,7 +159,7 @@ FOUND = {
 
 @pytest.mark.parametrize("name", FOUND)
 def test_found(name):
-    for seed in range(10):  # with and without ignored targets and spare columns
+    for seed in range(5):  # with and without ignored targets and spare columns
         draft = Draft(Choices(seed, torch.float64))
         draft.write(*FOUND[name])
         draft.results = [line[:2] for line in FOUND[name] if line.startswith("r")]
@@ -175,12 +175,12 @@ def test_random_programs(first):
 
 def test_what_fuses_alone_fuses_together():
     """The trace is an algebra: programs of what it has a rule for fuse whole, but for few pairs without a form."""
-    tally = check(range(500, 620), only=fusing())
-    assert tally.fused >= 0.8 * tally.programs > 70
+    tally = check(range(500, 580), only=fusing())
+    assert tally.fused >= 0.8 * tally.programs > 45
 
 
 def test_dynamic_shapes():
-    check(range(400, 430), dynamic=True)
+    check(range(400, 420), dynamic=True)
 
 
 @pytest.mark.slow
