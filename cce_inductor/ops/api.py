@@ -1,6 +1,7 @@
 """The direct calls: the fused loss and its statistics as functions, eager or inside torch.compile."""
 
 from pathlib import Path
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -90,6 +91,42 @@ def _flatten(input: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Ten
     return input.reshape(target.numel(), input.shape[-1]), target.reshape(-1)
 
 
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    class_weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    label_smoothing: float = ...,
+    scale: float = ...,
+    softcap: float | None = ...,
+    z_loss: float = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    class_weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    label_smoothing: float = ...,
+    scale: float = ...,
+    softcap: float | None = ...,
+    z_loss: float = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
 def linear_cross_entropy(
     input: Tensor,
     weight: Tensor,
@@ -103,7 +140,8 @@ def linear_cross_entropy(
     scale: float = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of the logits ``softcap * tanh(scale * (input @ weight.T + bias) / softcap)``, without the logits.
 
     Equals ``F.cross_entropy(F.linear(input, weight, bias), target, ...)`` with logits kept in fp32, plus
@@ -118,10 +156,13 @@ def linear_cross_entropy(
         ignore_index, reduction, label_smoothing: as in `F.cross_entropy`.
         scale: factor of the logits. softcap: bound of the logits (Gemma 2), None for none.
         z_loss: weight of the squared log-sum-exp (PaLM, arXiv 2204.02311, section 5).
+        return_lse: whether to give the log-sum-exp of each row as well, from the same pass over the vocabulary.
 
     Returns:
         A scalar, or (...) for reduction "none"; fp32 (fp64 for fp64 inputs). Gradients have their operands' dtypes
         and are accumulated in fp32. Under autocast the operands are rounded to its dtype, as in `F.linear`.
+        With `return_lse` a pair: this, and the log-sum-exps, (...) in the same dtype, which are differentiable too.
+        Rows whose target is `ignore_index` have 0 there, and no gradient.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit. IndexError: a target outside the vocabulary (CPU).
@@ -141,7 +182,11 @@ def linear_cross_entropy(
     rows = computed(row_mask, x, bias)
     stats = _statistics("linear_cross_entropy", operands, rows, loss.statistics, scale, softcap)
     value = cross_entropy(stats, t, row_mask, class_weight, weight.shape[0], loss)
-    return value.reshape(target.shape) if reduction == "none" else value
+    if reduction == "none":
+        value = value.reshape(target.shape)
+    if not return_lse:
+        return value
+    return value, torch.where(row_mask, stats["lse"], 0).reshape(target.shape)
 
 
 def _check_class_weight(class_weight: Tensor, weight: Tensor) -> None:
@@ -155,17 +200,23 @@ def linear_logsumexp(
     target: Tensor,
     *,
     bias: Tensor | None = None,
+    ignore_index: int | None = -100,
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The log-sum-exp of each row of logits and the logit of its target: `lse - target_logit` is the cross-entropy.
 
-    Args are those of `linear_cross_entropy`; every target must be in [0, V). Both results have the shape
-    ``input.shape[:-1]``, are fp32 (fp64 for fp64 inputs) and differentiable in input, weight and bias.
+    Args and errors are those of `linear_cross_entropy`. Both results have the shape ``input.shape[:-1]``, are fp32
+    (fp64 for fp64 inputs) and differentiable in input, weight and bias. Rows whose target is `ignore_index` are not
+    computed: both are 0 there, and they have no gradient. None says that there are no such rows.
     """
     x, t = _flatten(input, weight, target)
+    row_mask = None
+    if ignore_index is not None:
+        row_mask = t != ignore_index
+        t = torch.where(row_mask, t, 0)
     operands = {"input": x, "weight": weight, "target": t}
     if bias is not None:
         operands["bias"] = bias
-    stats = _statistics("linear_logsumexp", operands, None, "lse lse_low target_logit", scale, softcap)
+    stats = _statistics("linear_logsumexp", operands, row_mask, "lse lse_low target_logit", scale, softcap)
     return stats["lse"].reshape(target.shape), stats["target_logit"].reshape(target.shape)

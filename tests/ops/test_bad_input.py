@@ -26,11 +26,12 @@ def test_a_target_outside_the_vocabulary(wrong, compiled):
     assert linear_cross_entropy(head.x, head.w, head.target, ignore_index=wrong).isfinite()
 
 
-def test_minus_100_is_a_target_like_any_other_for_logsumexp_and_another_ignore_index():
+def test_minus_100_is_a_target_like_any_other_beside_another_ignore_index():
     head = Head.make()
     head.target[3] = -100
-    with pytest.raises(IndexError, match="Target -100"):
-        linear_logsumexp(head.x, head.w, head.target)
+    for ignore_index in (0, None):
+        with pytest.raises(IndexError, match="Target -100"):
+            linear_logsumexp(head.x, head.w, head.target, ignore_index=ignore_index)
     with pytest.raises(IndexError, match="Target -100"):
         linear_cross_entropy(head.x, head.w, head.target, ignore_index=0)
 
