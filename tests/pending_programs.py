@@ -74,6 +74,8 @@ COPIES = (
     "{v}.exp()",
     "{v}.detach().clone()",
     "{v}.clone()[1:]",
+    "torch.stack({v}.unbind(0))",
+    "{v}.repeat(*([2] + [1] * ({v}.dim() - 1)))",
     "{v}.t().contiguous()",
     "{v} + 1.0",
 )
@@ -291,7 +293,7 @@ _MATRICES = {
         *("{v}.detach()", "{v}.detach()[1:]", "{v}.data", "{v}.split(2)[1]", "{v}.chunk(2)[0]", "{v}.narrow(0, 1, 2)"),
         *("{v}.contiguous()", "{v}.to({v}.dtype)", "{v}.clone()", "{v}.float().double()", "{v}.float()", "{v} * 1.5"),
         *("{v} / 1.5", "{v}.log_softmax(-1)", "{v}.softmax(-1)", "{v}.exp()", "{v}.detach().clone()", "{v} + 1.0"),
-        *("{v}.clone()[1:]", "{v}.requires_grad_()"),
+        *("{v}.clone()[1:]", "{v}.requires_grad_()", "torch.stack({v}.unbind(0))"),
     )
 }
 

@@ -150,6 +150,37 @@ def test_a_training_loop_under_fullgraph_compiles_once(backend: str) -> None:
             same(step(head(h, w), t), loss(linear(h, w), t), h, w)
 
 
+# Tensors that are no views of the logits, but that PyTorch's kernels allocate in another shape.
+MADE: dict[str, Callable[[Tensor], Tensor]] = {
+    "stacked": lambda z: torch.stack(z.unbind(0)),
+    "stacked_parts": lambda z: torch.stack(z.chunk(2)),
+    "repeated": lambda z: z.repeat(2, 1),
+    "repeated_rows": lambda z: z.repeat_interleave(2, 0),
+    "padded": lambda z: F.pad(z, (0, 2)),
+    "tensordot": lambda z: torch.tensordot(z, torch.ones(V, 2), 1),
+    "picked": lambda z: z[torch.tensor([1, 0])],
+}
+# Of what follows, autograd knows the first two and not the third, which changes no gradient.
+EDITS_OF_MADE: dict[str, Callable[[Tensor], Any]] = {
+    "in_place": lambda y: y.mul_(3.0),
+    "a_view": lambda y: y[1:].mul_(3.0),
+    "detached": lambda y: y.detach().add_(1.0),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS_OF_MADE)
+@pytest.mark.parametrize("made", MADE)
+def test_what_was_made_of_the_logits_is_edited(made: str, edit: str) -> None:
+    h, w, _ = data()
+
+    def step(z: Tensor) -> Tensor:
+        y = MADE[made](z)
+        EDITS_OF_MADE[edit](y)
+        return (y * torch.linspace(0, 1, y.numel()).view(y.shape)).sum()
+
+    same(step(deferring()(h, w)), step(linear(h, w)), h, w)
+
+
 def test_an_edit_between_two_graph_breaks() -> None:
     def step(h: Tensor, w: Tensor) -> Tensor:
         z = F.linear(h, w)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,8 +97,10 @@ def _run_on_values(func: Any, args: Any, kwargs: Any) -> Any:
     def value(x: Any) -> Any:
         return plain[id(x)] if isinstance(x, DeferredLogits) else x
 
-    # Whoever has saved the values for a backward of his own (AOTAutograd) is to notice an edit.
-    with compat.counting_versions():
+    # Whoever has saved the values for a backward of his own (AOTAutograd) is to notice an edit, of a view too. What is
+    # neither must not be known as a view of something that the kernel (of stack, for one) has allocated inside.
+    counting = compat.counting_versions() if schema.is_mutable or viewed is not None else contextlib.nullcontext()
+    with counting:
         out = func(*tree_map(value, args), **tree_map(value, kwargs))
     if schema.is_mutable and not compat.has_kernel(func, "ADInplaceOrView"):
         torch.autograd.graph.increment_version(edited)  # nobody above us has
