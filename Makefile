@@ -9,7 +9,7 @@
 #   make test TORCH=2.11.0        the same in an environment of its own with another torch
 #   make test PYTHON=python3.13 VENV=.venv-3.13   the same with another Python
 #   make nightly                  the same with torch's next release, where PyTorch's index of those can be reached
-#   make test-all                 the slow tests too
+#   make test-all                 the slow tests too, and AOTAutograd behind every rewritten graph
 #   make gpu-check                on a machine with a GPU: its tests and benchmark, with the packages PYTHON has
 #   make kernels                  docs/kernels.md: registers, spills and shared memory of the GPU kernels
 #   make coverage                 docs/coverage.md: which spellings and which models fuse

@@ -35,7 +35,7 @@ def test_results_are_those_of_pytest(tmp_path):
 
 def environment(torch, python="3.11.7", **more):
     about = {"torch": torch, "python": python, "triton": "3.9.0", "gpus": [], "supported": True, "span": "2.11 to 2.15"}
-    return Environment(about | more, {"backend": {"passed": 1, "skipped": 0, "failed": []}})
+    return Environment(about | more, {"kernels": {"passed": 1, "skipped": 0, "failed": []}})
 
 
 def test_what_was_not_run_is_named():

@@ -8,8 +8,7 @@ leave the graph. The entries of a hidden layer or of attention weights are multi
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,13 +46,12 @@ def unnamed(interpreter: Interpreter, known: list[Finding], settings: Settings) 
     """The losses over a vocabulary that are none of `known`, one finding each, in the order of the heads."""
     named = {finding.loss for finding in known}
     recorded = _recorded(interpreter, known)
-    order = {node: i for i, node in enumerate(interpreter.given)}
     found: dict[Node, Finding] = {}
     for node, trace in _heads(interpreter):
         ways = [value.head for value in _ways(trace)]
         if id(trace) in recorded or (ways and not any(_outnumbers(head, settings) for head in ways)):
             continue
-        flow = _Flow(interpreter.given, order, node, _classes(trace, node, settings), named, settings.min_vocab)
+        flow = _Flow(interpreter.given, node, _classes(trace, node, settings), named, settings.min_vocab)
         candidates = flow.losses(trace) if _may_have_a_loss(flow, trace, settings) else []
         # Several heads may be read by one loss.
         if candidates and found.keys().isdisjoint(candidates):
@@ -162,15 +160,14 @@ def _refusal(interpreter: Interpreter, trace: Trace | None, head: Node, flow: _F
 class _Flow:
     """What becomes of the logits of one head, as far as gradients come back from there.
 
-    given: the nodes of the program. order: where each stands in it. wide: nodes that have a number for each class
-    still. few: those that have a few for each row. sources: for each, the nodes of the two that it is made of.
-    normalised: softmaxes, of `over` classes, and what is behind them. layered: whether logits are multiplied with
-    another matrix; what is behind it is not followed. named: whether something over the classes is a loss, or the
-    softmax of one. ends: what leaves the graph. used: what the loss that was found is made of.
+    wide: nodes that have a number for each class still. few: those that have a few for each row. sources: for each, the
+    nodes of the two that it is made of. normalised: softmaxes, of `over` classes, and what is behind them. layered:
+    whether logits are multiplied with another matrix; what is behind it is not followed. named: whether something over
+    the classes is a loss, or the softmax of one. ends: what leaves the graph. used: what the loss that was found is
+    made of.
     """
 
-    given: Sequence[Node]
-    order: Mapping[Node, int]
+    given: Iterable[Node]
     head: Node
     vocab: int
     stop: set[Node]  # losses that have a record: what is behind them is theirs
@@ -188,17 +185,12 @@ class _Flow:
     def __post_init__(self) -> None:
         self.rows = max(1, _size(self.head) // max(1, self.vocab))
         self.wide.add(self.head)
-        at, waiting = self.order[self.head], [self.order[user] for user in self.head.users if user in self.order]
-        heapq.heapify(waiting)
-        while waiting:
-            if (following := heapq.heappop(waiting)) == at:
-                continue
-            at, node = following, self.given[following]
-            read = [n for n in node.all_input_nodes if n in self.wide or n in self.few]
-            made = self._use(node, read) if node not in self.stop else ()
-            for user in [self.order.get(user, 0) for one in made for user in one.users]:
-                if user > at:
-                    heapq.heappush(waiting, user)
+        reached = set(self.head.users)
+        for node in self.given:
+            if node in reached and node is not self.head and node not in self.stop:
+                read = [n for n in node.all_input_nodes if n in self.wide or n in self.few]
+                for made in self._use(node, read):
+                    reached.update(made.users)
 
     def _use(self, node: Node, read: list[Node]) -> Sequence[Node]:
         """Notes what a node makes of what it reads; gives what is to be followed, itself or what it writes into."""
@@ -279,8 +271,8 @@ class _Flow:
         """The nodes that may be called the loss, in order; none if there is no loss."""
         self.used = self._made_of([n for n in self.ends if n in self.few])
         candidates = []
-        for node in sorted(self.used, key=lambda n: self.order[n]):
-            entries = any(n in self.wide for n in self.sources.get(node, ()))
+        for node in self.given:
+            entries = node in self.used and any(n in self.wide for n in self.sources.get(node, ()))
             if entries and (node in self.few or nodes.is_dense_loss(node) or self._computes_a_loss(node)):
                 candidates.append(node)
         if candidates or trace is None or self.layered:
