@@ -49,9 +49,9 @@ def test_edits_in_compiled_functions(start: int) -> None:
     run("pieces", range(start, start + 20))
 
 
-@pytest.mark.parametrize("start", range(0, 60, 20))
+@pytest.mark.parametrize("start", range(0, 30, 10))
 def test_edits_between_graph_breaks(start: int) -> None:
-    run("whole", range(start, start + 20))
+    run("whole", range(start, start + 10))
 
 
 @pytest.mark.slow

@@ -39,9 +39,15 @@ VARIANTS = {
 
 
 def compiled(
-    dtype: str, variants: Sequence[str] = tuple(VARIANTS), architectures: Sequence = ARCHITECTURES
+    dtype: str,
+    variants: Sequence[str] = tuple(VARIANTS),
+    architectures: Sequence = ARCHITECTURES,
+    of_each: int | None = None,
 ) -> Iterator[dict]:
-    """One row of the table for each kernel, configuration and architecture."""
+    """One row of the table for each kernel, configuration and architecture.
+
+    of_each: only the first so many configurations of each kernel.
+    """
     stored, compute = DTYPES[dtype]
     n, d, v = SHAPE
 
@@ -57,7 +63,7 @@ def compiled(
     seen = set()
     for architecture, variant in itertools.product(architectures, variants):
         table = TABLE[architecture]
-        for tiles in dict.fromkeys(tiles for lists in table.values() for tiles in lists[column]):
+        for tiles in dict.fromkeys(tiles for lists in table.values() for tiles in lists[column][:of_each]):
             if variant == "kept" and tiles.block_n != CACHED_TILE:
                 continue
             # What Inductor writes for AMD differs in nothing that our kernels use.
@@ -66,7 +72,7 @@ def compiled(
                 for kernel in rendered.kernels(wrapper):
                     name = kernel.ours
                     key = (architecture, tiles, name)
-                    if name and key not in seen and tiles in table[name][column]:
+                    if name and key not in seen and tiles in table[name][column][:of_each]:
                         seen.add(key)
                         about = {"kernel": name, "dtype": dtype, "sm": architecture, "tiles": tiles}
                         yield about | rendered.compile_ahead(kernel, architecture)

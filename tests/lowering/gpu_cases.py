@@ -24,7 +24,7 @@ class Case:
     loss: Callable
     reference: Callable | None = None  # the same from all logits, where the loss calls an operator itself
     n: int = 70
-    d: int = 40
+    d: int = 24
     v: int = 333
     dtype: torch.dtype = torch.float32
     transposed: bool = False  # W
@@ -271,6 +271,6 @@ CASES = {
     ),
     "budget, any number of rows": replace(BUDGET, dynamic=True),
     "budget, every row ignored": replace(BUDGET, ignored=True),
-    "budget, NaN": replace(BUDGET, not_a_number=True),
+    "budget, NaN": replace(BUDGET, n=140, d=24, not_a_number=True),
     "budget, smoothing": replace(BUDGET, loss=softcapped, dtype=torch.bfloat16),
 }

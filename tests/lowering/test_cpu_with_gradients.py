@@ -58,7 +58,7 @@ def test_float32_weights_in_bfloat16_and_masked_columns():
     "kind,compute",
     [
         pytest.param("budget", torch.bfloat16, marks=pytest.mark.slow),
-        ("budget", torch.float32),
+        pytest.param("budget", torch.float32, marks=pytest.mark.slow),
         ("unbiased", torch.bfloat16),
         pytest.param("unbiased", torch.float32, marks=pytest.mark.slow),
     ],

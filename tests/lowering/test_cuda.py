@@ -79,18 +79,18 @@ EVERY_KERNEL = [*ahead_of_time.VARIANTS]
 
 
 @pytest.mark.parametrize(
-    "dtype,architectures,variants",
+    "dtype,architectures,variants,of_each",
     [
-        ("bfloat16", [90], ["slab"]),
+        ("bfloat16", [90], ["slab"], 1),
         *(
-            pytest.param(dtype, ahead_of_time.ARCHITECTURES, EVERY_KERNEL, marks=pytest.mark.slow)
+            pytest.param(dtype, ahead_of_time.ARCHITECTURES, EVERY_KERNEL, None, marks=pytest.mark.slow)
             for dtype in ("bfloat16", "autocast", "float32")  # float16 is loaded and multiplied as bfloat16 is
         ),
     ],
-    ids=lambda value: value if isinstance(value, str) else ", ".join(map(str, value)),
+    ids=["often", *"123"],
 )
-def test_no_configuration_spills_or_does_without_matrix_instructions(dtype, architectures, variants):
-    rows = list(ahead_of_time.compiled(dtype, variants, architectures))
+def test_no_configuration_spills_or_does_without_matrix_instructions(dtype, architectures, variants, of_each):
+    rows = list(ahead_of_time.compiled(dtype, variants, architectures, of_each))
     wanted = {80: "mma.sync", 90: "wgmma", 100: "tcgen05", "gfx942": "mfma"}
     kernels = {row["kernel"] for row in rows}
     assert kernels == set(TABLE[90]) if variants == EVERY_KERNEL else len(kernels) == 4

@@ -129,7 +129,7 @@ CASES = {
 @pytest.mark.parametrize(
     "backend,case,dynamic",
     [("aot_eager", case, dynamic) for case in CASES for dynamic in (False, True)]
-    + [("inductor", "everything", False), ("inductor", "plain", True)],
+    + [("inductor", "everything", False), pytest.param("inductor", "plain", True, marks=pytest.mark.slow)],
 )
 def test_compiled_agrees_with_eager(case, dynamic, backend):
     torch._dynamo.reset()

@@ -122,7 +122,7 @@ def test_compiled_step_runs_the_forward_operator_once(kind, settings, checkpoint
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "filtered" else ()) for kind in LOSSES]
+    "kind", [pytest.param(kind, marks=() if kind == "statistics" else pytest.mark.slow) for kind in LOSSES]
 )
 def test_inductor_step_runs_the_forward_operator_once(kind, forward_calls):
     torch._dynamo.reset()

@@ -167,20 +167,20 @@ def test_found(name):
         assert result is None or not result.wrong, result.wrong
 
 
-@pytest.mark.parametrize("first", [0, 100])
+@pytest.mark.parametrize("first", [0, 60])
 def test_random_programs(first):
-    tally = check(range(first, first + 100))
-    assert tally.fused >= 0.3 * tally.programs > 15
+    tally = check(range(first, first + 60))
+    assert tally.fused >= 0.3 * tally.programs > 9
 
 
 def test_what_fuses_alone_fuses_together():
     """The trace is an algebra: programs of what it has a rule for fuse whole, but for few pairs without a form."""
-    tally = check(range(500, 580), only=fusing())
-    assert tally.fused >= 0.8 * tally.programs > 45
+    tally = check(range(500, 550), only=fusing())
+    assert tally.fused >= 0.8 * tally.programs > 28
 
 
 def test_dynamic_shapes():
-    check(range(400, 420), dynamic=True)
+    check(range(400, 414), dynamic=True)
 
 
 @pytest.mark.slow
