@@ -83,14 +83,14 @@ def error(got: Tensor, exact: Tensor) -> float:
     return float((got.detach().double() - exact.detach()).norm() / exact.detach().norm())
 
 
-def same(got: list[Tensor], eager: list[Tensor], exact: list[Tensor]) -> None:
+def same(got: list[Tensor], eager: list[Tensor], exact: list[Tensor], units: int = 2) -> None:
     """As eager's in form; and no further from float64 than eager's, or as good a class."""
     for g, e, x in zip(got, eager, exact, strict=True):
         assert type(g) is Tensor
         assert (g.shape, g.dtype, g.stride()) == (e.shape, e.dtype, e.stride())
         if not g.is_floating_point():
             continue
-        assert error(g, x) <= 1.25 * error(e, x) + 2 * torch.finfo(g.dtype).eps
+        assert error(g, x) <= 1.25 * error(e, x) + units * torch.finfo(g.dtype).eps
 
 
 # -------------------------------------------------------------------------------------------------- what is served
@@ -155,7 +155,14 @@ STATISTICS: dict[str, tuple[int, Callable[[Any], Any]]] = {
     "argmax_shifted": (1, lambda z: z[..., :-1, :].contiguous().argmax(-1)),
     "argmax_softmax": (1, lambda z: z.softmax(-1).argmax(-1)),
     "argmax_log_softmax": (1, lambda z: z.log_softmax(-1).argmax(-1)),
+    "probability": (1, lambda z: z.softmax(-1).gather(-1, IDS[..., None])),
+    "exponential": (1, lambda z: (z / 3).exp().sum(-1)),
+    "mean_logit": (1, lambda z: (z.softmax(-1) * z).sum(-1)),
+    "scaled_by_a_tensor": (1, lambda z: (z / torch.tensor(2.0)).logsumexp(-1)),
+    "scaled_beyond_numbers": (1, lambda z: (z * float("inf")).argmax(-1)),
 }
+# A small difference of two statistics that are 40 times larger: lse - entropy.
+UNITS = {"mean_logit": 40}
 # In fp32 TRL goes row by row for the log-sum-exp only.
 GRAPHS = {("selective", torch.float32): 2}
 
@@ -170,7 +177,7 @@ def test_an_eager_statistic_of_pending_logits_needs_no_logits(name: str, dtype: 
     for expected in (GRAPHS.get((name, dtype), graphs), 0):
         with Counted() as c:
             got = with_gradients(lazy, fn, x)
-            same(got, eager, exact)
+            same(got, eager, exact, UNITS.get(name, 2))
         assert (c.graphs, c.reads) == (expected, 0)
         assert (c.fused, c.declined) == (0, 0)  # these count losses
     for g, e in zip(got, eager, strict=True):
@@ -342,17 +349,12 @@ READS: dict[str, Callable[[Any], Any]] = {
     "gather_out": lambda z: torch.gather(z.detach(), -1, IDS[..., None], out=torch.empty(B, S, 1)),
     "of_probabilities": lambda z: z.softmax(-1).logsumexp(-1),
     "of_log_probabilities": lambda z: z.log_softmax(-1).logsumexp(-1),
-    "probability": lambda z: z.softmax(-1).gather(-1, IDS[..., None]),
-    "exponential": lambda z: (z / 3).exp().sum(-1),
-    "mean_logit": lambda z: (z.softmax(-1) * z).sum(-1),
     "exponentials_of_exponentials": lambda z: (lambda y: (y * y.exp()).sum(-1))(z / 9),
     "logit_of_exponentials": lambda z: (z.exp() * z).sum(-1),
     "entropy_of_rows": lambda z: (z.softmax(1) * z.log_softmax(1)).sum(1),
     "cross_entropy_of_parts": lambda z: (z[:, 1:].softmax(-1) * z[:, :-1].log_softmax(-1)).sum(-1),
     "sum_of_rows": lambda z: z.sum(1),
-    "scaled_by_a_tensor": lambda z: (z / torch.tensor(2.0)).logsumexp(-1),
     "scaled_to_nothing": lambda z: (z * 0).logsumexp(-1),
-    "scaled_beyond_numbers": lambda z: (z * float("inf")).argmax(-1),
     "as_leaf": lambda z: z.detach().requires_grad_().logsumexp(-1),
     "edited": lambda z: z.clone().mul_(2).logsumexp(-1),
     "double": lambda z: z.double().logsumexp(-1),
@@ -367,9 +369,9 @@ def test_what_is_not_served_reads_the_logits(name: str) -> None:
     logits, eager = compiled(Model(), strict=True)(X), Model()(X)
     with Counted() as c:
         got, expected = results(fn(logits)), results(fn(eager))
-    for g, e in zip(got, expected, strict=True):
-        assert (g.shape, g.dtype, g.requires_grad) == (e.shape, e.dtype, e.requires_grad)
-        assert torch.equal(g.detach(), e.detach())
+        for g, e in zip(got, expected, strict=True):
+            assert (g.shape, g.dtype, g.requires_grad) == (e.shape, e.dtype, e.requires_grad)
+            assert torch.equal(g.detach(), e.detach())
     assert (c.graphs, c.reads, c.declined) == (0, 1, 0)
 
 
@@ -381,13 +383,19 @@ def test_a_statistic_that_is_not_served_is_logged_with_the_reason(caplog: Any) -
 
 
 @pytest.mark.parametrize(("workspace_mb", "reads"), [(1, 0), (2, 0), (3, 1), (64, 1)])
-def test_logits_within_the_workspace_are_read(workspace_mb: int, reads: int) -> None:
+def test_logits_within_the_workspace_are_read_at_once_where_they_were_read_before(
+    workspace_mb: int, reads: int
+) -> None:
+    """Their statistics then cost a product more than the read that comes anyhow."""
     assert 2 * MEBIBYTE < B * S * V * 4 < 3 * MEBIBYTE
-    logits = compiled(Model(), workspace_mb=workspace_mb)(X)
-    with Counted() as c:
-        for z in (logits, logits[:, -1], logits.bfloat16()):  # a part of them, or a copy, reads them all
-            z.argmax(-1)
-    assert c.reads == reads
+    model = compiled(Model(), workspace_mb=workspace_mb)
+    for step in range(3):
+        logits = model(X)
+        with Counted() as c:
+            for z in (logits, logits[:, -1], logits.bfloat16()):
+                z.argmax(-1)
+        assert c.reads == (reads if step else 0)
+        logits.sort(-1)
 
 
 def test_a_hook_on_the_logits_sees_the_gradient_of_a_statistic() -> None:

@@ -1,4 +1,5 @@
-"""Deferred logits that are read cost no more than torch.compile alone: neither memory nor a matrix product.
+"""A loss outside the compiled model costs no more than under torch.compile alone: neither memory nor, where it reads
+the deferred logits, a matrix product.
 
 Both are counted, with `aot_eager` behind either backend; times are `python -m cce_inductor bench reads`.
 """
@@ -15,6 +16,9 @@ from cce_inductor.bench.readers import HEADS, READERS, model
 B, S, D, V = 2, 32, 16, 4096
 # Hidden states and their gradient, a hundredth of the logits: autograd may make that before the weight's, or after it.
 SLACK = 2 * B * S * D * 4 + 1024
+# What needs no logits, of any head; and what needs those of a head with a softcap, whose slope is not that of a tanh.
+SERVED = ("label_smoother", "focal", "metric_before", "shifted", "in_pieces", "last_row", "sigmoids")
+READ_IF_CAPPED = ("last_row",)
 OTHER_HEADS = ("label_smoother", "multi_margin", "metric_before", "forbidden_classes", "in_pieces", "last_row")
 
 
@@ -36,13 +40,15 @@ def measured(step):
     return taken
 
 
-def trained(head, loss, ours, backwards=1):
-    """A training step of a model whose loss is outside: what it took, and its gradients."""
+def trained(head, loss, ours, backwards=1, dtype=None):
+    """A training step of a model whose loss is outside: what it took, and its gradients. A dtype: in eager mode."""
     torch.manual_seed(1)
     made = model(head, D, V)
     x = torch.randn(B, S, D, dtype=next(made.parameters()).dtype)
     t = torch.randint(1, V, (B, S))
     run = compiled(made, ours)
+    if dtype is not None:
+        run, x = made.to(dtype), x.to(dtype)
 
     def backward():
         torch.manual_seed(2)
@@ -55,31 +61,42 @@ def trained(head, loss, ours, backwards=1):
     return taken, [p.grad for p in made.parameters()]
 
 
-def check(head, loss, backwards=1):
+def check(head, loss, backwards=1, reads=True):
     plain, expected = trained(head, loss, False, backwards)
     counters.clear()
     ours, got = trained(head, loss, True, backwards)
-    assert counters["cce_inductor"]["deferred_materialized"] == 4, "every step should have read the logits"
-    assert ours.peak <= plain.peak + SLACK, f"{ours.peak / plain.peak:.2f} of plain torch.compile's peak"
-    assert ours.products == plain.products, "the head was computed more than once"
-    for g, e in zip(got, expected, strict=True):
-        torch.testing.assert_close(g, e, rtol=1e-4 if g.dtype == torch.float32 else 3e-2, atol=1e-6)
+    assert counters["cce_inductor"]["deferred_materialized"] == (4 if reads else 0)
+    most = plain.peak + SLACK if reads else 0.75 * plain.peak
+    assert ours.peak <= most, f"{ours.peak / plain.peak:.2f} of plain torch.compile's peak"
+    if reads:
+        assert ours.products == plain.products, "the head was computed more than once"
+    if reads:
+        for g, e in zip(got, expected, strict=True):
+            torch.testing.assert_close(g, e, rtol=1e-4 if g.dtype == torch.float32 else 3e-2, atol=1e-6)
+        return
+    _, exact = trained(head, loss, False, backwards, torch.float64)
+    for g, e, x in zip(got, expected, exact, strict=True):
+        off, theirs = ((t.double() - x).norm() / x.norm() for t in (g, e))
+        # Sums over 4096 classes that cancel: what either is off by is partly luck.
+        assert off <= 1.25 * theirs + 8 * torch.finfo(g.dtype).eps, f"off by {off:.2e}, eager by {theirs:.2e}"
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_a_loss_that_reads(name):
-    check("plain", READERS[name])
+def test_a_loss(name):
+    check("plain", READERS[name], reads=name not in SERVED)
 
 
 @pytest.mark.parametrize("name", OTHER_HEADS)
 @pytest.mark.parametrize("head", HEADS[1:])
-def test_a_loss_that_reads_logits_of_another_head(head, name):
-    check(head, READERS[name])
+def test_a_loss_of_another_head(head, name):
+    reads = name not in SERVED or (head == "capped" and name in READ_IF_CAPPED)
+    check(head, READERS[name], reads=reads)
 
 
 @pytest.mark.parametrize("head", ["plain", "capped"])
-def test_a_loss_that_is_differentiated_twice(head):
-    check(head, READERS["label_smoother"], backwards=2)
+@pytest.mark.parametrize("name", ["label_smoother", "kl_to_given"])
+def test_a_loss_with_two_backwards(name, head):
+    check(head, READERS[name], backwards=2, reads=name not in SERVED)
 
 
 @pytest.mark.parametrize("name", ["kl_to_given", "bce", "sigmoids"])

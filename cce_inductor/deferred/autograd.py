@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import compat
-from .pending import Compute, Fuse, Origin, PendingHead, PendingValue, SharedMemory, ValueGraph, surroundings
+from .pending import Compute, Fuse, Origin, PendingHead, PendingValue, SharedMemory, ValueGraph
 from .staleness import check_allocated, operand_name
+from .steps import surroundings
 from .tensor import DeferredLogits
 
 
@@ -22,7 +23,6 @@ def defer(
     dtype: torch.dtype,
     requires_grad: bool,
     fuse: Fuse | None = None,
-    statistics: bool = False,
 ) -> Tensor:
     """A tensor of this shape and dtype that stands for ``compute(operands)`` and computes it on first touch.
 
@@ -31,16 +31,14 @@ def defer(
     head's weight.  It runs outside autocast and outside Dynamo: once for the value, and once more inside the backward
     if a gradient reaches the logits.  ``requires_grad`` says whether eager's logits would have required grad.
 
-    ``fuse`` is asked for the result when a function of ``LOSSES`` is called on the pending logits, or on a pending
-    tensor made from them; where it gives ``NotImplemented`` the call reads the logits. With ``statistics`` it is asked
-    for functions of ``STATISTICS`` and ``ROWS`` as well, and the arithmetic of an entropy or a temperature stays
-    lazy (``EXPONENTIALS`` and factors).
+    ``fuse`` is asked for the result when a function of ``LOSSES``, ``STATISTICS`` or ``ROWS`` is called on the pending
+    logits, or on a pending tensor made from them; where it gives ``NotImplemented`` the call reads the logits.
 
     The operands are referred to, not copied.  A read after they have changed raises
     :class:`DeferredLogitsError`; see :class:`Operand` for what is recognised and what cannot be.
     """
     shape = torch.Size(shape)
-    head = PendingHead(compute, operands, shape, dtype, fuse, statistics)
+    head = PendingHead(compute, operands, shape, dtype, fuse)
     if not requires_grad:
         return root(head, shape)
     with torch.enable_grad():  # the caller may have left a no_grad region that the logits were not computed in

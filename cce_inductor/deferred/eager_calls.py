@@ -3,14 +3,14 @@
 The call becomes a graph of its own, with the head in front of it, which the pass rewrites; what comes out is run by the
 eager implementation of the operators.
 
-Such a statistic of the rows is a log-sum-exp, the entry of one class, the largest one, an entropy. It is served where
-the logits are larger than the workspace. Each costs a product with the weight of its own, so several of them take
-longer than one read would; what they save is its memory.
+Such a statistic of the rows is a log-sum-exp, the entry of one class, the largest one, an entropy. Those of the same
+rows come from one product with the weight (`shared`). If logits that fit into the workspace are read in the end, that
+product was one too many: the next time they are read at once.
 """
 
 import logging
 import operator
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,20 +22,27 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import compat
-from ..graph.spellings import functions_of
+from ..graph.spellings import FUNCTIONS, METHODS, functions_of
 from ..rewrite.recipe import Logits
 from ..rewrite.result import Rewritten
 from .autograd import defer
-from .lazy import EXPONENTIALS
-from .other_graphs import ENTRYWISE, Form, usable, with_inlined
-from .pending import Recipe
-from .tensor import ROWS, STATISTICS, DeferredLogits
+from .entries import Entries
+from .lazy import WRITTEN
+from .other_graphs import Form, usable, with_inlined
+from .pending import Known, Recipe
+from .shared import share
+from .steps import Extra, Pair, Read, Step
+from .tensor import LOSSES, ROWS, STATISTICS, DeferredLogits
 
 log = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 
-_ARGMAX, _MAX = functions_of("argmax"), functions_of("max")
+_MAX, _TOPK = functions_of("max"), functions_of("topk")
+
+
+# So many graphs that differ in nothing but a number.
+_NUMBERS = 8
 
 
 class _NotTriedError(Exception):
@@ -47,33 +54,51 @@ class EagerCalls:
     """Computes what is called eagerly on pending logits: the ``fuse`` of :func:`defer`.
 
     loss, statistic: they rewrite the graph of one call by the settings of the compilation that deferred the logits; the
-    former records what became of the loss. known: what came out, for the next call of the same kind: a function, or
-    None where the call is not fused. of_rank: the same logits for another number of dimensions, as one object each, so
-    that calls of one kind have one recipe. capacity: of how many kinds something is known; they are shapes as a rule.
+    former records what became of the loss. workspace: in bytes. known: what came out, for the next call of the same
+    kind: a function, or None where the call is not fused. of_rank: the same logits for another number of dimensions, as
+    one object each, so that calls of one kind have one recipe. capacity: of how many kinds something is known; they are
+    shapes as a rule.
+    numbers: by what calls do but for the numbers in it, which numbers graphs have been made for. One that is another
+    each time, such as an annealed temperature, would make a graph each time.
+    reads: whether logits that fit into the workspace were read after a statistic of theirs had been computed without
+    them, for which that was one product too many: from then on they are read at once.
     """
 
     loss: Callable[[Form], Rewritten]
     statistic: Callable[[Form], Rewritten]
+    workspace: int
     known: OrderedDict[Any, Callable | None] = field(default_factory=OrderedDict)
     of_rank: dict[tuple[Logits, int], Logits] = field(default_factory=dict)
     capacity: int = 256
+    numbers: dict[Any, set] = field(default_factory=lambda: defaultdict(set))
+    reads: bool = False
 
     def __call__(self, logits: DeferredLogits, call: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """``call(*args, **kwargs)``, in eager's shape and dtype, or NotImplemented where it has to read the logits.
 
         Raises :class:`DeferredLogitsError` if these could be wrong by now.
         """
+        if call is Tensor.__getitem__ and not any(isinstance(i, Tensor) for i in tree_leaves(args[1])):
+            return NotImplemented  # a view
+        head = logits.head()
+        fits = head.nbytes <= self.workspace
+        if call not in LOSSES and fits and self.reads:
+            return NotImplemented
+        if call in _TOPK and logits.requires_grad and torch.is_grad_enabled():
+            return self._largest(logits, call, args, kwargs)
         recipe = usable(logits, torch.is_grad_enabled())
         others = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x is not logits]
         if recipe is None or not _are_plain(others):
             return NotImplemented
-        if call not in _ARGMAX and any(step.op in EXPONENTIALS for step in recipe.steps):
-            return NotImplemented  # from a log-sum-exp in fp32 they have fewer digits than eager's
         operands = logits.operands()  # or an error if they have changed: then the logits could not be read either
         if not _are_plain(operands):
             return NotImplemented
+        shared = head.shared.of(operands)
         recipe, operands = self._of_rows(recipe, operands, logits.whole_shape()[-1])
         if call in ROWS:
+            index = _rows_and_classes(args[1], logits) if call is Tensor.__getitem__ else None
+            if index is not None:
+                return _entries_at(logits, *index)
             return self._taken(logits, recipe, operands, call, args, kwargs)
         kind = _kind(recipe, logits, operands, call, args, kwargs)
         try:
@@ -81,6 +106,8 @@ class EagerCalls:
         except TypeError:  # an argument without a hash, such as a list
             return NotImplemented
         if kind not in self.known:
+            if self._has_too_many_numbers(recipe, logits, call):
+                return NotImplemented
             try:
                 self.known[kind] = self._make(recipe, logits, operands, call, args, kwargs)
             except _NotTriedError:
@@ -89,7 +116,38 @@ class EagerCalls:
                 self.known.popitem(last=False)
         self.known.move_to_end(kind)
         compute = self.known[kind]
-        return NotImplemented if compute is None else compute(*operands, *others)
+        if compute is None:
+            return NotImplemented
+        if call not in LOSSES and fits:
+            head.on_read = self._was_read
+        made = compute(shared, *operands, *others)
+        if call not in LOSSES:
+            _remember(logits, call, args, kwargs, made)
+        return made
+
+    def _has_too_many_numbers(self, recipe: Recipe, logits: DeferredLogits, call: Callable) -> bool:
+        numbers: list[float] = []
+        steps = _without_numbers(recipe.steps, numbers)
+        seen = self.numbers[call, steps, logits.shape]
+        seen.add(tuple(numbers))
+        if len(seen) > _NUMBERS:
+            log.info("deferred logits are read for %s: a number in it is another one each time", call.__name__)
+        return len(seen) > _NUMBERS
+
+    def _largest(self, logits: DeferredLogits, call: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The largest logits and their classes: the former pending, as most programs ask for the latter only."""
+        if not args:
+            return NotImplemented
+        detached: Any = logits.detach()
+        made = self(detached, call, (detached, *args[1:]), kwargs)
+        if made is NotImplemented:
+            return made
+        dim = args[2] if len(args) > 2 else kwargs.get("dim", -1)
+        with torch._C.DisableTorchFunctionSubclass():
+            return torch.return_types.topk((torch.gather(logits, dim, made[1]), made[1]))
+
+    def _was_read(self) -> None:
+        self.reads = True
 
     def _of_rows(self, recipe: Recipe, operands: tuple[Tensor, ...], classes: int) -> tuple[Recipe, tuple[Tensor, ...]]:
         """The same logits, with their rows viewed and cut before the head.
@@ -102,12 +160,14 @@ class EagerCalls:
             return recipe, operands
         rows, left = hidden, list(recipe.steps)
         for step in recipe.steps:
+            if _is_entrywise(step):
+                continue
+            if isinstance(step, Pair):
+                break
             if step.op in (aten.view.default, aten._unsafe_view.default) and step.args[0][-1:] == (classes,):
                 rows = rows.reshape(*step.args[0][:-1], hidden.shape[-1])
             elif step.op in (aten.slice.Tensor, aten.select.int) and (*step.args, 0)[0] % rows.dim() < rows.dim() - 1:
                 rows = step(rows)
-            elif step.op in ENTRYWISE:
-                continue
             else:
                 break
             left.remove(step)
@@ -131,25 +191,27 @@ class EagerCalls:
         kwargs: Any,
     ) -> Any:
         """Rows of the logits, by a tensor: pending logits of those rows of the hidden states, or NotImplemented."""
-        hidden, *others = operands
+        (hidden, *others), extras = operands[: recipe.reads], operands[recipe.reads :]
         compute = recipe.compute
         assert isinstance(compute, Logits)
-        whole = compute.class_dim == compute.rank - 1 and all(step.op in ENTRYWISE for step in recipe.steps)
+        whole = compute.class_dim == compute.rank - 1 and all(map(_is_entrywise, recipe.steps))
+        whole &= all(extra.dim() <= 1 for extra in extras)
         if not whole or hidden.shape[:-1] != logits.shape[:-1] or not _of_leading(hidden.dim() - 1, call, args, kwargs):
             return NotImplemented
         rows = call(hidden, *args[1:], **kwargs)
         shape = (*rows.shape[:-1], logits.whole_shape()[-1])
-        taken = defer(
+        taken: Any = defer(
             self._with_rank(compute, rows.dim()),
             (rows, *others),
             shape=shape,
             dtype=logits.whole_dtype(),
             requires_grad=logits.requires_grad and torch.is_grad_enabled(),
             fuse=self,
-            statistics=True,
         )
+        if logits.head().nbytes <= self.workspace:
+            taken.head().on_read = self._was_read
         for step in recipe.steps:
-            taken = step(taken)
+            taken = step(taken, extras)
         return taken
 
     def _make(
@@ -179,7 +241,102 @@ class EagerCalls:
             reasons = [site.reason for site in result.sites] or ["it is no statistic of the rows that is served"]
             log.info("deferred logits are read for %s: %s", call.__name__, "; ".join(reasons))
             return None
-        return _in_form(result.graph_module.forward, call)
+        return _in_form(share(result.graph_module).forward, call)
+
+
+# Functions that give entries of logits as they are.
+_ENTRIES = ("gather", "take_along_dim", "max", "amax", "topk")
+# What each statistic that programs go on with, beside the logits, is to the dispatcher.
+_OPERATORS = {
+    "logsumexp": aten.logsumexp.default,
+    "sum": aten.sum.dim_IntList,
+    "amax": aten.amax.default,
+    "max": aten.amax.default,
+    "gather": aten.gather.default,
+    "take_along_dim": aten.gather.default,
+}
+
+
+def _remember(logits: DeferredLogits, call: Callable, args: tuple, kwargs: dict[str, Any], made: Any) -> None:
+    """Notes what a call has given: entries of the logits, and a statistic that the program may put beside them."""
+    name, signature = FUNCTIONS.get(call) or METHODS[call.__name__]
+    given = signature.bind(*args, **kwargs).arguments
+    dims = given.get("dim", -1)
+    if dims is None or given.get("dtype") is not None:
+        return
+    dims = tuple(dims) if isinstance(dims, (tuple, list)) else (dims,)
+    keepdim = given.get("keepdim", False)
+    index = given.get("index", given.get("indices"))
+    values = made if isinstance(made, Tensor) else made[0]
+    if name in _OPERATORS:
+        beside, extras = (dims, keepdim), []
+        if index is not None:
+            beside, extras = (dims[0], Read(0)), [Extra(index.expand(values.shape))]
+        known = Known(values, logits._value, Step.of(_OPERATORS[name], beside, {}), extras)
+        logits.head().known.append(known)
+    if name not in _ENTRIES:
+        return
+    if name in ("max", "topk"):
+        index = made[1]
+    if name in ("max", "amax") and not keepdim:
+        values, index = values.unsqueeze(dims[0]), None if index is None else index.unsqueeze(dims[0])
+    if index is not None:
+        index = index.expand(values.shape).clone()
+    values = values.detach().clone()
+    entries = Entries(logits.size(), logits.stride(), logits.storage_offset(), dims[0], index, values)
+    logits._value.memory.entries.append(entries)
+
+
+def _rows_and_classes(index: Any, logits: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Rows and the class of each where an index of (N, V) logits has just these; else None."""
+    if not isinstance(index, tuple) or len(index) != 2 or logits.dim() != 2:
+        return None
+    index = tuple(torch.tensor(i, device=logits.device) if isinstance(i, (range, list)) else i for i in index)
+    if not all(isinstance(i, Tensor) and i.dim() == 1 and i.dtype == torch.int64 for i in index):
+        return None
+    rows, classes = index
+    return (rows, classes) if rows.shape == classes.shape else None
+
+
+def _without_numbers(steps: Iterable[Step | Pair], numbers: list[float]) -> tuple:
+    """Steps with None in the place of each number that an operator on every entry has, which is put into `numbers`."""
+
+    def without(argument: Any) -> Any:
+        if isinstance(argument, (float, int)):
+            numbers.append(argument)
+            return None
+        return argument
+
+    made: list[Any] = []
+    for step in steps:
+        if isinstance(step, Pair):
+            made.append((step.op, _without_numbers(step.first, numbers), _without_numbers(step.second, numbers)))
+        else:
+            made.append((step.op, tuple(map(without, step.args))) if step.op in WRITTEN else step)
+    return tuple(made)
+
+
+def _entries_at(logits: DeferredLogits, rows: Tensor, classes: Tensor) -> Tensor:
+    """``logits[rows, classes]`` of (N, V) logits."""
+    if len(rows) == len(logits) and torch.equal(rows, torch.arange(len(rows), device=rows.device)):
+        return logits.gather(-1, classes[:, None]).squeeze(-1)
+    taken = logits[rows]
+    made = taken.gather(-1, classes[:, None]).squeeze(-1)
+    if logits._value.pending:
+        like = logits.size(), logits.stride(), logits.storage_offset()
+        values = made.detach().clone()
+        logits._value.memory.entries.append(Entries(*like, -1, classes.clone(), values, rows.clone()))
+    return made
+
+
+def _is_entrywise(step: Step | Pair) -> bool:
+    """Whether a step does the same to every row, where what it reads besides has one number for each class, or one."""
+    if isinstance(step, Pair):
+        return all(map(_is_entrywise, (*step.first, *step.second)))
+    if step.op in (aten._softmax.default, aten._log_softmax.default):
+        return step.args[0] == -1
+    of_rows = any(isinstance(a, Read) and a.spread for a in step.args)
+    return not of_rows and (step.op in WRITTEN or step.op in (aten.clone.default, aten._to_copy.default))
 
 
 def _are_plain(tensors: Iterable[Tensor]) -> bool:
@@ -226,6 +383,8 @@ def _in_form(compute: Callable[..., tuple], call: Callable) -> Callable:
     """`compute`, whose results are those of a graph, as `call` gives them."""
     if call in _MAX:
         return lambda *given: torch.return_types.max(compute(*given))
+    if call in _TOPK:
+        return lambda *given: torch.return_types.topk(compute(*given))
     return lambda *given: compute(*given)[0]
 
 

@@ -6,14 +6,17 @@ What is only made in their image (``zeros_like``) is a plain tensor.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import tree_leaves, tree_map
 
-from .pending import Step
+from ..graph.spellings import FUNCTIONS, NAMES, Fact
+from .mixtures import Spreadable, spread
+from .steps import Extra, Read, Step
 from .tensor import RULES, DeferredLogits
 
 aten = torch.ops.aten
@@ -56,56 +59,89 @@ def _unbound(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dic
     return [_viewed(logits, aten.select.int, (dim, i), {}) for i in range(logits.size(dim))]
 
 
-def _for_statistics(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """As `_copied`, where statistics of the result are served."""
-    origin = logits._value.origin
-    return _copied(logits, func, args, kwargs) if origin is not None and origin.head.statistics else NotImplemented
+def _record(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """An operator on every entry, with numbers and small tensors beside the logits: from these as they are now.
 
-
-def _scaled(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Logits times, or divided by, a finite number."""
-    if type(args[0]) not in (int, float) or not math.isfinite(args[0]):
-        return NotImplemented
-    return _for_statistics(logits, func, args, kwargs)
-
-
-def times(tensor: Tensor, first: Sequence[Step], second: Sequence[Step]) -> Tensor:
-    """The product of two tensors that both follow from `tensor`, by the steps `first` and `second`: itself a step."""
-    a = b = tensor
-    for step in first:
-        a = step(a)
-    for step in second:
-        b = step(b)
-    return a * b
-
-
-# The steps of the factors of an entropy, behind what they share.
-_ENTROPIES = (
-    {(), (aten.exp.default,)},
-    {(aten._log_softmax.default,), (aten._log_softmax.default, aten.exp.default)},
-    {(aten._log_softmax.default,), (aten._softmax.default,)},
-)
-
-
-def _multiplied(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Logits times a number, or probabilities times their logarithm, as an entropy is written.
-
-    The probabilities are pending only where statistics are served.
+    Whether it can be a part of a loss that is fused is for the tracer to say, when there is one.
     """
-    other = args[0]
-    if not isinstance(other, DeferredLogits):
-        return _scaled(logits, func, args, kwargs)
+    given = [i for i, a in enumerate(args) if isinstance(a, DeferredLogits)]
+    if len(given) != 1:
+        return _record_pair(func, *args) if given == [0, 1] and len(args) == 2 and not kwargs else NotImplemented
+    at = given[0]
+    logits, others = args[at], (*args[:at], *args[at + 1 :])
+    value = logits._value
+    tensors = [a for a in tree_leaves((others, kwargs)) if isinstance(a, Tensor)]
+    if len(args) == 2 and len(tensors) == 1 and not kwargs:
+        made = _record_with_statistic(func, args, logits, tensors[0])
+        if made is not NotImplemented:
+            return made
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    if logits.is_materialized or value.origin is None or value.fake or value.functional or not plain:
+        return NotImplemented
+    large = [t for t in tensors if 2 * t.numel() > logits.numel()]
+    spreads = {id(t): spread(t) if t.shape == logits.shape else None for t in large}
+    if not all(spreads.values()):
+        return NotImplemented
+    meta = func(*args[:at], logits._meta(), *args[at + 1 :], **kwargs) if not tensors else _meta(func, args, kwargs)
+    if meta.shape != logits.shape or not meta.is_floating_point():
+        return NotImplemented
+    extras: list[Extra | Spreadable] = []
+
+    def read(argument: Any) -> Any:
+        if not isinstance(argument, Tensor):
+            return argument
+        if func is aten.where.self and _is_literal(argument):
+            return argument.item()
+        found = spreads.get(id(argument))
+        extras.append(Extra(argument) if found is None else found[1])
+        return Read(len(value.origin.extras) + len(extras) - 1, found and found[0])
+
+    beside = [read(a) for a in others]
+    if func is aten.where.self and not isinstance(beside[1], Read):
+        func = aten.where.ScalarSelf if at == 2 else aten.where.ScalarOther
+    return DeferredLogits(value.copy(Step.of(func, beside, kwargs, at), extras), meta, logits.device)
+
+
+def _record_pair(func: Any, a: DeferredLogits, b: DeferredLogits) -> Any:
+    """An operator on two tensors that follow from the same logits: probabilities times their logarithm."""
     # Steps do not say what has been computed without a gradient.
-    if torch.is_grad_enabled() and logits.requires_grad != other.requires_grad:
+    if a._value.fake or a._value.functional or (torch.is_grad_enabled() and a.requires_grad != b.requires_grad):
         return NotImplemented
-    source, first, second = logits._value.meet(other._value)
-    if source is None:
+    meta = func(a._meta(), b._meta())
+    value = a._value.pair(func, b._value) if meta.is_floating_point() and meta.shape == a.shape == b.shape else None
+    return NotImplemented if value is None else DeferredLogits(value, meta, a.device)
+
+
+def _record_with_statistic(func: Any, args: Sequence[Any], logits: DeferredLogits, other: Tensor) -> Any:
+    """An operator on logits and a statistic of them, which the program has: both are one function of the logits."""
+    value = logits._value
+    if value.origin is None or value.fake or value.functional:
         return NotImplemented
-    pair = {tuple(step.op for step in steps) for steps in (first, second)}
-    if pair not in _ENTROPIES:
+    again = value.origin.head.known_as(other)
+    if again is None or (torch.is_grad_enabled() and other.requires_grad != logits.requires_grad):
         return NotImplemented
-    meta = func(logits._meta(), other._meta())
-    return DeferredLogits(source.copy(Step.of(times, (first, second), {})), meta, logits.device)
+    meta = _meta(func, args, {})
+    beside = [get_gradient_edge(other).node] if other.requires_grad else []
+    first, second = (value, again) if args[0] is logits else (again, value)
+    made = first.pair(func, second, beside) if meta.shape == logits.shape else None
+    return NotImplemented if made is None else DeferredLogits(made, meta, logits.device)
+
+
+def _is_literal(tensor: Tensor) -> bool:
+    """Whether a tensor may be a number that the program wrote, which `torch.where` makes a tensor of."""
+    return tensor.dim() == 0 and tensor.device.type == "cpu" and not tensor.requires_grad
+
+
+def _meta(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    """What an operator gives, without memory."""
+
+    def without_memory(x: Any) -> Any:
+        if isinstance(x, DeferredLogits):
+            return x._meta()
+        # A number in a tensor takes no part in the choice of the result's dtype.
+        return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="meta") if isinstance(x, Tensor) else x
+
+    return func(*tree_map(without_memory, args), **tree_map(without_memory, kwargs))
 
 
 def _copied(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -117,6 +153,24 @@ def _copied(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict
         kwargs = {**kwargs, "non_blocking": False}
     meta = func(logits._meta(), *args, **{k: v for k, v in kwargs.items() if k != "device"})
     return DeferredLogits(logits._value.copy(Step.of(func, args, kwargs)), meta, _device(logits, kwargs))
+
+
+def _normalised(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Probabilities, or their logarithms: over the last dimension they are the same with any number of others."""
+    dim, *rest = args
+    return _copied(logits, func, (dim - logits.dim() if dim == logits.dim() - 1 else dim, *rest), kwargs)
+
+
+def _gathered(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Some entries of each row."""
+    dim, index = args
+    if logits.is_materialized or logits._value.origin is None or logits._value.fake or logits._value.functional:
+        return NotImplemented
+    if kwargs or type(index) is not Tensor or 2 * index.numel() > logits.numel():
+        return NotImplemented
+    meta = func(logits._meta(), dim, index.to("meta"))
+    step = Step.of(func, (dim, Read(len(logits._value.origin.extras))), {})
+    return DeferredLogits(logits._value.copy(step, [Extra(index)]), meta, logits.device)
 
 
 def _from_shape(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -134,13 +188,18 @@ RULES.lazy |= {
     aten.alias.default: _aliased,
     aten.clone.default: _copied,
     aten._to_copy.default: _copied,
-    aten._log_softmax.default: _copied,
+    aten._log_softmax.default: _normalised,
+    aten._softmax.default: _normalised,
+    aten.gather.default: _gathered,
     aten.view.default: _viewed,
     aten._unsafe_view.default: _viewed,
     aten.slice.Tensor: _viewed,
     aten.select.int: _viewed,
     aten.unsqueeze.default: _viewed,
+    aten.squeeze.default: _viewed,
     aten.squeeze.dim: _viewed,
+    aten.squeeze.dims: _viewed,
+    aten.expand.default: _viewed,
     aten.t.default: _viewed,
     aten.transpose.int: _viewed,
     aten.permute.default: _viewed,
@@ -160,11 +219,24 @@ RULES.lazy |= {
     aten.new_empty_strided.default: _from_shape,
 }
 
-# What entropies and temperatures are written with.  Lazy only where a statistic of it would be asked for: the longer
-# something is pending, the more often it is read too late.
-EXPONENTIALS = frozenset((aten._softmax.default, aten.exp.default))
-RULES.lazy |= {
-    **dict.fromkeys(EXPONENTIALS, _for_statistics),
-    aten.mul.Tensor: _multiplied,
-    aten.div.Tensor: _scaled,
-}
+
+def _entrywise() -> Iterator[tuple[Any, Callable]]:
+    """The operators on every entry that the tracer has a rule for, each with the function of torch that it is."""
+    for function, (name, _) in FUNCTIONS.items():
+        row, called = NAMES[name], getattr(function, "__name__", "")
+        packet = getattr(aten, called, None)
+        known = (row.rules and row.facts & Fact.ENTRYWISE and not row.facts & Fact.VIEW) or row.beside
+        if packet is not None and known and getattr(torch, called, None) is function:
+            for operator in (getattr(packet, overload) for overload in packet.overloads()):
+                schema = operator._schema
+                if not schema.is_mutable and any(isinstance(a.type, torch.TensorType) for a in schema.arguments):
+                    yield operator, function
+
+
+def _rsub(logits: Any, other: Any, alpha: Any = 1) -> Any:
+    return other - (logits if alpha == 1 else alpha * logits)
+
+
+# operator -> the function of torch that a program calls for it. A number less a tensor is an operator of its own.
+WRITTEN: dict[Any, Callable] = {**dict(_entrywise()), aten.rsub.Scalar: _rsub, aten.rsub.Tensor: _rsub}
+RULES.entrywise, RULES.record = frozenset(WRITTEN), _record

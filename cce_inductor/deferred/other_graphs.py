@@ -26,8 +26,9 @@ from ..rewrite.recipe import RECORDED, Logits
 from ..rewrite.result import Rewritten
 from ..trace.unnamed import GIVEN
 from . import aliases
-from .lazy import times
-from .pending import Recipe, Step
+from .lazy import WRITTEN
+from .pending import Recipe
+from .steps import Pair, Step
 from .tensor import DeferredLogits
 
 log = logging.getLogger(__name__)
@@ -58,47 +59,53 @@ def _cast(z: Proxy, dtype: torch.dtype | None = None, device: Any = None, **_: A
 # What each operator that can be a step is as a user writes it, on recorded tensors.
 _WRITTEN: dict[Any, Callable[..., Any]] = {
     aten.detach.default: lambda z: z.detach(),
-    aten.clone.default: lambda z, memory_format=None: z.clone(),
+    aten.clone.default: lambda z, memory_format=None: (
+        z.clone() if memory_format in (None, torch.preserve_format) else z.contiguous(memory_format=memory_format)
+    ),
     aten._to_copy.default: _cast,
-    aten.exp.default: lambda z: z.exp(),
     aten._softmax.default: lambda z, dim, half_to_float: z.softmax(
         dim, **({"dtype": torch.float32} if half_to_float else {})
     ),
-    times: lambda z, first, second: _written(z, first) * _written(z, second),
-    aten.mul.Tensor: lambda z, other: z * other,
-    aten.div.Tensor: lambda z, other: z / other,
     aten._log_softmax.default: lambda z, dim, half_to_float: z.log_softmax(
         dim, **({"dtype": torch.float32} if half_to_float else {})
     ),
     aten.view.default: lambda z, size: z.view(*size),
-    aten._unsafe_view.default: lambda z, size: z.view(*size),
+    aten._unsafe_view.default: lambda z, size: z.reshape(*size),
     aten.slice.Tensor: lambda z, dim=0, start=None, end=None, step=1: _index(z, dim, slice(start, end, step)),
     aten.select.int: _index,
+    aten.logsumexp.default: lambda z, dim, keepdim: z.logsumexp(dim, keepdim),
+    aten.sum.dim_IntList: lambda z, dim, keepdim: z.sum(dim, keepdim),
+    aten.amax.default: lambda z, dim, keepdim: z.amax(dim, keepdim),
+    aten.gather.default: lambda z, dim, index: z.gather(dim, index),
     aten.unsqueeze.default: lambda z, dim: z.unsqueeze(dim),
+    aten.squeeze.default: lambda z: z.squeeze(),
     aten.squeeze.dim: lambda z, dim: z.squeeze(dim),
+    aten.squeeze.dims: lambda z, dim: z.squeeze(dim),
+    aten.expand.default: lambda z, size, implicit=False: z.expand(*size),
     aten.t.default: lambda z: z.t(),
     aten.transpose.int: lambda z, dim0, dim1: z.transpose(dim0, dim1),
     aten.permute.default: lambda z, dims: z.permute(*dims),
+    **WRITTEN,
 }
 
 
 def _record(recipe: Recipe, operands: Sequence[Proxy]) -> Proxy:
     """Records the logits of `recipe`."""
     assert isinstance(recipe.compute, Logits)
-    z = _written(recipe.compute.record(operands), recipe.steps)
+    z = _written(recipe.compute.record(operands[: recipe.reads]), recipe.steps, operands[recipe.reads :])
     return z if any(recipe.needs) else z.detach()
 
 
-def _written(z: Proxy, steps: Sequence[Step]) -> Proxy:
+def _written(z: Proxy, steps: Sequence[Step | Pair], extras: Sequence[Proxy]) -> Proxy:
     for step in steps:
         if step.op not in _WRITTEN:
             raise _NotRecordableError(f"{step.op} lies between the head and the loss")
-        z = _WRITTEN[step.op](z, *step.args, **dict(step.kwargs))
+        if isinstance(step, Pair):
+            z = _WRITTEN[step.op](_written(z, step.first, extras), _written(z, step.second, extras))
+        else:
+            z = step(z, extras, _WRITTEN[step.op])
     return z
 
-
-# Steps that do the same to every entry, wherever it stands.
-ENTRYWISE = frozenset((aten.clone.default, aten._to_copy.default, aten.mul.Tensor, aten.div.Tensor))
 
 # ------------------------------------------------------------------------------------- graphs with logits as inputs
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,7 +16,11 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .. import compat
+from .entries import Entries
+from .mixtures import Spreadable
+from .shared import Shared
 from .staleness import Operand
+from .steps import Extra, Pair, Step, surroundings
 
 Compute = Callable[[Sequence[Tensor]], Tensor]
 # (pending logits, function, args, kwargs) -> what function(*args, **kwargs) gives, or NotImplemented.
@@ -26,24 +30,12 @@ Fuse = Callable[[Any, Callable, tuple, dict[str, Any]], Any]
 # ---------------------------------------------------------------------------------------------------- the head
 
 
-@contextlib.contextmanager
-def surroundings(device: torch.device, *, grad: bool) -> Iterator[None]:
-    """Where ``compute`` gives what the graph would have given: no ambient autocast, and no inference mode, whose
-    tensors could not be edited once it is left."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.set_grad_enabled(grad))
-        if torch.amp.is_autocast_available(device.type):
-            stack.enter_context(torch.autocast(device.type, enabled=False))
-        yield
-
-
 class PendingHead:
     """What pending logits are computed from, and a call of which computes them: (..., V) of `shape` and `dtype`.
 
     Called once, by its :class:`PendingValue`, which then lets go of it. `shape` is None where the logits are those of a
-    graph that is being traced, of which only the operands are given. For `compute`, `operands`, `fuse` and `statistics`
-    see :func:`defer`.
+    graph that is being traced, of which only the operands are given. For `compute`, `operands` and `fuse` see
+    :func:`defer`. shared: what eager calls have computed of the rows.
     """
 
     def __init__(
@@ -53,14 +45,27 @@ class PendingHead:
         shape: torch.Size | None,
         dtype: torch.dtype,
         fuse: Fuse | None = None,
-        statistics: bool = False,
     ) -> None:
-        self.compute, self.shape, self.dtype, self.fuse, self.statistics = compute, shape, dtype, fuse, statistics
+        self.compute, self.shape, self.dtype, self.fuse = compute, shape, dtype, fuse
+        self.shared = Shared()
+        self.on_read: Callable[[], None] | None = None  # called when the logits are computed
+        self.known: list[Known] = []  # statistics that the program has
         self.operands = [Operand.record(i, t) for i, t in enumerate(operands)]
         self.device = operands[0].device
         self.watched = False  # somebody, such as a hook, waits for the gradient of the logits
         self.needs: tuple[bool, ...] = ()  # which operands a gradient reaches, if any
         self.graph: ValueGraph | None = None  # of the value that was read, for the backward through the logits
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory the logits take."""
+        assert self.shape is not None
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def known_as(self, tensor: Tensor) -> PendingValue | None:
+        """The value of logits, pending, that a tensor of the program is a statistic of: that statistic, or None."""
+        made = next((known for known in self.known if known.is_in(tensor)), None)
+        return None if made is None else made.again(tensor)
 
     def check(self) -> list[Tensor]:
         """The operands, detached, which are still what they were; else a :class:`DeferredLogitsError`."""
@@ -85,6 +90,9 @@ class PendingHead:
         if not isinstance(out, (FakeTensor, FunctionalTensor)):
             counters["cce_inductor"]["deferred_materialized"] += 1
             self.operands, self.graph = [], graph  # a value is computed once: nothing will be compared again
+            self.shared, self.known = Shared(), []
+            if self.on_read is not None:
+                self.on_read()
         return out.detach() if grad else out
 
 
@@ -126,31 +134,11 @@ class ValueGraph(NamedTuple):
 # ------------------------------------------------------------------------------------- how a value follows from it
 
 
-class Step(NamedTuple):
-    """One lazy operator between the head's logits and a pending tensor: ``op(tensor, *args, **dict(kwargs))``."""
-
-    op: Any
-    args: tuple
-    kwargs: tuple[tuple[str, Any], ...]
-
-    @classmethod
-    def of(cls, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Step:
-        """The step with these arguments behind its tensor; lists among them become tuples, which have a hash."""
-        return cls(op, tuple(_frozen(a) for a in args), tuple((k, _frozen(v)) for k, v in kwargs.items()))
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        """What the operator makes of `tensor`."""
-        return self.op(tensor, *self.args, **dict(self.kwargs))
-
-
-def _frozen(argument: Any) -> Any:
-    return tuple(argument) if isinstance(argument, (list, tuple)) else argument
-
-
 @dataclass(frozen=True)
 class Recipe:
     """How a pending tensor follows from the operands of a head: ``steps`` behind ``compute(operands)``.
 
+    reads: how many operands the head has. The others are what the steps read besides.
     needs: which operands a gradient reaches; none if the tensor does not require grad. connected: False for a tensor
     whose gradient does not end in the operands, such as ``logits.detach().requires_grad_()``. dtype, device: its own.
     offset: where it begins in the memory that it shares with other views. of: the value that it is the recipe of.
@@ -159,7 +147,8 @@ class Recipe:
     """
 
     compute: Compute
-    steps: tuple[Step, ...]
+    reads: int
+    steps: tuple[Step | Pair, ...]
     needs: tuple[bool, ...]
     connected: bool
     dtype: torch.dtype
@@ -173,15 +162,22 @@ class Recipe:
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """Where a pending value comes from. `recipe` stands in for what autograd would say, in a graph that is traced."""
+    """Where a pending value comes from.
+
+    recipe: stands in for what autograd would say, in a graph that is traced. extras: what the steps read besides the
+    head's operands. beside: nodes of the autograd graph that statistics of the same logits come from, where `steps`
+    compute these again.
+    """
 
     head: PendingHead
-    steps: tuple[Step, ...] = ()
+    steps: tuple[Step | Pair, ...] = ()
     recipe: Recipe | None = None
+    extras: tuple[Extra | Spreadable, ...] = ()
+    beside: tuple[Any, ...] = ()
 
-    def then(self, step: Step) -> Origin:
-        """The origin of what `step` makes of the value."""
-        return Origin(self.head, (*self.steps, step), None)
+    def then(self, step: Step | Pair, extras: Sequence[Extra | Spreadable] = (), beside: Sequence[Any] = ()) -> Origin:
+        """The origin of what `step` makes of the value, where it reads these besides those known."""
+        return Origin(self.head, (*self.steps, step), None, (*self.extras, *extras), (*self.beside, *beside))
 
 
 # --------------------------------------------------------------------------------------------------- the value
@@ -191,8 +187,9 @@ class SharedMemory:
     """What values share that are views of each other.
 
     readers: pending values that are to be computed before it is edited. head: whose own value it holds, if any.
-    edited_in_graph: whether a graph edits it that Dynamo may not break: it is compiled for computed logits, and takes
-    pending ones too. piece: whether a graph that is traced is given no more than a part of it.
+    entries: what was computed of it without the rest, and must be found in it when it is. edited_in_graph: whether a
+    graph edits it that Dynamo may not break: it is compiled for computed logits, and takes pending ones too. piece:
+    whether a graph that is traced is given no more than a part of it.
     """
 
     edited_in_graph = False
@@ -200,6 +197,7 @@ class SharedMemory:
 
     def __init__(self, head: PendingHead | None = None) -> None:
         self.readers: weakref.WeakSet[PendingValue] = weakref.WeakSet()
+        self.entries: list[Entries] = []
         self.head = head
 
 
@@ -220,6 +218,7 @@ class PendingValue:
         self._make: Callable[[], Tensor] | None = make
         self._tensor: Tensor | None = None
         self._origin, self._source = origin, source
+        self._parts: tuple[PendingValue, ...] = ()  # of a pair: the two that it is made from
         self.memory = SharedMemory() if memory is None else memory
         # Of a value in a graph that is traced: what it was made from, which it stays to the graph, computed or not.
         self.given: tuple[Recipe, list[Tensor]] | None = None
@@ -253,9 +252,8 @@ class PendingValue:
     @property
     def origin(self) -> Origin | None:
         """Where it comes from; None once it, or what it is made from, has been computed: that may be edited."""
-        if self._source is not None and self._source.origin is None:
-            return None
-        return self._origin
+        made_from = self._parts if self._source is None else (self._source, *self._parts)
+        return None if any(value.origin is None for value in made_from) else self._origin
 
     @torch.compiler.disable  # Dynamo would otherwise compile the frames below when a compiled function reads us
     def get(self) -> Tensor:
@@ -266,27 +264,53 @@ class PendingValue:
             if isinstance(tensor, FakeTensor):
                 return tensor  # somebody traces: a real read may follow
             # With the others go the operands, or the value that it was made from.
-            self._tensor, self._make, self._origin, self._source = tensor, None, None, None
+            self._tensor, self._make, self._origin, self._source, self._parts = tensor, None, None, None, ()
+            while self.memory.entries:
+                self.memory.entries.pop().put(tensor)
         return self._tensor
 
-    def copy(self, step: Step) -> PendingValue:
-        """The value ``step`` of this one, in memory of its own: pending, and computed from this one as it is now."""
-        child = PendingValue(self._after(step), self._origin and self._origin.then(step), self)
+    def copy(self, step: Step, extras: Sequence[Extra | Spreadable] = ()) -> PendingValue:
+        """The value ``step`` of this one, in memory of its own: pending, and computed from this one as it is now.
+
+        extras: what the step reads that no earlier one has read.
+        """
+        origin = self._origin and self._origin.then(step, extras)
+        child = PendingValue(self._after(step, origin), origin, self)
         self.memory.readers.add(child)
         return child
 
     def view(self, step: Step) -> PendingValue:
         """The value ``step`` of this one, in the same memory."""
-        return PendingValue(self._after(step), self._origin and self._origin.then(step), self, self.memory)
+        origin = self._origin and self._origin.then(step)
+        return PendingValue(self._after(step, origin), origin, self, self.memory)
 
-    def meet(self, other: PendingValue) -> tuple[PendingValue | None, tuple[Step, ...], tuple[Step, ...]]:
-        """The last value that this pending one and another one both follow from, if any, and the steps of each."""
+    def pair(self, op: Any, other: PendingValue, beside: Sequence[Any] = ()) -> PendingValue | None:
+        """The value ``op`` of this one and another one: pending, where both follow from one value; else None.
+
+        beside: see :class:`Origin`.
+        """
         if self.origin is None or other.origin is None:
-            return None, (), ()
+            return None
         behind = list(self._behind())
         source = next((v for v in other._behind() if v in behind), None)
-        n = 0 if source is None or source.origin is None else len(source.origin.steps)
-        return source, self.origin.steps[n:], other.origin.steps[n:]
+        if source is None or source.origin is None:
+            return None
+        n, known = len(source.origin.steps), len(source.origin.extras)
+        own, others = self.origin.extras[known:], other.origin.extras[known:]
+        second = tuple(step.behind(known, len(own)) for step in other.origin.steps[n:])
+        step = Pair(op, self.origin.steps[n:], second)
+
+        def make() -> Tensor:
+            a, b = self.get(), other.get()
+            with surroundings(a.device, grad=False), compat.counting_versions():
+                return op(a, b)
+
+        nodes = [n for origin in (self.origin, other.origin) for n in origin.beside[len(source.origin.beside) :]]
+        child = PendingValue(make, source.origin.then(step, (*own, *others), (*nodes, *beside)), source)
+        child._parts = (self, other)
+        for value in (source, self, other):
+            value.memory.readers.add(child)
+        return child
 
     def _behind(self) -> Iterator[PendingValue]:
         """This value, then the one that it is made from, and so on."""
@@ -301,11 +325,13 @@ class PendingValue:
         recipe = next((recipe for recipe in recipes if recipe is not None), None)
         return None if recipe is None else recipe.of()
 
-    def _after(self, step: Step) -> Callable[[], Tensor]:
+    def _after(self, step: Step, origin: Origin | None) -> Callable[[], Tensor]:
+        copies = [] if origin is None else [extra.copy for extra in origin.extras]
+
         def make() -> Tensor:
             tensor = self.get()
             with surroundings(tensor.device, grad=False), compat.counting_versions():
-                return step(tensor)
+                return step(tensor, copies)
 
         return make
 
@@ -321,3 +347,35 @@ class PendingValue:
             if graph is not None and graph.reads_value:
                 self.memory.head.graph = None
         return tensor
+
+
+class Known:
+    """A statistic of pending logits that a program has: a tensor, and how it follows from their value.
+
+    Where the program goes on with the logits and that tensor (``z - z.logsumexp(-1, keepdim=True)``), both are one
+    function of the logits, which may be fused. Refers to neither.
+    """
+
+    def __init__(self, tensor: Tensor, value: PendingValue, step: Step, extras: Sequence[Extra]) -> None:
+        self._tensor, self._value = weakref.ref(tensor), weakref.ref(value)
+        self._version = None if tensor.is_inference() else tensor._version
+        self._step, self._extras = step, extras
+
+    def is_in(self, tensor: Tensor) -> bool:
+        """Whether `tensor` holds just this: it is the tensor, or a view of it in another shape."""
+        made = self._tensor()
+        if made is None or not (made is tensor or (tensor._base is made and tensor.is_contiguous())):
+            return False
+        version = None if made.is_inference() else made._version
+        return version == self._version and made.is_contiguous() and tensor.numel() == made.numel()
+
+    def again(self, tensor: Tensor) -> PendingValue | None:
+        """It, in the shape of `tensor`, to be computed from the logits once more; None if these are gone."""
+        value = self._value()
+        if value is None or value.origin is None:
+            return None
+        step = self._step.behind(0, len(value.origin.extras))
+        made = value.copy(step, self._extras)
+        if tensor is self._tensor():
+            return made
+        return made.view(Step.of(torch.ops.aten.view.default, (tuple(tensor.shape),), {}))

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import get_gradient_edge
 
 from .. import compat
-from ..graph.spellings import functions_of
-from .pending import Origin, PendingHead, PendingValue, Recipe, surroundings
+from ..graph.spellings import NAMES, REDUCING, Fact, functions_of
+from .pending import Origin, PendingHead, PendingValue, Recipe
 from .staleness import DeferredLogitsError
+from .steps import Extra, surroundings
 
 aten = torch.ops.aten
 
@@ -32,11 +34,14 @@ Rule = Callable[["DeferredLogits", Any, Sequence[Any], dict[str, Any]], Any]
 class Rules:
     """How an operator on deferred logits is answered.
 
-    lazy: without the values, one rule for each operator that has one. on_values: every other operator, and those that
-    their rule declines; given the operator, its arguments and its keywords.
+    lazy: without the values, one rule for each operator that has one. entrywise: operators on every entry, for which
+    `record` is one rule. on_values: every other operator, and those that their rule declines. The last two are given
+    the operator, its arguments and its keywords.
     """
 
     lazy: dict[Any, Rule] = field(default_factory=dict)
+    entrywise: frozenset[Any] = frozenset()
+    record: Callable[[Any, Sequence[Any], dict[str, Any]], Any] | None = None
     on_values: Callable[[Any, Sequence[Any], dict[str, Any]], Any] | None = None
 
 
@@ -97,17 +102,21 @@ class DeferredLogits(torch.Tensor):
         # The one view that is none of us. Whoever has it may edit it unseen.
         return aten._reshape_alias(self, self.size(), self.stride())
 
+    def head(self) -> PendingHead:
+        """The head that these pending logits come from."""
+        origin = self._value.origin
+        assert origin is not None
+        return origin.head
+
     def whole_shape(self) -> torch.Size:
         """The shape of the head's logits, which these pending ones come from."""
-        origin = self._value.origin
-        assert origin is not None and origin.head.shape is not None
-        return origin.head.shape
+        shape = self.head().shape
+        assert shape is not None
+        return shape
 
     def whole_dtype(self) -> torch.dtype:
         """The dtype of the head's logits."""
-        origin = self._value.origin
-        assert origin is not None
-        return origin.head.dtype
+        return self.head().dtype
 
     # ---- computing something else from what these are computed from
 
@@ -118,12 +127,15 @@ class DeferredLogits(torch.Tensor):
             return None
         if origin.recipe is not None:
             return origin.recipe
+        if not all(extra.unchanged for extra in origin.extras):
+            return None  # only a read knows what it was
         given = self._given()
-        needs = tuple(t.requires_grad for t in given or ()) or (False,) * len(origin.head.operands)
+        reads = len(origin.head.operands)
+        needs = tuple(t.requires_grad for t in given or ()) or (False,) * (reads + len(origin.extras))
         connected = given is not None or not self.requires_grad
         offset = self.storage_offset()
         own = (self.dtype, self.device, offset, weakref.ref(self._value))
-        return Recipe(origin.head.compute, origin.steps, needs, connected, *own)
+        return Recipe(origin.head.compute, reads, origin.steps, needs, connected, *own)
 
     def operands(self) -> tuple[Tensor, ...]:
         """The operands of :meth:`recipe`, connected to autograd as these logits are.
@@ -133,7 +145,7 @@ class DeferredLogits(torch.Tensor):
         origin = self._value.origin
         assert origin is not None
         aliases = origin.head.check()
-        return self._given() or tuple(aliases)
+        return self._given() or (*aliases, *(extra.tensor.detach() for extra in origin.extras))
 
     def _given(self) -> tuple[Tensor, ...] | None:
         """The operands that autograd leads to from here, or None where a gradient must take the way that it leads.
@@ -146,7 +158,9 @@ class DeferredLogits(torch.Tensor):
         assert origin is not None
         with torch._C.DisableTorchFunctionSubclass():  # looking for it is not watching
             stack: list[Any] = [self.grad_fn]
-        seen: set[Any] = set()
+        extras = [extra.tensor for extra in origin.extras]
+        # From there on the gradient goes to what the steps read besides.
+        seen: set[Any] = {get_gradient_edge(t).node for t in extras if t.requires_grad} | {*origin.beside}
         found: Any = None
         while stack:
             node = stack.pop()
@@ -158,7 +172,7 @@ class DeferredLogits(torch.Tensor):
                 return None
             stack += [n for n in behind if n not in seen]  # more than one behind a product
             seen.update(behind)
-        return found.operands if found is not None and not origin.head.watched else None
+        return (*found.operands, *extras) if found is not None and not origin.head.watched else None
 
     # What Dynamo and AOTAutograd make of us as an input of a graph: the operands of the head, or the computed values.
 
@@ -188,17 +202,18 @@ class DeferredLogits(torch.Tensor):
             value.memory.piece = not (offset == 0 and tensor.is_contiguous())
         else:
             operands = [inner[f"_operand_{i}"] for i in range(len(inner))]
-            head = PendingHead(recipe.compute, operands, None, recipe.dtype)
+            head = PendingHead(recipe.compute, operands[: recipe.reads], None, recipe.dtype)
             dtype, device, offset = recipe.dtype, recipe.device, recipe.offset
+            extras = operands[recipe.reads :]
 
             def make() -> Tensor:
                 out = head()
                 with surroundings(out.device, grad=False):
                     for step in recipe.steps:
-                        out = step(out)
+                        out = step(out, extras)
                 return out
 
-            value = PendingValue(make, Origin(head, recipe.steps, recipe))
+            value = PendingValue(make, Origin(head, recipe.steps, recipe, tuple(map(Extra, extras))))
             value.given = recipe, operands
             if any(isinstance(s, torch.SymInt) for s in size):
                 # Dynamo gives us and the operands symbols of their own: say that they are the same sizes.
@@ -235,11 +250,12 @@ class DeferredLogits(torch.Tensor):
         if number is not None and (given := self._value.given) is not None:
             return given[1][int(number[1])]
         if number is not None and (origin := self._value.origin) is not None:
-            i, operands = int(number[1]), origin.head.operands
+            i, operands = int(number[1]), [operand.alias for operand in origin.head.operands]
             if i == 0 and not compat.is_tracing():
                 origin.head.check()  # a compiled function of somebody else's takes the operands from here
+            operands += [extra.tensor.detach() for extra in origin.extras]
             if i < len(operands):
-                return operands[i].alias
+                return operands[i]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
 
     @classmethod
@@ -266,6 +282,11 @@ class DeferredLogits(torch.Tensor):
         rule = RULES.lazy.get(func)
         if rule is not None and isinstance(args[0], DeferredLogits) and not args[0]._is_traced_to_the_end():
             out = rule(args[0], func, args[1:], kwargs)
+            if out is not NotImplemented:
+                return out
+        if func in RULES.entrywise:
+            assert RULES.record is not None
+            out = RULES.record(func, args, kwargs)
             if out is not NotImplemented:
                 return out
         assert RULES.on_values is not None
@@ -375,8 +396,9 @@ for _name in _THROUGH_VALUE:
 # --------------------------------------------------------------------------- losses and statistics of pending logits
 
 # Functions of torch that may be computed without the logits, above autograd, where the operands can be reached.
-LOSSES = functions_of("cross_entropy", "nll_loss")
-STATISTICS = functions_of("logsumexp", "gather", "take_along_dim", "argmax", "max", "amax", "sum")
+LOSSES = functions_of(*(name for name, row in NAMES.items() if row.facts & Fact.LOSS))
+# Those that the tracer ends at.
+STATISTICS = functions_of(*(n for n, row in NAMES.items() if any(r.startswith(REDUCING) for r in row.rules))) - LOSSES
 # Functions that take rows by a tensor: of the hidden states instead.
 ROWS = functions_of("getitem", "index_select")
 _FUSED = LOSSES | STATISTICS | ROWS
@@ -389,6 +411,6 @@ def _fused(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     if not isinstance(logits, DeferredLogits) or logits._value.origin is None:
         return NotImplemented
     head = logits._value.origin.head
-    if head.fuse is None or compat.is_transforming() or (func not in LOSSES and not head.statistics):
+    if head.fuse is None or compat.is_transforming():
         return NotImplemented
     return head.fuse(logits, func, args, kwargs)

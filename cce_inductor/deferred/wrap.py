@@ -1,6 +1,5 @@
 """Compiled functions with what has to be done to their arguments and results: logits taken in, logits given out."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,10 +32,10 @@ def computed_on_entry(compiled: Callable) -> Callable:
     return run
 
 
-def with_deferred(compiled: Callable, result: Rewritten, fuse: Fuse, workspace_bytes: int) -> Callable:
+def with_deferred(compiled: Callable, result: Rewritten, fuse: Fuse) -> Callable:
     """A compiled function that gives deferred logits where its graph gives the hidden states.
 
-    `fuse` computes losses that are called eagerly on them, and statistics of logits larger than the workspace.
+    `fuse` computes losses and statistics that are called eagerly on them.
     """
     deferrals, n = result.deferrals, result.user_outputs
     positions = {deferral.position for deferral in deferrals}
@@ -45,16 +44,13 @@ def with_deferred(compiled: Callable, result: Rewritten, fuse: Fuse, workspace_b
         # A weight that may be gone when the loss comes is of no use for a loss in another graph.
         if not result.fused and any(map(compat.is_freed_after_forward, operands[1:])):
             return computed(deferral.compute, operands)
-        shape = deferral.shape(operands)
         return defer(
             deferral.compute,
             operands,
-            shape=shape,
+            shape=deferral.shape(operands),
             dtype=deferral.dtype,
             requires_grad=deferral.requires_grad,
             fuse=fuse,
-            # Smaller ones are read for a statistic, and then serve the next.
-            statistics=math.prod(shape) * deferral.dtype.itemsize > workspace_bytes,
         )
 
     def run(*args: Any) -> tuple:

@@ -450,6 +450,9 @@ NAMES: dict[str, _Name] = {}
 for _row in SPELLINGS:
     NAMES.setdefault(_row.name, _Name(_row.facts, _row.rules, _row.head, _row.beside, _row.several))
 
+# Where the rules are for what a walk ends at.
+REDUCING = ("reductions.", "ranking.")
+
 FUNCTIONS = {f: (s.name, s.signature) for s in SPELLINGS for f in s.functions}
 METHODS = {m: (s.name, s.signature) for s in SPELLINGS for m in s.methods}
 

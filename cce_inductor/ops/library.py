@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import register_flop_formula
 
-from . import filtered, reference
+from . import filtered, reference, twice
 from .bound import blocks, groups
 from .call import DIFFERENTIABLE_OPERANDS, Attributes, Call, check, saved_names
 from .statistics import with_all_digits
@@ -242,15 +242,21 @@ def must_save(tensors: list[Tensor], beside: Sequence[Tensor] = ()) -> list[Tens
     return tensors
 
 
-def _autograd_backward(tangents, tangent_names, saved, operands, *rest) -> list[Tensor]:
+def _autograd_backward(
+    tangents, tangent_names, saved, operands, names, row_mask, statistics, needs, *attributes
+) -> list[Tensor]:
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*tangents, *saved, *operands)):
-        raise RuntimeError(
-            "cce_inductor: the fused cross-entropy has no second derivative, so backward(create_graph=True) through "
-            "it cannot work. Compile without cce_inductor where you differentiate twice, or compute the loss with "
-            "torch.nn.functional.cross_entropy outside the compiled region."
-        )
+        if get_proxy_mode() is not None:
+            raise RuntimeError(
+                "cce_inductor: the fused cross-entropy has no second derivative in compiled code, so "
+                "backward(create_graph=True) through it cannot work there. Compile without cce_inductor where you "
+                "differentiate twice."
+            )
+        call = Call.read(list(operands), names, row_mask, statistics, attributes)
+        named = dict(zip(tangent_names.split(), tangents, strict=True))
+        return twice.gradients(call, named, needs.split())
     with torch._C._AutoDispatchBelowAutograd():
-        return BACKWARD(tangents, tangent_names, saved, operands, *rest)
+        return BACKWARD(tangents, tangent_names, saved, operands, names, row_mask, statistics, needs, *attributes)
 
 
 library.impl("linear_statistics", _autograd_forward, "Autograd")

@@ -126,6 +126,9 @@ def forward(call: Call) -> list[Tensor]:
     operands = Operands(call)
     check_targets(operands)
     out = empty_statistics(call)
+    if all(row.kind == "sparse" for row in rows):
+        _target_logits(operands, out)
+        return out
     block_rows, columns = tile_shape(call, temporaries=3, slab_tensors=0)
     for block in cut(operands.n, block_rows):
         states: dict = {}
@@ -191,6 +194,9 @@ def backward(call: Call, tangents: dict[str, Tensor], saved: dict[str, Tensor], 
     rows = differentiated(tangents)
     if operands.n == 0 or not rows:
         return [call.operands[name].new_zeros(call.operands[name].shape) for name in needs]
+    if all(row.kind == "sparse" for row in rows):
+        (tangent,) = tangents.values()
+        return _backward_of_targets(operands, tangent, needs)
     grads = Gradients(call, frozenset(needs))
     temporaries = 5 if any(row.kind == "signed" for row in rows) else 3
     slab_accumulator = "weight" in needs and call.weight.dtype != call.accumulate_dtype
@@ -259,3 +265,55 @@ def dlogits(
     assert dz is not None
     # d z / d acc = scale * (d z / d u); the scale is in the tangents already.
     return dz if inner is None else times_slope(dz, inner, attributes.softcap_form)
+
+
+# ---- the target's logit alone: of each row one class, and no product of matrices
+
+
+def _target_tiles(operands: Operands) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
+    """Blocks of rows with their classes, hidden states, rows of the weight, and logits before the softcap, (rows,)."""
+    call, d = operands.call, operands.call.input.shape[1]
+    assert operands.target is not None
+    bias, scale = call.operands.get("bias"), call.attributes.scale
+    for block in cut(operands.n, max(1, call.workspace // call.accumulate_dtype.itemsize // (4 * d + 1))):
+        classes, x = operands.target[block], operands.input(block)
+        w = operands.cast(call.weight[classes])
+        u = (x * w).sum(1)
+        if bias is not None:
+            u += bias[classes]
+        yield block, classes, x, w, u.mul_(scale)
+
+
+def _target_logits(operands: Operands, out: list[Tensor]) -> None:
+    """Writes the logit of the target into each of `out`, (N,), in the rows that are active."""
+    attributes = operands.call.attributes
+    for block, *_, u in _target_tiles(operands):
+        where = block if operands.index is None else operands.index[block]
+        for result in out:
+            result[where] = capped(u, attributes.softcap, attributes.softcap_form)
+
+
+def _backward_of_targets(operands: Operands, tangent: Tensor, needs: list[str]) -> list[Tensor]:
+    """As `backward`, where nothing but the target's logit has a tangent, (N,)."""
+    call, acc = operands.call, operands.call.accumulate_dtype
+    attributes = call.attributes
+    assert operands.target is not None
+    found, place = operands.target.unique(return_inverse=True)
+    grads: dict[str, Tensor] = {"input": call.input.new_zeros(call.input.shape, dtype=acc)}
+    rows = call.input.new_zeros((len(found), call.input.shape[1]), dtype=acc)
+    one_each = call.input.new_zeros(len(found), dtype=acc)
+    for block, _, x, w, u in _target_tiles(operands):
+        dz = operands.rows(tangent, block).to(acc) * attributes.scale
+        if attributes.softcap:
+            _, inner = capped_and_inner(u, attributes.softcap, attributes.softcap_form)
+            dz = times_slope(dz, inner, attributes.softcap_form)
+        where = block if operands.index is None else operands.index[block]
+        grads["input"][where] = dz[:, None] * w
+        rows.index_add_(0, place[block], dz[:, None] * x)
+        one_each.index_add_(0, place[block], dz)
+    for name, part in (("weight", rows), ("bias", one_each)):
+        if name in needs:
+            whole = grads[name] = call.operands[name].new_zeros(call.operands[name].shape)
+            whole[found] = part.to(whole.dtype)
+    grads["diagnostics"] = diagnostics.of_exact(operands.n, call.input.device)
+    return [grads[name].to(call.operands[name].dtype) for name in needs]

@@ -204,7 +204,9 @@ def record(
     kernel = plan.choice.kernel
     if early and plan.choice.gradients_in_forward:
         kernel += ", gradients formed in the forward"
-    call = next(c for c in calls if reduction in c.members)
+    call = next((c for c in calls if reduction in c.members), None)
+    if call is None:  # a ranking, which has an operator of its own
+        return site.make(finding.loss, finding.trace.head, None, deferred, kernel)
     return site.make(
         finding.loss,
         finding.trace.head,

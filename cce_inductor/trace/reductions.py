@@ -142,7 +142,7 @@ def _whole(value: Value) -> tuple[tuple[str, ...], Callable[[Any], Any]]:
     if value.picked is not None:
         return _entry(value)
     if value.kind == "exp":
-        return SOFTMAX, lambda s: _times(s.lse.exp(), factor)
+        return SOFTMAX, lambda s: _times(s.lse.exp() * (1.0 + s.lse_low), factor)  # all its digits
     if value.kind == "p log p":
         return (*SOFTMAX, "entropy"), lambda s: s.entropy * -factor
     if value.kind == "p z":

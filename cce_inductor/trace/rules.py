@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import Node
 
 from ..graph.nodes import Op
-from ..graph.spellings import NAMES, Fact
+from ..graph.spellings import NAMES, REDUCING, Fact
 from . import (
     heads,
     indexing,
@@ -60,7 +60,7 @@ def follows(op: Op) -> bool:
 
 def leads_on(op: Op) -> bool:
     """Whether an op gives logits, or functions of every one of them, and not only a statistic."""
-    return any(not where.startswith(("reductions.", "ranking.")) for where in NAMES[op.name].rules)
+    return any(not where.startswith(REDUCING) for where in NAMES[op.name].rules)
 
 
 def apply(op: Op, value: Value, node: Node) -> Value | Reduction | list | None:

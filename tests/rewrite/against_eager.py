@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from grammar import GRAMMAR, Program
+from torch._dynamo.utils import counters
 
 from cce_inductor import backend, config, record
+from cce_inductor.deferred import DeferredLogitsError
 
 SETTINGS = config.Settings(min_vocab=0, compiler="eager")
 # Of the largest entry. A gradient in fp16, of a weight that is stored so, is rounded once per use.
@@ -95,8 +97,12 @@ class Outcome:
         return self.fused > 0 and self.declined == 0
 
 
-def outcome(program: Program, dynamic: bool | None = None) -> Outcome | None:
-    """Runs a program in eager mode and rewritten; None for one that eager refuses, or makes NaN of."""
+def outcome(program: Program, dynamic: bool | None = None, apart: bool = False) -> Outcome | None:
+    """Runs a program in eager mode and rewritten; None for one that eager refuses, or makes NaN of.
+
+    apart: whether only its head is compiled, and the rest called on pending logits. `declined` is then 1 if they were
+    read, and else 0.
+    """
     try:
         want = run(program.function(), program)
     except RuntimeError:  # a tensor that the backward needs was written to
@@ -108,18 +114,28 @@ def outcome(program: Program, dynamic: bool | None = None) -> Outcome | None:
     def rewriting(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable:
         return backend.compile_graph(gm, inputs, SETTINGS, lambda rewritten, _: rewritten.forward)
 
+    def compiled(fn: Callable) -> Callable:
+        return torch.compile(fn, backend=rewriting, dynamic=dynamic)
+
+    before = counters["cce_inductor"]["deferred_materialized"]
     with record.collect() as graphs:
         try:
-            got = run(torch.compile(program.function(), backend=rewriting, dynamic=dynamic), program)
+            fn = program.with_head_apart(compiled) if apart else compiled(program.function())
+            got = run(fn, program)
+        except DeferredLogitsError:  # the weight was written to in between: a documented error
+            return None
         except Exception as error:
             return Outcome(wrong=f"{type(error).__name__}: {error}")
     sites = [site for graph in graphs for site in graph.sites]
     fused = [site.fused for site in sites]
     reasons = tuple(site.reason for site in sites if not site.fused)
     wrong = difference(want, got, TOLERANCE[program.choices.dtype])
-    if not wrong and program.verdict == "barrier" and any(fused):
+    if not wrong and not apart and program.verdict == "barrier" and any(fused):
         wrong = "fused, though it cannot be"
     wrong = wrong or next((reason for reason in reasons if "internal error" in reason), "")
+    if apart:
+        read = counters["cce_inductor"]["deferred_materialized"] > before
+        return Outcome(int(not read), int(read), wrong, reasons)
     return Outcome(sum(fused), len(fused) - sum(fused), wrong, reasons)
 
 

@@ -145,6 +145,9 @@ class Choices:
     steps: tuple[tuple[str, str, int], ...] = ()
 
 
+_MODULES: dict[str, Any] = {"torch": torch, "F": F, "math": math}
+
+
 @dataclass(frozen=True)
 class Program:
     """Source of a function ``program``, and the tensors of its parameters, by name."""
@@ -154,13 +157,28 @@ class Program:
     tensors: dict[str, torch.Tensor]
     verdict: str
 
-    def function(self) -> Callable:
-        """The function, with its source where tracebacks (and Dynamo's stack traces) look for it."""
+    def function(self, called: str = "program", **beside: Any) -> Callable:
+        """The function, with its source where tracebacks (and Dynamo's stack traces) look for it.
+
+        beside: what else it may call.
+        """
         name = f"<program {hash(self.source) & 0xFFFFFFFF:08x}>"
         linecache.cache[name] = (len(self.source), None, self.source.splitlines(True), name)
-        namespace: dict[str, Any] = {"torch": torch, "F": F, "math": math}
+        namespace: dict[str, Any] = _MODULES | beside
         exec(compile(self.source, name, "exec"), namespace)
-        return namespace["program"]
+        return namespace[called]
+
+    def with_head_apart(self, compile: Callable) -> Callable:
+        """The function, with the product that gives the logits in one of its own, which ``compile(fn)`` compiles."""
+        lines = self.source.splitlines()
+        at = next(i for i, line in enumerate(lines) if line.strip().startswith("z = "))
+        known = {*self.tensors, *names("\n".join(line.strip() for line in lines[1:at]))}
+        read = ", ".join(sorted(names(lines[at].strip()) & known - {"z", *_MODULES}))
+        apart = f"def head({read}):\n    return {lines[at].strip()[4:]}\n"
+        lines[at] = f"    z = head({read})"
+        head = Program(apart, self.choices, {}, self.verdict).function("head")
+        whole = Program("\n".join(lines) + "\n", self.choices, {}, self.verdict)
+        return whole.function(head=compile(head))
 
     def arguments(self) -> list[torch.Tensor]:
         """Fresh copies of the tensors: a program may write into what it is given."""
@@ -192,7 +210,7 @@ class Draft:
         self.verdict = "fuse"
         generator = torch.Generator().manual_seed(choices.seed)
         self.inputs = {k: make(generator, self.dtype) for k, make in inputs(self.sizes, ignored).items()}
-        self.env: dict[str, Any] = {"torch": torch, "F": F, "math": math}
+        self.env: dict[str, Any] = dict(_MODULES)
         self.env.update((k, t.detach().clone().requires_grad_(t.requires_grad)) for k, t in self.inputs.items())
 
     @property
@@ -316,11 +334,19 @@ def _parts(rng: random.Random) -> list[str]:
     return parts
 
 
-def generate(seed: int, dtype: torch.dtype = torch.float64, only: Collection[tuple[str, str]] | None = None) -> Program:
-    """The program of a seed: always the same one. `only`: the (part, name) of the productions to use; None: all."""
+def generate(
+    seed: int,
+    dtype: torch.dtype = torch.float64,
+    only: Collection[tuple[str, str]] | None = None,
+    sizes: Sizes | None = None,
+) -> Program:
+    """The program of a seed: always the same one.
+
+    only: the (part, name) of the productions to use; None: all. sizes: by the seed where it is None.
+    """
     rng = random.Random(seed)
     while True:
-        draft = Draft(Choices(rng.getrandbits(30), dtype))
+        draft = Draft(Choices(rng.getrandbits(30), dtype), sizes)
         try:
             for part in _parts(rng):
                 for _ in range(30):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from against_eager import Tally, outcome
 from coverage_table import FUSED, fusing, spellings
-from grammar import Choices, Draft, Program, generate, shrink
+from grammar import Choices, Draft, Program, Sizes, generate, shrink
 
 
 @pytest.fixture(autouse=True)
@@ -24,23 +24,36 @@ def quiet():
     trace.setLevel(level)
 
 
-def check(seeds: range, dtype: torch.dtype = torch.float64, dynamic: bool | None = None, only: Any = None) -> Tally:
-    """Runs the programs of some seeds; a wrong one is made as short as it can be, and printed."""
+# With a vocabulary for which logits are deferred.
+DEFERRED = Sizes(b=2, s=5, d=4, v=40, spare=2)
+
+
+def check(
+    seeds: range,
+    dtype: torch.dtype = torch.float64,
+    dynamic: bool | None = None,
+    only: Any = None,
+    apart: bool = False,
+) -> Tally:
+    """Runs the programs of some seeds; a wrong one is made as short as it can be, and printed.
+
+    apart: whether only the head is compiled, and all that follows called on its deferred logits.
+    """
     tally = Tally()
     for seed in seeds:
-        program = generate(seed, dtype, only)
-        result = outcome(program, dynamic)
+        program = generate(seed, dtype, only, DEFERRED if apart else None)
+        result = outcome(program, dynamic, apart)
         if result is None:
             tally.skipped += 1
             continue
         if result.wrong:
 
             def fails(candidate: Program) -> bool:
-                again = outcome(candidate, dynamic)
+                again = outcome(candidate, dynamic, apart)
                 return again is not None and bool(again.wrong)
 
             program = shrink(program, fails)
-            again = outcome(program, dynamic)
+            again = outcome(program, dynamic, apart)
             pytest.fail(f"seed {seed}: {again.wrong if again else result.wrong}\n{program}", pytrace=False)
         tally.add(program, result)
     print(f"\n{dtype}, dynamic={dynamic}, seeds {seeds}, {tally.skipped} skipped by eager: {tally}")
@@ -179,6 +192,12 @@ def test_what_fuses_alone_fuses_together():
     assert tally.fused >= 0.8 * tally.programs > 28
 
 
+def test_random_programs_outside_the_graph_of_the_head():
+    """With those that read the logits in the end; tests/test_outside.py is of those that need not."""
+    tally = check(range(700, 760), apart=True)
+    assert tally.fused >= 0.25 * tally.programs > 10
+
+
 def test_dynamic_shapes():
     check(range(400, 414), dynamic=True)
 
@@ -194,6 +213,12 @@ def test_the_coverage_table_is_current():
 @pytest.mark.parametrize("first", range(1000, 4000, 500))
 def test_thousands_of_random_programs(first):
     check(range(first, first + 500))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(5000, 6000, 500))
+def test_a_thousand_random_programs_outside_the_graph_of_the_head(first):
+    check(range(first, first + 500), apart=True)
 
 
 @pytest.mark.slow

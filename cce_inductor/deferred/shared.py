@@ -1,0 +1,93 @@
+"""Statistics of one head's logits that several eager calls share, so that they are computed in one pass.
+
+A loss that is written by hand asks for one statistic after the other: the logit of the target, then the sum over the
+classes. The first call computes what the next ones are likely to ask for, from the same tiles, and one backward serves
+them all: autograd adds up the gradients of what one operator gave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ..ops.call import Attributes
+from ..ops.library import FORWARD
+from ..ops.statistics import TABLE
+from ..rewrite.groups import TABLE_ORDER
+
+# What comes along: it is next to nothing beside the product.
+_ALONG = ("lse", "lse_low", "logit_sum")
+
+
+class Shared:
+    """What eager calls have computed of the rows of one head."""
+
+    def __init__(self) -> None:
+        self._given: tuple[Tensor, ...] = ()
+        self._found: list[tuple[tuple, Tensor | None, dict[str, Tensor]]] = []
+
+    def of(self, given: Sequence[Tensor]) -> Shared:
+        """This, for a call on these operands: what was computed from others, or by another way to them, is gone."""
+        if len(given) != len(self._given) or any(a is not b for a, b in zip(given, self._given, strict=True)):
+            self._given, self._found = tuple(given), []
+        return self
+
+    def statistics(
+        self, operands: Sequence[Tensor], names: str, row_mask: Tensor | None, statistics: str, *rest: Any
+    ) -> list[Tensor]:
+        """What the operator `linear_statistics` gives for these arguments."""
+        given = dict(zip(names.split(), operands, strict=True))
+        wanted, target = statistics.split(), given.pop("target", None)
+        plain = given.keys() <= {"input", "weight", "bias"} and row_mask is None
+        if not plain or Attributes(*rest[1:]).grad_filter != "exact":
+            return FORWARD(list(operands), names, row_mask, statistics, *rest)
+        key = (tuple((name, _seen(t)) for name, t in given.items()), rest, torch.is_grad_enabled())
+        known: dict[str, Tensor] = {}
+        for of, classes, made in self._found:
+            if of == key:
+                same = target is classes or (target is not None and classes is not None and _same(target, classes))
+                known |= {name: t for name, t in made.items() if name != "target_logit" or same}
+        missing = set(wanted) - known.keys()
+        if missing:
+            asked = missing | {r for name in missing for r in TABLE[name].requires if r in TABLE}
+            names_of = [name for name in TABLE_ORDER if name in asked or (name in _ALONG and name not in known)]
+            if missing == {"target_logit"}:
+                names_of = ["target_logit"]
+            if target is not None and "target_logit" in names_of:
+                given["target"] = target
+            made = FORWARD(list(given.values()), " ".join(given), None, " ".join(names_of), *rest)
+            found = dict(zip(names_of, made, strict=False))
+            self._found.append((key, None if target is None else target.clone(), found))
+            known |= found
+        return [known[name] for name in wanted]
+
+
+def _seen(t: Tensor) -> tuple:
+    """What says that two tensors, made in the same way of the same ones, are the same."""
+    version = None if t.is_inference() else t._version
+    return t.data_ptr(), t.shape, t.stride(), t.dtype, version, t.requires_grad
+
+
+def _same(target: Tensor, classes: Tensor) -> bool:
+    return target.shape == classes.shape and torch.equal(target, classes)
+
+
+def through(shared: Shared, *arguments: Any) -> list[Tensor]:
+    """The operator, in a graph whose first input is a :class:`Shared`."""
+    return shared.statistics(*arguments)
+
+
+def share(gm: GraphModule) -> GraphModule:
+    """Gives a rewritten graph a first input, the :class:`Shared` that its calls of the operator go through."""
+    first = next(iter(gm.graph.nodes))
+    with gm.graph.inserting_before(first):
+        shared = gm.graph.placeholder("shared")
+    for node in gm.graph.nodes:
+        if node.target is FORWARD:
+            node.target, node.args = through, (shared, *node.args)
+    gm.recompile()
+    return gm

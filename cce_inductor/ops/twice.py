@@ -1,0 +1,53 @@
+"""The gradients of the fused statistics by plain PyTorch, for a backward that is to be differentiated itself.
+
+The kernels have no second derivative. Here the logits are computed in full, and autograd knows every step.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .call import Call
+from .softcap import softcapped
+
+
+def gradients(call: Call, tangents: dict[str, Tensor], needs: list[str]) -> list[Tensor]:
+    """The gradients of the operands named in `needs`, in their own dtypes, as differentiable functions of all.
+
+    tangents: (N,) for each statistic that has one.
+    """
+    with torch.enable_grad():
+        # Aliases: what the gradients are taken of ends here, and the operands' own hooks are not run.
+        own = {name: call.operands[name].view_as(call.operands[name]) for name in needs}
+        values = _statistics(call, call.operands | own, list(tangents))
+        total = torch.stack([(value * tangents[name]).sum() for name, value in values.items()]).sum()
+        found = torch.autograd.grad(total, list(own.values()), create_graph=True, allow_unused=True)
+    return [t.new_zeros(t.shape) if g is None else g for g, t in zip(found, own.values(), strict=True)]
+
+
+def _statistics(call: Call, operands: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    """The differentiable statistics named, from all logits: 0 in rows that are not active."""
+    attributes, exact = call.attributes, call.accumulate_dtype
+    x, w = (operands[name].to(call.compute_dtype).to(exact) for name in ("input", "weight"))
+    bias = operands.get("bias")
+    z = F.linear(x, w, None if bias is None else bias.to(exact)) * attributes.scale
+    if attributes.softcap:
+        z = softcapped(z, attributes.softcap, attributes.softcap_form, exact)
+    found: dict[str, Tensor] = {}
+    for name in names:
+        if name == "lse":
+            found[name] = z.logsumexp(1)
+        elif name == "target_logit":
+            inside = operands["target"] if call.row_mask is None else operands["target"] * call.row_mask
+            found[name] = z.gather(1, inside[:, None])[:, 0]
+        elif name == "logit_sum":
+            weight = operands.get("column_weight")
+            found[name] = z.sum(1) if weight is None else z @ weight.to(exact)
+        else:
+            assert name == "entropy"
+            log_p = z.log_softmax(1)
+            p = log_p.exp()
+            found[name] = -(p * torch.where(p == 0, 0, log_p)).sum(1)  # p log p tends to 0
+    if call.row_mask is None:
+        return found
+    return {name: torch.where(call.row_mask, value, 0) for name, value in found.items()}
