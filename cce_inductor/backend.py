@@ -82,7 +82,7 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings,
     as_it_is = form.as_it_is or result.uncompiled or not compat.outputs(result.graph_module)
     compiled = _as_it_is(result.graph_module) if as_it_is else compiler(result.graph_module, form.inputs)
     if result.deferrals:
-        compiled = wrap.with_deferred(compiled, result, _eager_calls(settings))
+        compiled = wrap.with_deferred(compiled, result, _eager_calls(settings), settings.workspace_bytes)
     if form.inlined or form.read or form.unused:
         compiled = wrap.with_logits(compiled, form)
     # The parts of a graph that DDPOptimizer has cut are compiled before anybody knows what the others return.
@@ -147,7 +147,6 @@ def _eager_calls(settings: Settings) -> EagerCalls:
     return EagerCalls(
         lambda form: _settle([form], settings, None)[1],
         lambda form: _settle_statistic(form, settings),
-        settings.workspace_bytes,
     )
 
 

@@ -78,6 +78,16 @@ COPIES = (
     "{v}.repeat(*([2] + [1] * ({v}.dim() - 1)))",
     "{v}.t().contiguous()",
     "{v} + 1.0",
+    "1.0 - {v}",
+    "{v} + torch.linspace(-1, 1, {v}.shape[-1], dtype={v}.dtype)",
+    "{v}.masked_fill(torch.arange({v}.shape[-1]) > 3, -2.0)",
+    "torch.where(torch.arange({v}.shape[-1]) > 3, {v}, -2.0)",
+    "{v} * {v}.softmax(-1)",
+    "{v} - {v}.logsumexp(-1, keepdim=True)",
+    "{v} - {v}.detach().amax(-1, keepdim=True)",
+    "{v} / {v}.exp().sum(-1, keepdim=True)",
+    "{v} * F.one_hot(torch.ones({v}.shape[:-1], dtype=torch.long), {v}.shape[-1])",
+    "{v}.topk(2)[0]",
 )
 # Statements that write into the memory of `{v}`, of any shape.
 EDITS = (
@@ -164,6 +174,8 @@ MATRIX_READERS = (
     "out.append(F.cross_entropy({v}[:-1], target({v})[:-1]))",
     "out.append({v}.log_softmax(-1).gather(-1, target({v})[:, None]).mean())",
     "out.append({v}.argmax(-1).sum())",
+    "out.append(({v} >= {v}.gather(-1, target({v})[:, None])).sum())",
+    "out.append({v}.max(-1).values.sum())",
 )
 RETURNS = ("", "{v}", "{v}[1:]", "{v}.view({v}.shape)", "({v}, {v} * 2)", "{v}.detach()", "({v}[:1], {v}[1:])")
 BACKENDS = ("cce", "cce", "aot_eager", "eager", "cce fullgraph", "aot_eager fullgraph")

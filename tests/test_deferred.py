@@ -61,6 +61,7 @@ def build(
     *,
     grad: bool = True,
     dtype: torch.dtype = torch.float32,
+    large: bool = False,
 ) -> Logits:
     gen = torch.Generator().manual_seed(0)
     hidden = torch.randn(B, S, D, generator=gen).to(dtype).requires_grad_(grad)
@@ -71,7 +72,7 @@ def build(
     out = compute(operands)
     if lazy:
         given = {"shape": out.shape, "dtype": out.dtype, "requires_grad": out.requires_grad}
-        out = defer(compute, operands, fuse=lambda *_: NotImplemented, **given)
+        out = defer(compute, operands, fuse=lambda *_: NotImplemented, large=large, **given)
     return Logits(out, hidden, weight, bias, trunk)
 
 
@@ -219,7 +220,7 @@ ARITHMETIC: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("name", [*LAZY, *ARITHMETIC])
 def test_copies_and_casts_stay_lazy_and_then_read_as_eager(name: str, grad: bool) -> None:
-    got, expected = both(upcast, grad=grad, dtype=torch.bfloat16)
+    got, expected = both(upcast, grad=grad, dtype=torch.bfloat16, large=not grad)
     with Reads() as reads:
         a, b = ({**LAZY, **ARITHMETIC}[name](side.logits) for side in (got, expected))
         assert isinstance(a, DeferredLogits) and not a.is_materialized
@@ -231,6 +232,16 @@ def test_copies_and_casts_stay_lazy_and_then_read_as_eager(name: str, grad: bool
         same(a, b)
         same(got.logits, expected.logits)  # both: the head was computed once for the whole chain
         assert reads.n == 1
+
+
+@pytest.mark.parametrize("name", [*ARITHMETIC, "gather"])
+def test_what_is_computed_without_a_gradient_is_there_when_the_weights_have_changed(name: str) -> None:
+    """A metric that a program keeps, of logits that are not large."""
+    got, expected = both(upcast, dtype=torch.bfloat16)
+    kept = [{**LAZY, **ARITHMETIC}[name](side.logits.detach()) for side in (got, expected)]
+    with torch.no_grad():
+        got.weight.add_(1)
+    same(*kept)
 
 
 @pytest.mark.parametrize("name", ["float", "clone", "detach"])

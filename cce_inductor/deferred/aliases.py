@@ -94,11 +94,12 @@ def _without_views(gm: GraphModule, min_vocab: int) -> tuple[GraphModule, Return
     made = list(dict.fromkeys(base for base in bases.values() if base.op != "placeholder"))
     added = [base for base in made if base not in rest]
     rest += added
-    others = _needed([n for n in gm.graph.nodes if n not in behind and n.op != "output"] + rest, set())
     # Nothing but the views goes: what has effects stays.
+    edits = {n for n in behind if memory.mutated(n)}
+    others = _needed([n for n in gm.graph.nodes if n not in behind and n.op != "output"] + [*edits, *rest], set())
     remaining = [n for n in gm.graph.nodes if n in others or n not in behind]
     switches = {n for n in gm.graph.nodes if getattr(n.target, "__name__", "") in _SWITCHES}
-    make = _part(gm, [*behind, *switches], views, made).forward
+    make = _part(gm, [*(behind - edits), *switches], views, made).forward
     places = tuple(rest.index(base) for base in made)
     return _part(gm, remaining, rest), ReturnedViews(positions, len(outputs), make, places, len(added))
 
@@ -147,7 +148,10 @@ def _needed(nodes: Sequence[Any], end: set[Node]) -> set[Node]:
 
 
 def _part(gm: GraphModule, nodes: Sequence[Node], outputs: Sequence[Any], given: Sequence[Node] = ()) -> GraphModule:
-    """A graph of the same inputs and of `given`, with these of its nodes and other outputs."""
+    """A graph of the same inputs and of `given`, with these of its nodes and other outputs.
+
+    Edits that are not among the nodes have been done to what is given.
+    """
     copy = copy_graph(gm)
     graph: Graph = copy.graph
     names = {n.name for n in nodes}
@@ -161,7 +165,7 @@ def _part(gm: GraphModule, nodes: Sequence[Node], outputs: Sequence[Any], given:
     end.args = (tuple(copies[n.name] if isinstance(n, Node) else n for n in outputs),)
     names -= {base.name for base in given}
     for node in list(graph.nodes) if given else ():
-        if node.name in names and (edited := memory.mutated(node)):
+        if edited := memory.mutated(node):
             node.replace_all_uses_with(edited[0])  # the base holds what was edited, whatever tensor it was edited by
     for node in reversed(list(graph.nodes)):
         if node.op not in ("placeholder", "output") and node.name not in names:

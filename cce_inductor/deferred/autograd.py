@@ -23,6 +23,7 @@ def defer(
     dtype: torch.dtype,
     requires_grad: bool,
     fuse: Fuse | None = None,
+    large: bool = False,
 ) -> Tensor:
     """A tensor of this shape and dtype that stands for ``compute(operands)`` and computes it on first touch.
 
@@ -33,12 +34,13 @@ def defer(
 
     ``fuse`` is asked for the result when a function of ``LOSSES``, ``STATISTICS`` or ``ROWS`` is called on the pending
     logits, or on a pending tensor made from them; where it gives ``NotImplemented`` the call reads the logits.
+    ``large`` says that a read had better be spared: what is done to the logits without a gradient is then recorded too.
 
     The operands are referred to, not copied.  A read after they have changed raises
     :class:`DeferredLogitsError`; see :class:`Operand` for what is recognised and what cannot be.
     """
     shape = torch.Size(shape)
-    head = PendingHead(compute, operands, shape, dtype, fuse)
+    head = PendingHead(compute, operands, shape, dtype, fuse, large)
     if not requires_grad:
         return root(head, shape)
     with torch.enable_grad():  # the caller may have left a no_grad region that the logits were not computed in

@@ -54,7 +54,7 @@ class EagerCalls:
     """Computes what is called eagerly on pending logits: the ``fuse`` of :func:`defer`.
 
     loss, statistic: they rewrite the graph of one call by the settings of the compilation that deferred the logits; the
-    former records what became of the loss. workspace: in bytes. known: what came out, for the next call of the same
+    former records what became of the loss. known: what came out, for the next call of the same
     kind: a function, or None where the call is not fused. of_rank: the same logits for another number of dimensions, as
     one object each, so that calls of one kind have one recipe. capacity: of how many kinds something is known; they are
     shapes as a rule.
@@ -66,7 +66,6 @@ class EagerCalls:
 
     loss: Callable[[Form], Rewritten]
     statistic: Callable[[Form], Rewritten]
-    workspace: int
     known: OrderedDict[Any, Callable | None] = field(default_factory=OrderedDict)
     of_rank: dict[tuple[Logits, int], Logits] = field(default_factory=dict)
     capacity: int = 256
@@ -81,8 +80,7 @@ class EagerCalls:
         if call is Tensor.__getitem__ and not any(isinstance(i, Tensor) for i in tree_leaves(args[1])):
             return NotImplemented  # a view
         head = logits.head()
-        fits = head.nbytes <= self.workspace
-        if call not in LOSSES and fits and self.reads:
+        if call not in LOSSES and not head.large and self.reads:
             return NotImplemented
         if call in _TOPK and logits.requires_grad and torch.is_grad_enabled():
             return self._largest(logits, call, args, kwargs)
@@ -118,7 +116,7 @@ class EagerCalls:
         compute = self.known[kind]
         if compute is None:
             return NotImplemented
-        if call not in LOSSES and fits:
+        if call not in LOSSES and not head.large:
             head.on_read = self._was_read
         made = compute(shared, *operands, *others)
         if call not in LOSSES:
@@ -207,8 +205,9 @@ class EagerCalls:
             dtype=logits.whole_dtype(),
             requires_grad=logits.requires_grad and torch.is_grad_enabled(),
             fuse=self,
+            large=logits.head().large,
         )
-        if logits.head().nbytes <= self.workspace:
+        if not logits.head().large:
             taken.head().on_read = self._was_read
         for step in recipe.steps:
             taken = step(taken, extras)

@@ -71,6 +71,8 @@ def _record(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     logits, others = args[at], (*args[:at], *args[at + 1 :])
     value = logits._value
     tensors = [a for a in tree_leaves((others, kwargs)) if isinstance(a, Tensor)]
+    if not _stays(logits, *tensors):
+        return NotImplemented
     if len(args) == 2 and len(tensors) == 1 and not kwargs:
         made = _record_with_statistic(func, args, logits, tensors[0])
         if made is not NotImplemented:
@@ -105,7 +107,12 @@ def _record(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 def _record_pair(func: Any, a: DeferredLogits, b: DeferredLogits) -> Any:
     """An operator on two tensors that follow from the same logits: probabilities times their logarithm."""
     # Steps do not say what has been computed without a gradient.
-    if a._value.fake or a._value.functional or (torch.is_grad_enabled() and a.requires_grad != b.requires_grad):
+    if (
+        not _stays(a)
+        or a._value.fake
+        or a._value.functional
+        or (torch.is_grad_enabled() and a.requires_grad != b.requires_grad)
+    ):
         return NotImplemented
     meta = func(a._meta(), b._meta())
     value = a._value.pair(func, b._value) if meta.is_floating_point() and meta.shape == a.shape == b.shape else None
@@ -125,6 +132,16 @@ def _record_with_statistic(func: Any, args: Sequence[Any], logits: DeferredLogit
     first, second = (value, again) if args[0] is logits else (again, value)
     made = first.pair(func, second, beside) if meta.shape == logits.shape else None
     return NotImplemented if made is None else DeferredLogits(made, meta, logits.device)
+
+
+def _stays(logits: DeferredLogits, *beside: Tensor) -> bool:
+    """Whether what follows from pending logits and others stays pending: as a part of a loss, or since they are large.
+
+    What is computed of others without a gradient is for somebody's eyes, perhaps when the weights have changed.
+    """
+    origin = logits._value.origin
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (logits, *beside))
+    return origin is not None and (origin.head.large or trains)
 
 
 def _is_literal(tensor: Tensor) -> bool:
@@ -157,6 +174,8 @@ def _copied(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict
 
 def _normalised(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Probabilities, or their logarithms: over the last dimension they are the same with any number of others."""
+    if func is aten._softmax.default and not _stays(logits):
+        return NotImplemented
     dim, *rest = args
     return _copied(logits, func, (dim - logits.dim() if dim == logits.dim() - 1 else dim, *rest), kwargs)
 
@@ -164,7 +183,13 @@ def _normalised(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: 
 def _gathered(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Some entries of each row."""
     dim, index = args
-    if logits.is_materialized or logits._value.origin is None or logits._value.fake or logits._value.functional:
+    if (
+        logits.is_materialized
+        or logits._value.origin is None
+        or not _stays(logits)
+        or logits._value.fake
+        or logits._value.functional
+    ):
         return NotImplemented
     if kwargs or type(index) is not Tensor or 2 * index.numel() > logits.numel():
         return NotImplemented

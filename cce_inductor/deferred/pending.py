@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,8 +33,8 @@ class PendingHead:
     """What pending logits are computed from, and a call of which computes them: (..., V) of `shape` and `dtype`.
 
     Called once, by its :class:`PendingValue`, which then lets go of it. `shape` is None where the logits are those of a
-    graph that is being traced, of which only the operands are given. For `compute`, `operands` and `fuse` see
-    :func:`defer`. shared: what eager calls have computed of the rows.
+    graph that is being traced, of which only the operands are given. For `compute`, `operands`, `fuse` and
+    `large` see :func:`defer`. shared: what eager calls have computed of the rows.
     """
 
     def __init__(
@@ -45,8 +44,9 @@ class PendingHead:
         shape: torch.Size | None,
         dtype: torch.dtype,
         fuse: Fuse | None = None,
+        large: bool = False,
     ) -> None:
-        self.compute, self.shape, self.dtype, self.fuse = compute, shape, dtype, fuse
+        self.compute, self.shape, self.dtype, self.fuse, self.large = compute, shape, dtype, fuse, large
         self.shared = Shared()
         self.on_read: Callable[[], None] | None = None  # called when the logits are computed
         self.known: list[Known] = []  # statistics that the program has
@@ -55,12 +55,6 @@ class PendingHead:
         self.watched = False  # somebody, such as a hook, waits for the gradient of the logits
         self.needs: tuple[bool, ...] = ()  # which operands a gradient reaches, if any
         self.graph: ValueGraph | None = None  # of the value that was read, for the backward through the logits
-
-    @property
-    def nbytes(self) -> int:
-        """How much memory the logits take."""
-        assert self.shape is not None
-        return math.prod(self.shape) * self.dtype.itemsize
 
     def known_as(self, tensor: Tensor) -> PendingValue | None:
         """The value of logits, pending, that a tensor of the program is a statistic of: that statistic, or None."""

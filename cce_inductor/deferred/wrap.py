@@ -1,5 +1,6 @@
 """Compiled functions with what has to be done to their arguments and results: logits taken in, logits given out."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ def computed_on_entry(compiled: Callable) -> Callable:
     return run
 
 
-def with_deferred(compiled: Callable, result: Rewritten, fuse: Fuse) -> Callable:
+def with_deferred(compiled: Callable, result: Rewritten, fuse: Fuse, workspace_bytes: int) -> Callable:
     """A compiled function that gives deferred logits where its graph gives the hidden states.
 
     `fuse` computes losses and statistics that are called eagerly on them.
@@ -44,13 +45,15 @@ def with_deferred(compiled: Callable, result: Rewritten, fuse: Fuse) -> Callable
         # A weight that may be gone when the loss comes is of no use for a loss in another graph.
         if not result.fused and any(map(compat.is_freed_after_forward, operands[1:])):
             return computed(deferral.compute, operands)
+        shape = deferral.shape(operands)
         return defer(
             deferral.compute,
             operands,
-            shape=deferral.shape(operands),
+            shape=shape,
             dtype=deferral.dtype,
             requires_grad=deferral.requires_grad,
             fuse=fuse,
+            large=math.prod(shape) * deferral.dtype.itemsize > workspace_bytes,
         )
 
     def run(*args: Any) -> tuple:

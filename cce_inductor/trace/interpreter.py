@@ -68,6 +68,7 @@ class Interpreter(Walk):
 
     def _head(self, node: Node, op: Op) -> None:
         try:
+            self._check_gradient(node)
             values = rules.HEADS[op.name](node, op.args)
         except Refused as refused:
             self.refused.setdefault(node, (Refusal(node, refused.reason, refused.cure), None))
@@ -255,11 +256,18 @@ class Interpreter(Walk):
             values = [value for value in made if isinstance(value, Value)]
             if entry.values and entry.values[0].gains_gradient(node):
                 raise Refused("detached logits are combined with a tensor that requires grad", "detach them afterwards")
+            if not op.inplace:
+                self._check_gradient(node, op.name == "detach")
             source = op.args["input"]
             # A cast to the logits' own dtype, or contiguous() of contiguous ones, gives the very tensor.
             if op.name in ("cast", "copy") and memory.storages(node) == memory.storages(source):
                 self.originals[node] = source
             self.put_or_edit(node, op, entry, values)
+
+    def _check_gradient(self, node: Node, detaches: bool = False) -> None:
+        """Refuses what has no gradient where it is made, but for an edit in place, which has changed the example."""
+        if fake(node).requires_grad and (detaches or not self.records_gradients):
+            raise Refused("detached logits are edited with a tensor that requires grad", "detach them afterwards")
 
     def _reduced(self, node: Node, entry: Entry, reduction: Reduction) -> None:
         members = reduction.value.members

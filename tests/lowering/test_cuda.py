@@ -93,7 +93,9 @@ def test_no_configuration_spills_or_does_without_matrix_instructions(dtype, arch
     rows = list(ahead_of_time.compiled(dtype, variants, architectures, of_each))
     wanted = {80: "mma.sync", 90: "wgmma", 100: "tcgen05", "gfx942": "mfma"}
     kernels = {row["kernel"] for row in rows}
-    assert kernels == set(TABLE[90]) if variants == EVERY_KERNEL else len(kernels) == 4
+    # Only a dW of 16 bits is added up in fp32 beside it.
+    every = set(TABLE[90]) - ({"linear_statistics_dw, added"} if dtype in ("autocast", "float32") else set())
+    assert kernels == every if variants == EVERY_KERNEL else len(kernels) == 4
     assert {row["sm"] for row in rows} == set(architectures)
     shared = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, "gfx942": 64 << 10}
     for row in rows:

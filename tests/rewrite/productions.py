@@ -569,7 +569,7 @@ def _(d: Draft) -> None:
 
     With one row dimension that is the same product, read the other way.
     """
-    d.need(d.last and d.z.shape[-2] > 1 and sum(n > 1 for n in d.t.shape) > 1)
+    d.need(d.last and d.z.dim() > 1 and d.z.shape[-2] > 1 and sum(n > 1 for n in d.t.shape) > 1)
     n = d.z.shape[-2]
     d.write(f"t = (torch.arange({d.t.numel() // d.t.shape[-1] * d.v}) % {n}).view({[*d.t.shape[:-1], d.v]})")
     d.c = d.rank - 2
@@ -804,13 +804,13 @@ _of_rows("expected logit", "(torch.softmax({z}, dim=-1) * {z}).sum(dim=-1)")
 _of_rows("mean logit", "{z}.mean(-1)", verdict="may")
 _of_flat(
     "one-hot mixture as probabilities",
-    "a, b = (F.one_hot(x, {v}).to({z}.dtype) for x in ({t}.clamp(min=0), {t}.clamp(min=0).flip(0)))",
-    "F.cross_entropy({z}, 0.7 * a + 0.3 * b)",
+    "one, two = (F.one_hot(x, {v}).to({z}.dtype) for x in ({t}.clamp(min=0), {t}.clamp(min=0).flip(0)))",
+    "F.cross_entropy({z}, 0.7 * one + 0.3 * two)",
 )
 _of_rows(
     "one-hot mixture times log_softmax",
-    "a, b = F.one_hot(s, {v}).to({z}.dtype), F.one_hot((s + 1) % {v}, {v}).to({z}.dtype)",
-    "-((0.6 * a + b * 0.4) * {z}.log_softmax(-1)).sum(-1).mean()",
+    "one, two = F.one_hot(s, {v}).to({z}.dtype), F.one_hot((s + 1) % {v}, {v}).to({z}.dtype)",
+    "-((0.6 * one + two * 0.4) * {z}.log_softmax(-1)).sum(-1).mean()",
 )
 _of_rows("accuracy", "{z}.argmax(-1).eq(t).sum()")
 _of_rows("accuracy of max", "best, at = {z}.max(dim=-1)", "(at == t).to(torch.float32).mean()")

@@ -86,6 +86,30 @@ FOUND = {
         "z = F.linear(h, w).detach() + b",
         "r0 = F.cross_entropy(z.view(-1, z.shape[-1]), t.view(-1))",
     ),
+    "a bias with a gradient added to detached logits in place": (
+        "z = F.linear(h, w).detach()",
+        "z += b",
+        "r0 = F.cross_entropy(z.view(-1, z.shape[-1]), t.view(-1))",
+    ),
+    "a bias with a gradient added in place to logits that have none": (
+        "with torch.no_grad(): z = F.linear(h, w)",
+        "z += b",
+        "r0 = F.cross_entropy(z.view(-1, z.shape[-1]), t.view(-1))",
+    ),
+    "logits edited in place, returned with a view of them": (
+        "z = F.linear(h, w)",
+        "z = z.mul_(0.5)",
+        "r0 = z[-1]",
+        "r1 = z",
+        "r2 = F.cross_entropy(z.view(-1, z.shape[-1]), t.view(-1))",
+    ),
+    "logits edited in place, returned with a view of them, without a loss": (
+        "z = F.linear(h, w).mul_(0.5)",
+        "y = z[:1].mul_(3.0)",
+        "z.sub_(0.25)",
+        "r0 = y[0]",
+        "r1 = z",
+    ),
     "a temperature with a gradient on detached logits": (
         "z = F.linear(h, w).detach() * temperature",
         "r0 = F.cross_entropy(z.view(-1, z.shape[-1]), t.view(-1))",
