@@ -73,7 +73,7 @@ def _operands(builder: Builder, value: Value) -> dict[str, Proxy]:
     exact = torch.float64 if value.head.dtype == torch.float64 else torch.float32
     bias, affine = _own_bias(value)
     if bias is not None:
-        given["bias"] = operands.bias(builder, bias, False, exact, True)
+        given["bias"] = operands.bias(builder, value, bias, False, exact, True)
     factor: Any = None
     for f in affine.factors:
         p = operands.number(builder, f.node, False).to(exact)

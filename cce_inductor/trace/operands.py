@@ -99,7 +99,7 @@ def biases(builder: Builder, value: Value, detach: bool) -> Proxy | None:
     total: Any = None
     plain = len(shifts) == 1 and not constant and not value.masks
     for shift in shifts:
-        own = bias(builder, shift, detach, exact, plain)
+        own = bias(builder, value, shift, detach, exact, plain)
         total = own if total is None else total + own
     if constant:
         if total is None:
@@ -117,12 +117,15 @@ def like(value: Value, dtype: torch.dtype) -> dict[str, Any]:
     return {"dtype": dtype, "device": value.fake.device}
 
 
-def bias(builder: Builder, shift: Shift, detach: bool, exact: torch.dtype, plain: bool) -> Proxy:
+def bias(builder: Builder, value: Value, shift: Shift, detach: bool, exact: torch.dtype, plain: bool) -> Proxy:
     b = builder.proxy(shift.node)
     b = b.detach() if detach else b
     b = b.reshape(-1) if fake(shift.node).dim() != 1 else b
-    for part in shift.columns:
-        b = cut(builder, b, part)
+    if fake(shift.node).numel() == 1:
+        b = b + builder.call(torch.zeros, (vocab(builder, value),), **like(value, b.node.meta["example_value"].dtype))
+    else:
+        for part in shift.columns:
+            b = cut(builder, b, part)
     if shift.factor == 1.0 and plain and not shift.factors:
         return b
     b = b.to(exact) * shift.factor

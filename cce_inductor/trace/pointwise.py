@@ -95,7 +95,9 @@ def _tensor_scale(value: Value, node: Node, other: Node, divides: bool) -> Value
     index = len(value.extra)
 
     def step(z: Tensor, extra: list[Tensor]) -> Tensor:
-        return z / extra[index] if divides else z * extra[index]
+        f = extra[index]
+        f = f.reshape(1) if f.dim() > 1 else f  # of a piece of the logits, with fewer dimensions
+        return z / f if divides else z * f
 
     affine = value.affine.times(Factor(other, divides))
     return value.then(node, step, affine=affine, extra=(*value.extra, other))
@@ -184,7 +186,8 @@ def add(value: Value, node: Node, args: Args, sign: float = 1.0) -> Value:
         return _add_term(value, node, other, factor)
     if value.affine.capped:
         raise Refused("a prior is added behind the softcap", "add it in front of the softcap")
-    if not is_vocabulary_vector(fake(other), value.fake, value.class_dim) or expanded:
+    alike = fake(other).numel() == 1 or is_vocabulary_vector(fake(other), value.fake, value.class_dim)
+    if not alike or expanded:
         raise Refused(
             f"a tensor of shape {tuple(fake(other).shape)} is added to logits of shape {tuple(value.fake.shape)}: it "
             "is not one bias per class",
@@ -199,7 +202,8 @@ def add(value: Value, node: Node, args: Args, sign: float = 1.0) -> Value:
     index = len(value.extra)
 
     def step(z: Tensor, extra: list[Tensor]) -> Tensor:
-        b = extra[index].reshape(-1)
+        b = extra[index]
+        b = b.reshape(-1) if b.dim() else b  # without dimensions it does not choose the dtype
         return z + b if factor == 1 else z - b if factor == -1 else z + factor * b
 
     affine = replace(value.affine, shifts=(*value.affine.shifts, Shift(other, factor)))

@@ -110,6 +110,18 @@ FOUND = {
         "r0 = y[0]",
         "r1 = z",
     ),
+    "one number added to all logits": (
+        "z = temperature - 0.5 * F.linear(h, w)",
+        "z = (z + temperature.view(1, 1)) * temperature.exp().view(1, 1, 1)",
+        "r0 = F.cross_entropy(z.view(-1, z.shape[-1]), t.view(-1)) + z.logsumexp(-1).square().mean()",
+        "r1 = z[-1]",
+    ),
+    "one number added to all logits, of which some classes are taken": (
+        "z = torch.tanh((F.linear(h, w) + temperature) / 5) * 5",
+        "r0 = z[..., : z.shape[-1] - 1].logsumexp(-1).mean()",
+        "r1 = F.cross_entropy(z.view(-1, z.shape[-1]), t.view(-1), label_smoothing=0.1)",
+        "r2 = (z > z.gather(-1, t.clamp(min=0)[..., None])).sum(-1)",
+    ),
     "a temperature with a gradient on detached logits": (
         "z = F.linear(h, w).detach() * temperature",
         "r0 = F.cross_entropy(z.view(-1, z.shape[-1]), t.view(-1))",
