@@ -80,7 +80,8 @@ class EagerCalls:
         if call is Tensor.__getitem__ and not any(isinstance(i, Tensor) for i in tree_leaves(args[1])):
             return NotImplemented  # a view
         head = logits.head()
-        if call not in LOSSES and not head.large and self.reads:
+        trains = logits.requires_grad and torch.is_grad_enabled()
+        if not head.large and ((call not in LOSSES and self.reads) or (call in ROWS and not trains)):
             return NotImplemented
         if call in _TOPK and logits.requires_grad and torch.is_grad_enabled():
             return self._largest(logits, call, args, kwargs)

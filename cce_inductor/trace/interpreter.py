@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from ..graph import memory, nodes
-from ..graph.fakes import fake, is_tensor
+from ..graph.fakes import example, fake, is_tensor
 from ..graph.nodes import Op
 from ..graph.refusal import Refusal, Refused
 from ..graph.regions import descendants
@@ -164,7 +165,7 @@ class Interpreter(Walk):
         if parts.makers[0][index] is None:
             return True
         made = each_way(lambda makers: makers[index](node), parts.makers)
-        self._put(node, op, Entry(parts.trace, []), made)
+        self._put(node, op, node, Entry(parts.trace, []), made)
         return True
 
     def _metadata(self, node: Node, op: Op, touched: list[Node]) -> bool:
@@ -242,10 +243,10 @@ class Interpreter(Walk):
         made = each_way(lambda value: rules.apply(op, value, node), entry.values)
         if made[0] is None:
             return False
-        self._put(node, op, entry, made)
+        self._put(node, op, touched[0], entry, made)
         return True
 
-    def _put(self, node: Node, op: Op, entry: Entry, made: list) -> None:
+    def _put(self, node: Node, op: Op, touched: Node, entry: Entry, made: list) -> None:
         """Notes what rules gave: of several ways to read the logits, those that agree with the first in what it is."""
         first = made[0]
         if isinstance(first, Reduction):
@@ -256,7 +257,7 @@ class Interpreter(Walk):
             values = [value for value in made if isinstance(value, Value)]
             if entry.values and entry.values[0].gains_gradient(node):
                 raise Refused("detached logits are combined with a tensor that requires grad", "detach them afterwards")
-            if not op.inplace:
+            if op.name == "detach" or not memory.storages(node) & memory.storages(touched):
                 self._check_gradient(node, op.name == "detach")
             source = op.args["input"]
             # A cast to the logits' own dtype, or contiguous() of contiguous ones, gives the very tensor.
@@ -266,7 +267,8 @@ class Interpreter(Walk):
 
     def _check_gradient(self, node: Node, detaches: bool = False) -> None:
         """Refuses what has no gradient where it is made, but for an edit in place, which has changed the example."""
-        if fake(node).requires_grad and (detaches or not self.records_gradients):
+        made = example(node)
+        if isinstance(made, Tensor) and made.requires_grad and (detaches or not self.records_gradients):
             raise Refused("detached logits are edited with a tensor that requires grad", "detach them afterwards")
 
     def _reduced(self, node: Node, entry: Entry, reduction: Reduction) -> None:

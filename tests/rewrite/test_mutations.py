@@ -146,6 +146,9 @@ def beside_a_loss(metric):
 
 EVEN = torch.arange(V) % 2 == 0
 HEADS = {
+    "a bias added in place to detached logits": lambda h, w, b, t: (lambda z: (z.add_(b), ce(z, t))[1])(
+        F.linear(h, w).detach()
+    ),
     "a bias on detached logits": lambda h, w, b, t: ce(F.linear(h, w).detach() + b, t),
     "a batch of weights": lambda h, w, b, t: ce(torch.bmm(h, torch.stack([w.t(), w.t() * 2])), t),
     "a batch of weights, einsum": lambda h, w, b, t: ce(torch.einsum("bsd,bvd->bsv", h, torch.stack([w, w])), t),
