@@ -92,11 +92,10 @@ def _tensor_scale(value: Value, node: Node, other: Node, divides: bool) -> Value
         raise Refused("logits are multiplied by a tensor behind a softcap, a mask or a constant", "multiply before it")
     if scale.dtype == torch.float64 and value.head.dtype != torch.float64:
         raise Refused("logits multiplied by a float64 tensor", "cast it to float32")
-    index = len(value.extra)
+    index, dims = len(value.extra), scale.dim()
 
     def step(z: Tensor, extra: list[Tensor]) -> Tensor:
-        f = extra[index]
-        f = f.reshape(1) if f.dim() > 1 else f  # of a piece of the logits, with fewer dimensions
+        f = extra[index].reshape(1) if dims > 1 else extra[index]  # a piece of the logits has fewer dimensions
         return z / f if divides else z * f
 
     affine = value.affine.times(Factor(other, divides))
@@ -199,11 +198,10 @@ def add(value: Value, node: Node, args: Args, sign: float = 1.0) -> Value:
         raise Refused(f"a tensor of dtype {fake(other).dtype} is added to the logits", "cast it to the logits' dtype")
     if any(math.isfinite(m.fill) for m in value.masks):
         raise Refused("a bias is added to masked logits", "add it in front of the mask")
-    index = len(value.extra)
+    index, dims = len(value.extra), fake(other).dim()
 
     def step(z: Tensor, extra: list[Tensor]) -> Tensor:
-        b = extra[index]
-        b = b.reshape(-1) if b.dim() else b  # without dimensions it does not choose the dtype
+        b = extra[index].reshape(-1) if dims else extra[index]  # without dimensions it does not choose the dtype
         return z + b if factor == 1 else z - b if factor == -1 else z + factor * b
 
     affine = replace(value.affine, shifts=(*value.affine.shifts, Shift(other, factor)))
