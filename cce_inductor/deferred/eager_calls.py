@@ -54,10 +54,9 @@ class EagerCalls:
     """Computes what is called eagerly on pending logits: the ``fuse`` of :func:`defer`.
 
     loss, statistic: they rewrite the graph of one call by the settings of the compilation that deferred the logits; the
-    former records what became of the loss. known: what came out, for the next call of the same
-    kind: a function, or None where the call is not fused. of_rank: the same logits for another number of dimensions, as
-    one object each, so that calls of one kind have one recipe. capacity: of how many kinds something is known; they are
-    shapes as a rule.
+    former records what became of the loss. known: what came out, for the next call of the same kind: a function, or
+    None where the call is not fused. of_rank: the same logits for another number of dimensions, as one object each, so
+    that calls of one kind have one recipe. capacity: of how many kinds something is known; they are shapes as a rule.
     numbers: by what calls do but for the numbers in it, which numbers graphs have been made for. One that is another
     each time, such as an annealed temperature, would make a graph each time.
     reads: whether logits that fit into the workspace were read after a statistic of theirs had been computed without
@@ -83,7 +82,7 @@ class EagerCalls:
         trains = logits.requires_grad and torch.is_grad_enabled()
         if not head.large and ((call not in LOSSES and self.reads) or (call in ROWS and not trains)):
             return NotImplemented
-        if call in _TOPK and logits.requires_grad and torch.is_grad_enabled():
+        if call in _TOPK and trains:
             return self._largest(logits, call, args, kwargs)
         recipe = usable(logits, torch.is_grad_enabled())
         others = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x is not logits]

@@ -71,14 +71,13 @@ def _record(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     logits, others = args[at], (*args[:at], *args[at + 1 :])
     value = logits._value
     tensors = [a for a in tree_leaves((others, kwargs)) if isinstance(a, Tensor)]
-    if not _stays(logits, *tensors):
+    if not _recordable(logits, *tensors):
         return NotImplemented
     if len(args) == 2 and len(tensors) == 1 and not kwargs:
         made = _record_with_statistic(func, args, logits, tensors[0])
         if made is not NotImplemented:
             return made
-    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-    if logits.is_materialized or value.origin is None or value.fake or value.functional or not plain:
+    if not all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors):
         return NotImplemented
     large = [t for t in tensors if 2 * t.numel() > logits.numel()]
     spreads = {id(t): spread(t) if t.shape == logits.shape else None for t in large}
@@ -107,12 +106,7 @@ def _record(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 def _record_pair(func: Any, a: DeferredLogits, b: DeferredLogits) -> Any:
     """An operator on two tensors that follow from the same logits: probabilities times their logarithm."""
     # Steps do not say what has been computed without a gradient.
-    if (
-        not _stays(a)
-        or a._value.fake
-        or a._value.functional
-        or (torch.is_grad_enabled() and a.requires_grad != b.requires_grad)
-    ):
+    if not _recordable(a) or (torch.is_grad_enabled() and a.requires_grad != b.requires_grad):
         return NotImplemented
     meta = func(a._meta(), b._meta())
     value = a._value.pair(func, b._value) if meta.is_floating_point() and meta.shape == a.shape == b.shape else None
@@ -122,9 +116,7 @@ def _record_pair(func: Any, a: DeferredLogits, b: DeferredLogits) -> Any:
 def _record_with_statistic(func: Any, args: Sequence[Any], logits: DeferredLogits, other: Tensor) -> Any:
     """An operator on logits and a statistic of them, which the program has: both are one function of the logits."""
     value = logits._value
-    if value.origin is None or value.fake or value.functional:
-        return NotImplemented
-    again = value.origin.head.known_as(other)
+    again = logits.head().known_as(other)
     if again is None or (torch.is_grad_enabled() and other.requires_grad != logits.requires_grad):
         return NotImplemented
     meta = _meta(func, args, {})
@@ -142,6 +134,11 @@ def _stays(logits: DeferredLogits, *beside: Tensor) -> bool:
     origin = logits._value.origin
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (logits, *beside))
     return origin is not None and (origin.head.large or trains)
+
+
+def _recordable(logits: DeferredLogits, *beside: Tensor) -> bool:
+    """Whether what is done to logits and others is recorded: where it stays pending, and nobody traces it."""
+    return _stays(logits, *beside) and not logits._value.fake and not logits._value.functional
 
 
 def _is_literal(tensor: Tensor) -> bool:
@@ -183,18 +180,12 @@ def _normalised(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: 
 def _gathered(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Some entries of each row."""
     dim, index = args
-    if (
-        logits.is_materialized
-        or logits._value.origin is None
-        or not _stays(logits)
-        or logits._value.fake
-        or logits._value.functional
-    ):
+    if not _recordable(logits) or kwargs or type(index) is not Tensor or 2 * index.numel() > logits.numel():
         return NotImplemented
-    if kwargs or type(index) is not Tensor or 2 * index.numel() > logits.numel():
-        return NotImplemented
+    origin = logits._value.origin
+    assert origin is not None
     meta = func(logits._meta(), dim, index.to("meta"))
-    step = Step.of(func, (dim, Read(len(logits._value.origin.extras))), {})
+    step = Step.of(func, (dim, Read(len(origin.extras))), {})
     return DeferredLogits(logits._value.copy(step, [Extra(index)]), meta, logits.device)
 
 

@@ -138,9 +138,7 @@ class Factor:
 class Shift:
     """A bias over the vocabulary: the tensor of `node`, flattened to (V,), times `factor` and `factors`.
 
-    A tensor of one element is added to every class.
-
-    columns: what was taken of the vocabulary after it was added.
+    A tensor of one element is added to every class. columns: what was taken of the vocabulary after it was added.
     """
 
     node: Node
