@@ -161,8 +161,9 @@ STATISTICS: dict[str, tuple[int, Callable[[Any], Any]]] = {
     "scaled_by_a_tensor": (1, lambda z: (z / torch.tensor(2.0)).logsumexp(-1)),
     "scaled_beyond_numbers": (1, lambda z: (z * float("inf")).argmax(-1)),
 }
-# A small difference of two statistics that are 40 times larger: lse - entropy.
-UNITS = {"mean_logit": 40}
+# A small difference of two statistics that are 40 times larger: lse - entropy. And exp of numbers around -8.5, whose
+# rounding, in absolute terms, is the relative error of what it gives.
+UNITS = {"mean_logit": 40, "probability": 9}
 # In fp32 TRL goes row by row for the log-sum-exp only.
 GRAPHS = {("selective", torch.float32): 2}
 
