@@ -153,6 +153,8 @@ _ABSENT = {
     "bias": torch.float32,
     "target": torch.int64,
     "column_weight": torch.float32,
+    "row_scale": torch.float32,
+    "column_scale": torch.float32,
     "row_mask": torch.bool,
 }
 

@@ -15,12 +15,24 @@ from .bound import group
 from .softcap import FORMS
 from .statistics import Statistic, parse
 
-OPERANDS = ("input", "weight", "bias", "target", "column_weight", "seed", "diagnostics")
+OPERANDS = (
+    "input",
+    "weight",
+    "bias",
+    "row_scale",
+    "column_scale",
+    "target",
+    "column_weight",
+    "seed",
+    "diagnostics",
+)
 MIB = 1 << 20
 # The operand "seed" is a number below this.
 SEEDS = 1 << 32
 # The gradient of "diagnostics" are numbers about the backward (diagnostics.py).
-DIFFERENTIABLE_OPERANDS = ("input", "weight", "bias", "diagnostics")
+DIFFERENTIABLE_OPERANDS = ("input", "weight", "bias", "row_scale", "column_scale", "diagnostics")
+# Factors of the product: logits = softcap(scale * row_scale_i * (column_scale_v * (input_i . weight_v) + bias_v)).
+SCALES = ("row_scale", "column_scale")
 
 
 @dataclass(frozen=True)
@@ -168,14 +180,23 @@ def check(call: Call, training: bool = False) -> None:
         x.shape[1] == w.shape[1],
         f"input {_shape(x)} and weight {_shape(w)} differ in their last dimension; weight is (V, D), as in F.linear",
     )
-    for name in ("input", "weight", "bias", "column_weight"):
+    for name in ("input", "weight", "bias", "column_weight", *SCALES):
         if name in ops:
             t = ops[name]
             _check(t.is_floating_point(), f"{name} must be floating point, got {t.dtype}")
             _check(t.device == x.device, f"{name} is on {t.device}, input on {x.device}")
-    for name in ("bias", "column_weight"):
+    for name in ("bias", "column_weight", "column_scale"):
         if name in ops:
             _check(ops[name].shape == w.shape[:1], f"{name} must be ({w.shape[0]},), got {_shape(ops[name])}")
+    if "row_scale" in ops:
+        _check(
+            ops["row_scale"].shape == x.shape[:1],
+            f"row_scale must have one number per row, ({x.shape[0]},), got {_shape(ops['row_scale'])}",
+        )
+    _check(
+        not {*SCALES} & {*ops} or not call.filtered,
+        f"logits with a factor for each row or class need the filter 'exact', got {call.attributes.grad_filter!r}",
+    )
     if call.attributes.compute_dtype is None:
         for name in ("weight", "bias"):
             dtype = ops[name].dtype if name in ops else x.dtype

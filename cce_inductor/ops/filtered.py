@@ -150,7 +150,7 @@ def _backward_slab(
     w = operands.weight(slab)
     in_place = grads.dw is not None and grads.dw.dtype == w.dtype
     dw = None if grads.dw is None else grads.dw[slab].zero_() if in_place else torch.zeros_like(w)
-    db = None if grads.db is None else w.new_zeros(w.shape[0])
+    db = w.new_zeros(w.shape[0]) if "bias" in grads.columns else None
     for index, block in enumerate(cut(operands.n, BLOCK)):
         columns, weight = selection.columns(index, slab)
         if columns.shape[0] == 0:
@@ -172,8 +172,8 @@ def _backward_slab(
         rank_one.add(slab, w, dw, db)
     if grads.dw is not None and dw is not None and not in_place:
         grads.dw[slab] = dw
-    if grads.db is not None and db is not None:
-        grads.db[slab] = db
+    if db is not None:
+        grads.columns["bias"][slab] = db
 
 
 class RankOne:

@@ -4,7 +4,8 @@ Plain tensor algebra over tiles of (block of rows) x (slab of columns), so that 
 call's `workspace` whatever N and V are. The backward is slab-major: the logits of a slab are recomputed block by
 block, its rows of dW are finished, and dx is added to. Accumulation is in fp32 (fp64 for fp64) and rounded once.
 
-Notation: N rows, D width, V vocabulary; `input` (N, D), `weight` (V, D), `bias` (V,), `target` (N,).
+Notation: N rows, D width, V vocabulary; `input` (N, D), `weight` (V, D), `bias` (V,), `target` (N,); `row_scale` (N,)
+and `column_scale` (V,) are factors of the product, `logit = softcap(scale * row_scale * (column_scale * product + bias))`.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import diagnostics
-from .call import Call
+from .call import SCALES, Call
 from .softcap import capped, capped_and_inner, times_slope
 from .statistics import TABLE, Statistic, Tile, finish_all, update_all
 
@@ -72,9 +73,25 @@ class Operands:
         tensor = self.call.operands.get(name)
         return None if tensor is None else tensor[slab].to(self.call.accumulate_dtype)
 
+    def row_scale(self, block: slice) -> Tensor | None:
+        """The factors of a block's rows, (rows, 1), in accumulation dtype, or None."""
+        tensor = self.call.operands.get("row_scale")
+        return None if tensor is None else self.rows(tensor, block).to(self.call.accumulate_dtype)[:, None]
+
+    def product(self, x: Tensor, w: Tensor, slab: Columns) -> Tensor:
+        """What is multiplied by the row's factor: column_scale * (x Wᵀ) + bias."""
+        factor, bias = self.column("column_scale", slab), self.column("bias", slab)
+        if factor is None:
+            return F.linear(x, w, bias)
+        z = F.linear(x, w).mul_(factor)
+        return z if bias is None else z.add_(bias)
+
     def tile(self, x: Tensor, w: Tensor, block: slice, slab: Columns) -> Tile:
         """The logits of one tile before the softcap. In a list of columns, ascending, targets become positions."""
-        z = F.linear(x, w, self.column("bias", slab))
+        z = self.product(x, w, slab)
+        row_scale = self.row_scale(block)
+        if row_scale is not None:
+            z *= row_scale
         if self.call.attributes.scale != 1.0:
             z *= self.call.attributes.scale
         target = None if self.target is None else self.target[block]
@@ -159,10 +176,12 @@ class Gradients:
 
     def __post_init__(self) -> None:
         call, acc = self.call, self.call.accumulate_dtype
-        x, w, b = call.input, call.weight, call.operands.get("bias")
+        x, w, ops = call.input, call.weight, call.operands
         self.dx = x.new_zeros(x.shape, dtype=acc) if "input" in self.needs else None
         self.dw = w.new_empty(w.shape) if "weight" in self.needs else None
-        self.db = b.new_empty(b.shape) if b is not None and "bias" in self.needs else None
+        # Of the (V,) operands, and of the (N,) one.
+        self.columns = {n: ops[n].new_empty(ops[n].shape) for n in ("bias", "column_scale") if n in self.needs}
+        self.row_scale = x.new_zeros(x.shape[0], dtype=acc) if "row_scale" in self.needs else None
 
     def add_to_dx(self, operands: Operands, block: slice, left: Tensor, right: Tensor) -> None:
         """dx of the rows `block` += left @ right."""
@@ -174,8 +193,8 @@ class Gradients:
             self.dx.index_add_(0, operands.index[block], left @ right)
 
     def result(self, name: str) -> Tensor:
-        results = {"input": self.dx, "weight": self.dw, "bias": self.db, "diagnostics": self.numbers}
-        tensor = results[name]
+        results = {"input": self.dx, "weight": self.dw, "row_scale": self.row_scale, "diagnostics": self.numbers}
+        tensor = (results | self.columns)[name]
         assert tensor is not None
         return tensor.to(self.call.operands[name].dtype)
 
@@ -199,6 +218,7 @@ def backward(call: Call, tangents: dict[str, Tensor], saved: dict[str, Tensor], 
         return _backward_of_targets(operands, tangent, needs)
     grads = Gradients(call, frozenset(needs))
     temporaries = 5 if any(row.kind == "signed" for row in rows) else 3
+    temporaries += 2 * any(name in needs for name in SCALES)
     slab_accumulator = "weight" in needs and call.weight.dtype != call.accumulate_dtype
     block_rows, columns = tile_shape(call, temporaries, int(slab_accumulator))
     for slab in cut(call.weight.shape[0], columns):
@@ -216,25 +236,36 @@ def _backward_slab(
     slab: slice,
     block_rows: int,
 ) -> None:
-    """Finishes dW and db of one slab of columns and adds the slab's share to dx."""
+    """Finishes dW and the gradients of the (V,) operands of one slab of columns, and adds its share to the others."""
     acc = operands.call.accumulate_dtype
     w = operands.weight(slab)
     in_place = grads.dw is not None and grads.dw.dtype == acc
     dw = None if grads.dw is None else grads.dw[slab] if in_place else torch.empty_like(w)
-    db = None if grads.db is None else w.new_zeros(w.shape[0])
+    columns = {name: w.new_zeros(w.shape[0]) for name in grads.columns}
+    factor = operands.column("column_scale", slab)
     for block in cut(operands.n, block_rows):
         x = operands.input(block)
         tile = dlogits(operands, x, w, rows, tangents, saved, block, slab)
+        row_scale = operands.row_scale(block)
+        if grads.row_scale is not None:
+            where = block if operands.index is None else operands.index[block]
+            grads.row_scale[where] += (operands.product(x, w, slab) * tile).sum(1)
+        if row_scale is not None:
+            tile *= row_scale
+        if "bias" in columns:
+            columns["bias"] += tile.sum(0)
+        if "column_scale" in columns:
+            columns["column_scale"] += (F.linear(x, w) * tile).sum(0)
+        if factor is not None:
+            tile *= factor
         if dw is not None:
             dw.addmm_(tile.t(), x, beta=0 if block.start == 0 else 1)
-        if db is not None:
-            db += tile.sum(0)
         grads.add_to_dx(operands, block, tile, w)
         del tile  # before the next one is allocated
     if grads.dw is not None and dw is not None and not in_place:
         grads.dw[slab] = dw
-    if grads.db is not None and db is not None:
-        grads.db[slab] = db
+    for name, part in columns.items():
+        grads.columns[name][slab] = part
 
 
 def dlogits(
@@ -247,7 +278,7 @@ def dlogits(
     block: slice,
     slab: Columns,
 ) -> Tensor:
-    """d loss / d (x Wᵀ + b) of one tile, in accumulation dtype."""
+    """d loss / d (column_scale x Wᵀ + b) of one tile, in accumulation dtype; the row's factor is still to come."""
     attributes = operands.call.attributes
     tile = operands.tile(x, w, block, slab)
     inner = None
@@ -270,27 +301,52 @@ def dlogits(
 # ---- the target's logit alone: of each row one class, and no product of matrices
 
 
-def _target_tiles(operands: Operands) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
-    """Blocks of rows with their classes, hidden states, rows of the weight, and logits before the softcap, (rows,)."""
+@dataclass
+class TargetTile:
+    """The targets of a block of rows: their classes, (rows,), and what their logits are made of."""
+
+    block: slice
+    classes: Tensor
+    x: Tensor  # (rows, D)
+    w: Tensor  # (rows, D), the classes' rows of the weight
+    factors: dict[str, Tensor]  # row_scale and column_scale, (rows,), where there are any
+    product: Tensor  # x . w
+    shifted: Tensor  # column_scale * product + bias
+    u: Tensor  # the logits before the softcap
+
+
+def _target_tiles(operands: Operands) -> Iterator[TargetTile]:
     call, d = operands.call, operands.call.input.shape[1]
     assert operands.target is not None
-    bias, scale = call.operands.get("bias"), call.attributes.scale
     for block in cut(operands.n, max(1, call.workspace // call.accumulate_dtype.itemsize // (4 * d + 1))):
         classes, x = operands.target[block], operands.input(block)
         w = operands.cast(call.weight[classes])
-        u = (x * w).sum(1)
+        product = shifted = (x * w).sum(1)
+        factors = {}
+        factor, bias, row_scale = (
+            operands.column("column_scale", classes),
+            operands.column("bias", classes),
+            operands.row_scale(block),
+        )
+        if factor is not None:
+            factors["column_scale"] = factor
+            shifted = product * factor
         if bias is not None:
-            u += bias[classes]
-        yield block, classes, x, w, u.mul_(scale)
+            shifted = shifted + bias
+        u = shifted * call.attributes.scale
+        if row_scale is not None:
+            factors["row_scale"] = row_scale[:, 0]
+            u = u * factors["row_scale"]
+        yield TargetTile(block, classes, x, w, factors, product, shifted, u)
 
 
 def _target_logits(operands: Operands, out: list[Tensor]) -> None:
     """Writes the logit of the target into each of `out`, (N,), in the rows that are active."""
     attributes = operands.call.attributes
-    for block, *_, u in _target_tiles(operands):
-        where = block if operands.index is None else operands.index[block]
+    for tile in _target_tiles(operands):
+        where = tile.block if operands.index is None else operands.index[tile.block]
         for result in out:
-            result[where] = capped(u, attributes.softcap, attributes.softcap_form)
+            result[where] = capped(tile.u, attributes.softcap, attributes.softcap_form)
 
 
 def _backward_of_targets(operands: Operands, tangent: Tensor, needs: list[str]) -> list[Tensor]:
@@ -299,19 +355,30 @@ def _backward_of_targets(operands: Operands, tangent: Tensor, needs: list[str]) 
     attributes = call.attributes
     assert operands.target is not None
     found, place = operands.target.unique(return_inverse=True)
-    grads: dict[str, Tensor] = {"input": call.input.new_zeros(call.input.shape, dtype=acc)}
-    rows = call.input.new_zeros((len(found), call.input.shape[1]), dtype=acc)
-    one_each = call.input.new_zeros(len(found), dtype=acc)
-    for block, _, x, w, u in _target_tiles(operands):
-        dz = operands.rows(tangent, block).to(acc) * attributes.scale
+    grads: dict[str, Tensor] = {
+        "input": call.input.new_zeros(call.input.shape, dtype=acc),
+        "row_scale": call.input.new_zeros(call.input.shape[0], dtype=acc),
+    }
+    sums = {
+        "weight": call.input.new_zeros((len(found), call.input.shape[1]), dtype=acc),
+        "bias": call.input.new_zeros(len(found), dtype=acc),
+        "column_scale": call.input.new_zeros(len(found), dtype=acc),
+    }
+    for tile in _target_tiles(operands):
+        dz = operands.rows(tangent, tile.block).to(acc) * attributes.scale
         if attributes.softcap:
-            _, inner = capped_and_inner(u, attributes.softcap, attributes.softcap_form)
+            _, inner = capped_and_inner(tile.u, attributes.softcap, attributes.softcap_form)
             dz = times_slope(dz, inner, attributes.softcap_form)
-        where = block if operands.index is None else operands.index[block]
-        grads["input"][where] = dz[:, None] * w
-        rows.index_add_(0, place[block], dz[:, None] * x)
-        one_each.index_add_(0, place[block], dz)
-    for name, part in (("weight", rows), ("bias", one_each)):
+        where = tile.block if operands.index is None else operands.index[tile.block]
+        classes = place[tile.block]
+        grads["row_scale"][where] = dz * tile.shifted
+        dz = dz * tile.factors.get("row_scale", 1.0)
+        sums["bias"].index_add_(0, classes, dz)
+        sums["column_scale"].index_add_(0, classes, dz * tile.product)
+        dz = dz * tile.factors.get("column_scale", 1.0)
+        grads["input"][where] = dz[:, None] * tile.w
+        sums["weight"].index_add_(0, classes, dz[:, None] * tile.x)
+    for name, part in sums.items():
         if name in needs:
             whole = grads[name] = call.operands[name].new_zeros(call.operands[name].shape)
             whole[found] = part.to(whole.dtype)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .call import Call
+from .call import SCALES, Call
 from .softcap import softcapped
 
 
@@ -29,8 +29,11 @@ def _statistics(call: Call, operands: dict[str, Tensor], names: list[str]) -> di
     """The differentiable statistics named, from all logits: 0 in rows that are not active."""
     attributes, exact = call.attributes, call.accumulate_dtype
     x, w = (operands[name].to(call.compute_dtype).to(exact) for name in ("input", "weight"))
-    bias = operands.get("bias")
-    z = F.linear(x, w, None if bias is None else bias.to(exact)) * attributes.scale
+    given = {name: operands[name].to(exact) for name in ("bias", *SCALES) if name in operands}
+    z = F.linear(x, w) * given.get("column_scale", 1.0) + given.get("bias", 0.0)
+    z = z * attributes.scale
+    if "row_scale" in given:
+        z = z * given["row_scale"][:, None]
     if attributes.softcap:
         z = softcapped(z, attributes.softcap, attributes.softcap_form, exact)
     found: dict[str, Tensor] = {}
