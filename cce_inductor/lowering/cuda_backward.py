@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch._inductor.lowering import fallback_handler, to_dtype
+from torch._inductor.utils import ceildiv
 
 from ..filters import Filter
 from ..ops import diagnostics
-from ..ops.call import Attributes
+from ..ops.call import SCALES, Attributes
 from ..ops.library import BACKWARD, MM
 from . import cuda_budget
 from .buffers import in_memory, numbers, op, part, zeros
@@ -22,12 +23,18 @@ from .triton_configs import CACHED_TILE
 from .unsupported import Unsupported
 
 
+# The outputs of the kernel that goes through the columns of each row, and of the one that goes through the rows.
+OF_ROWS, OF_COLUMNS = ("DX", "DROW_SCALE"), ("DW", "DB", "DCOLUMN_SCALE")
+# The gradient of a factor is a sum over the width, of what the gradient beside it is made of.
+MADE_OF = {"row_scale": "input", "column_scale": "weight"}
+
+
 class Backward:
     """The gradients of a call, made region by region."""
 
     def __init__(self, call: KernelCall, tangents: dict[str, Any], saved: dict[str, Any], needs: list[str]):
         self.call, self.needs = call, needs
-        given = call.named("input", "weight", "bias", "target", "column_weight") | call.rows
+        given = call.named("input", "weight", "bias", *SCALES, "target", "column_weight") | call.rows
         if "lse" in tangents or "entropy" in tangents:
             given |= {name.upper(): in_memory(saved[name]) for name in ("lse", "entropy") if name in saved}
         given |= {f"G_{name.upper()}": in_memory(t) for name, t in tangents.items()}
@@ -45,8 +52,8 @@ class Backward:
         outputs = self.outputs(sweep.makes, add_dx)
         sums = self._sums(sweep) if add_dw else {}
         # Which gradients our own kernels make.
-        dx = {name: t for name, t in outputs.items() if name == "DX" and (add_dx or not sweep.library)}
-        dw = {name: t for name, t in outputs.items() if name == "DB" or (name == "DW" and not sweep.library)}
+        dx = {name: t for name, t in outputs.items() if name in OF_ROWS and (add_dx or not sweep.library)}
+        dw = {name: t for name, t in outputs.items() if name in OF_COLUMNS and (name == "DB" or not sweep.library)}
         size = [rows or call.n, sweep.columns]
         dlogits = kept["CACHED"] if kept else call.empty(size, call.compute)
         # Where a region begins, in a buffer and not in the kernel's text: one kernel serves all regions.
@@ -60,11 +67,12 @@ class Backward:
                 if sweep.library:
                     others = {name: t for name, t in outputs.items() if name not in dx | dw}
                     self._by_library(dlogits, others, column, position, rows)
-                inputs = {"DLOGITS": dlogits} | call.named("input", "weight") | call.rows | begin
+                inputs = {"DLOGITS": dlogits} | call.named("input", "weight", *SCALES) | call.rows | begin
                 if dw:
                     given = inputs | ({"FACTOR": self.given["FACTOR"]} if self.factor is not None else {})
                     call.launch("linear_statistics_dw", given, dw | sums, [sweep.columns, call.d], ADD=add_dw, **region)
                 if dx:
+                    inputs |= call.named("bias") if "DROW_SCALE" in dx else {}
                     call.launch("linear_statistics_dx", inputs, dx, [rows or call.n, call.d], ADD=add_dx, **region)
         self.finish(outputs)
 
@@ -92,6 +100,12 @@ class Backward:
                 outputs["DX"] = call.empty([call.n, call.d], dtype)
             else:  # the kernel does not touch the other rows
                 outputs["DX"] = zeros([call.n, call.d], dtype, call.device)
+        # Of each tile of the width its part. A kernel with wider tiles leaves the last ones as they are.
+        tiles = ceildiv(call.d, call.narrowest("linear_statistics_dw", "linear_statistics_dx"))
+        if "weight" in makes and "column_scale" in self.needs:
+            outputs["DCOLUMN_SCALE"] = zeros([tiles, call.v], torch.float32, call.device)
+        if "input" in makes and "row_scale" in self.needs:
+            outputs["DROW_SCALE"] = zeros([tiles, call.n], torch.float32, call.device)
         return outputs
 
     def _sums(self, sweep: Sweep) -> dict[str, Any]:
@@ -104,9 +118,14 @@ class Backward:
         return sums
 
     def finish(self, outputs: dict[str, Any]) -> None:
-        if "DX" in outputs:
-            dx = outputs["DX"] if self.factor is None else op("div.Tensor", outputs["DX"], self.factor)
-            self.results["input"] = to_dtype(dx, self.call.input.get_dtype())
+        for name, key in (("input", "DX"), ("row_scale", "DROW_SCALE")):
+            if key in outputs:
+                made = outputs[key] if key == "DX" else op("sum.dim_IntList", outputs[key], [0])
+                made = made if self.factor is None else op("div.Tensor", made, self.factor)
+                self.results[name] = to_dtype(made, self.call.operands[name].get_dtype())
+        if "DCOLUMN_SCALE" in outputs:
+            made = op("sum.dim_IntList", outputs["DCOLUMN_SCALE"], [0])
+            self.results["column_scale"] = to_dtype(made, self.call.operands["column_scale"].get_dtype())
         self.results |= {name: outputs[key] for name, key in (("weight", "DW"), ("bias", "DB")) if key in outputs}
 
     def gradients(self) -> list[Any]:
@@ -136,17 +155,18 @@ def backward(
         if cuda_budget.run(made, saved, bound, chosen.value):
             return made.gradients()
     l2 = torch.cuda.get_device_properties(call.device).L2_cache_size
+    plain = row_mask is None and set(call.dtypes) == {call.compute} and not {*SCALES} & {*operands}
     found = schedules(
         call.hint,
         call.d,
         call.v,
         call.compute,
         call.weight.get_dtype(),
-        needs,
+        made_by_kernels(needs),
         attributes.workspace,
         l2,
         call.static,
-        library=row_mask is None and set(call.dtypes) == {call.compute} and call.compute != torch.float16,
+        library=plain and call.compute != torch.float16,
     )
 
     def run(schedule: Schedule) -> list[Any]:
@@ -156,6 +176,11 @@ def backward(
         return made.gradients()
 
     return fastest(found, run, BACKWARD, tangents, saved, operands, row_mask, needs, attributes)
+
+
+def made_by_kernels(needs: Sequence[str]) -> tuple[str, ...]:
+    """The gradients of input, weight and bias that are made: some for those of factors only."""
+    return tuple(dict.fromkeys(MADE_OF.get(name, name) for name in needs))
 
 
 def factor(tangents: dict[str, Any], row_mask: Any) -> Any:
@@ -210,5 +235,5 @@ def with_gradients(
     if kept is None:
         return [*results, *backward(tangents, stats, operands, row_mask, needs, attributes)]
     made = Backward(call, tangents, stats, needs)
-    made.sweep(Sweep(0, pitch, tuple(needs)), kept)
+    made.sweep(Sweep(0, pitch, made_by_kernels(needs)), kept)
     return [*results, *made.gradients()]

@@ -13,7 +13,7 @@ from ..ops.bound import BLOCK
 from ..ops.call import Attributes
 from .buffers import in_memory, iota, op, own
 from .schedules import whole_tiles
-from .triton_configs import CACHED_TILE, configurations
+from .triton_configs import CACHED_TILE, TABLE, configurations
 from .triton_template import DTYPES, launch
 from .unsupported import Unsupported, unsupported_dtype
 
@@ -117,6 +117,13 @@ class KernelCall:
             GROUP=8,
             **constants,
         )
+
+    def narrowest(self, *kernels: str) -> int:
+        """Columns of the narrowest tile that one of these kernels may have, in any variant."""
+        variants = [kernel + variant for kernel in kernels for variant in ("", ", added")]
+        known = [name for name in variants if name in TABLE[90]]
+        tiles = [t for k in known for t in configurations(k, self.dtypes, self.compute, self.device, True)]
+        return min(t.block_n for t in tiles)
 
     def empty(self, size: Sequence[Any], dtype: torch.dtype) -> Any:
         buffer = empty_strided(list(size), None, dtype=dtype, device=self.device)

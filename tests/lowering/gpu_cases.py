@@ -190,10 +190,33 @@ def every_statistic_from_logits(x, w, b, t):
     return _combined(z.logsumexp(1), z.gather(1, t[:, None])[:, 0], z.sum(1), entropy, z.argmax(1), t)
 
 
+def _factors(x, w):
+    """One for each row and one for each class, some of them 0 or negative, with gradients."""
+    rows, classes = (t[:, 0].to(torch.promote_types(x.dtype, torch.float32)) for t in (x, w))
+    return rows / 2, torch.where(w[:, 1] > 0, classes * 4, classes - classes.detach())
+
+
+def with_factors(x, w, b, t):
+    rows, classes = _factors(x, w)
+    names = "input weight bias row_scale column_scale target"
+    out = FORWARD([x, w, b, rows, classes, t], names, x[:, 1] > -1, NAMES, True, *ATTRIBUTES)
+    return _combined(*out, t) * (1024.0 if x.dtype == torch.float16 else 1.0)
+
+
+def with_factors_from_logits(x, w, b, t):
+    rows, classes = _factors(x, w)
+    z = (F.linear(x, w) * classes.to(x) + b) * rows.to(x)[:, None]
+    mask = x[:, 1] > -1
+    log_p = z.log_softmax(1)
+    stats = z.logsumexp(1), z.gather(1, t[:, None])[:, 0], z.sum(1), -(log_p.exp() * log_p).sum(1), z.argmax(1)
+    return _combined(*(value * mask for value in stats), t) * (1024.0 if x.dtype == torch.float16 else 1.0)
+
+
 EVERY = ("input", "weight", "bias")
 # Three rounds of the forward, in whole tiles; the last split knows all columns before it.
 THREE = (Round(0, 256, 512, 0), Round(512, 512, 1280, 2), Round(1280, 512, 1700, 4))
 BUDGET = Case(plain, n=300, v=1700, d=40, sharp=3.0, budget=1e-2, rounds=THREE)
+FACTORS = Case(with_factors, with_factors_from_logits, d=40)
 # The forward keeps logits in tiles of this many columns.
 KEEPING = replace(SMALL, block_n=CACHED_TILE)
 CASES = {
@@ -255,6 +278,12 @@ CASES = {
     "NaN in float16": Case(scaled, dtype=torch.float16, not_a_number=True),
     "large logits": Case(with_entropy, offset=4096.0),
     "large logits, splits": Case(with_entropy, offset=-4096.0, n=33, v=4500, d=20),
+    "factors": FACTORS,
+    "factors, bfloat16": replace(FACTORS, dtype=torch.bfloat16, sweeps=(Sweep(0, 256, EVERY),)),
+    "factors, float16": replace(FACTORS, dtype=torch.float16),
+    "factors, blocks": replace(FACTORS, dtype=torch.bfloat16, sweeps=(Sweep(32, 256, EVERY),)),
+    "factors, chunk": replace(FACTORS, sweeps=(Sweep(32, 512, EVERY),)),
+    "factors, TMA": replace(FACTORS, tiles=replace(SMALL, tma=True)),
     "budget": BUDGET,
     "budget, bfloat16": replace(BUDGET, dtype=torch.bfloat16),
     "budget, float16": replace(BUDGET, loss=scaled, dtype=torch.float16),

@@ -49,6 +49,10 @@ class libdevice:
         return (x == float("inf")) | (x == float("-inf"))
 
     @triton.jit
+    def isnan(x):
+        return x != x
+
+    @triton.jit
     def abs(x):
         return tl.abs(x)
 
