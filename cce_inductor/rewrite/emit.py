@@ -79,6 +79,9 @@ class _Arguments:
             "weight": operands.weight(builder, value, detach),
         }
         bias = operands.biases(builder, value, detach)
+        row_scales = [p for g in bundle.groups if (p := operands.row_scale(builder, g.value, detach)) is not None]
+        scales = {"column_scale": operands.column_scale(builder, value, detach)}
+        scales["row_scale"] = builder.call(torch.cat, row_scales) if len(row_scales) > 1 else next(iter(row_scales), None)
         # The rows that count, and those that the operator computes.
         self.row_mask: Proxy | None = None
         self.computed: Proxy | None = None
@@ -93,7 +96,7 @@ class _Arguments:
             self.target = builder.call(torch.cat, self.targets) if len(self.targets) > 1 else self.targets[0]
             if group.ignored is not None:
                 self.row_mask = self.target.ne(group.ignored)
-                self.computed = computed(self.row_mask, self.operands["input"], bias)
+                self.computed = computed(self.row_mask, self.operands["input"], bias, **scales)
                 self.operands["target"] = builder.call(torch.where, self.row_mask, self.target, 0)
             elif group.wraps:
                 wrapped = self.target + operands.vocab(builder, value)
@@ -101,8 +104,8 @@ class _Arguments:
             else:
                 self.target = _without_ignored(builder, self.target, bundle)
             self.operands.setdefault("target", self.target)
-        if bias is not None:
-            self.operands["bias"] = bias
+        given = {"bias": bias, **scales}
+        self.operands.update((name, p) for name, p in given.items() if p is not None)
         if group.column_weight is not None:
             self.operands["column_weight"] = builder.proxy(group.column_weight).detach()
         self.names = bundle.statistics
@@ -111,7 +114,7 @@ class _Arguments:
             softcap,
             value.affine.form,
             head.dtype,
-            attributes.grad_filter,
+            "exact" if value.affine.scales else attributes.grad_filter,
             attributes.workspace,
             attributes.version,
         )

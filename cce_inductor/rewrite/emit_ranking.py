@@ -70,7 +70,7 @@ def _operands(builder: Builder, value: Value) -> dict[str, Proxy]:
         "input": operands.flat_rows(h, value.fake.dim(), value.class_dim),
         "weight": operands.weight(builder, value, False),
     }
-    exact = torch.float64 if value.head.dtype == torch.float64 else torch.float32
+    exact = operands.exact_dtype(value)
     bias, affine = _own_bias(value)
     if bias is not None:
         given["bias"] = operands.bias(builder, value, bias, False, exact, True)
@@ -112,19 +112,12 @@ def _compared_with(builder: Builder, reduction: Ranking, hoist: Hoist) -> dict[s
     p = builder.proxy(hoist.replaced.get(reduction.operand, reduction.operand))
     if fake(reduction.operand).dim() < fake(comparison.node).dim():
         p = p.unsqueeze(comparison.class_dim)
-    p = _column(value, p, comparison.start).squeeze(-1)
+    p = operands.column(value, p, comparison.start).squeeze(-1)
     if comparison.target is None:
         return {"threshold": p}
     if comparison.wraps:
         p = builder.call(torch.where, p < 0, p + operands.vocab(builder, value), p)
     return {"target": p}
-
-
-def _column(value: Value, p: Proxy, start: int) -> Proxy:
-    """(N, 1), in the order of the rows, from what was 1 wide in front of row map `start`."""
-    for _, row_map in value.rows[start:]:
-        p = row_map(p, 1)
-    return operands.flat_rows(p, value.fake.dim(), value.class_dim)
 
 
 def _result(builder: Builder, reduction: Ranking, results: dict[str, Proxy], hoist: Hoist) -> Proxy:
@@ -139,7 +132,7 @@ def _result(builder: Builder, reduction: Ranking, results: dict[str, Proxy], hoi
             result = result + value.affine.constant if value.affine.constant else result
             for term in value.terms:
                 t = builder.proxy(hoist.replaced.get(term.node, term.node)).detach()
-                result = result + _column(value, t, term.start) * term.factor
+                result = result + operands.column(value, t, term.start) * term.factor
         made = _in_rows(builder, value, result)
     dtype = fake(reduction.node).dtype
     return made if dtype == example(made.node).dtype else made.to(dtype)

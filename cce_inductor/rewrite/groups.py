@@ -11,6 +11,7 @@ from torch.fx import Node
 from ..filters import Filter
 from ..graph.fakes import fake
 from ..graph.hoist import Hoist
+from ..graph.refusal import Refused
 from ..graph.regions import descendants
 from ..ops.call import Attributes, filtered
 from ..ops.ranking import RESULTS
@@ -87,6 +88,7 @@ class Group(Shared[Reduction]):
         value = self.value
         logits = {value.head.node, *descendants(value.head.node)}
         given = [value.one.input, *(n for node, _ in value.rows for n in node.all_input_nodes if n not in logits)]
+        given += [s.node for s in value.affine.scales if s.of_rows]
         return given if self.target is None else [*given, self.target]
 
     def takes(self, reduction: Reduction, hoist: Hoist, exact: bool) -> bool:
@@ -185,12 +187,18 @@ class RankingGroup(Shared[Ranking]):
         return (reduction.target, reduction.others) == (self.counted.target, self.counted.others)
 
 
+def _ranking_alone(ranking: Ranking) -> RankingGroup:
+    if ranking.value.affine.scales:
+        raise Refused("the order is asked of logits that have a factor for each class or row", "rank them before it")
+    return RankingGroup([ranking])
+
+
 def in_ranking_groups(trace: Trace, hoist: Hoist) -> list[RankingGroup]:
     """The rankings of a head in groups: apart from its statistics, so that those are computed as without them."""
     found = [r for r in trace.reductions if isinstance(r, Ranking)]
     return _boxed(
         sorted(found, key=lambda r: hoist.position(r.node)),
-        lambda ranking: RankingGroup([ranking]),
+        _ranking_alone,
         lambda group, ranking: group.takes(ranking, hoist),
         lambda group, ranking: group.members.append(ranking),
     )
@@ -222,6 +230,8 @@ class Bundle:
     def filter(self, attributes: Attributes) -> Filter:
         """What the gradient filter comes to for these logits and statistics: "exact" where none applies to them."""
         _, softcap, _, _ = self.first.value.affine.operator()
+        if self.first.value.affine.scales:
+            return EXACT
         applies = filtered(" ".join(self.statistics), replace(attributes, softcap=softcap))
         return Filter.read(attributes.grad_filter) if applies else EXACT
 
@@ -248,8 +258,7 @@ class Bundle:
         )
         if not alike:
             return False
-        operands = [*two.head.operands(), *(s.node for s in two.affine.shifts), *(f.node for f in two.affine.factors)]
-        if any(hoist.written(n, a.anchor, b.anchor) for n in (*b.reads(), *operands)):
+        if any(hoist.written(n, a.anchor, b.anchor) for n in (*b.reads(), *two.operands())):
             return False
         return all(hoist.can(n, a.anchor) for n in b.reads())
 

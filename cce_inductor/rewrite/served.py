@@ -87,13 +87,17 @@ class Statistics:
         """The logit of the class that is argmax: a product of one row with one row of the weight."""
         value, detach = self.group.value, not self.reduction.differentiated
         scale, softcap, _, _ = value.affine.operator()
-        exact = torch.float64 if value.head.dtype == torch.float64 else torch.float32
+        exact = operands.exact_dtype(value)
         x = operands.input_rows(self.builder, value, detach).to(exact)
         classes = self._part("argmax")
         w = self.builder.call(F.embedding, classes, operands.weight(self.builder, value, detach)).to(exact)
         z = (x * w).sum(-1)
+        of_class = operands.column_scale(self.builder, value, detach)
+        z = z if of_class is None else z * of_class[classes]
         bias = operands.biases(self.builder, value, detach)
         z = (z if bias is None else z + bias.to(exact)[classes]) * scale
+        of_row = operands.row_scale(self.builder, value, detach)
+        z = z if of_row is None else z * of_row
         return self._shifted(softcapped(z, softcap, value.affine.form, exact) if softcap else z)
 
     @property
@@ -113,10 +117,6 @@ class Statistics:
         """With what was added to the rows. A loss reads differences only."""
         for term in () if isinstance(self.reduction, Loss) else self.value.terms:
             t = self.builder.proxy(self.replaced.get(term.node, term.node))
-            for _, row_map in self.value.rows[term.start :]:
-                t = row_map(t, 1)
-            t = t.detach() if self.detach else t
-            p = p + operands.flat_rows(t, self.value.fake.dim(), self.value.class_dim).squeeze(-1) * (
-                term.factor * times
-            )
+            t = operands.column(self.value, t.detach() if self.detach else t, term.start).squeeze(-1)
+            p = p + t * (term.factor * times)
         return p

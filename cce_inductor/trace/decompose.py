@@ -146,8 +146,8 @@ def stacked(values: Sequence[Value], node: Node, dim: int, is_stack: bool) -> Va
 def of_members(builder: Builder, reduction: Reduction) -> Proxy:
     """A reduction of several heads' logits, by the statistics of each."""
     value = reduction.value
-    if value.masks or value.terms or value.columns:
-        raise Refused("logits of several heads are masked, shifted or cut", "do that to each of them")
+    if value.masks or value.terms or value.columns or value.affine.scales:
+        raise Refused("logits of several heads are masked, shifted, cut, or multiplied by row or class", "do that to each of them")
     if not set(reduction.statistics) <= {"lse", "lse_low", "target_logit", "logit_sum"}:
         raise Refused(f"the {reduction.statistics[-1]} of logits of several heads", "compute it of each of them")
     several = _several(value)

@@ -10,7 +10,7 @@ from torch.fx import Node
 from ..graph import nodes
 from ..graph.fakes import example, fake, same
 from ..graph.refusal import Refused
-from .values import Args, Listed, Range, Value
+from .values import Args, Listed, Range, Scale, Value
 
 
 def select(value: Value, node: Node, args: Args) -> Value:
@@ -146,7 +146,11 @@ def _cut(value: Value, part: Range | Listed) -> dict[str, Any]:
     def taken(entry: Any) -> Any:
         return replace(entry, columns=(*entry.columns, part))
 
-    affine = replace(value.affine, shifts=tuple(map(taken, value.affine.shifts)))
+    def of_classes(factors: tuple) -> tuple:
+        return tuple(taken(f) if isinstance(f, Scale) and not f.of_rows else f for f in factors)
+
+    shifts = tuple(replace(taken(s), factors=of_classes(s.factors)) for s in value.affine.shifts)
+    affine = replace(value.affine, shifts=shifts, scales=of_classes(value.affine.scales))
     return {"affine": affine, "masks": tuple(map(taken, value.masks)), "columns": (*value.columns, part)}
 
 

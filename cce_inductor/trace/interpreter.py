@@ -133,7 +133,7 @@ class Interpreter(Walk):
             escapes.append(Refusal(node, "parts of the logits leave the graph", "return the logits"))
             return n
         value = entry.values[0]
-        plain = value.picked is None and not value.terms
+        plain = value.picked is None and not value.terms and not value.affine.of_rows
         if isinstance(value.head, SeveralHeads) and value.head.stacked_at is not None:
             reason = "the logits of several heads leave the graph in one tensor"
             escapes.append(Refusal(n, reason, "return the logits of each head"))
@@ -312,8 +312,7 @@ def _check_independence(trace: Trace) -> None:
         return
     behind = {n for part in trace.with_parts for n in descendants(part.first.node)}
     for r in trace.reductions:
-        affine = r.value.affine
-        others: list[Any] = [r.target, *(s.node for s in affine.shifts), *(f.node for f in affine.factors)]
+        others: list[Any] = [r.target, *r.value.affine.nodes]
         others += [*(m.node for m in r.value.masks), *r.others]
         others += [part.indices for part in r.value.columns if isinstance(part, Listed)]
         if isinstance(r, Loss):

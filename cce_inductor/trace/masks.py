@@ -30,6 +30,8 @@ def _masked(value: Value, node: Node, mask: Mask, step: Any, extra: tuple[Node, 
     value.need("logits", "log-probabilities are masked", "mask the logits instead")
     if math.isnan(mask.fill) or mask.fill == math.inf:
         raise Refused(f"logits are replaced by {mask.fill}", "use -inf")
+    if value.affine.of_rows:
+        raise Refused("logits are masked behind a factor for each row", "mask them in front of it")
     if value.affine.capped or (value.terms and math.isfinite(mask.fill)):
         raise Refused("capped or shifted logits are masked", "slice the weight instead")
     return value.then(node, step, masks=(*value.masks, mask), extra=(*value.extra, *extra))

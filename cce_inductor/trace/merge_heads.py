@@ -26,7 +26,7 @@ from .values import Affine, Factor, Head, Shift, Step, SumOfHeads, Value
 def _plain(value: Value) -> None:
     """Refused for logits that more was done to than a scale and a bias."""
     value.need("logits", f"the {value.words} of a head are added to those of another", "compute a loss of each")
-    if value.masks or value.terms or value.affine.capped or value.members:
+    if value.masks or value.terms or value.affine.capped or value.affine.scales or value.members:
         raise Refused("capped, masked or shifted logits are combined with others", "combine them before")
     if value.rounded:
         raise Refused("logits that were rounded to a narrower dtype are combined with others", "leave the cast out")
@@ -155,7 +155,7 @@ def _alike(a: Value, b: Value) -> bool:
         return False
     one: dict[str, Any] = {"node": a.node, "input": a.head.input, "width_dim": a.head.width_dim}
     other = replace(b, node=a.node, head=replace(b.head, **one), rows=(), order=None)
-    both_plain = not (a.picked or a.comparison or a.terms)
+    both_plain = not (a.picked or a.comparison or a.terms or a.affine.of_rows)
     shapes = a.fake.dim() == b.fake.dim() and a.fake.requires_grad == b.fake.requires_grad
     of_dtypes = (a.fake.dtype, a.head.dtype, fake(a.head.input).dtype)
     same_dtypes = of_dtypes == (b.fake.dtype, b.head.dtype, fake(b.head.input).dtype)

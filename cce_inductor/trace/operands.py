@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from ..graph.builder import Builder, Proxy
 from ..graph.fakes import fake
-from .values import Head, Listed, Mask, Range, Shift, Value
+from .values import Head, Listed, Mask, Range, Scale, Shift, Value
 
 
 def width(builder: Builder, head: Head) -> Any:
@@ -67,6 +67,13 @@ def flat_rows(h: Proxy, rank: int, class_dim: int) -> Proxy:
     return h.flatten(0, -2) if rank > 2 else h
 
 
+def column(value: Value, p: Proxy, start: int) -> Proxy:
+    """(N, 1), in the order of the rows, from what was 1 wide in front of row map `start`."""
+    for _, row_map in value.rows[start:]:
+        p = row_map(p, 1)
+    return flat_rows(p, value.fake.dim(), value.class_dim)
+
+
 def flat(builder: Builder, node: Node) -> Proxy:
     p = builder.proxy(node)
     return p.reshape(-1) if fake(node).dim() != 1 else p
@@ -85,6 +92,52 @@ def scaled(builder: Builder, value: Value, h: Proxy, detach: bool) -> Proxy:
     return h
 
 
+def row_scale(builder: Builder, value: Value, detach: bool) -> Proxy | None:
+    """The product of the rows' factors, (N,), in the dtype of the statistics; None where there are none."""
+    total: Any = None
+    for factor in value.affine.scales:
+        if not factor.of_rows:
+            continue
+        p = builder.proxy(factor.node)
+        if factor.expanded:
+            h = builder.proxy(value.one.input)
+            for _, row_map in value.rows[: factor.start]:
+                h = row_map(h, width(builder, value.one))
+            p = p.expand_as(h.narrow(factor.class_dim, 0, 1))
+        total = _times(total, column(value, p.detach() if detach else p, factor.start).squeeze(-1), factor, value)
+    return total
+
+
+def column_scale(builder: Builder, value: Value, detach: bool) -> Proxy | None:
+    """The product of the classes' factors, (V,), in the dtype of the statistics; None where there are none."""
+    total: Any = None
+    for factor in value.affine.scales:
+        if not factor.of_rows:
+            total = _times(total, _of_classes(builder, factor, detach), factor, value)
+    return total
+
+
+def _of_classes(builder: Builder, factor: Scale, detach: bool) -> Proxy:
+    """A factor of the classes that are left, (V,)."""
+    p = flat(builder, factor.node)
+    p = p.detach() if detach else p
+    for part in factor.columns:
+        p = cut(builder, p, part)
+    return p
+
+
+def _times(total: Any, p: Any, factor: Scale, value: Value) -> Any:
+    p = p.to(exact_dtype(value))
+    if total is None:
+        return p.reciprocal() if factor.divides else p
+    return total / p if factor.divides else total * p
+
+
+def exact_dtype(value: Value) -> torch.dtype:
+    """The dtype of the statistics."""
+    return torch.float64 if value.head.dtype == torch.float64 else torch.float32
+
+
 def number(builder: Builder, node: Node, detach: bool) -> Proxy:
     """A tensor of one element without dimensions: it does not change the dtype of what it is multiplied with."""
     f = builder.proxy(node)
@@ -95,7 +148,7 @@ def number(builder: Builder, node: Node, detach: bool) -> Proxy:
 def biases(builder: Builder, value: Value, detach: bool) -> Proxy | None:
     """The sum of all that is added inside the scale, (V,), in fp32 where there is anything to compute."""
     scale, _, shifts, constant = value.affine.operator()
-    exact = torch.float64 if value.head.dtype == torch.float64 else torch.float32
+    exact = exact_dtype(value)
     total: Any = None
     plain = len(shifts) == 1 and not constant and not value.masks
     for shift in shifts:
@@ -130,7 +183,8 @@ def bias(builder: Builder, value: Value, shift: Shift, detach: bool, exact: torc
         return b
     b = b.to(exact) * shift.factor
     for factor in shift.factors:
-        f = number(builder, factor.node, detach).to(exact)
+        each = isinstance(factor, Scale)
+        f = (_of_classes(builder, factor, detach) if each else number(builder, factor.node, detach)).to(exact)
         b = b / f if factor.divides else b * f
     return b
 

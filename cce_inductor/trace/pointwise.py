@@ -17,8 +17,8 @@ from ..graph.refusal import Refused
 from . import rsqrt_softcap
 from .one_hot import marks_target, mixture, one_hot_target
 from .reasons import MARGIN
-from .shapes import is_row_vector, is_vocabulary_vector
-from .values import SQUARES, Args, Factor, Function, Shift, Term, Value
+from .shapes import broadcasts_to_rows, is_row_vector, is_vocabulary_vector
+from .values import SQUARES, Args, Factor, Function, Scale, Shift, Term, Value
 
 
 def cast(value: Value, node: Node, args: Args) -> Value:
@@ -85,13 +85,31 @@ def _in_front(value: Value, cure: str) -> str:
 def _tensor_scale(value: Value, node: Node, other: Node, divides: bool) -> Value:
     scale = fake(other)
     one = scale.numel() == 1 and all(isinstance(s, int) for s in scale.shape) and scale.dim() <= value.fake.dim()
-    if not one or fake(node).shape != value.fake.shape or not scale.is_floating_point():
+    of_classes = is_vocabulary_vector(scale, value.fake, value.class_dim)
+    of_rows = not of_classes and broadcasts_to_rows(scale, value)
+    alike = fake(node).shape == value.fake.shape and scale.is_floating_point() and value.kind == "logits"
+    if not (one or of_classes or of_rows) or not alike:
         raise Refused(*_factors(value, other, divides))
     value.need("logits", "log-probabilities are multiplied by a tensor before the loss", "scale the loss instead")
-    if value.affine.capped or value.affine.inner or value.masks or value.terms:
+    # -inf times a temperature is what the operator makes of a bias of -inf.
+    masked = any(not of_rows or mask.fill != -math.inf for mask in value.masks)
+    if value.affine.capped or value.affine.inner or masked or value.terms:
         raise Refused("logits are multiplied by a tensor behind a softcap, a mask or a constant", "multiply before it")
     if scale.dtype == torch.float64 and value.head.dtype != torch.float64:
         raise Refused("logits multiplied by a float64 tensor", "cast it to float32")
+    if not one:
+        expanded = of_rows and not is_row_vector(other, value)
+        start = len(value.rows) if of_rows else 0
+        factor = Scale(other, divides, of_rows, start=start, class_dim=value.class_dim, expanded=expanded)
+        index = len(value.extra)
+
+        def each(z: Tensor, extra: list[Tensor]) -> Tensor:
+            assert not of_rows, "logits with a factor for each row are never deferred"
+            f = extra[index].reshape(-1)
+            return z / f if divides else z * f
+
+        affine = value.affine.scaled_along(factor)
+        return value.then(node, each, affine=affine, extra=value.extra if of_rows else (*value.extra, other))
     index, dims = len(value.extra), scale.dim()
 
     def step(z: Tensor, extra: list[Tensor]) -> Tensor:
@@ -146,6 +164,8 @@ def _squashed(value: Value, node: Node, function: Callable[[Tensor], Tensor], na
         raise Refused(
             f"{name} of logits that were capped, masked or shifted", "use one softcap, cap * tanh(logits / cap)"
         )
+    if value.affine.of_rows and value.affine.inner:
+        raise Refused(f"{name} of logits with a constant behind a factor for each row", "leave the constant out")
     return value.then(node, lambda z, _: function(z), affine=replace(value.affine, capped=True))
 
 
@@ -185,6 +205,8 @@ def add(value: Value, node: Node, args: Args, sign: float = 1.0) -> Value:
         return _add_term(value, node, other, factor)
     if value.affine.capped:
         raise Refused("a prior is added behind the softcap", "add it in front of the softcap")
+    if value.affine.of_rows:
+        raise Refused("a bias is added behind a factor for each row", "add it in front of the factor")
     alike = fake(other).numel() == 1 or is_vocabulary_vector(fake(other), value.fake, value.class_dim)
     if not alike or expanded:
         raise Refused(

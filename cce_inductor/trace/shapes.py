@@ -30,6 +30,15 @@ def is_row_vector(node: Node, value: Value) -> bool:
     return len(given) == len(shape) and all(same(a, b) for a, b in zip(given, shape, strict=True))
 
 
+def broadcasts_to_rows(other: Any, value: Value) -> bool:
+    """Whether a tensor of several elements broadcasts to one number for each row of `value`, 1 wide."""
+    z = value.fake
+    sizes = list(zip(reversed(other.shape), reversed(z.shape), strict=False))
+    own = z.dim() - 1 - value.class_dim  # the place of the classes, from the right
+    fits = all(same(size, 1) or (i != own and same(size, whole)) for i, (size, whole) in enumerate(sizes))
+    return other.dim() <= z.dim() and fits and other.dim() > own + 1
+
+
 def same_rows(node: Any, value: Value) -> bool:
     """Whether a tensor has one element for each row of `value`, in its leading shape."""
     if not is_tensor(node) or fake(node).dim() != len(value.lead_shape):

@@ -135,6 +135,24 @@ class Factor:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """A factor for each class, or for each row, that logits are multiplied with or divided by: the tensor of `node`.
+
+    of_rows: whether it is of rows: 1 wide where the classes were. columns: what was taken of the vocabulary after it.
+    start: how many of `Value.rows` had been applied to the logits by then; the others apply to it as well. class_dim:
+    where the classes were then. expanded: whether several rows share a number.
+    """
+
+    node: Node
+    divides: bool
+    of_rows: bool
+    columns: Columns = ()
+    start: int = 0
+    class_dim: int = -1
+    expanded: bool = False
+
+
+@dataclass(frozen=True)
 class Shift:
     """A bias over the vocabulary: the tensor of `node`, flattened to (V,), times `factor` and `factors`.
 
@@ -143,7 +161,7 @@ class Shift:
 
     node: Node
     factor: float
-    factors: tuple[Factor, ...] = ()
+    factors: tuple[Factor | Scale, ...] = ()
     columns: Columns = ()
 
 
@@ -180,12 +198,13 @@ Step = Callable[[Tensor, list[Tensor]], Tensor]
 class Affine:
     """How logits come from a = input @ weight.T: s and `post` only if `capped`.
 
-    z = post * s(scale * factors * a + sum of shifts + inner) + offset, s(t) = tanh(t), or t / sqrt(1 + t²) for the form
-    "rsqrt" (ops/softcap.py).
+    z = post * s(rows * (scale * factors * columns * a + sum of shifts) + inner) + offset, s(t) = tanh(t), or
+    t / sqrt(1 + t²) for the form "rsqrt" (ops/softcap.py). `rows` and `columns` are the products of the `scales`.
     """
 
     scale: float = 1.0
     factors: tuple[Factor, ...] = ()
+    scales: tuple[Scale, ...] = ()
     shifts: tuple[Shift, ...] = ()
     inner: float = 0.0
     capped: bool = False
@@ -203,6 +222,24 @@ class Affine:
         """Scaled by a tensor; only without a softcap, and a constant has to be a bias before it."""
         shifts = tuple(replace(s, factors=(*s.factors, factor)) for s in self.shifts)
         return replace(self, factors=(*self.factors, factor), shifts=shifts)
+
+    def scaled_along(self, factor: Scale) -> Affine:
+        """Scaled by a factor for each class or row, under the same conditions."""
+        shifts = self.shifts
+        if not factor.of_rows:
+            shifts = tuple(replace(s, factors=(*s.factors, factor)) for s in shifts)
+        return replace(self, scales=(*self.scales, factor), shifts=shifts)
+
+    @property
+    def of_rows(self) -> bool:
+        """Whether there is a factor for each row."""
+        return any(s.of_rows for s in self.scales)
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The tensors that the logits were computed with."""
+        of_shifts = [n for s in self.shifts for n in (s.node, *(f.node for f in s.factors))]
+        return [*of_shifts, *(f.node for f in self.factors), *(s.node for s in self.scales)]
 
     def plus(self, constant: float) -> Affine:
         if self.capped:
@@ -367,8 +404,7 @@ class Value:
 
     def operands(self) -> list[Node]:
         """The floating tensors that it is made of."""
-        affine = self.affine
-        return [*self.head.operands(), *(s.node for s in affine.shifts), *(f.node for f in affine.factors)]
+        return [*self.head.operands(), *self.affine.nodes]
 
     @property
     def lead_shape(self) -> tuple:
@@ -379,7 +415,7 @@ class Value:
     def source(self) -> tuple:
         """Equal for values that are functions of the same rows of the same logits, a constant apart."""
         affine = self.affine
-        return self.head, self.order, *affine.operator(), affine.form, affine.factors, self.columns, self.masks
+        return self.head, self.order, *affine.operator(), affine.form, affine.factors, affine.scales, self.columns, self.masks
 
     def gains_gradient(self, node: Node) -> bool:
         """Whether a node that reads it has a gradient, where the logits have none though their operands do."""
