@@ -102,7 +102,7 @@ class Extra:
         self._version = None if tensor.is_inference() else tensor._version
         with surroundings(tensor.device, grad=False):
             self.copy = tensor.detach().clone()
-        self._sample = sample(self.copy)
+        self._sample = sample(tensor.detach())  # of the copy, whose strides may be others, it would be another
 
     @property
     def unchanged(self) -> bool:
