@@ -188,11 +188,6 @@ def check(call: Call, training: bool = False) -> None:
     for name in ("bias", "column_weight", "column_scale"):
         if name in ops:
             _check(ops[name].shape == w.shape[:1], f"{name} must be ({w.shape[0]},), got {_shape(ops[name])}")
-    if "row_scale" in ops:
-        _check(
-            ops["row_scale"].shape == x.shape[:1],
-            f"row_scale must have one number per row, ({x.shape[0]},), got {_shape(ops['row_scale'])}",
-        )
     _check(
         not {*SCALES} & {*ops} or not call.filtered,
         f"logits with a factor for each row or class need the filter 'exact', got {call.attributes.grad_filter!r}",
@@ -201,10 +196,7 @@ def check(call: Call, training: bool = False) -> None:
         for name in ("weight", "bias"):
             dtype = ops[name].dtype if name in ops else x.dtype
             _check(x.dtype == dtype, f"input is {x.dtype} but {name} is {dtype}: cast one of them, or use autocast")
-    if "target" in ops:
-        t = ops["target"]
-        _check(t.dtype == torch.int64, f"target must hold class indices of dtype torch.int64, got {t.dtype}")
-        _check(t.shape == x.shape[:1], f"target must have one class per row, {_shape(x)[:1]}, got {_shape(t)}")
+    _check_rows(call)
     if training and sampled(call.statistics, call.attributes):
         _check("seed" in ops, f"the filter {str(call.filter)!r} needs the operand seed, an int64 tensor of shape (1,)")
     if "diagnostics" in ops:
@@ -219,15 +211,27 @@ def check(call: Call, training: bool = False) -> None:
             seed.dtype == torch.int64 and seed.shape == (1,) and seed.device == x.device,
             f"seed must be one int64 of shape (1,) on {x.device}, got {seed.dtype} {_shape(seed)} on {seed.device}",
         )
+    for row in call.rows:
+        missing = [r for r in row.requires if r not in ops and r not in call.statistics.split()]
+        _check(not missing, f"statistic {row.name} needs {', '.join(missing)}")
+
+
+def _check_rows(call: Call) -> None:
+    """What has one entry for each row."""
+    ops, x = call.operands, call.input
+    if "row_scale" in ops:
+        scale = ops["row_scale"]
+        _check(scale.shape == x.shape[:1], f"row_scale must be {_shape(x)[:1]}, one per row, got {_shape(scale)}")
+    if "target" in ops:
+        t = ops["target"]
+        _check(t.dtype == torch.int64, f"target must hold class indices of dtype torch.int64, got {t.dtype}")
+        _check(t.shape == x.shape[:1], f"target must have one class per row, {_shape(x)[:1]}, got {_shape(t)}")
     if call.row_mask is not None:
         mask = call.row_mask
         _check(
             mask.dtype == torch.bool and mask.shape == x.shape[:1],
             "row_mask must be bool, with one entry per row",
         )
-    for row in call.rows:
-        missing = [r for r in row.requires if r not in ops and r not in call.statistics.split()]
-        _check(not missing, f"statistic {row.name} needs {', '.join(missing)}")
 
 
 def _shape(t: Tensor) -> tuple:

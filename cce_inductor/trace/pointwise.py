@@ -63,60 +63,45 @@ def _scale(value: Value, node: Node, factor: float, step: Any) -> Value:
 def _factors(value: Value, other: Node, divides: bool) -> tuple[str, str]:
     """What a tensor that is no number does to logits, as the reason, and what may be scaled instead."""
     what = f"{value.words} {'divided' if divides else 'multiplied'} by a tensor"
-    if value.kind != "logits":
+    if value.kind != "logits" or value.picked is not None:
         return f"{what} before the loss reads them", "weigh the loss, or what it is the sum of"
     scale = fake(other)
-    if is_vocabulary_vector(scale, value.fake, value.class_dim) and not is_row_vector(other, value):
-        cure = "multiply the rows of the weight by it, and the bias, instead"
-        return f"{what} that has a factor for each class", _in_front(value, cure)
-    if is_row_vector(other, value):
-        cure = "scale the hidden states instead, a row each"
-        if value.affine.shifts:
-            cure += " (and append the bias to the weight as a column, with a 1 in the hidden states)"
-        return f"{what} that has a factor for each row", _in_front(value, cure)
     form = f"of shape {tuple(scale.shape)}" if scale.is_floating_point() else f"of dtype {scale.dtype}"
-    return f"{what} {form}", "multiply by a number, or scale the hidden states instead"
-
-
-def _in_front(value: Value, cure: str) -> str:
-    return f"in front of the softcap, {cure}" if value.affine.capped else cure
+    return f"{what} {form}", "multiply by a number, by one for each class or row, or scale the hidden states"
 
 
 def _tensor_scale(value: Value, node: Node, other: Node, divides: bool) -> Value:
     scale = fake(other)
     one = scale.numel() == 1 and all(isinstance(s, int) for s in scale.shape) and scale.dim() <= value.fake.dim()
-    of_classes = is_vocabulary_vector(scale, value.fake, value.class_dim)
-    of_rows = not of_classes and broadcasts_to_rows(scale, value)
-    alike = fake(node).shape == value.fake.shape and scale.is_floating_point() and value.kind == "logits"
-    if not (one or of_classes or of_rows) or not alike:
+    of_classes = not one and is_vocabulary_vector(scale, value.fake, value.class_dim)
+    of_rows = not one and not of_classes and broadcasts_to_rows(scale, value)
+    expanded = fake(node).shape != value.fake.shape
+    if value.kind != "logits" or value.picked is not None or expanded or not scale.is_floating_point():
         raise Refused(*_factors(value, other, divides))
-    value.need("logits", "log-probabilities are multiplied by a tensor before the loss", "scale the loss instead")
-    # -inf times a temperature is what the operator makes of a bias of -inf.
+    if not (one or of_classes or of_rows):
+        raise Refused(*_factors(value, other, divides))
+    # -inf divided by a temperature is what the operator makes of a bias of -inf.
     masked = any(not of_rows or mask.fill != -math.inf for mask in value.masks)
     if value.affine.capped or value.affine.inner or masked or value.terms:
-        raise Refused("logits are multiplied by a tensor behind a softcap, a mask or a constant", "multiply before it")
+        which = "" if one else f" with one number for each {'class' if of_classes else 'row'}"
+        done = "divided" if divides else "multiplied"
+        raise Refused(
+            f"logits are {done} by a tensor{which} behind a softcap, a mask or a constant", "multiply in front of it"
+        )
     if scale.dtype == torch.float64 and value.head.dtype != torch.float64:
         raise Refused("logits multiplied by a float64 tensor", "cast it to float32")
-    if not one:
-        expanded = of_rows and not is_row_vector(other, value)
-        start = len(value.rows) if of_rows else 0
-        factor = Scale(other, divides, of_rows, start=start, class_dim=value.class_dim, expanded=expanded)
-        index = len(value.extra)
-
-        def each(z: Tensor, extra: list[Tensor]) -> Tensor:
-            assert not of_rows, "logits with a factor for each row are never deferred"
-            f = extra[index].reshape(-1)
-            return z / f if divides else z * f
-
-        affine = value.affine.scaled_along(factor)
-        return value.then(node, each, affine=affine, extra=value.extra if of_rows else (*value.extra, other))
+    if of_rows:
+        shared = not is_row_vector(other, value)
+        factor = Scale(other, divides, True, start=len(value.rows), class_dim=value.class_dim, expanded=shared)
+        return value.then(node, no_step, affine=value.affine.scaled_along(factor))
     index, dims = len(value.extra), scale.dim()
 
     def step(z: Tensor, extra: list[Tensor]) -> Tensor:
-        f = extra[index].reshape(1) if dims > 1 else extra[index]  # a piece of the logits has fewer dimensions
+        f = extra[index].reshape(-1) if dims > 1 or of_classes else extra[index]  # a piece has fewer dimensions
         return z / f if divides else z * f
 
-    affine = value.affine.times(Factor(other, divides))
+    affine = value.affine.scaled_along(Scale(other, divides, False)) if of_classes else None
+    affine = affine or value.affine.times(Factor(other, divides))
     return value.then(node, step, affine=affine, extra=(*value.extra, other))
 
 
@@ -138,7 +123,7 @@ def mul(value: Value, node: Node, args: Args) -> Value:
 
 
 def no_step(z: Tensor, extra: list[Tensor]) -> Tensor:
-    raise AssertionError("a product with a one-hot tensor is never deferred")
+    raise AssertionError("what has a one-hot tensor, or a number for each row, is never deferred")
 
 
 def div(value: Value, node: Node, args: Args) -> Value:

@@ -4,6 +4,8 @@ Importing this module fills `grammar.GRAMMAR`. The verdict "barrier" marks what 
 one must be left alone, whatever else is in it.
 """
 
+import math
+
 from grammar import IGNORED, Draft, names, production, spelling
 
 # ---- operands: lines in front of the head; they may rebind h, h2, w, w2, wt, b
@@ -444,6 +446,28 @@ _along("bias", "z + {b}", "{b} + z", "torch.add(z, {b})", "z.add({b})")
 _along("subtracted bias", "z - {b}", "z.sub({b2})", "{b} - z")
 _along("scaled bias", "z + 0.3 * {b}", "torch.add(z, {b}, alpha=2.0)")
 _along("log-prior", "z + b.log_softmax(0).view({b}.shape)", "z - 0.5 * b.detach().log_softmax(0).view({b}.shape)")
+
+
+# What comes behind them may have to be in front: a bias behind a factor for each row, the order of scaled classes.
+for _name, _template in {
+    "a factor for each class": "z * {b2}",
+    "a factor for each class first": "{b2} * z",
+    "a divisor for each class": "z / (1 + {b2}.square())",
+}.items():
+    production("between", _name, verdict="may")(
+        lambda d, template=_template: d.write(f"z = {template.format(b2=d.along('b2'))}")
+    )
+
+
+@production("between", "a factor for each row", verdict="may")
+def _(d: Draft) -> None:
+    shape = [1 if k == d.c else n for k, n in enumerate(d.z.shape)]
+    if len(shape) > 2 and d.pick(False, True):
+        shape[d.pick(*(k for k in range(len(shape)) if k != d.c))] = 1  # several rows share one
+    n = math.prod(shape)
+    d.need(n > 1)
+    numbers = f"(temperature * torch.linspace(0.5, 1.5, {n}, dtype=z.dtype)).view({shape})"
+    d.write(d.pick(f"z = z / {numbers}", f"z = z * {numbers}", f"z = {numbers} * z", f"z *= {numbers}"))
 
 
 @production("between", "detached", weight=0.3)

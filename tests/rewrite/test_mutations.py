@@ -244,6 +244,7 @@ ENTRIES = {
     "cast to integers": lambda z, t: ce(z.to(torch.int64).to(torch.float32) + z.sum() * 0, t),
     "masked, then negated": lambda z, t: ce(-z.masked_fill(EVEN, -3.0), t),
     "a column of scales": lambda z, t: ce(z * torch.rand(1, 1, 1, 1), t),
+    "a shifted temperature for each row, capped": lambda z, t: ce(torch.tanh(z / torch.ones(B, S, 1) + 1), t),
     "an integer tensor": lambda z, t: ce(z * torch.tensor(3), t),
     "a tensor behind a softcap": lambda z, t: ce(torch.tanh(z) * torch.tensor(3.0), t),
     "a float64 tensor": lambda z, t: ce(z * torch.tensor(3.0, dtype=torch.float64), t),

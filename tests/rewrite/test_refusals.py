@@ -81,7 +81,6 @@ REFUSED = {
         "behind the softcap",
         "in front",
     ),
-    "tensor scale": (lambda z, t: ce(z * torch.full((S, 1), 0.5), t), "multiplied by a tensor", "hidden states"),
     "regulariser on the logits": (lambda z, t: ce(z, t) + z.square().mean(), "square", ""),
     "times zero": (lambda z, t: ce(z * 0, t), "multiplied by zero", "constant"),
     "subtracted from itself": (lambda z, t: ce(z - z, t), "multiplied by zero", "constant"),
@@ -103,22 +102,30 @@ REFUSED = {
         "a sum of probabilities",
         "logits=",
     ),
-    "a factor for each class": (lambda z, t: ce(z * torch.ones(V), t), "a factor for each class", "rows of the weight"),
-    "a divisor for each class": (lambda z, t: ce(z / torch.ones(V), t), "divided by a tensor", "rows of the weight"),
     "a factor for each class behind a softcap": (
         lambda z, t: ce(z.tanh() * torch.ones(V), t),
-        "a factor for each class",
-        "in front of the softcap, multiply the rows of the weight",
+        "multiplied by a tensor with one number for each class behind a softcap",
+        "in front of it",
     ),
-    "a temperature for each row": (
-        lambda z, t: ce(z / torch.full((B, S, 1), 2.0), t),
-        "a factor for each row",
-        "scale the hidden states",
+    "a temperature for each row behind a number": (
+        lambda z, t: ce((z + 1.0) / torch.full((B, S, 1), 2.0), t),
+        "divided by a tensor with one number for each row behind",
+        "in front of it",
     ),
-    "a temperature for each row behind a bias": (
-        lambda z, t: ce((z + torch.ones(V)) / torch.full((B, S, 1), 2.0), t),
-        "a factor for each row",
-        "append the bias to the weight",
+    "a bias behind a temperature for each row": (
+        lambda z, t: ce(z / torch.full((B, S, 1), 2.0) + torch.ones(V), t),
+        "a bias is added behind a factor for each row",
+        "in front of the factor",
+    ),
+    "a mask behind a temperature for each row": (
+        lambda z, t: ce((z / torch.full((B, S, 1), 2.0)).masked_fill(torch.arange(V) > 30, -torch.inf), t % 30),
+        "masked behind a factor for each row",
+        "in front of it",
+    ),
+    "the order of logits with a factor for each class": (
+        lambda z, t: ce(z := z * torch.ones(V), t) + z.topk(3).indices.float().mean(),
+        "the order is asked of logits that have a factor",
+        "before it",
     ),
     "a factor for each entry": (
         lambda z, t: ce(z * torch.ones(B, S, V), t),
@@ -164,8 +171,8 @@ REFUSED = {
     "deprecated arguments": (lambda z, t: ce(z, t, size_average=True), "deprecated", "reduction"),
     "rows normalised": (
         lambda z, t: ce(z * torch.rsqrt(z.square().mean(-1, keepdim=True) + 1e-6), t),
-        "multiplied by a tensor",
-        "hidden states",
+        "mean reads the square of the logits",
+        "softcap",
     ),
     "the root of a learned number": (
         lambda z, t: ce(z * torch.rsqrt(z.square() + torch.full((1,), 4.0)), t),

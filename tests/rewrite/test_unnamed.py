@@ -158,10 +158,10 @@ LOSSES = {
         "torch.autograd.Function.apply",
         "a torch.autograd.Function takes the logits",
     ),
-    "a temperature for each row": (
-        lambda z, t: (lambda s: (s.logsumexp(-1)).mean())(z / torch.full((B, S, 1), 2.0)),
+    "a divisor for each entry": (
+        lambda z, t: (lambda s: (s.logsumexp(-1)).mean())(z / torch.full((B, S, V), 2.0)),
         "logsumexp",
-        "divided by a tensor that has a factor for each row",
+        "divided by a tensor of shape",
     ),
     "two classes of all": (
         lambda z, t: F.softplus(z[..., 3] - z[..., 7]).mean(),
@@ -218,7 +218,7 @@ def test_strict_raises_and_counters_count(name, inputs):
 def test_the_record_has_the_line_of_the_loss_and_of_the_reason(inputs):
     def fn(h, w, t):
         z = F.linear(h, w)
-        cold = z / torch.full((B, S, 1), 2.0)  # the reason
+        cold = z / torch.full((B, S, V), 2.0)  # the reason
         lse = cold.logsumexp(-1)  # the loss
         return lse.mean()
 
