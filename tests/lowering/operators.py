@@ -8,13 +8,13 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from cce_inductor import version
-from cce_inductor.ops.call import Attributes
+from cce_inductor.ops.call import DIFFERENTIABLE_OPERANDS, SCALES, Attributes
 from cce_inductor.ops.library import FORWARD
 from cce_inductor.ops.with_gradients import WITH_GRADIENTS
 
 LOSS = "lse target_logit"
 EVERY = "lse target_logit logit_sum entropy argmax"
-GRADIENTS = "dx dw db"
+GRADIENTS = "dx dw db drow_scale dcolumn_scale"
 
 
 def kernels() -> int:
@@ -32,8 +32,8 @@ def forward(names: str, attributes: Attributes) -> Callable[..., Sequence[Tensor
     """The forward operator as a function of tensors only, to be compiled."""
     arguments = attributes.args()
 
-    def call(x, w, target, bias=None, column_weight=None, row_mask=None):
-        given = operands(x, w, target, bias, column_weight)
+    def call(x, w, target, bias=None, column_weight=None, row_mask=None, **factors):
+        given = operands(x, w, target, bias, column_weight, **factors)
         return FORWARD(list(given.values()), " ".join(given), row_mask, names, True, *arguments)
 
     return call
@@ -44,9 +44,9 @@ def with_gradients(names: str, attributes: Attributes) -> Callable[..., Sequence
     arguments = attributes.args()
     floats = " ".join(name for name in names.split() if name != "argmax")
 
-    def call(tangents, x, w, target, bias=None, column_weight=None, row_mask=None):
-        given = operands(x, w, target, bias, column_weight)
-        needs = "input weight bias" if bias is not None else "input weight"
+    def call(tangents, x, w, target, bias=None, column_weight=None, row_mask=None, **factors):
+        given = operands(x, w, target, bias, column_weight, **factors)
+        needs = " ".join(name for name in DIFFERENTIABLE_OPERANDS if name in given)
         return WITH_GRADIENTS(
             tangents, floats, list(given.values()), " ".join(given), row_mask, names, needs, *arguments
         )
@@ -57,8 +57,8 @@ def with_gradients(names: str, attributes: Attributes) -> Callable[..., Sequence
 def from_logits(names: str, attributes: Attributes) -> Callable[..., Sequence[Tensor]]:
     """The same statistics as `forward`'s, from all logits, and in the dtype of the operands."""
 
-    def call(x, w, target, bias=None, column_weight=None, row_mask=None):
-        z = logits(x, w, bias, attributes.scale, attributes.softcap or None, attributes.softcap_form)
+    def call(x, w, target, bias=None, column_weight=None, row_mask=None, **factors):
+        z = logits(x, w, bias, attributes.scale, attributes.softcap or None, attributes.softcap_form, **factors)
         out = statistics(names, z, target, column_weight)
         return out if row_mask is None else [torch.where(row_mask, t, 0) for t in out]
 
@@ -70,12 +70,28 @@ def differentiate(
 ) -> dict[str, Tensor]:
     """Statistics by name, and the gradients in `needs`, of what `forward` or `from_logits` made."""
     leaves = {name: t.detach().requires_grad_(name in needs.split()) for name, t in head.leaves().items()}
-    out = fn(leaves["dx"], leaves["dw"], head.target, leaves.get("db"), **tensors)
+    factors = {name: leaves[f"d{name}"] for name in SCALES if f"d{name}" in leaves}
+    out = fn(leaves["dx"], leaves["dw"], head.target, leaves.get("db"), **factors, **tensors)
     floats = [t for t in out if t.is_floating_point()]
     total = sum((t * g).sum() for t, g in zip(floats, tangents or tangents_of(names, head), strict=True))
     wanted = {name: t for name, t in leaves.items() if t.requires_grad}
     gradients = torch.autograd.grad(total, list(wanted.values()))
     return dict(zip([*names.split(), *wanted], [*(t.detach() for t in out), *gradients], strict=True))
+
+
+def compare(
+    case: str, ours: dict[str, Tensor], head: Head, names: str, attributes: Attributes, **call
+) -> dict[str, Tensor]:
+    """`ours`, checked against float64 under the error rule; eager's error is that of all logits at hand."""
+    plain, dtype = from_logits(names, attributes), attributes.compute_dtype or head.x.dtype
+    exact = differentiate(plain, head.to(torch.float64), names, **call)
+    eager = differentiate(plain, head.to(dtype), names, **call)
+    if "argmax" in exact:
+        assert torch.equal(ours["argmax"], exact.pop("argmax")), case
+    check_error_rule(case, ours, eager, exact, dtype)
+    for name, leaf in head.leaves().items():
+        assert name not in ours or (ours[name].dtype, ours[name].shape) == (leaf.dtype, leaf.shape)
+    return ours
 
 
 class Operator:
@@ -94,21 +110,13 @@ class Operator:
         if not self.at_once:
             return differentiate(self.compiled, head, self.names, needs, tangents, **tensors)
         tangents = tangents or tangents_of(self.names, head)
-        out = self.compiled(tangents, head.x, head.w, head.target, head.bias, **tensors)
+        factors = {name: t for name in SCALES if (t := getattr(head, name)) is not None}
+        out = self.compiled(tangents, head.x, head.w, head.target, head.bias, **factors, **tensors)
         return dict(zip([*self.names.split(), *head.leaves()], out, strict=True))
 
     def check(self, case: str, head: Head, **call) -> dict[str, Tensor]:
         """What `run` gives, against float64 under the error rule; eager's error is that of all logits at hand."""
-        ours, plain = self.run(head, **call), from_logits(self.names, self.attributes)
-        dtype = self.attributes.compute_dtype or head.x.dtype
-        exact = differentiate(plain, head.to(torch.float64), self.names, **call)
-        eager = differentiate(plain, head.to(dtype), self.names, **call)
-        if "argmax" in exact:
-            assert torch.equal(ours["argmax"], exact.pop("argmax")), case
-        check_error_rule(case, ours, eager, exact, dtype)
-        for name, leaf in head.leaves().items():
-            assert name not in ours or (ours[name].dtype, ours[name].shape) == (leaf.dtype, leaf.shape)
-        return ours
+        return compare(case, self.run(head, **call), head, self.names, self.attributes, **call)
 
     def check_threads(self, case: str, head: Head, loops: Callable[[], set[tuple[int, int]]], **call) -> None:
         """`check`, that every loop of the kernels ran on three threads, and that a second run gives the same bits."""

@@ -262,3 +262,19 @@ def test_logits_far_apart_behind_a_wide_softcap_in_16_bits(as_on_avx512):
         head.w *= 16
         operator = Operator(names, at_once=True, scale=1.5, softcap=60.0, softcap_form=form)
         operator.check(form, head, row_mask=some_rows(133))
+
+
+def test_factors_of_rows_and_of_classes():
+    """In one block and slab and in many; a weight and hidden states that are frozen; both passes in one kernel."""
+    mask = some_rows(300)
+    for dtype, bias, softcap in ((torch.float32, True, 5.0), (torch.bfloat16, False, 0.0)):
+        head = Head.make(300, 90, 1003, dtype, bias=bias).with_factors()
+        for workspace, at_once in ((64 << 20, False), (1 << 20, False), (4 << 20, True)):
+            operator = Operator(EVERY, at_once, scale=0.7, softcap=softcap, workspace=workspace)
+            operator.check(f"{dtype}, {workspace} bytes, {at_once=}", head, row_mask=mask)
+    operator = Operator(LOSS)
+    head = Head.make(300, 90, 1003).with_factors()
+    every, some = operator.run(head), operator.run(head, "drow_scale dcolumn_scale")
+    assert all(torch.equal(some[name], every[name]) for name in some) and "dw" not in some
+    for which in ((True, False), (False, True)):
+        operator.check("one kind", Head.make(130, 40, 500).with_factors(*which))

@@ -49,7 +49,7 @@ OFTEN = [
         "class weights",
         "any number of rows",
     ),
-    *("separate", "TMA", "gradients in the forward, bfloat16", "infinite logits"),
+    *("separate", "TMA", "gradients in the forward, bfloat16", "infinite logits", "factors, blocks"),
     "budget, NaN",
 ]
 VARIANTS = [name for name in CASES if name not in OFTEN]

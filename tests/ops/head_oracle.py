@@ -19,9 +19,22 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def logits(
-    x: Tensor, w: Tensor, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None, form="tanh"
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    form="tanh",
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
 ) -> Tensor:
-    z = F.linear(x, w, bias) * scale
+    if row_scale is None and column_scale is None:
+        z = F.linear(x, w, bias) * scale
+    else:
+        z = F.linear(x, w)
+        z = z if column_scale is None else z * column_scale.to(z.dtype)
+        z = z if bias is None else z + bias
+        z = (z if row_scale is None else z * row_scale.to(z.dtype)[:, None]) * scale
     if form == "rsqrt" and softcap:
         return softcap * z * torch.rsqrt(z.square() + softcap**2)
     return z if softcap is None else torch.tanh(z / softcap) * softcap
@@ -68,6 +81,8 @@ class Head:
     target: Tensor
     bias: Tensor | None = None
     extra: dict = field(default_factory=dict)
+    row_scale: Tensor | None = None  # (N,)
+    column_scale: Tensor | None = None  # (V,)
 
     @staticmethod
     def make(n=37, d=16, v=131, dtype=torch.float32, bias=False, seed=0) -> "Head":
@@ -79,14 +94,27 @@ class Head:
             torch.randn(v, generator=g).to(dtype) if bias else None,
         )
 
+    def with_factors(self, rows: bool = True, classes: bool = True) -> "Head":
+        """With fp32 factors of both signs, one of them 0."""
+        factors = {"row_scale": self.x.shape[0]} if rows else {}
+        factors |= {"column_scale": self.w.shape[0]} if classes else {}
+        wide = torch.promote_types(self.x.dtype, torch.float32)
+        made = {name: torch.linspace(-0.5, 1.5, n, dtype=wide) for name, n in factors.items()}
+        for factor in made.values():
+            factor[3] = 0.0
+        return replace(self, **made)
+
     def to(self, dtype: torch.dtype) -> "Head":
-        return replace(
-            self, x=self.x.to(dtype), w=self.w.to(dtype), bias=None if self.bias is None else self.bias.to(dtype)
-        )
+        """In that dtype; factors are fp32 at least."""
+        wide = torch.promote_types(dtype, torch.float32)
+        dtypes = {"x": dtype, "w": dtype, "bias": dtype, "row_scale": wide, "column_scale": wide}
+        given = {name: getattr(self, name) for name in dtypes}
+        return replace(self, **{name: t if t is None else t.to(dtypes[name]) for name, t in given.items()})
 
     def leaves(self) -> dict[str, Tensor]:
         """What may have a gradient, by the gradient's name."""
-        return {"dx": self.x, "dw": self.w} | ({} if self.bias is None else {"db": self.bias})
+        others = {"db": self.bias, "drow_scale": self.row_scale, "dcolumn_scale": self.column_scale}
+        return {"dx": self.x, "dw": self.w} | {name: t for name, t in others.items() if t is not None}
 
     def gradients(self, loss: Callable[..., Tensor], tangent: Tensor | None = None, **kwargs) -> dict[str, Tensor]:
         """The loss and the gradients of x, w and bias, by name. `tangent` weighs a loss per row."""
@@ -124,9 +152,12 @@ def check_error_rule(case: str, result: dict, eager: dict, exact: dict, dtype: t
         assert ours <= bound, f"{case}: {name} is off by {ours:.2e}, allowed {bound:.2e} (eager: {theirs:.2e})"
 
 
-def operands(x: Tensor, w: Tensor, target: Tensor, bias=None, column_weight=None) -> dict[str, Tensor]:
+def operands(
+    x: Tensor, w: Tensor, target: Tensor, bias=None, column_weight=None, row_scale=None, column_scale=None
+) -> dict[str, Tensor]:
     """The operands that are given, by the names the operators know them by."""
     every = {"input": x, "weight": w, "target": target, "bias": bias, "column_weight": column_weight}
+    every |= {"row_scale": row_scale, "column_scale": column_scale}
     return {name: t for name, t in every.items() if t is not None}
 
 
