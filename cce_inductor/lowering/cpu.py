@@ -19,12 +19,17 @@ from .unsupported import Unsupported, unsupported_dtype
 
 
 def forward(
-    operands: dict[str, Any], row_mask: Any, statistics: list[str], attributes: Attributes, bounded: bool
+    operands: dict[str, Any],
+    row_mask: Any,
+    statistics: list[str],
+    attributes: Attributes,
+    bounded: bool,
+    rest: bool = False,
 ) -> Sequence[Any]:
     element, compute = _dtypes(operands, attributes)
     given = _realize(operands | _mask(row_mask))
     layouts = _statistics_layouts(operands, statistics)
-    constants = _constants(attributes, compute) | {"statistics": statistics, "bounded": bounded}
+    constants = _constants(attributes, compute) | {"statistics": statistics, "bounded": bounded, "rest": rest}
     if bounded:
         (n, _), (v, _) = operands["input"].get_size(), operands["weight"].get_size()
         size = [CeilDiv(n, bound.BLOCK), CeilDiv(v, Filter.read(attributes.grad_filter).group)]
@@ -40,16 +45,18 @@ def backward(
     row_mask: Any,
     needs: list[str],
     attributes: Attributes,
+    rest: bool = False,
 ) -> Sequence[Any]:
+    """rest: whether `lse` is without the target."""
     element, compute = _dtypes(operands, attributes)
     filtered = "bound" in saved and "lse" in tangents
-    needed = {"target_logit"} & set(tangents)
+    needed = {"target_logit"} if rest else {"target_logit"} & set(tangents)
     if "lse" in tangents or "entropy" in tangents:
         needed |= {"lse", "entropy"}
     if filtered:
         needed |= {"bound", "target_logit"}
     given = operands | _mask(row_mask) | {name: t for name, t in saved.items() if name in needed} | _prefixed(tangents)
-    constants = _constants(attributes, compute) | {"tangents": list(tangents), "needs": needs}
+    constants = _constants(attributes, compute) | {"tangents": list(tangents), "needs": needs, "rest": rest}
     if filtered:
         constants |= _filter(tangents, attributes)
     absent = _ABSENT | dict.fromkeys(("lse", "target_logit", "entropy", *_prefixed(table.TABLE)), torch.float32)
@@ -94,6 +101,7 @@ def with_gradients(
         "kept_share": CACHED_SHARE if element == torch.float32 or sixteen_bits_hold(attributes.softcap) else 0.0,
         "least_chunk": LEAST_CHUNK[element],
         "bounded": bounded,
+        "rest": False,
     }
     if bounded:
         constants |= _filter(tangents, attributes)

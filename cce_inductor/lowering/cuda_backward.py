@@ -143,10 +143,11 @@ def backward(
     row_mask: Any,
     needs: list[str],
     attributes: Attributes,
+    rest: bool = False,
 ) -> list[Any]:
     bound = saved.get("bound")
     saved = {name: t for name, t in saved.items() if name != "bound"}
-    call = KernelCall(operands, row_mask, attributes)
+    call = KernelCall(operands, row_mask, attributes, rest)
     if diagnostics.OPERAND in needs:
         raise Unsupported("no Triton template leaves diagnostics")
     chosen = Filter.read(attributes.grad_filter)

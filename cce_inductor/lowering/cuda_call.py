@@ -33,8 +33,8 @@ PARTS = {
 class KernelCall:
     """What every kernel of a call needs: operands in memory, the rows that count, options."""
 
-    def __init__(self, operands: dict[str, Any], row_mask: Any, attributes: Attributes):
-        self.attributes = attributes
+    def __init__(self, operands: dict[str, Any], row_mask: Any, attributes: Attributes, rest: bool = False):
+        self.attributes, self.rest = attributes, rest
         self.compute = attributes.compute_dtype or operands["input"].get_dtype()
         reason = unsupported_dtype([self.compute, *(t.get_dtype() for n, t in operands.items() if n != "target")])
         if reason:
@@ -114,6 +114,7 @@ class KernelCall:
             SCALE=float(self.attributes.scale),
             SOFTCAP=float(self.attributes.softcap),
             SOFTCAP_FORM=repr(self.attributes.softcap_form),
+            REST=self.rest,
             GROUP=8,
             **constants,
         )

@@ -17,9 +17,14 @@ from .unsupported import Unsupported
 
 
 def forward(
-    operands: dict[str, Any], row_mask: Any, statistics: list[str], attributes: Attributes, bounded: bool
+    operands: dict[str, Any],
+    row_mask: Any,
+    statistics: list[str],
+    attributes: Attributes,
+    bounded: bool,
+    rest: bool = False,
 ) -> list[Any]:
-    call = KernelCall(operands, row_mask, attributes)
+    call = KernelCall(operands, row_mask, attributes, rest)
     if not bounded:
         return exact(call, statistics)
     chosen = Filter.read(attributes.grad_filter)

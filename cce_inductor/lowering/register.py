@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..ops.call import Attributes, bounded, filtered, saved_names
-from .unsupported import Unsupported, check_statistics, differentiable
+from .unsupported import Unsupported, as_lse, check_statistics, differentiable
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +54,14 @@ def _lower(operator: Any, read: Callable, *call: Any) -> Sequence[Any]:
 def _forward(operands, names, row_mask, statistics, training, *attributes) -> tuple[str, dict, dict]:
     check_statistics(statistics)
     named, options = _read(names, operands), Attributes(*attributes)
+    wanted, rest = as_lse(statistics)
     arguments = {
         "operands": named,
         "row_mask": row_mask,
-        "statistics": statistics.split(),
+        "statistics": wanted,
         "attributes": options,
         "bounded": training and bounded(statistics, options),
+        "rest": rest,
     }
     return "forward", named, arguments
 
@@ -69,13 +71,15 @@ def _backward(tangents, tangent_names, saved, operands, names, row_mask, statist
     named, options = _read(names, operands), Attributes(*attributes)
     if filtered(statistics, options) and not bounded(statistics, options):
         raise Unsupported("no template has the filter eps")
+    rest = as_lse(statistics)[1]
     arguments = {
-        "tangents": differentiable(_named(tangent_names, tangents)),
-        "saved": _named(saved_names(statistics, saved), saved),
+        "tangents": _named(as_lse(tangent_names)[0], differentiable(_named(tangent_names, tangents)).values()),
+        "saved": _named(as_lse(" ".join(saved_names(statistics, saved)))[0], saved),
         "operands": named,
         "row_mask": row_mask,
         "needs": needs.split(),
         "attributes": options,
+        "rest": rest,
     }
     return "backward", named, arguments
 
@@ -85,6 +89,8 @@ def _with_gradients(tangents, tangent_names, operands, names, row_mask, statisti
     named, options = _read(names, operands), Attributes(*attributes)
     if filtered(statistics, options) and not bounded(statistics, options):
         raise Unsupported("no template has the filter eps")
+    if as_lse(statistics)[1]:
+        raise Unsupported("no loss of lse_rest has its gradients formed in the forward")
     arguments = {
         "tangents": differentiable(_named(tangent_names, tangents)),
         "operands": named,

@@ -9,7 +9,7 @@ from ..ops import statistics as table
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # The rows of `ops/statistics.py` that the templates of every device compute.
-STATISTICS = ("lse", "lse_low", "target_logit", "logit_sum", "entropy", "argmax")
+STATISTICS = ("lse", "lse_low", "lse_rest", "lse_rest_low", "target_logit", "logit_sum", "entropy", "argmax")
 
 
 class Unsupported(Exception):
@@ -27,6 +27,11 @@ def check_statistics(names: str) -> None:
     for name in names.split():
         if name not in STATISTICS:
             raise Unsupported(f"the templates do not compute {name}")
+
+
+def as_lse(names: str) -> tuple[list[str], bool]:
+    """Statistics as the templates know them, and whether the target is left out of their log-sum-exp."""
+    return [name.replace("lse_rest", "lse") for name in names.split()], "lse_rest" in names.split()
 
 
 def differentiable(tangents: dict[str, Any]) -> dict[str, Any]:

@@ -211,6 +211,11 @@ def check(call: Call, training: bool = False) -> None:
             seed.dtype == torch.int64 and seed.shape == (1,) and seed.device == x.device,
             f"seed must be one int64 of shape (1,) on {x.device}, got {seed.dtype} {_shape(seed)} on {seed.device}",
         )
+    asked = {*call.statistics.split()}
+    _check(
+        not {"lse", "lse_low", "entropy"} & asked or "lse_rest" not in asked,
+        "lse and lse_rest are statistics of two calls: they are one sum, with the target and without",
+    )
     for row in call.rows:
         missing = [r for r in row.requires if r not in ops and r not in call.statistics.split()]
         _check(not missing, f"statistic {row.name} needs {', '.join(missing)}")

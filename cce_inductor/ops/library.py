@@ -159,7 +159,7 @@ class _LinearStatistics(torch.autograd.Function):
             out = FORWARD(list(operands), names, row_mask, statistics, True, *attributes)
         seed = [call.operands["seed"]] if "seed" in call.operands else []  # drawn again, it would be another one
         # Of the statistics, lse_low may be one that only the backward reads.
-        low = [i for i, row in enumerate(call.rows) if row.name == "lse_low"]
+        low = [i for i, row in enumerate(call.rows) if row.name in ("lse_low", "lse_rest_low")]
         beside = must_save([*out[len(call.rows) :], *(out[i] for i in low), *seed])
         extra = len(out) - len(call.rows)
         out = [*must_save(out[: len(call.rows)], beside), *beside[:extra]]

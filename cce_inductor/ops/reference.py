@@ -146,7 +146,7 @@ def forward(call: Call) -> list[Tensor]:
     if all(row.kind == "sparse" for row in rows):
         _target_logits(operands, out)
         return out
-    block_rows, columns = tile_shape(call, temporaries=3, slab_tensors=0)
+    block_rows, columns = tile_shape(call, temporaries=4 if "lse_rest" in call.statistics else 3, slab_tensors=0)
     for block in cut(operands.n, block_rows):
         states: dict = {}
         x = operands.input(block)
@@ -286,9 +286,17 @@ def dlogits(
         tile.z, inner = capped_and_inner(tile.z, attributes.softcap, attributes.softcap_form)
     known = {name: operands.rows(value, block) for name, value in saved.items()}
     if any(row.uses_softmax for row in rows):
-        log_p = known["log_p"] = tile.z.sub_(known["lse"][:, None])
+        rest = "lse" not in known
+        lse = known["lse_rest"] if rest else known["lse"]
+        # Without any other class there is no mass: not that of -inf - -inf.
+        lse = torch.where(lse == -torch.inf, torch.inf, lse) if rest else lse
+        log_p = known["log_p"] = tile.z.sub_(lse[:, None])
         keep = any(row.kind == "signed" for row in rows)
-        known["p"] = log_p.exp() if keep else log_p.exp_()
+        p = known["p"] = log_p.exp() if keep else log_p.exp_()
+        if rest:
+            inside, column = tile.target_position()
+            own = torch.where(inside, 0, p.gather(1, column[:, None])[:, 0])
+            p.scatter_(1, column[:, None], own[:, None])
     dz: Tensor | None = None
     for row in rows:
         assert row.add_gradient is not None

@@ -9,6 +9,8 @@ vectors of length N, and the gradient of any loss over them is
 |--------------|-------------------|--------------------------------|---------|-----------------|
 | lse          | log sum_j exp z_j | p_j                            | dense   | yes             |
 | lse_low      | what rounding left of lse | none                   | none    | yes             |
+| lse_rest     | log sum_{j != t} exp z_j | exp(z_j - lse_rest), 0 at j = t | dense | no      |
+| lse_rest_low | what rounding left of lse_rest | none              | none    | no              |
 | target_logit | z_t               | 1 at j = t                     | sparse  | yes             |
 | logit_sum    | sum_j c_j z_j     | c_j                            | linear  | without softcap |
 | entropy      | lse - sum_j p_j z_j | -p_j (z_j - lse + entropy)   | signed  | no              |
@@ -21,10 +23,13 @@ sparse part is never dropped, a rank-1 part is formed exactly beside it, and for
 Where all logits are large, lse has few digits behind the point. `lse + lse_low` has them: `(z_t - lse) + lse_low` is as
 exact as `log_softmax`, which subtracts the maximum first. It is 0 where lse is not finite. See `with_all_digits` for
 the gradient.
+
+For lse_rest the target is left out while the others are summed: taken out of the whole sum, it would leave nothing but
+rounding where it holds nearly all mass. No call has lse and lse_rest (`call.check`): in the kernels they are one sum.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -129,6 +134,12 @@ def _finish_lse_low(state: RunningExp) -> Tensor:
     return torch.where(lse.isfinite(), low, 0)
 
 
+def _update_rest(state: RunningExp | None, tile: Tile) -> RunningExp:
+    inside, column = tile.target_position()
+    own = torch.where(inside, -torch.inf, tile.z.gather(1, column[:, None])[:, 0])
+    return _update_exp(state, replace(tile, z=tile.z.scatter(1, column[:, None], own[:, None])), False)
+
+
 def _finish_entropy(state: RunningExp) -> Tensor:
     assert state.weighted is not None
     return state.total.log() - state.weighted / state.total
@@ -197,6 +208,8 @@ TABLE: dict[str, Statistic] = {
         ),
         Statistic("lse", "dense", "yes", lambda s, t: _update_exp(s, t, False), finish_lse, _grad_lse),
         Statistic("lse_low", "none", "yes", lambda s, t: s, _finish_lse_low, None, ("lse",), state_of="lse"),
+        Statistic("lse_rest", "dense", "no", _update_rest, finish_lse, _grad_lse, ("target_logit",)),
+        Statistic("lse_rest_low", "none", "no", lambda s, t: s, _finish_lse_low, None, ("lse_rest",), state_of="lse_rest"),
         Statistic("logit_sum", "linear", "without softcap", _update_sum, _identity, _grad_sum),
         Statistic("target_logit", "sparse", "yes", _update_target, _identity, _grad_target, ("target",)),
         Statistic("argmax", "none", "yes", _update_argmax, lambda s: s[1], None, integer=True),
@@ -224,9 +237,9 @@ def with_all_digits(tangents: dict[str, Any], saved: dict[str, Any]) -> tuple[di
     have in common stays in dx. The factor is taken out of the tangents instead, and lse_low out of the entropy, as it
     would have to be in p (z - lse - lse_low + entropy).
     """
-    if "lse_low" not in saved:
+    low = saved.get("lse_low", saved.get("lse_rest_low"))
+    if low is None:
         return tangents, saved
-    low = saved["lse_low"]
     tangents = {name: t * (-low).exp() if TABLE[name].uses_softmax else t for name, t in tangents.items()}
     if "entropy" in tangents:
         saved = saved | {"entropy": saved["entropy"] - low}

@@ -40,6 +40,9 @@ def _statistics(call: Call, operands: dict[str, Tensor], names: list[str]) -> di
     for name in names:
         if name == "lse":
             found[name] = z.logsumexp(1)
+        elif name == "lse_rest":
+            inside = operands["target"] if call.row_mask is None else operands["target"] * call.row_mask
+            found[name] = z.scatter(1, inside[:, None], -torch.inf).logsumexp(1)
         elif name == "target_logit":
             inside = operands["target"] if call.row_mask is None else operands["target"] * call.row_mask
             found[name] = z.gather(1, inside[:, None])[:, 0]

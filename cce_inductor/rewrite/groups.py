@@ -118,7 +118,7 @@ class Group(Shared[Reduction]):
         return len({r.column_weight if isinstance(r, Loss) else None for r in sums}) <= 1
 
 
-TABLE_ORDER = ("lse", "lse_low", "target_logit", "logit_sum", "entropy", "argmax")
+TABLE_ORDER = ("lse", "lse_low", "lse_rest", "lse_rest_low", "target_logit", "logit_sum", "entropy", "argmax")
 assert set(TABLE_ORDER) == set(TABLE)
 
 
