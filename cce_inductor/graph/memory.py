@@ -98,6 +98,12 @@ def written_after(node: Node) -> bool:
     return written(itertools.islice(later, 1, None), memory)
 
 
+def written_twice(node: Node) -> bool:
+    """Whether more than one node writes into a tensor's memory."""
+    memory = storages(node)
+    return sum(written((n,), memory) for n in node.graph.nodes) > 1
+
+
 def parted(source: Node, copy: Node) -> bool:
     """Whether a node copies another, and one of the two is written to: they may differ afterwards."""
     if storages(source) == storages(copy):

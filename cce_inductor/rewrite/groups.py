@@ -45,9 +45,28 @@ class Shared(Generic[Member]):
         return self.members[0].node
 
 
+def _is_entry(reduction: Reduction) -> bool:
+    """Whether it reads nothing but the target's logit."""
+    return reduction.statistics == ("target_logit",)
+
+
+def ratio(value: Value, of: Value) -> float | None:
+    """What the logits of one value are a multiple of those of another by; None where they are not."""
+    if value.source == of.source:
+        return 1.0
+    places = [(v.head, v.order, v.columns, v.masks) for v in (value, of)]
+    capped = value.affine.capped or of.affine.capped
+    return None if capped or places[0] != places[1] else value.affine.multiple(of.affine)
+
+
 @dataclass
 class Group(Shared[Reduction]):
     """Reductions that one call of the statistics' operator serves."""
+
+    @property
+    def value(self) -> Value:
+        """The logits that the operator is called for: entries of others may be multiples of its."""
+        return next((r.value for r in self.members if not _is_entry(r)), self.members[0].value)
 
     @property
     def statistics(self) -> list[str]:
@@ -94,7 +113,10 @@ class Group(Shared[Reduction]):
     def takes(self, reduction: Reduction, hoist: Hoist, exact: bool) -> bool:
         """Whether one operator can serve `reduction` as well."""
         first = self.members[0]
-        if reduction.value.source != first.value.source:
+        if reduction.value.source != self.value.source and not self._has_multiple(reduction):
+            return False
+        summed = [{"lse", "entropy"} & {*names} for names in (self.statistics, reduction.statistics)]
+        if (summed[0] and "lse_rest" in reduction.statistics) or (summed[1] and "lse_rest" in self.statistics):
             return False
         if reduction.differentiated != first.differentiated:
             # Statistics for logging come along, unless they keep a filter from being applied.
@@ -116,6 +138,12 @@ class Group(Shared[Reduction]):
                     return False
         sums = [r for r in (*self.members, reduction) if "logit_sum" in r.statistics]
         return len({r.column_weight if isinstance(r, Loss) else None for r in sums}) <= 1
+
+    def _has_multiple(self, reduction: Reduction) -> bool:
+        """Whether the entries that one of the two reads are multiples of the logits of the other."""
+        pairs = [(reduction, self.value)] if _is_entry(reduction) else []
+        pairs += [(r, reduction.value) for r in self.members] if all(map(_is_entry, self.members)) else []
+        return bool(pairs) and all(ratio(r.value, value) is not None for r, value in pairs)
 
 
 TABLE_ORDER = ("lse", "lse_low", "lse_rest", "lse_rest_low", "target_logit", "logit_sum", "entropy", "argmax")

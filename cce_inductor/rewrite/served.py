@@ -14,7 +14,10 @@ from ..ops.losses import normalizer
 from ..ops.softcap import softcapped
 from ..trace import operands
 from ..trace.reduction import Loss, Reduction
-from .groups import Group
+from .groups import Group, ratio
+
+# What has no gradient.
+_CONSTANT = ("target", "row_mask", "argmax", "lse_low", "lse_rest_low")
 
 # ---- what the program gets
 
@@ -36,7 +39,7 @@ class Statistics:
 
     def _part(self, name: str) -> Proxy:
         p = self.parts[name]
-        return p.detach() if self.detach and name not in ("target", "row_mask", "argmax", "lse_low") else p
+        return p.detach() if self.detach and name not in _CONSTANT else p
 
     @property
     def vocab(self) -> Any:
@@ -63,8 +66,15 @@ class Statistics:
         return (z - normalizer(self.lse) * count) - self.lse_low * count
 
     @property
+    def lse_rest(self) -> Any:
+        """What is added to the rows comes before the low digits, which a small difference would otherwise lack."""
+        return self._shifted(self._part("lse_rest")) + self._part("lse_rest_low")
+
+    @property
     def target_logit(self) -> Any:
-        result = self._shifted(self._part("target_logit"))
+        times = ratio(self.value, self.group.value)
+        entry = self._part("target_logit")
+        result = self._shifted(entry if times == 1.0 else entry * times)
         for mask in self.value.masks:
             held = operands.masked(self.builder, mask, self.value)[self.classes]
             result = self.builder.call(torch.where, held, mask.fill, result)

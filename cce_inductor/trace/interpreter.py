@@ -21,14 +21,18 @@ from ..graph.nodes import Op
 from ..graph.refusal import Refusal, Refused
 from ..graph.regions import descendants
 from ..graph.spellings import Fact
-from . import decompose, ranking, rsqrt_softcap, rules
+from . import decompose, margins, ranking, rsqrt_softcap, rules
 from .heads import subclassed
 from .one_hot import marks_target, mixture, one_hot_target
 from .reasons import MARGIN, dense
 from .reduction import Loss, Reduction
 from .trace import Trace, refused_together
 from .values import SQUARES, Listed, Mixture, SeveralHeads, Value
-from .walk import Entry, Parts, Walk, each_way
+from .walk import Entry, Parts, Walk, distinct, each_way
+
+
+class _OpenError(Exception):
+    """Something was made of logits that no rule follows."""
 
 
 class Interpreter(Walk):
@@ -36,10 +40,13 @@ class Interpreter(Walk):
 
     def __init__(self, graph: Graph):
         super().__init__(graph)
+        # Whether something may tell a row's target from other classes.
+        self.has_marks = any((op := nodes.read(n)) and op.name in _MARKS for n in graph.nodes)
         # How a use of logits is taken: the first of these that does has it.
         self.order = (
             self._part,
             self._metadata,
+            self._margin,
             self._of_a_square,
             self._several,
             self._once,
@@ -61,7 +68,7 @@ class Interpreter(Walk):
         op = nodes.read(node)
         if node.op == "call_function" and getattr(node.target, "__name__", "") == "_set_grad_enabled":
             self.records_gradients = node.args[0] is not False
-        touched = [n for n in node.all_input_nodes if n in self.values or n in self.parts]
+        touched = [n for n in node.all_input_nodes if n in self.values or n in self.parts or n in self.open]
         if touched:
             self._use(node, op, touched)
         if op is not None and op.is_head:
@@ -107,24 +114,38 @@ class Interpreter(Walk):
     # ---- one use
 
     def _use(self, node: Node, op: Op | None, touched: list[Node]) -> None:
-        entries: list[Entry | Parts] = [self.values.get(n) or self.parts[n] for n in touched]
-        traces = list({id(e.trace): e.trace for e in entries}.values())
+        entries: list[Entry | Parts] = [e for n in touched if (e := self.values.get(n) or self.parts.get(n))]
+        traces = distinct([*(e.trace for e in entries), *(t for n in touched if n in self.open for t in self.open[n][1])])
         if node.op == "output":
             map_arg(node.args, lambda n: self._output(node, n))
             return
         try:
+            if any(n in self.open for n in touched):
+                raise _OpenError
             if any(e.stale for e in entries):
                 raise Refused("an alias of the logits was edited in place", "use the out-of-place form")
             self._step(node, op, touched)
-        except Refused as refused:
-            # What reads the logits of a head that is split over ranks is not at fault.
-            refusal = subclassed(traces[0].head) or Refusal(node, refused.reason, refused.cure)
-            self.refused[node] = refusal, traces[0]
+        except (Refused, _OpenError) as refused:
+            if self.has_marks and margins.begins(self, node, op, touched):
+                return
+            first = next((self.open[n][0] for n in touched if n in self.open), None)
+            if isinstance(refused, Refused):
+                # What reads the logits of a head that is split over ranks is not at fault.
+                first = first or subclassed(traces[0].head) or Refusal(node, refused.reason, refused.cure)
+            assert first is not None
+            if self.has_marks and margins.is_pointwise(node) and not memory.mutated(node):
+                self.open[node] = first, traces
+                for trace in traces:
+                    trace.values[node] = []
+                return
+            self.refused[node] = first, traces[0]
             for trace in traces:
-                trace.escapes.append(refusal)
+                trace.escapes.append(first)
 
     def _output(self, node: Node, n: Node) -> Node:
         """A node that leaves the graph."""
+        for trace in self.open[n][1] if n in self.open else ():
+            trace.escapes.append(self.open[n][0])
         entry = self.values.get(n) or self.parts.get(n)
         if entry is None or any(n is value.node for value in entry.trace.outputs):
             return n
@@ -133,7 +154,7 @@ class Interpreter(Walk):
             escapes.append(Refusal(node, "parts of the logits leave the graph", "return the logits"))
             return n
         value = entry.values[0]
-        plain = value.picked is None and not value.terms and not value.affine.of_rows
+        plain = value.picked is None and not value.terms and not value.affine.of_rows and not self.is_edited(n)
         if isinstance(value.head, SeveralHeads) and value.head.stacked_at is not None:
             reason = "the logits of several heads leave the graph in one tensor"
             escapes.append(Refusal(n, reason, "return the logits of each head"))
@@ -177,6 +198,10 @@ class Interpreter(Walk):
             raise Refused("the shape of several heads' logits in one tensor is read", "read that of each of them")
         entry.trace.metadata.append((node, touched[0], entry.values[0]))
         return True
+
+    def _margin(self, node: Node, op: Op, touched: list[Node]) -> bool:
+        """Logits with another entry at the target."""
+        return margins.follows(self, node, op, touched)
 
     def _of_a_square(self, node: Node, op: Op, touched: list[Node]) -> bool:
         """The square of logits may be used for a softcap, and for nothing else."""
@@ -282,6 +307,8 @@ class Interpreter(Walk):
         self.decompose(node, entry.trace, lambda b: decompose.of_members(b, reduction))
 
 
+# Ops that logits with a margin at the target are made with.
+_MARKS = ("one_hot", "scatter", "scatter_add", "setitem", "eq", "ne")
 _ATTRIBUTES = ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -114,6 +115,8 @@ def _mixed(node: Any, value: Value) -> Mixture | None:
     op = nodes.read(node) if is_tensor(node) else None
     if op is not None and op.name == "one_hot" and same(fake(node).shape[-1], value.vocab) and not written_after(node):
         return Mixture(((1.0, (), op.args["input"]),), 0.0)
+    if op is not None and op.has(Fact.CONSTANT):
+        return _scattered_into(node, value)
     rule = _MIXED.get(op.name) if op is not None else None
     if op is None or rule is None or (op.inplace and op.name != "scatter") or written_after(node):
         return None
@@ -179,25 +182,40 @@ def _quotient(args: dict[str, Any], value: Value) -> Mixture | None:
     return _scaled(args, value, divides=True) if args["rounding_mode"] is None else None
 
 
-def _scattered(args: dict[str, Any], value: Value) -> Mixture | None:
-    """A number put in the place of a constant, at one class of each row."""
+def _scattered_into(node: Node, value: Value) -> Mixture | None:
+    """A constant into which a number is written once, in place, before anything else reads it."""
+    edits = [user for user in node.users if node in memory.mutated(user)]
+    op = nodes.read(edits[0]) if len(edits) == 1 else None
+    if op is None or op.name != "scatter" or memory.written_twice(node):
+        return None
+    before = itertools.takewhile(lambda n: n is not edits[0], node.graph.nodes)
+    if any(n in node.users for n in before):
+        return None
+    return _scattered(op.args, value, edited=True)
+
+
+def _scattered(args: dict[str, Any], value: Value, edited: bool = False) -> Mixture | None:
+    """A number put in the place of a constant, at one class of each row. `edited`: others may read it afterwards."""
     base, index, dim = args["input"], args["index"], args["dim"]
     number = args["src"] if args["value"] is None else args["value"]
-    constant = _constant(base) if args["reduce"] is None else None
-    if constant is None or not is_number(number) or not is_row_vector(index, value):
+    constant = _constant(base, edited) if args["reduce"] is None else None
+    if constant is None or not isinstance(number, (bool, int, float)) or not is_row_vector(index, value):
         return None
     if not isinstance(dim, int) or dim % value.fake.dim() != value.class_dim or fake(index).dtype != torch.int64:
         return None
     return Mixture(((number - constant, (), index),), constant)
 
 
-def _constant(node: Any) -> float | None:
-    """The number that a tensor is full of, made for what reads it only: an edit in place shows nowhere else."""
-    op = nodes.read(node) if is_tensor(node) and len(node.users) == 1 else None
-    if op is None or not op.has(Fact.CONSTANT) or not fake(node).is_floating_point():
+def _constant(node: Any, shared: bool = False) -> float | None:
+    """The number that a tensor is full of, made for what reads it only: an edit in place shows nowhere else.
+
+    shared: others may read it, all of them behind that edit.
+    """
+    op = nodes.read(node) if is_tensor(node) and (shared or len(node.users) == 1) else None
+    if op is None or not op.has(Fact.CONSTANT):
         return None
     number = op.args.get("fill_value", 0.0)
-    return float(number) if is_number(number) else None
+    return float(number) if isinstance(number, (bool, int, float)) else None
 
 
 _MIXED: dict[str, Callable[[dict[str, Any], Value], Mixture | None]] = {

@@ -255,13 +255,13 @@ def getitem(value: Value, node: Node, args: Args) -> Reduction | None:
     target = _indices(own)
     if value.class_dim != value.fake.dim() - 1 or any(dim is None for dim, _ in entries):
         raise Refused("classes are picked with new dimensions", ONE)
-    counts = all(_is_arange(i, d, value) for d, i in enumerate(lead))
+    counts = all(is_arange(i, d, value) for d, i in enumerate(lead))
     if not counts or not same_rows(target, value):
         raise Refused("classes are picked out of some rows of the logits", "use gather, with " + ONE)
     return _picked(value, node, target, True, as_it_is)
 
 
-def _is_arange(index: Any, dim: int, value: Value) -> bool:
+def is_arange(index: Any, dim: int, value: Value) -> bool:
     """Whether `index` holds 0, 1, 2, ... along dimension `dim` of the rows, and is broadcast along the others."""
     lead = value.lead_shape
     if isinstance(index, (list, tuple, range)):

@@ -17,7 +17,7 @@ def base(target: Node) -> Node:
         op = nodes.read(target)
         if op is None or op.inplace:
             return target
-        keeps = op.has(Fact.IN_ORDER)
+        keeps = op.has(Fact.IN_ORDER) or op.name == "cast"  # to its own dtype, as is asked below
         if op.name == "getitem":
             index = op.args["index"] if isinstance(op.args["index"], tuple) else (op.args["index"],)
             keeps = all(i is None or i is Ellipsis or full(i) for i in index)

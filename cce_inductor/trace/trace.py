@@ -12,6 +12,9 @@ from .reduction import Loss, Reduction
 from .values import Head, SeveralHeads, Value
 
 
+_SUMS = {"lse", "lse_rest"}
+
+
 @dataclass
 class Trace:
     """One head and every use of its logits. `values` are all nodes made from them, and what they are.
@@ -26,6 +29,7 @@ class Trace:
     outputs: list[Value] = field(default_factory=list)
     metadata: list[tuple[Node, Node, Value]] = field(default_factory=list)  # the read, what it reads, its value
     escapes: list[Refusal] = field(default_factory=list)
+    entries: set[Node] = field(default_factory=set)  # nodes that were added for another entry at the target
     wholes: list[Trace] = field(default_factory=list)  # tensors of several heads' logits that hold this one's
 
     @property
@@ -50,14 +54,15 @@ class Trace:
 
         Calls of a loss function; or, where there are none, log-probabilities of a target; or a log-sum-exp.
         """
-        losses: list[Reduction] = [r for r in self.reductions if isinstance(r, Loss)]
-        if losses or not any("lse" in r.statistics for r in self.reductions):
+        reductions = [r for r in self.reductions if r.node not in self.entries]
+        losses: list[Reduction] = [r for r in reductions if isinstance(r, Loss)]
+        if losses or not any(_SUMS & {*r.statistics} for r in reductions):
             return losses
         picks: dict[Node, Reduction] = {}
-        for r in self.reductions:
+        for r in sorted(reductions, key=lambda r: not _SUMS & {*r.statistics}):
             if r.target is not None and r.statistics:
                 picks.setdefault(r.target, r)
-        return list(picks.values()) or [next(r for r in self.reductions if "lse" in r.statistics)]
+        return list(picks.values()) or [next(r for r in reductions if _SUMS & {*r.statistics})]
 
 
 @dataclass

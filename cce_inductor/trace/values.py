@@ -336,13 +336,31 @@ class Comparison(Function):
 
 
 @dataclass(frozen=True)
+class Edit:
+    """Another entry at the target of each row (`margins`).
+
+    target: the tensor that the classes are a view of. classes, entry: the class of each row and its entry, nodes, 1 wide
+    where the classes are. logits: the last node of logits. start: how many of `Value.rows` there were where the entry
+    was put in, which `classes` and `entry` are in front of. order: `Value.order` there.
+    """
+
+    target: Node
+    classes: Node
+    entry: Node
+    logits: Node
+    start: int
+    order: Node | None
+
+
+@dataclass(frozen=True)
 class Value:
     """A tensor made from a head's logits: rows rearranged, values through an affine map and perhaps a softcap.
 
     class_dim: where the classes are. function: of the logits that `affine` describes. picked: the class (the node
     of a tensor with one for each row) of the only entry that is not 0, or what it was multiplied with over all
     classes, or None. columns, masks: of the vocabulary. terms: of the rows. rows: what happened to the leading
-    dimensions. order: the last node that changed which rows there are, or their order; None if none did. rounded:
+    dimensions. order: the last node that changed which rows there are, or their order; None if none did. edit: of the
+    entry at the target. without: the class of each row that is left out. rounded:
     cast to a dtype narrower than the head's. arithmetic: the dtype of each result on the way from the head's.
     """
 
@@ -359,6 +377,8 @@ class Value:
     arithmetic: tuple[torch.dtype, ...] = field(default=(), compare=False)
     rows: tuple[tuple[Node, RowMap], ...] = ()
     order: Node | None = None
+    edit: Edit | None = None
+    without: Node | None = None
     # How eager computed the values, for deferred logits: ops in order, and tensors they read besides the head's. The
     # first `plain` of them gave logits still.
     steps: tuple[Step, ...] = field(default=(), compare=False)

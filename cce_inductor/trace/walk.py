@@ -55,6 +55,8 @@ class Walk(abc.ABC):
         self.values: dict[Node, Entry] = {}
         self.parts: dict[Node, Parts] = {}
         self.originals: dict[Node, Node] = {}  # of nodes that give the very tensor of another one
+        # What is made of logits in a way that no rule follows, entry by entry: with the reason.
+        self.open: dict[Node, tuple[Refusal, list[Trace]]] = {}
         self.refused: dict[Node, tuple[Refusal, Trace | None]] = {}
         self.records_gradients = True
         self.decomposed: list[Decomposition] = []
@@ -77,6 +79,11 @@ class Walk(abc.ABC):
     def words(self, node: Node) -> str:
         """What a person calls a node that is made from logits."""
         return self.values[node].values[0].words if node in self.values else "parts of the logits"
+
+    def is_edited(self, node: Node) -> bool:
+        """Whether a node is logits with another entry at the target, or without it."""
+        values = self.values[node].values if node in self.values else []
+        return any(value.edit is not None or value.without is not None for value in values)
 
     # ---- edits in place
 
@@ -117,19 +124,26 @@ class Walk(abc.ABC):
 
     # ---- nodes that are added
 
+    def visit_added(self, before: Node, node: Node) -> list[Node]:
+        """Follows the nodes that stand between two; gives them."""
+        added: list[Node] = []
+        while before.next is not node:
+            before = before.next
+            added.append(before)
+        for n in added:
+            self.visit(n)
+        return added
+
     def decompose(self, node: Node, trace: Trace, record: Callable[[Builder], Proxy]) -> None:
         """Puts nodes that compute the same as `node` in front of it, and follows them."""
         builder = Builder(self.graph, node)
         before = node.prev
         result = builder.run(record, builder)
         assert fake(result.node).shape == fake(node).shape, f"{node} was decomposed into another shape"
-        added: list[Node] = []
-        while before.next is not node:
-            before = before.next
-            added.append(before)
-        self.decomposed.append(Decomposition(node, result.node, distinct(trace.with_parts), added))
-        for n in added:
-            self.visit(n)
+        made = Decomposition(node, result.node, distinct(trace.with_parts), [])
+        self.decomposed.append(made)
+        added = self.visit_added(before, node)
+        made.added += added
         for t in self.traces.values():
             t.escapes = [replace(e, node=node) if e.node in added else e for e in t.escapes]
 

@@ -1,0 +1,500 @@
+"""Logits whose entry at the target is another one: margins (ArcFace, CosFace), however they are spelled.
+
+Three things. Where such logits begin (`begins`): an entry is written at the target, or one-hot tensors put it there, as in
+``one_hot * phi + (1 - one_hot) * z``. What is done to them afterwards (`follows`), which is done to their entry as well.
+And where they end: a loss of them is ``softplus(rest - entry)``, with `rest` the log-sum-exp over all other classes. The
+nodes that compute the entry are put into the graph where the logits begin, those of the loss in front of the loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+
+from ..graph import nodes
+from ..graph.builder import Builder, Proxy
+from ..graph.fakes import example, fake, is_number, is_tensor, same
+from ..graph.memory import storages, written, written_after
+from ..graph.nodes import Op
+from ..graph.refusal import Refused
+from ..graph.spellings import Fact
+from ..ops.losses import cross_entropy
+from . import rules
+from .decompose import _as, _widened
+from .indexing import positions
+from .marks import Mark, mark
+from .operands import vocab
+from .reasons import MARGIN
+from .reduction import Loss, Reduction
+from .reductions import is_arange
+from .shapes import is_row_vector, is_vocabulary_vector, same_rows
+from .targets import base
+from .values import Args, Edit, Value
+from .walk import Entry, Walk
+
+# ---- where they begin
+
+
+def begins(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
+    """Whether a node, which no other rule takes, gives logits with another entry at the target."""
+    writes = _WRITES.get(op.name) if op is not None else None
+    try:
+        if writes is not None and op is not None:
+            return writes(walk, node, op, walk.values[touched[0]])
+        return is_pointwise(node) and _put_together(walk, node)
+    except Refused:
+        return False
+
+
+def _edited(walk: Walk, node: Node, op: Op, entry: Entry, classes: Any, record: Callable[[Builder, Proxy, Value], Any]) -> bool:
+    """Notes that `node` gives the logits of `entry` with another one at `classes`: what `record` makes of these."""
+    made = []
+    for value in entry.values[:1]:
+        _plain(value, classes)
+        builder = Builder(walk.graph, node)
+        before = node.prev
+
+        def column(builder: Builder = builder, value: Value = value) -> tuple[Node, Node]:
+            index = _column(builder, classes, value)
+            found = record(builder, index, value)
+            if not isinstance(found, torch.fx.Proxy):
+                found = builder.call(torch.full_like, index, float(found), dtype=value.fake.dtype)
+            return index.node, found.node
+
+        index, at_target = builder.run(column)
+        entry.trace.entries.update(walk.visit_added(before, node))
+        edit = Edit(base(classes), index, at_target, node, len(value.rows), value.order)
+        made.append(replace(value, node=node, edit=edit))
+    walk.put_or_edit(node, op, entry, made)
+    return True
+
+
+def _plain(value: Value, classes: Any) -> None:
+    """Refused for what is no logits with the classes last, or for classes that are not one for each row."""
+    last = value.class_dim == value.fake.dim() - 1
+    if value.kind != "logits" or value.picked is not None or value.edit is not None or value.members or not last:
+        raise Refused(*MARGIN)
+    if not is_tensor(classes) or fake(classes).dtype != torch.int64 or written_after(classes):
+        raise Refused(*MARGIN)
+    if not is_row_vector(classes, value) and not same_rows(classes, value):
+        raise Refused(*MARGIN)
+
+
+def _column(builder: Builder, classes: Node, value: Value) -> Proxy:
+    """The classes, 1 wide where those of the logits are."""
+    p = builder.proxy(classes)
+    return p if fake(classes).dim() == value.fake.dim() else p.unsqueeze(value.class_dim)
+
+
+def _own(builder: Builder, index: Proxy, value: Value) -> Any:
+    """The entry that the logits have at the target."""
+    return _widened(builder.proxy(value.node)).gather(value.class_dim, index)
+
+
+def _scattered(walk: Walk, node: Node, op: Op, entry: Entry) -> bool:
+    """scatter and scatter_add of one number or tensor for each row."""
+    value, args = entry.values[0], op.args
+    _along_classes(value, args["dim"])
+    number = args.get("value") if args.get("value") is not None else args["src"]
+    if args.get("reduce") is not None or not (is_number(number) or is_row_vector(number, value)):
+        raise Refused(*MARGIN)
+    if op.name == "scatter" and number == -math.inf and not op.inplace:
+        return _left_out(walk, node, entry, args["index"])
+
+    def record(builder: Builder, index: Proxy, value: Value) -> Any:
+        given = builder.proxy(number) if is_tensor(number) else number
+        return given if op.name == "scatter" else _own(builder, index, value) + given
+
+    return _edited(walk, node, op, entry, args["index"], record)
+
+
+def _along_classes(value: Value, dim: Any) -> None:
+    if not isinstance(dim, int) or dim % value.fake.dim() != value.class_dim:
+        raise Refused(*MARGIN)
+
+
+def _set(walk: Walk, node: Node, op: Op, entry: Entry) -> bool:
+    """logits[arange(N), target] = a number, or one for each row."""
+    value, given = entry.values[0], op.args["value"]
+    index = positions(value, op.args["index"])
+    classes = next((i for dim, i in index if dim == value.class_dim), None)
+    rows = [(dim, i) for dim, i in index if dim != value.class_dim]
+    if not all(dim is not None and is_arange(i, dim, value) for dim, i in rows):
+        raise Refused(*MARGIN)
+    if not is_number(given) and not same_rows(given, value):
+        raise Refused(*MARGIN)
+
+    def record(builder: Builder, index: Proxy, value: Value) -> Any:
+        return builder.proxy(given).unsqueeze(value.class_dim) if is_tensor(given) else given
+
+    return _edited(walk, node, op, entry, classes, record)
+
+
+_WRITES: dict[str, Callable[[Walk, Node, Op, Entry], bool]] = {
+    "scatter": _scattered,
+    "scatter_add": _scattered,
+    "setitem": _set,
+}
+
+
+# ---- put together from one-hot tensors
+
+
+# Functions of torch, and methods, that make each entry from those at the same place.
+_POINTWISE = frozenset(
+    "cos sin tan acos arccos asin arcsin sqrt rsqrt square pow abs exp log relu clamp clip clamp_min clamp_max minimum "
+    "maximum where masked_fill add sub subtract mul multiply div divide true_divide truediv neg negative gt ge lt le eq ne "
+    "float double half bfloat16 to type type_as clone contiguous tanh sigmoid rsub __add__ __radd__ __sub__ __rsub__ "
+    "__mul__ __rmul__ __truediv__ __pow__ __neg__".split()
+)
+
+
+def is_pointwise(node: Node) -> bool:
+    """Whether a node makes each entry of a new tensor from those at the same place."""
+    if node.op not in ("call_function", "call_method") or not is_tensor(node):
+        return False
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return name in _POINTWISE and node.kwargs.get("out") is None
+
+
+def _put_together(walk: Walk, node: Node) -> bool:
+    """An expression that is logits of the program but for the target."""
+    expression = _Expression(walk, node)
+    elsewhere = expression.elsewhere(node)
+    target = expression.target
+    entry = walk.values.get(elsewhere) if isinstance(elsewhere, Node) else None
+    if target is None or entry is None or fake(node).shape != fake(elsewhere).shape:
+        return False
+    if fake(node).dtype != fake(elsewhere).dtype:
+        return False
+    op = nodes.read(node)
+    assert op is not None
+    if op.inplace and op.args["input"] is not elsewhere:
+        return False
+    return _edited(walk, node, op, entry, target, lambda b, index, value: expression.there(b, node, index, value))
+
+
+class _Expression:
+    """An expression of logits and of tensors that tell the target from the other classes."""
+
+    def __init__(self, walk: Walk, root: Node):
+        self.walk, self.root = walk, root
+        self.target: Node | None = None
+
+    def _leaf(self, n: Any) -> Value | None:
+        """The plain logits that a node is, if it is."""
+        entry = self.walk.values.get(n) if isinstance(n, Node) else None
+        value = entry.values[0] if entry is not None and entry.values and not entry.stale else None
+        plain = value is not None and value.kind == "logits" and value.picked is None and value.edit is None
+        return value if plain else None
+
+    def _made_of_logits(self, n: Node) -> bool:
+        return n is self.root or n in self.walk.values or n in self.walk.open
+
+    def _mark(self, n: Any) -> Mark | None:
+        """What a tensor holds at the target and elsewhere; Refused for two targets."""
+        like = next((v.values[0] for v in self.walk.values.values() if v.values and self._fits(n, v.values[0])), None)
+        found = mark(n, like) if like is not None else None
+        if found is not None:
+            if self.target is not None and base(self.target) is not base(found.target):
+                raise Refused(*MARGIN)
+            self.target = self.target or found.target
+        return found
+
+    def _fits(self, n: Any, value: Value) -> bool:
+        shape = value.fake.shape
+        return is_tensor(n) and len(shape) == fake(n).dim() and all(map(same, fake(n).shape, shape))
+
+    def elsewhere(self, n: Any) -> Any:
+        """What it is where the target is not: a node of logits, or a number; Refused for anything else.
+
+        0 times what is done to the logits is 0 as long as that is finite, as it has to be for the loss to be.
+        """
+        if not is_tensor(n):
+            return n
+        if not self._made_of_logits(n):
+            found = self._mark(n)
+            return n if found is None else found.elsewhere
+        if self._leaf(n) is not None:
+            return n
+        op = nodes.read(n)
+        if op is None or op.name not in _SIMPLIFIED:
+            raise Refused(*MARGIN)
+        return _SIMPLIFIED[op.name](*(self._lazily(op, name) for name in _OPERANDS.get(op.name, ("input", "other"))))
+
+    def _lazily(self, op: Op, name: str) -> Callable[[], Any]:
+        if op.args.get("alpha", 1) != 1 or op.args.get("rounding_mode") is not None:
+            raise Refused(*MARGIN)
+        return lambda: self.elsewhere(op.args[name])
+
+    def there(self, builder: Builder, n: Any, index: Proxy, value: Value) -> Any:
+        """What it is at the target: a number, or (rows..., 1)."""
+        if not is_tensor(n):
+            return n
+        if not self._made_of_logits(n):
+            return self._given(builder, n, index, value)
+        leaf = self._leaf(n)
+        if leaf is not None and not (is_pointwise(n) and self._all_known(n)):
+            if written(builder.graph.nodes, storages(n)):
+                raise Refused(*MARGIN)
+            return _own(builder, index, leaf)
+        op = nodes.read(n)
+        if op is not None and op.inplace and n is not builder.like:
+            raise Refused(*MARGIN)
+        args = [self.there(builder, a, index, value) for a in n.args]
+        kwargs = {k: self.there(builder, a, index, value) for k, a in n.kwargs.items()}
+        if op is not None and op.name in ("where", "masked_fill") and isinstance(args[_CONDITION[op.name]], bool):
+            chosen = _chosen(op.name, args)
+            return chosen
+        if op is not None and op.name == "cast":
+            return args[0].to(fake(n).dtype) if isinstance(args[0], torch.fx.Proxy) else args[0]
+        if op is not None and op.inplace:
+            return _OUT_OF_PLACE[op.name](args[0], args[1])
+        if not any(isinstance(a, torch.fx.Proxy) for a in (*args, *kwargs.values())):
+            return _number(n, args)
+        if n.op == "call_method":
+            first, *rest = args
+            return getattr(first, str(n.target))(*rest, **kwargs)
+        return builder.call(n.target, *args, **kwargs)  # type: ignore[arg-type]
+
+    def _all_known(self, n: Node) -> bool:
+        """Whether the entry can be followed further back: to what the fewest entries are picked out of."""
+        return all(not self._made_of_logits(a) or self._leaf(a) is not None or a in self.walk.open for a in n.all_input_nodes)
+
+    def _given(self, builder: Builder, n: Node, index: Proxy, value: Value) -> Any:
+        """The entry of a tensor that is not made of logits."""
+        found = self._mark(n)
+        if found is not None:
+            return found.there(builder, value)
+        if fake(n).numel() == 1 or is_row_vector(n, value):
+            return builder.proxy(n)
+        if is_vocabulary_vector(fake(n), value.fake, value.class_dim):
+            return builder.proxy(n).reshape(-1)[index]
+        raise Refused(*MARGIN)
+
+
+_CONDITION = {"where": 0, "masked_fill": 1}
+_OPERANDS = {"where": ("condition", "input", "other"), "masked_fill": ("input", "mask", "value"), "cast": ("input",)}
+_OUT_OF_PLACE: dict[str, Callable[[Any, Any], Any]] = {
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+}
+
+
+def _chosen(name: str, args: list) -> Any:
+    """The branch that a condition takes at the target."""
+    if name == "where":
+        return args[1] if args[0] else args[2]
+    return args[2] if args[1] else args[0]
+
+
+def _number(n: Node, args: list) -> Any:
+    """What an op makes of numbers."""
+    made = getattr(torch.tensor(float(args[0])), n.target)(*args[1:]) if n.op == "call_method" else n.target(*args)
+    return made.item() if isinstance(made, torch.Tensor) else made
+
+
+def _product(a: Callable[[], Any], b: Callable[[], Any]) -> Any:
+    for x, other in ((a, b), (b, a)):
+        try:
+            known = x()
+        except Refused:
+            continue
+        if is_number(known) and known == 0:
+            return 0.0
+        if is_number(known):
+            rest = other()
+            return rest if known == 1 else known * rest if is_number(rest) else _unknown()
+    return _unknown()
+
+
+def _sum(a: Callable[[], Any], b: Callable[[], Any], sign: float = 1.0) -> Any:
+    x, y = a(), b()
+    if is_number(x) and is_number(y):
+        return x + sign * y
+    if is_number(y) and y == 0:
+        return x
+    return y if is_number(x) and x == 0 and sign == 1.0 else _unknown()
+
+
+def _branch(condition: Callable[[], Any], a: Callable[[], Any], b: Callable[[], Any]) -> Any:
+    holds = condition()
+    return (a if holds else b)() if isinstance(holds, bool) else _unknown()
+
+
+def _unknown() -> Any:
+    raise Refused(*MARGIN)
+
+
+# Ops whose result elsewhere may be one of their arguments.
+_SIMPLIFIED: dict[str, Callable[..., Any]] = {
+    "mul": _product,
+    "add": _sum,
+    "sub": lambda a, b: _sum(a, b, -1.0),
+    "where": _branch,
+    "masked_fill": lambda a, mask, value: _branch(mask, value, a),
+}
+
+
+# ---- what is done to them
+
+
+def follows(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
+    """Takes a use of logits with another entry at the target, or without one; False for a use of others."""
+    entry = walk.values.get(touched[0])
+    if entry is None or len(entry.values) != 1 or (entry.values[0].edit is None and entry.values[0].without is None):
+        if any(walk.is_edited(n) for n in touched):
+            raise Refused(*MARGIN)
+        return False
+    value = entry.values[0]
+    if len(touched) > 1:
+        raise Refused(*MARGIN)
+    if value.without is not None:
+        return _summed(walk, node, op, entry)
+    edit = value.edit
+    assert edit is not None
+    if op.name == "scatter" and op.args["value"] == -math.inf and not op.inplace:
+        return base(op.args["index"]) is edit.target and _left_out(walk, node, entry, op.args["index"])
+    plain = replace(value, edit=None)
+    if op.has(Fact.LOSS):
+        walk.decompose(node, entry.trace, lambda b: _loss(b, walk, value, node, op.args))
+        return True
+    made = rules.apply(op, plain, node)
+    if isinstance(made, Reduction):
+        walk.decompose(node, entry.trace, lambda b: _read(b, walk, value, made))
+        return True
+    if not isinstance(made, Value) or made.picked is not None or made.columns != value.columns or made.masks != value.masks:
+        raise Refused(*MARGIN)
+    if made.kind == "log_softmax":
+        edit = edit
+    elif made.kind != "logits" or value.kind != "logits":
+        raise Refused(*MARGIN)
+    elif made.rows == value.rows:
+        edit = _done_to_the_entry(walk, node, op, value, edit)
+    else:
+        edit = replace(edit, logits=node)
+    walk.put_or_edit(node, op, entry, [replace(made, edit=edit)])
+    return True
+
+
+def _done_to_the_entry(walk: Walk, node: Node, op: Op, value: Value, edit: Edit) -> Edit:
+    """What an op on every entry makes of the one at the target."""
+    builder, before = Builder(walk.graph, node), node.prev
+
+    def record() -> Proxy:
+        e = builder.proxy(edit.entry)
+        if op.name in ("cast", "copy", "detach"):
+            return e.detach() if op.name == "detach" else e
+        if op.name == "neg":
+            return -e  # type: ignore[operator]
+        a, b = (e if x is value.node else _beside(builder, x, value, edit) for x in (op.args["input"], op.args["other"]))
+        return _OUT_OF_PLACE[op.name](a, b)
+
+    if op.name not in ("cast", "copy", "detach", "neg", *_OUT_OF_PLACE) or op.args.get("alpha", 1) != 1:
+        raise Refused(*MARGIN)
+    made = builder.run(record)
+    walk.visit_added(before, node)
+    return replace(edit, entry=made.node, logits=node)
+
+
+def _beside(builder: Builder, x: Any, value: Value, edit: Edit) -> Any:
+    if is_number(x):
+        return x
+    if is_tensor(x) and (fake(x).numel() == 1 or (is_row_vector(x, value) and len(value.rows) == edit.start)):
+        return builder.proxy(x)
+    raise Refused(*MARGIN)
+
+
+def _left_out(walk: Walk, node: Node, entry: Entry, classes: Node) -> bool:
+    """The logits of all classes but one of each row."""
+    (value,) = entry.values[:1]
+    if value.edit is None:
+        _plain(value, classes)
+    walk.put(node, entry.trace, [replace(value, node=node, edit=None, without=classes)])
+    return True
+
+
+def _summed(walk: Walk, node: Node, op: Op, entry: Entry) -> bool:
+    """What may be done to logits that a class is left out of: something is added to the rows, and they are summed."""
+    (value,) = entry.values
+    without = value.without
+    made = rules.apply(op, replace(value, without=None), node) if not op.inplace else None
+    if isinstance(made, Value) and made.kind == "logits" and made.affine == value.affine and made.rows == value.rows:
+        walk.put(node, entry.trace, [replace(made, without=without)])
+        return True
+    masked = any(mask.fill != -math.inf for mask in value.masks)
+    if not isinstance(made, Reduction) or op.name != "logsumexp" or masked:
+        raise Refused("the logits of all classes but one are used otherwise than in a log-sum-exp", "use them all")
+    statistics = ("lse_rest", "lse_rest_low", "target_logit")
+    reduction = replace(made, statistics=statistics, given=without, flat=lambda s: s.lse_rest)
+    entry.trace.reductions.append(reduction)
+    return True
+
+
+# ---- where they end
+
+
+def _nll(builder: Builder, walk: Walk, value: Value, edit: Edit) -> Proxy:
+    """The cross-entropy of each row, in the shape of `value`, 1 wide where the classes are."""
+    of = walk.values[edit.logits].values[0]
+    index, e = (_mapped(builder, n, of, edit.start) for n in (edit.classes, edit.entry))
+    z = _widened(builder.proxy(edit.logits))
+    rest = builder.call(torch.scatter, z, of.class_dim, index, -math.inf) - e
+    nll: Any = builder.call(F.softplus, rest.logsumexp(of.class_dim, True))
+    for _, row_map in value.rows[len(of.rows) :]:
+        nll = row_map(nll, 1)
+    return nll
+
+
+def _mapped(builder: Builder, n: Node, value: Value, start: int) -> Any:
+    """A tensor with one number for each row that the logits had at row map `start`, for those of `value`."""
+    p = builder.proxy(n)
+    for _, row_map in value.rows[start:]:
+        p = row_map(p, 1)
+    return p
+
+
+def _check(value: Value, target: Node | None, edit: Edit) -> None:
+    if target is not edit.target or value.order is not edit.order:
+        raise Refused("logits with a margin at one target are read at another", "use the same class indices in both")
+
+
+def _loss(builder: Builder, walk: Walk, value: Value, node: Node, args: Args) -> Proxy:
+    """A loss over classes."""
+    made = rules.apply(nodes.read(node), replace(value, edit=None), node)  # type: ignore[arg-type]
+    edit = value.edit
+    assert isinstance(made, Loss) and edit is not None
+    _check(value, made.target, edit)
+    if made.arguments.label_smoothing or not made.ignores:
+        raise Refused("label smoothing over logits with a margin", "smooth the loss yourself")
+    rows = _nll(builder, walk, value, edit).squeeze(value.class_dim)
+    target = builder.proxy(args["target"])
+    weight = None if made.weight is None else builder.proxy(made.weight)
+    stats = {"lse": rows, "target_logit": 0.0, "lse_low": 0.0}
+    row_mask = target.ne(made.arguments.ignore_index)
+    return _as(cross_entropy(stats, target, row_mask, weight, vocab(builder, value), made.arguments), node)
+
+
+def _read(builder: Builder, walk: Walk, value: Value, made: Reduction) -> Proxy:
+    """The entry of the target, its log-probability, or the log-sum-exp."""
+    edit = value.edit
+    assert edit is not None
+    c = value.class_dim
+    if made.given is not None:
+        _check(value, made.target, edit)
+    if made.given is not None and value.kind == "log_softmax" and value.factor == 1.0:
+        return _as(made.shape(-_nll(builder, walk, value, edit).squeeze(c)), made.node)  # type: ignore[operator]
+    if value.kind != "logits" or (made.given is None and made.statistics != ("lse", "lse_low")):
+        raise Refused(*MARGIN)
+    e = _mapped(builder, edit.entry, value, edit.start)
+    if made.given is None:
+        e = e + _nll(builder, walk, value, edit)
+    return _as(made.shape(e.squeeze(c)), made.node)

@@ -1,0 +1,93 @@
+"""Tensors that tell the class of each row's target from all others."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..graph import nodes
+from ..graph.builder import Builder
+from ..graph.fakes import fake, is_number, is_tensor, same
+from ..graph.memory import written_after
+from .one_hot import mixture
+from .shapes import is_row_vector
+from .values import Mixture, Value
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a tensor holds: `elsewhere` a number or a bool, at the `target` of each row what `there` gives."""
+
+    target: Node
+    elsewhere: float | bool
+    at_target: Mixture | bool
+
+    def there(self, builder: Builder, value: Value) -> Any:
+        """A bool, a number, or a recorded tensor with one number for each row, 1 wide where the classes are."""
+        if isinstance(self.at_target, bool):
+            return self.at_target
+        ((factor, weights, _),) = self.at_target.terms
+        made: Any = factor
+        for weight in weights:
+            p = builder.proxy(weight.node)
+            p = p.reshape(()) if fake(weight.node).numel() == 1 else p
+            made = made / p if weight.divides else made * p
+        return made + self.at_target.constant if self.at_target.constant else made
+
+
+def mark(node: Any, value: Value) -> Mark | None:
+    """What a tensor of the logits' shape holds at the target and elsewhere, the classes being last; else None."""
+    mixed = mixture(node, value)
+    if mixed is not None and len(mixed.terms) == 1 and fake(node).dtype == torch.bool:
+        return _truth(node, value, bool)
+    if mixed is not None and len(mixed.terms) == 1:
+        return Mark(mixed.terms[0][2], mixed.constant, mixed)
+    return _mask(node, value)
+
+
+_COMPARED = {"eq": operator.eq, "ne": operator.ne, "gt": operator.gt, "ge": operator.ge, "lt": operator.lt, "le": operator.le}
+
+
+def _mask(node: Any, value: Value) -> Mark | None:
+    """As `mark`, of a bool tensor."""
+    if not is_tensor(node) or fake(node).dtype != torch.bool or written_after(node) or not node.args:
+        return None
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    source = node.args[0]
+    if name.strip("_") in ("invert", "bitwise_not", "logical_not"):
+        found = _mask(source, value)
+        return found and Mark(found.target, not found.elsewhere, not found.at_target)
+    op = nodes.read(node)
+    if name in ("bool", "to", "type"):
+        return _truth(source, value, lambda number: number != 0)
+    if op is None or op.name not in _COMPARED:
+        return None
+    compare, other = _COMPARED[op.name], op.args["other"]
+    if is_number(other):
+        return _truth(source, value, lambda number: compare(number, other))
+    for classes, target in ((source, other), (other, source)):
+        if op.name in ("eq", "ne") and _are_classes(classes, value) and is_tensor(target) and is_row_vector(target, value):
+            return Mark(target, op.name == "ne", op.name == "eq")
+    return None
+
+
+def _truth(source: Any, value: Value, of: Any) -> Mark | None:
+    mixed = mixture(source, value)
+    if mixed is None or len(mixed.terms) != 1 or mixed.terms[0][1]:
+        return None
+    factor, _, target = mixed.terms[0]
+    return Mark(target, bool(of(mixed.constant)), bool(of(mixed.constant + factor)))
+
+
+def _are_classes(node: Any, value: Value) -> bool:
+    """Whether a tensor holds 0, 1, 2, ... along the classes."""
+    while is_tensor(node) and (op := nodes.read(node)) is not None and op.name in ("view", "reshape", "unsqueeze", "getitem"):
+        node = op.args["input"]
+    if not is_tensor(node) or node.target is not torch.arange or not set(node.kwargs) <= {"device", "dtype"}:
+        return False
+    start = node.args[0] if len(node.args) == 2 else 0
+    return len(node.args) <= 2 and start == 0 and fake(node).dtype == torch.int64 and same(fake(node).numel(), value.vocab)
