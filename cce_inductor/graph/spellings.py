@@ -190,6 +190,16 @@ SPELLINGS = (
         Fact.ENTRYWISE | Fact.OF_SQUARES,
         ("rsqrt_softcap.pow",),
     ),
+    Spelling(
+        "function",
+        "input other=None",
+        (
+            *(torch.cos, torch.sin, torch.tan, torch.acos, torch.arccos, torch.asin, torch.arcsin, torch.abs),
+            *(torch.relu, F.relu, torch.minimum, torch.maximum),
+        ),
+        ("cos", "sin", "tan", "acos", "arccos", "asin", "arcsin", "abs", "relu", "minimum", "maximum"),
+        Fact.ENTRYWISE,
+    ),
     Spelling("exp", "input", (torch.exp,), ("exp",), Fact.ENTRYWISE, ("softmax.exp",)),
     Spelling("log", "input", (torch.log,), ("log",), Fact.ENTRYWISE, ("softmax.log",)),
     Spelling(

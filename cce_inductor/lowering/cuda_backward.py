@@ -22,7 +22,6 @@ from .schedules import Schedule, Sweep, schedules, whole_tiles
 from .triton_configs import CACHED_TILE
 from .unsupported import Unsupported
 
-
 # The outputs of the kernel that goes through the columns of each row, and of the one that goes through the rows.
 OF_ROWS, OF_COLUMNS = ("DX", "DROW_SCALE"), ("DW", "DB", "DCOLUMN_SCALE")
 # The gradient of a factor is a sum over the width, of what the gradient beside it is made of.

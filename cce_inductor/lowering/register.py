@@ -73,8 +73,8 @@ def _backward(tangents, tangent_names, saved, operands, names, row_mask, statist
         raise Unsupported("no template has the filter eps")
     rest = as_lse(statistics)[1]
     arguments = {
-        "tangents": _named(as_lse(tangent_names)[0], differentiable(_named(tangent_names, tangents)).values()),
-        "saved": _named(as_lse(" ".join(saved_names(statistics, saved)))[0], saved),
+        "tangents": _as_lse(differentiable(_named(tangent_names, tangents))),
+        "saved": _as_lse(_named(saved_names(statistics, saved), saved)),
         "operands": named,
         "row_mask": row_mask,
         "needs": needs.split(),
@@ -101,6 +101,10 @@ def _with_gradients(tangents, tangent_names, operands, names, row_mask, statisti
         "bounded": bounded(statistics, options),
     }
     return "with_gradients", named, arguments
+
+
+def _as_lse(named: dict[str, Any]) -> dict[str, Any]:
+    return {as_lse(name)[0][0]: value for name, value in named.items()}
 
 
 def _read(names: str, operands: Sequence[Any]) -> dict[str, Any]:

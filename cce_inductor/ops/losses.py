@@ -42,7 +42,8 @@ class CrossEntropy:
 def computed(row_mask: Any, input: Any, bias: Any, row_scale: Any = None, column_scale: Any = None) -> Any:
     """Which rows the operators compute for a loss: (N,) bool.
 
-    row_mask: those that count, (N,) bool. input: (N, D). bias, column_scale: (V,) or None. row_scale: (N,) or None. The others have no part in the loss, but
+    row_mask: those that count, (N,) bool. input: (N, D). bias, column_scale: (V,) or None. row_scale: (N,) or None. The
+    others have no part in the loss, but
     `log_softmax` gives a row whose logits are NaN, or +inf, the gradient NaN whatever its tangent is: 0 * NaN. So rows
     that are not finite are computed like those that count. A sum is finite only if its terms are; one that overflows
     makes a row be computed that need not be. A bias of -inf is usual, as a mask.

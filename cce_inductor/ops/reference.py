@@ -4,8 +4,8 @@ Plain tensor algebra over tiles of (block of rows) x (slab of columns), so that 
 call's `workspace` whatever N and V are. The backward is slab-major: the logits of a slab are recomputed block by
 block, its rows of dW are finished, and dx is added to. Accumulation is in fp32 (fp64 for fp64) and rounded once.
 
-Notation: N rows, D width, V vocabulary; `input` (N, D), `weight` (V, D), `bias` (V,), `target` (N,); `row_scale` (N,)
-and `column_scale` (V,) are factors of the product, `logit = softcap(scale * row_scale * (column_scale * product + bias))`.
+Notation: N rows, D width, V vocabulary; `input` (N, D), `weight` (V, D), `bias` (V,), `target` (N,). With the factors
+`row_scale` (N,) and `column_scale` (V,) a logit is `softcap(scale * row_scale * (column_scale * product + bias))`.
 """
 
 from collections.abc import Iterator

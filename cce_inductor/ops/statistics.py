@@ -209,7 +209,9 @@ TABLE: dict[str, Statistic] = {
         Statistic("lse", "dense", "yes", lambda s, t: _update_exp(s, t, False), finish_lse, _grad_lse),
         Statistic("lse_low", "none", "yes", lambda s, t: s, _finish_lse_low, None, ("lse",), state_of="lse"),
         Statistic("lse_rest", "dense", "no", _update_rest, finish_lse, _grad_lse, ("target_logit",)),
-        Statistic("lse_rest_low", "none", "no", lambda s, t: s, _finish_lse_low, None, ("lse_rest",), state_of="lse_rest"),
+        Statistic(
+            "lse_rest_low", "none", "no", lambda s, t: s, _finish_lse_low, None, ("lse_rest",), state_of="lse_rest"
+        ),
         Statistic("logit_sum", "linear", "without softcap", _update_sum, _identity, _grad_sum),
         Statistic("target_logit", "sparse", "yes", _update_target, _identity, _grad_target, ("target",)),
         Statistic("argmax", "none", "yes", _update_argmax, lambda s: s[1], None, integer=True),

@@ -81,7 +81,9 @@ class _Arguments:
         bias = operands.biases(builder, value, detach)
         row_scales = [p for g in bundle.groups if (p := operands.row_scale(builder, g.value, detach)) is not None]
         scales = {"column_scale": operands.column_scale(builder, value, detach)}
-        scales["row_scale"] = builder.call(torch.cat, row_scales) if len(row_scales) > 1 else next(iter(row_scales), None)
+        scales["row_scale"] = (
+            builder.call(torch.cat, row_scales) if len(row_scales) > 1 else next(iter(row_scales), None)
+        )
         # The rows that count, and those that the operator computes.
         self.row_mask: Proxy | None = None
         self.computed: Proxy | None = None
@@ -104,8 +106,7 @@ class _Arguments:
             else:
                 self.target = _without_ignored(builder, self.target, bundle)
             self.operands.setdefault("target", self.target)
-        given = {"bias": bias, **scales}
-        self.operands.update((name, p) for name, p in given.items() if p is not None)
+        self.operands.update((name, p) for name, p in {"bias": bias, **scales}.items() if p is not None)
         if group.column_weight is not None:
             self.operands["column_weight"] = builder.proxy(group.column_weight).detach()
         self.names = bundle.statistics

@@ -30,12 +30,12 @@ from .values import Mixture, SeveralHeads, Value
 _WIDE = (torch.float32, torch.float64)
 
 
-def _widened(p: Any) -> Any:
+def widened(p: Any) -> Any:
     """Statistics of narrow logits are taken in fp32, and rounded once at the end."""
     return p if example(p.node).dtype in _WIDE else p.float()
 
 
-def _as(p: Any, node: Node) -> Any:
+def in_dtype_of(p: Any, node: Node) -> Any:
     dtype = fake(node).dtype
     return p if example(p.node).dtype == dtype else p.to(dtype)
 
@@ -83,7 +83,7 @@ def mixed_loss(builder: Builder, value: Value, node: Node, args: dict[str, Any],
     value.need("logits", f"cross_entropy reads {value.kind}, not logits", "use cross_entropy on logits")
     reads_the_classes("cross_entropy", value)
     c, smoothing = value.class_dim, arguments.label_smoothing
-    z = _widened(builder.proxy(value.node))
+    z = widened(builder.proxy(value.node))
     classes = value.vocab
     if not isinstance(classes, int) and (smoothing or mixture.constant):
         raise Refused("smoothed class probabilities over a vocabulary of symbolic size", "use class indices")
@@ -94,7 +94,7 @@ def mixed_loss(builder: Builder, value: Value, node: Node, args: dict[str, Any],
     rows = z.logsumexp(c) * coefficients - _picked(builder, z, mixture, c)
     if mixture.constant:
         rows = rows - z.sum(c) * mixture.constant
-    return _as(rows if arguments.reduction == "none" else getattr(rows, arguments.reduction)(), node)
+    return in_dtype_of(rows if arguments.reduction == "none" else getattr(rows, arguments.reduction)(), node)
 
 
 def mixed_sum(builder: Builder, value: Value, node: Node, args: dict[str, Any], mean: bool) -> Proxy:
@@ -107,13 +107,13 @@ def mixed_sum(builder: Builder, value: Value, node: Node, args: dict[str, Any], 
     if value.rows != source.rows:
         raise Refused("a product with a mixture is rearranged before it is summed", "sum it first")
     factor = value.factor / source.factor
-    v = _widened(builder.proxy(source.node))
+    v = widened(builder.proxy(source.node))
     rows = _picked(builder, v, mixture, c)
     if mixture.constant:
         rows = rows + v.sum(c) * mixture.constant
     rows = rows if factor == 1.0 else rows * factor
     rows = rows / vocab(builder, value) if mean else rows
-    return _as(over_rows(value, args["dim"], bool(args["keepdim"]), mean)(rows), node)
+    return in_dtype_of(over_rows(value, args["dim"], bool(args["keepdim"]), mean)(rows), node)
 
 
 # ---- several heads in one tensor
@@ -147,7 +147,9 @@ def of_members(builder: Builder, reduction: Reduction) -> Proxy:
     """A reduction of several heads' logits, by the statistics of each."""
     value = reduction.value
     if value.masks or value.terms or value.columns or value.affine.scales:
-        raise Refused("logits of several heads are masked, shifted, cut, or multiplied by row or class", "do that to each of them")
+        raise Refused(
+            "logits of several heads are masked, shifted, cut, or multiplied by row or class", "do that to each of them"
+        )
     if not set(reduction.statistics) <= {"lse", "lse_low", "target_logit", "logit_sum"}:
         raise Refused(f"the {reduction.statistics[-1]} of logits of several heads", "compute it of each of them")
     several = _several(value)
@@ -155,7 +157,7 @@ def of_members(builder: Builder, reduction: Reduction) -> Proxy:
     statistics = kind(builder, reduction)
     if not isinstance(reduction, Loss):
         result = reduction.shape(statistics.in_rows(reduction.flat(statistics)))
-        return _as(statistics.with_zeros(result), reduction.node)
+        return in_dtype_of(statistics.with_zeros(result), reduction.node)
     if reduction.column_weight is not None:
         raise Refused("label smoothing with class weights over several heads", "compute a loss of each")
     target, row_mask = statistics.target, statistics.row_mask
@@ -163,7 +165,7 @@ def of_members(builder: Builder, reduction: Reduction) -> Proxy:
     weight = None if reduction.weight is None else builder.proxy(reduction.weight)
     result = cross_entropy(stats, target, row_mask, weight, statistics.vocab, reduction.arguments)
     result = statistics.in_rows(result) if reduction.arguments.reduction == "none" else result
-    return _as(statistics.with_zeros(result), reduction.node)
+    return in_dtype_of(statistics.with_zeros(result), reduction.node)
 
 
 def _several(value: Value) -> SeveralHeads:
@@ -188,10 +190,10 @@ class _Members(abc.ABC):
         for node in self.value.extra:
             p = self.builder.proxy(node)
             extra.append(p.reshape(-1)[cut] if fake(node).numel() != 1 else p)
-        z = _widened(z)
+        z = widened(z)
         for step in self.value.steps[: self.value.plain]:
             z = step(z, extra)
-        return _widened(z)
+        return widened(z)
 
     @functools.cached_property
     def row_mask(self) -> Any:

@@ -115,7 +115,9 @@ class Interpreter(Walk):
 
     def _use(self, node: Node, op: Op | None, touched: list[Node]) -> None:
         entries: list[Entry | Parts] = [e for n in touched if (e := self.values.get(n) or self.parts.get(n))]
-        traces = distinct([*(e.trace for e in entries), *(t for n in touched if n in self.open for t in self.open[n][1])])
+        traces = distinct(
+            [*(e.trace for e in entries), *(t for n in touched if n in self.open for t in self.open[n][1])]
+        )
         if node.op == "output":
             map_arg(node.args, lambda n: self._output(node, n))
             return

@@ -267,7 +267,10 @@ def join(values: Sequence[Value], node: Node, dim: int, stacked: bool) -> Value:
     rank = first.fake.dim()
     alike: dict[str, Any] = {"node": node, "rows": (), "order": None, "steps": (), "extra": ()}
     # What belongs to rows that were rearranged before: afterwards nobody knows by how much.
-    behind = any(v.comparison is not None or any(t.start for t in (*v.terms, *v.affine.scales)) for v in values)
+    behind = any(
+        v.comparison is not None or any(term.start for term in v.terms) or any(s.start for s in v.affine.scales)
+        for v in values
+    )
     plain = not behind and all(v.picked is None and v.fake.dim() == rank for v in values)
     if not plain or not all(replace(v, **alike) == replace(first, **alike) for v in values):
         raise Refused("logits of different heads, or treated differently, are put together", "compute a loss of each")

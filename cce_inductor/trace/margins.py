@@ -1,8 +1,8 @@
 """Logits whose entry at the target is another one: margins (ArcFace, CosFace), however they are spelled.
 
-Three things. Where such logits begin (`begins`): an entry is written at the target, or one-hot tensors put it there, as in
-``one_hot * phi + (1 - one_hot) * z``. What is done to them afterwards (`follows`), which is done to their entry as well.
-And where they end: a loss of them is ``softplus(rest - entry)``, with `rest` the log-sum-exp over all other classes. The
+Three things. Where such logits begin (`begins`): an entry is written at the target, or one-hot tensors put it there,
+as in ``one_hot * phi + (1 - one_hot) * z``. What is done to them afterwards (`follows`), and so to their entry as well. And
+where they end: a loss of them is ``softplus(rest - entry)``, with `rest` the log-sum-exp over all other classes. The
 nodes that compute the entry are put into the graph where the logits begin, those of the loss in front of the loss.
 """
 
@@ -19,14 +19,14 @@ from torch.fx import Node
 
 from ..graph import nodes
 from ..graph.builder import Builder, Proxy
-from ..graph.fakes import example, fake, is_number, is_tensor, same
+from ..graph.fakes import fake, is_number, is_tensor, same
 from ..graph.memory import storages, written, written_after
 from ..graph.nodes import Op
 from ..graph.refusal import Refused
 from ..graph.spellings import Fact
 from ..ops.losses import cross_entropy
 from . import rules
-from .decompose import _as, _widened
+from .decompose import in_dtype_of, widened
 from .indexing import positions
 from .marks import Mark, mark
 from .operands import vocab
@@ -52,26 +52,25 @@ def begins(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
         return False
 
 
-def _edited(walk: Walk, node: Node, op: Op, entry: Entry, classes: Any, record: Callable[[Builder, Proxy, Value], Any]) -> bool:
+def _edited(
+    walk: Walk, node: Node, op: Op, entry: Entry, classes: Any, record: Callable[[Builder, Proxy, Value], Any]
+) -> bool:
     """Notes that `node` gives the logits of `entry` with another one at `classes`: what `record` makes of these."""
-    made = []
-    for value in entry.values[:1]:
-        _plain(value, classes)
-        builder = Builder(walk.graph, node)
-        before = node.prev
+    value = entry.values[0]
+    _plain(value, classes)
+    builder, before = Builder(walk.graph, node), node.prev
 
-        def column(builder: Builder = builder, value: Value = value) -> tuple[Node, Node]:
-            index = _column(builder, classes, value)
-            found = record(builder, index, value)
-            if not isinstance(found, torch.fx.Proxy):
-                found = builder.call(torch.full_like, index, float(found), dtype=value.fake.dtype)
-            return index.node, found.node
+    def column() -> tuple[Node, Node]:
+        index = _column(builder, classes, value)
+        found = record(builder, index, value)
+        if not isinstance(found, torch.fx.Proxy):
+            found = builder.call(torch.full_like, index, float(found), dtype=value.fake.dtype)
+        return index.node, found.node
 
-        index, at_target = builder.run(column)
-        entry.trace.entries.update(walk.visit_added(before, node))
-        edit = Edit(base(classes), index, at_target, node, len(value.rows), value.order)
-        made.append(replace(value, node=node, edit=edit))
-    walk.put_or_edit(node, op, entry, made)
+    index, at_target = builder.run(column)
+    entry.trace.entries.update(walk.visit_added(before, node))
+    edit = Edit(base(classes), index, at_target, node, len(value.rows), value.order)
+    walk.put_or_edit(node, op, entry, [replace(value, node=node, edit=edit)])
     return True
 
 
@@ -94,7 +93,7 @@ def _column(builder: Builder, classes: Node, value: Value) -> Proxy:
 
 def _own(builder: Builder, index: Proxy, value: Value) -> Any:
     """The entry that the logits have at the target."""
-    return _widened(builder.proxy(value.node)).gather(value.class_dim, index)
+    return widened(builder.proxy(value.node)).gather(value.class_dim, index)
 
 
 def _scattered(walk: Walk, node: Node, op: Op, entry: Entry) -> bool:
@@ -102,7 +101,9 @@ def _scattered(walk: Walk, node: Node, op: Op, entry: Entry) -> bool:
     value, args = entry.values[0], op.args
     _along_classes(value, args["dim"])
     number = args.get("value") if args.get("value") is not None else args["src"]
-    if args.get("reduce") is not None or not (is_number(number) or is_row_vector(number, value)):
+    if args.get("reduce") is not None or not (
+        is_number(number) or (is_tensor(number) and is_row_vector(number, value))
+    ):
         raise Refused(*MARGIN)
     if op.name == "scatter" and number == -math.inf and not op.inplace:
         return _left_out(walk, node, entry, args["index"])
@@ -146,21 +147,10 @@ _WRITES: dict[str, Callable[[Walk, Node, Op, Entry], bool]] = {
 # ---- put together from one-hot tensors
 
 
-# Functions of torch, and methods, that make each entry from those at the same place.
-_POINTWISE = frozenset(
-    "cos sin tan acos arccos asin arcsin sqrt rsqrt square pow abs exp log relu clamp clip clamp_min clamp_max minimum "
-    "maximum where masked_fill add sub subtract mul multiply div divide true_divide truediv neg negative gt ge lt le eq ne "
-    "float double half bfloat16 to type type_as clone contiguous tanh sigmoid rsub __add__ __radd__ __sub__ __rsub__ "
-    "__mul__ __rmul__ __truediv__ __pow__ __neg__".split()
-)
-
-
 def is_pointwise(node: Node) -> bool:
     """Whether a node makes each entry of a new tensor from those at the same place."""
-    if node.op not in ("call_function", "call_method") or not is_tensor(node):
-        return False
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return name in _POINTWISE and node.kwargs.get("out") is None
+    op = nodes.read(node)
+    return op is not None and op.has(Fact.ENTRYWISE) and is_tensor(node) and node.kwargs.get("out") is None
 
 
 def _put_together(walk: Walk, node: Node) -> bool:
@@ -234,7 +224,7 @@ class _Expression:
         return lambda: self.elsewhere(op.args[name])
 
     def there(self, builder: Builder, n: Any, index: Proxy, value: Value) -> Any:
-        """What it is at the target: a number, or (rows..., 1)."""
+        """What it is at the target: a number, a bool, or a recorded (rows..., 1)."""
         if not is_tensor(n):
             return n
         if not self._made_of_logits(n):
@@ -243,29 +233,38 @@ class _Expression:
         if leaf is not None and not (is_pointwise(n) and self._all_known(n)):
             if written(builder.graph.nodes, storages(n)):
                 raise Refused(*MARGIN)
-            return _own(builder, index, leaf)
+            made = _own(builder, index, leaf)
+        else:
+            made = self._again(builder, n, [self.there(builder, a, index, value) for a in n.args], index, value)
+        # Under no_grad, or detached: these nodes may stand elsewhere.
+        return made.detach() if isinstance(made, torch.fx.Proxy) and not fake(n).requires_grad else made
+
+    def _again(self, builder: Builder, n: Node, args: list, index: Proxy, value: Value) -> Any:
+        """What a node makes of the entries of its arguments."""
         op = nodes.read(n)
-        if op is not None and op.inplace and n is not builder.like:
+        if op is None or (op.inplace and n is not self.root):
             raise Refused(*MARGIN)
-        args = [self.there(builder, a, index, value) for a in n.args]
         kwargs = {k: self.there(builder, a, index, value) for k, a in n.kwargs.items()}
-        if op is not None and op.name in ("where", "masked_fill") and isinstance(args[_CONDITION[op.name]], bool):
-            chosen = _chosen(op.name, args)
-            return chosen
-        if op is not None and op.name == "cast":
+        if op.name in _CONDITION and isinstance(args[_CONDITION[op.name]], bool):
+            return _chosen(op.name, args)
+        if op.name == "cast":
             return args[0].to(fake(n).dtype) if isinstance(args[0], torch.fx.Proxy) else args[0]
-        if op is not None and op.inplace:
+        if op.inplace:
             return _OUT_OF_PLACE[op.name](args[0], args[1])
         if not any(isinstance(a, torch.fx.Proxy) for a in (*args, *kwargs.values())):
-            return _number(n, args)
+            raise Refused(*MARGIN)
         if n.op == "call_method":
             first, *rest = args
+            if not isinstance(first, torch.fx.Proxy):
+                raise Refused(*MARGIN)
             return getattr(first, str(n.target))(*rest, **kwargs)
-        return builder.call(n.target, *args, **kwargs)  # type: ignore[arg-type]
+        assert callable(n.target)
+        return builder.call(n.target, *args, **kwargs)
 
     def _all_known(self, n: Node) -> bool:
         """Whether the entry can be followed further back: to what the fewest entries are picked out of."""
-        return all(not self._made_of_logits(a) or self._leaf(a) is not None or a in self.walk.open for a in n.all_input_nodes)
+        sources = [a for a in n.all_input_nodes if self._made_of_logits(a)]
+        return all(self._leaf(a) is not None or a in self.walk.open for a in sources)
 
     def _given(self, builder: Builder, n: Node, index: Proxy, value: Value) -> Any:
         """The entry of a tensor that is not made of logits."""
@@ -294,12 +293,6 @@ def _chosen(name: str, args: list) -> Any:
     if name == "where":
         return args[1] if args[0] else args[2]
     return args[2] if args[1] else args[0]
-
-
-def _number(n: Node, args: list) -> Any:
-    """What an op makes of numbers."""
-    made = getattr(torch.tensor(float(args[0])), n.target)(*args[1:]) if n.op == "call_method" else n.target(*args)
-    return made.item() if isinstance(made, torch.Tensor) else made
 
 
 def _product(a: Callable[[], Any], b: Callable[[], Any]) -> Any:
@@ -371,16 +364,13 @@ def follows(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
     if isinstance(made, Reduction):
         walk.decompose(node, entry.trace, lambda b: _read(b, walk, value, made))
         return True
-    if not isinstance(made, Value) or made.picked is not None or made.columns != value.columns or made.masks != value.masks:
+    if not isinstance(made, Value) or (made.picked, made.columns, made.masks) != (None, value.columns, value.masks):
         raise Refused(*MARGIN)
-    if made.kind == "log_softmax":
-        edit = edit
-    elif made.kind != "logits" or value.kind != "logits":
+    if made.kind == "logits":
+        rearranged = made.rows != value.rows
+        edit = replace(edit, logits=node) if rearranged else _done_to_the_entry(walk, node, op, value, edit)
+    elif made.kind != "log_softmax":
         raise Refused(*MARGIN)
-    elif made.rows == value.rows:
-        edit = _done_to_the_entry(walk, node, op, value, edit)
-    else:
-        edit = replace(edit, logits=node)
     walk.put_or_edit(node, op, entry, [replace(made, edit=edit)])
     return True
 
@@ -395,7 +385,9 @@ def _done_to_the_entry(walk: Walk, node: Node, op: Op, value: Value, edit: Edit)
             return e.detach() if op.name == "detach" else e
         if op.name == "neg":
             return -e  # type: ignore[operator]
-        a, b = (e if x is value.node else _beside(builder, x, value, edit) for x in (op.args["input"], op.args["other"]))
+        a, b = (
+            e if x is value.node else _beside(builder, x, value, edit) for x in (op.args["input"], op.args["other"])
+        )
         return _OUT_OF_PLACE[op.name](a, b)
 
     if op.name not in ("cast", "copy", "detach", "neg", *_OUT_OF_PLACE) or op.args.get("alpha", 1) != 1:
@@ -446,7 +438,7 @@ def _nll(builder: Builder, walk: Walk, value: Value, edit: Edit) -> Proxy:
     """The cross-entropy of each row, in the shape of `value`, 1 wide where the classes are."""
     of = walk.values[edit.logits].values[0]
     index, e = (_mapped(builder, n, of, edit.start) for n in (edit.classes, edit.entry))
-    z = _widened(builder.proxy(edit.logits))
+    z = widened(builder.proxy(edit.logits))
     rest = builder.call(torch.scatter, z, of.class_dim, index, -math.inf) - e
     nll: Any = builder.call(F.softplus, rest.logsumexp(of.class_dim, True))
     for _, row_map in value.rows[len(of.rows) :]:
@@ -480,7 +472,7 @@ def _loss(builder: Builder, walk: Walk, value: Value, node: Node, args: Args) ->
     weight = None if made.weight is None else builder.proxy(made.weight)
     stats = {"lse": rows, "target_logit": 0.0, "lse_low": 0.0}
     row_mask = target.ne(made.arguments.ignore_index)
-    return _as(cross_entropy(stats, target, row_mask, weight, vocab(builder, value), made.arguments), node)
+    return in_dtype_of(cross_entropy(stats, target, row_mask, weight, vocab(builder, value), made.arguments), node)
 
 
 def _read(builder: Builder, walk: Walk, value: Value, made: Reduction) -> Proxy:
@@ -491,10 +483,10 @@ def _read(builder: Builder, walk: Walk, value: Value, made: Reduction) -> Proxy:
     if made.given is not None:
         _check(value, made.target, edit)
     if made.given is not None and value.kind == "log_softmax" and value.factor == 1.0:
-        return _as(made.shape(-_nll(builder, walk, value, edit).squeeze(c)), made.node)  # type: ignore[operator]
+        return in_dtype_of(made.shape(-_nll(builder, walk, value, edit).squeeze(c)), made.node)  # type: ignore[operator]
     if value.kind != "logits" or (made.given is None and made.statistics != ("lse", "lse_low")):
         raise Refused(*MARGIN)
     e = _mapped(builder, edit.entry, value, edit.start)
     if made.given is None:
         e = e + _nll(builder, walk, value, edit)
-    return _as(made.shape(e.squeeze(c)), made.node)
+    return in_dtype_of(made.shape(e.squeeze(c)), made.node)

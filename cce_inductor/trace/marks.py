@@ -13,8 +13,9 @@ from ..graph import nodes
 from ..graph.builder import Builder
 from ..graph.fakes import fake, is_number, is_tensor, same
 from ..graph.memory import written_after
+from .indexing import full
 from .one_hot import mixture
-from .shapes import is_row_vector
+from .shapes import is_row_vector, is_vocabulary_vector
 from .values import Mixture, Value
 
 
@@ -49,7 +50,14 @@ def mark(node: Any, value: Value) -> Mark | None:
     return _mask(node, value)
 
 
-_COMPARED = {"eq": operator.eq, "ne": operator.ne, "gt": operator.gt, "ge": operator.ge, "lt": operator.lt, "le": operator.le}
+_COMPARED = {
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "gt": operator.gt,
+    "ge": operator.ge,
+    "lt": operator.lt,
+    "le": operator.le,
+}
 
 
 def _mask(node: Any, value: Value) -> Mark | None:
@@ -70,7 +78,12 @@ def _mask(node: Any, value: Value) -> Mark | None:
     if is_number(other):
         return _truth(source, value, lambda number: compare(number, other))
     for classes, target in ((source, other), (other, source)):
-        if op.name in ("eq", "ne") and _are_classes(classes, value) and is_tensor(target) and is_row_vector(target, value):
+        if (
+            op.name in ("eq", "ne")
+            and _are_classes(classes, value)
+            and is_tensor(target)
+            and is_row_vector(target, value)
+        ):
             return Mark(target, op.name == "ne", op.name == "eq")
     return None
 
@@ -85,9 +98,16 @@ def _truth(source: Any, value: Value, of: Any) -> Mark | None:
 
 def _are_classes(node: Any, value: Value) -> bool:
     """Whether a tensor holds 0, 1, 2, ... along the classes."""
-    while is_tensor(node) and (op := nodes.read(node)) is not None and op.name in ("view", "reshape", "unsqueeze", "getitem"):
-        node = op.args["input"]
-    if not is_tensor(node) or node.target is not torch.arange or not set(node.kwargs) <= {"device", "dtype"}:
+    if not is_tensor(node) or not is_vocabulary_vector(fake(node), value.fake, value.class_dim):
         return False
-    start = node.args[0] if len(node.args) == 2 else 0
-    return len(node.args) <= 2 and start == 0 and fake(node).dtype == torch.int64 and same(fake(node).numel(), value.vocab)
+    while (op := nodes.read(node)) is not None and op.name in ("view", "reshape", "unsqueeze", "getitem"):
+        index = op.args.get("index")
+        if op.name == "getitem" and not all(
+            i is None or full(i) for i in (index if isinstance(index, tuple) else (index,))
+        ):
+            return False
+        node = op.args["input"]
+    if node.target is not torch.arange or not set(node.kwargs) <= {"device", "dtype"} or len(node.args) > 2:
+        return False
+    from_zero = len(node.args) < 2 or node.args[0] == 0
+    return from_zero and fake(node).dtype == torch.int64 and bool(same(fake(node).numel(), value.vocab))

@@ -183,8 +183,10 @@ def bias(builder: Builder, value: Value, shift: Shift, detach: bool, exact: torc
         return b
     b = b.to(exact) * shift.factor
     for factor in shift.factors:
-        each = isinstance(factor, Scale)
-        f = (_of_classes(builder, factor, detach) if each else number(builder, factor.node, detach)).to(exact)
+        if isinstance(factor, Scale):
+            f = _of_classes(builder, factor, detach).to(exact)
+        else:
+            f = number(builder, factor.node, detach).to(exact)
         b = b / f if factor.divides else b * f
     return b
 

@@ -11,7 +11,6 @@ from ..graph.refusal import Refusal
 from .reduction import Loss, Reduction
 from .values import Head, SeveralHeads, Value
 
-
 _SUMS = {"lse", "lse_rest"}
 
 

@@ -339,9 +339,9 @@ class Comparison(Function):
 class Edit:
     """Another entry at the target of each row (`margins`).
 
-    target: the tensor that the classes are a view of. classes, entry: the class of each row and its entry, nodes, 1 wide
-    where the classes are. logits: the last node of logits. start: how many of `Value.rows` there were where the entry
-    was put in, which `classes` and `entry` are in front of. order: `Value.order` there.
+    target: the tensor that the classes are a view of. classes, entry: the class of each row and its entry, nodes, 1
+    wide where the classes are. logits: the last node of logits. start: how many of `Value.rows` there were where the
+    entry was put in, which `classes` and `entry` are in front of. order: `Value.order` there.
     """
 
     target: Node
@@ -435,7 +435,16 @@ class Value:
     def source(self) -> tuple:
         """Equal for values that are functions of the same rows of the same logits, a constant apart."""
         affine = self.affine
-        return self.head, self.order, *affine.operator(), affine.form, affine.factors, affine.scales, self.columns, self.masks
+        return (
+            self.head,
+            self.order,
+            *affine.operator(),
+            affine.form,
+            affine.factors,
+            affine.scales,
+            self.columns,
+            self.masks,
+        )
 
     def gains_gradient(self, node: Node) -> bool:
         """Whether a node that reads it has a gradient, where the logits have none though their operands do."""

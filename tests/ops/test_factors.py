@@ -12,7 +12,7 @@ from cce_inductor.ops.call import SCALES, Attributes
 from cce_inductor.ops.library import FORWARD
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "lowering"))
-from operators import EVERY, compare, differentiate, forward, from_logits  # noqa: E402
+from operators import EVERY, compare, differentiate, forward, from_logits
 
 FACTORS = {"rows": (True, False), "classes": (False, True), "both": (True, True)}
 
@@ -57,7 +57,8 @@ def test_second_derivatives_are_those_of_the_logits():
 
 
 @pytest.mark.parametrize(
-    "name,shape,reason", [("row_scale", (3,), "one per row"), ("column_scale", (5,), "must be"), ("row_scale", (37, 1), "one")]
+    "name,shape,reason",
+    [("row_scale", (3,), "one per row"), ("column_scale", (5,), "must be"), ("row_scale", (37, 1), "one")],
 )
 def test_a_factor_of_another_shape(name, shape, reason):
     head = Head.make()
