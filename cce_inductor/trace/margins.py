@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from ..graph import nodes
 from ..graph.builder import Builder, Proxy
-from ..graph.fakes import fake, is_number, is_tensor, same
+from ..graph.fakes import example, fake, is_number, is_tensor, same
 from ..graph.memory import storages, written, written_after
 from ..graph.nodes import Op
 from ..graph.refusal import Refused
@@ -65,6 +65,8 @@ def _edited(
         found = record(builder, index, value)
         if not isinstance(found, torch.fx.Proxy):
             found = builder.call(torch.full_like, index, float(found), dtype=value.fake.dtype)
+        elif example(found.node).dim() != value.fake.dim():
+            found = found.expand_as(index)  # one number for all rows
         return index.node, found.node
 
     index, at_target = builder.run(column)

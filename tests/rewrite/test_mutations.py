@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from capture import graphs_of
 from test_ranking import REFUSED as RANKINGS
 from test_ranking import rank
-from test_refusals import MARGINS, NOT_MARGINS, REFUSED
+from test_margins import UNFUSED
+from test_refusals import REFUSED
 from test_unnamed import LOSSES, NOTHING
 
 from cce_inductor import config
@@ -130,10 +131,6 @@ def linear(f):
 
 def without_bias(f):
     return lambda h, w, b, t: f(h, w, t)
-
-
-def margin(f):
-    return linear(lambda z, t: ce(4 * f(z, t), t))
 
 
 def in_16_bits(f):
@@ -455,7 +452,7 @@ UNREACHED = {
 }
 PROGRAMS = {
     **{name: linear(f) for name, (f, _, _) in REFUSED.items()},
-    **{f"margin: {name}": margin(f) for name, f in {**MARGINS, **NOT_MARGINS}.items()},
+    **{f"margin: {name}": linear(f) for name, (f, _) in UNFUSED.items()},
     **{f"unnamed: {name}": linear(f) for name, (f, _, _) in LOSSES.items()},
     **{f"nothing: {name}": without_bias(f) for name, f in NOTHING.items()},
     **HEADS,
