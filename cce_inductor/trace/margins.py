@@ -1,9 +1,9 @@
 """Logits whose entry at the target is another one: margins (ArcFace, CosFace), however they are spelled.
 
 Three things. Where such logits begin (`begins`): an entry is written at the target, or one-hot tensors put it there,
-as in ``one_hot * phi + (1 - one_hot) * z``. What is done to them afterwards (`follows`), and so to their entry as well. And
-where they end: a loss of them is ``softplus(rest - entry)``, with `rest` the log-sum-exp over all other classes. The
-nodes that compute the entry are put into the graph where the logits begin, those of the loss in front of the loss.
+as in ``one_hot * phi + (1 - one_hot) * z``. What is done to them afterwards (`follows`), and so to their entry as well.
+And where they end: a loss of them is ``softplus(rest - entry)``, with `rest` the log-sum-exp over all other classes.
+The nodes that compute the entry are put into the graph where the logits begin, those of the loss in front of the loss.
 """
 
 from __future__ import annotations

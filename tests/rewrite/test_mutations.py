@@ -16,9 +16,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from capture import graphs_of
+from test_margins import UNFUSED
 from test_ranking import REFUSED as RANKINGS
 from test_ranking import rank
-from test_margins import UNFUSED
 from test_refusals import REFUSED
 from test_unnamed import LOSSES, NOTHING
 
@@ -30,6 +30,7 @@ from cce_inductor.trace import (
     indexing,
     interpreter,
     layout,
+    margins,
     masks,
     merge_heads,
     pointwise,
@@ -45,7 +46,7 @@ pytestmark = pytest.mark.xdist_group("mutations")  # one worker captures the pro
 
 B, S, D, V = 2, 6, 8, 40
 MODULES = (
-    *(heads, layout, indexing, pointwise, masks, softmax, rsqrt_softcap, reductions, ranking),
+    *(heads, layout, indexing, pointwise, masks, margins, softmax, rsqrt_softcap, reductions, ranking),
     *(several, merge_heads, decompose, interpreter, unnamed),
 )
 
