@@ -218,7 +218,7 @@ class _Expression:
         op = nodes.read(n)
         if op is None or op.name not in _SIMPLIFIED:
             raise Refused(*MARGIN)
-        return _SIMPLIFIED[op.name](*(self._lazily(op, name) for name in _OPERANDS.get(op.name, ("input", "other"))))
+        return _SIMPLIFIED[op.name](*(self._lazily(op, name) for name in _BRANCHES.get(op.name, ("input", "other"))))
 
     def _lazily(self, op: Op, name: str) -> Callable[[], Any]:
         if op.args.get("alpha", 1) != 1 or op.args.get("rounding_mode") is not None:
@@ -237,29 +237,33 @@ class _Expression:
                 raise Refused(*MARGIN)
             made = _own(builder, index, leaf)
         else:
-            made = self._again(builder, n, [self.there(builder, a, index, value) for a in n.args], index, value)
+            made = self._again(builder, n, index, value)
         # Under no_grad, or detached: these nodes may stand elsewhere.
         return made.detach() if isinstance(made, torch.fx.Proxy) and not fake(n).requires_grad else made
 
-    def _again(self, builder: Builder, n: Node, args: list, index: Proxy, value: Value) -> Any:
+    def _again(self, builder: Builder, n: Node, index: Proxy, value: Value) -> Any:
         """What a node makes of the entries of its arguments."""
         op = nodes.read(n)
-        if op is None or (op.inplace and n is not self.root):
+        if op is None or not is_pointwise(n):
             raise Refused(*MARGIN)
-        kwargs = {k: self.there(builder, a, index, value) for k, a in n.kwargs.items()}
-        if op.name in _CONDITION and isinstance(args[_CONDITION[op.name]], bool):
-            return _chosen(op.name, args)
+
+        def entry(argument: Any) -> Any:
+            return self.there(builder, argument, index, value)
+
+        if op.name in _BRANCHES:
+            condition, yes, no = (op.args[name] for name in _BRANCHES[op.name])
+            holds = entry(condition)
+            if isinstance(holds, bool):
+                return entry(yes if holds else no)
+        args, kwargs = [entry(a) for a in n.args], {k: entry(a) for k, a in n.kwargs.items()}
+        if not isinstance(args[0], torch.fx.Proxy) and not isinstance(args[-1], torch.fx.Proxy):
+            args[0] = builder.call(torch.full_like, index, float(args[0]), dtype=value.fake.dtype)
         if op.name == "cast":
-            return args[0].to(fake(n).dtype) if isinstance(args[0], torch.fx.Proxy) else args[0]
+            return args[0].to(fake(n).dtype)
         if op.inplace:
             return _OUT_OF_PLACE[op.name](args[0], args[1])
-        if not any(isinstance(a, torch.fx.Proxy) for a in (*args, *kwargs.values())):
-            raise Refused(*MARGIN)
         if n.op == "call_method":
-            first, *rest = args
-            if not isinstance(first, torch.fx.Proxy):
-                raise Refused(*MARGIN)
-            return getattr(first, str(n.target))(*rest, **kwargs)
+            return getattr(args[0], str(n.target))(*args[1:], **kwargs)
         assert callable(n.target)
         return builder.call(n.target, *args, **kwargs)
 
@@ -280,21 +284,14 @@ class _Expression:
         raise Refused(*MARGIN)
 
 
-_CONDITION = {"where": 0, "masked_fill": 1}
-_OPERANDS = {"where": ("condition", "input", "other"), "masked_fill": ("input", "mask", "value"), "cast": ("input",)}
+# The condition of a choice between two, what holds where it is true, and where it is not.
+_BRANCHES = {"where": ("condition", "input", "other"), "masked_fill": ("mask", "value", "input")}
 _OUT_OF_PLACE: dict[str, Callable[[Any, Any], Any]] = {
     "mul": lambda a, b: a * b,
     "div": lambda a, b: a / b,
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
 }
-
-
-def _chosen(name: str, args: list) -> Any:
-    """The branch that a condition takes at the target."""
-    if name == "where":
-        return args[1] if args[0] else args[2]
-    return args[2] if args[1] else args[0]
 
 
 def _product(a: Callable[[], Any], b: Callable[[], Any]) -> Any:
@@ -335,7 +332,7 @@ _SIMPLIFIED: dict[str, Callable[..., Any]] = {
     "add": _sum,
     "sub": lambda a, b: _sum(a, b, -1.0),
     "where": _branch,
-    "masked_fill": lambda a, mask, value: _branch(mask, value, a),
+    "masked_fill": _branch,
 }
 
 

@@ -10,16 +10,11 @@ from torch.fx import Node
 from ..graph.fakes import fake, is_number, is_tensor
 from ..graph.refusal import Refused
 from .indexing import full, positions
-from .one_hot import marks_target
-from .reasons import MARGIN
-from .shapes import is_row_vector, is_vocabulary_vector
+from .shapes import is_vocabulary_vector
 from .values import Args, Mask, Value
 
 
 def scatter(value: Value, node: Node, args: Args) -> Value:
-    index = args["index"]
-    if is_tensor(index) and is_row_vector(index, value):
-        raise Refused(*MARGIN)
     raise Refused("single entries of the logits are written to, by an index", "only whole columns can be masked")
 
 
@@ -48,8 +43,6 @@ def masked_fill(value: Value, node: Node, args: Args) -> Value:
 
 
 def fill(value: Value, node: Node, mask: Node, fill: Any) -> Value:
-    if value.kind == "logits" and marks_target(mask, value):
-        raise Refused(*MARGIN)
     number = _number_in(fill)
     if not is_vocabulary_vector(fake(mask), value.fake, value.class_dim):
         raise Refused(
@@ -75,9 +68,6 @@ def setitem(value: Value, node: Node, args: Args) -> Value:
     """logits[..., start:stop] = number."""
     entries = positions(value, args["index"])
     own = [i for dim, i in entries if dim == value.class_dim]
-    others = [i for dim, i in entries if dim != value.class_dim]
-    if own and is_tensor(own[0]) and fake(own[0]).dtype == torch.int64 and any(map(is_tensor, others)):
-        raise Refused(*MARGIN)
     number = _number_in(args["value"])
     if any(i is None or (dim != value.class_dim and not full(i)) for dim, i in entries) or not own:
         raise Refused("logits of some rows are written to in place", "only whole columns can be masked")

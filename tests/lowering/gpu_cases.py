@@ -212,6 +212,27 @@ def with_factors_from_logits(x, w, b, t):
     return _combined(*(value * mask for value in stats), t) * (1024.0 if x.dtype == torch.float16 else 1.0)
 
 
+REST = "lse_rest lse_rest_low target_logit logit_sum argmax"
+
+
+def margin(x, w, b, t):
+    rest, low, target_logit, *others = FORWARD([x, w, b, t], "input weight bias target", None, REST, True, *ATTRIBUTES)
+    return _with_margin((rest - target_logit) + low, target_logit, *others, t)
+
+
+def margin_from_logits(x, w, b, t):
+    z = F.linear(x, w, b)
+    target_logit = z.gather(1, t[:, None])[:, 0]
+    rest = z.scatter(1, t[:, None], -torch.inf).logsumexp(1)
+    return _with_margin(rest - target_logit, target_logit, z.sum(1), z.argmax(1), t)
+
+
+def _with_margin(difference, target_logit, logit_sum, argmax, t):
+    # softplus, written out: the interpreter has none.
+    loss = difference.clamp(min=0) + torch.log(1 + torch.exp(-difference.abs())) + 0.2 * target_logit
+    return (loss + 0.01 * logit_sum).mean() + (argmax == t).float().mean()
+
+
 EVERY = ("input", "weight", "bias")
 # Three rounds of the forward, in whole tiles; the last split knows all columns before it.
 THREE = (Round(0, 256, 512, 0), Round(512, 512, 1280, 2), Round(1280, 512, 1700, 4))
@@ -284,6 +305,8 @@ CASES = {
     "factors, blocks": replace(FACTORS, dtype=torch.bfloat16, sweeps=(Sweep(32, 256, EVERY),)),
     "factors, chunk": replace(FACTORS, sweeps=(Sweep(32, 512, EVERY),)),
     "factors, TMA": replace(FACTORS, tiles=replace(SMALL, tma=True)),
+    "margin": Case(margin, margin_from_logits, sharp=4.0),
+    "margin, bfloat16, splits": Case(margin, margin_from_logits, n=33, v=4500, d=20, dtype=torch.bfloat16),
     "budget": BUDGET,
     "budget, bfloat16": replace(BUDGET, dtype=torch.bfloat16),
     "budget, float16": replace(BUDGET, loss=scaled, dtype=torch.float16),

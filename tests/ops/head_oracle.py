@@ -65,6 +65,7 @@ def statistics(
     every: dict[str, Callable[[], Tensor]] = {
         "lse": lambda: z.logsumexp(1),
         "target_logit": lambda: z.gather(1, target[:, None])[:, 0],
+        "lse_rest": lambda: z.scatter(1, target[:, None], -torch.inf).logsumexp(1),
         "logit_sum": lambda: z.sum(1) if column_weight is None else z @ column_weight.to(z.dtype),
         "entropy": lambda: -(log_p.exp() * log_p).sum(1),
         "argmax": lambda: z.argmax(1),

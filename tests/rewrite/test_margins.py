@@ -109,6 +109,9 @@ MARGINS = {
     "behind a learned prior": lambda z, t: (z + torch.linspace(-1, 1, V)) - M * one_hot(t),
     "of every row its own scale": lambda z, t: (z * torch.linspace(0.5, 2, B * S)[:, None]) - M * one_hot(t),
     "in three dimensions": lambda z, t: (z.view(B, S, V) - M * one_hot(t.view(B, S))).flatten(0, 1),
+    "a copy edited in place before they are put together": lambda z, t: (
+        lambda c: (lambda phi: torch.where(one_hot(t).bool(), phi, c.mul_(2)))(c - M)
+    )(z.clone()),
     "softcapped": lambda z, t: 2 * torch.tanh(z / 2) - M * one_hot(t),
 }
 # What is made of them: of the logits, scaled, and the class indices.
@@ -218,9 +221,46 @@ UNFUSED = {
     ),
     "rounded behind it": (lambda z, t: ce((z.bfloat16() - M * one_hot(t)).float(), t), ""),
     "an entry of every class": (lambda z, t: ce(z - every_entry(z) * one_hot(t), t), ""),
-    "edited in place before it is put together": (
-        lambda z, t: ce((lambda c: (lambda phi: torch.where(one_hot(t).bool(), phi, c.mul_(2)))(c - M))(z.clone()), t),
-        "",
+    "the logits edited in place before they are put together": (
+        lambda z, t: ce((lambda phi: torch.where(one_hot(t).bool(), phi, z.mul_(2)))(z - M), t),
+        "a margin at the target",
+    ),
+    "log-probabilities at the target": (
+        lambda z, t: ce(torch.where(one_hot(t).bool(), z.log_softmax(-1), z), t),
+        "a margin at the target",
+    ),
+    "parts of it": (lambda z, t: ce((z - M * one_hot(t)).chunk(2)[0], t.chunk(2)[0]), "a margin at the target"),
+    "a log-probability scattered": (
+        lambda z, t: F.nll_loss(z.log_softmax(-1).scatter(-1, t[..., None], -1.0).view(-1, V), t.view(-1)),
+        "by an index",
+    ),
+    "classes of int32": (
+        lambda z, t: ce(set_at(z.view(-1, V).clone(), t.view(-1).int(), 0.3), t),
+        "some rows",
+    ),
+    "scattered from a whole tensor": (lambda z, t: ce(z.scatter(-1, t[..., None], every_entry(z)), t), "by an index"),
+    "classes scattered along the rows": (
+        lambda z, t: (lambda c: ce(z.scatter(0, c[..., None], 0.5), c))(t % 2),
+        "by an index",
+    ),
+    "written in another order of rows": (
+        lambda z, t: (lambda y, c: (y.__setitem__((rows(c).flip(0), c), 0.3), ce(y, c))[1])(
+            z.view(-1, V).clone(), t.view(-1)
+        ),
+        "some rows",
+    ),
+    "one number written for all": (
+        lambda z, t: ce(set_at(z.view(-1, V).clone(), t.view(-1), torch.full((1,), 0.3)), t),
+        "computed",
+    ),
+    "added to the logits": (lambda z, t: ce((z - M * one_hot(t)) + z, t), "a margin at the target"),
+    "the logits added to it": (lambda z, t: ce(z + (z - M * one_hot(t)), t), "a margin at the target"),
+    "some classes of it": (lambda z, t: (lambda c: ce((z - M * one_hot(c))[..., :30], c))(t % 30), "a margin at the"),
+    "a softcap behind it": (lambda z, t: ce(torch.tanh(z - M * one_hot(t)), t), "a margin at the target"),
+    "times a keyword": (lambda z, t: ce(torch.sub(z, one_hot(t), alpha=0.3), t), "a margin at the target"),
+    "masked by a weighted mask": (
+        lambda z, t: ce(z.masked_fill(one_hot(t) * (t[..., None] % 2 + 0.5) > 1, 0.3), t),
+        "not one for all rows",
     ),
     "the mask edited twice": (
         lambda z, t: ce(z - scattered(scattered(torch.zeros(z.shape).flatten(0, -2), t), t.flip(0)).view(z.shape), t),
