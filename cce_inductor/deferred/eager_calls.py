@@ -317,6 +317,7 @@ def _without_numbers(steps: Iterable[Step | Pair], numbers: list[float]) -> tupl
 
 def _entries_at(logits: DeferredLogits, rows: Tensor, classes: Tensor) -> Tensor:
     """``logits[rows, classes]`` of (N, V) logits."""
+    classes = torch.where(classes < 0, classes + logits.shape[1], classes)  # a negative one counts from the end
     if len(rows) == len(logits) and torch.equal(rows, torch.arange(len(rows), device=rows.device)):
         return logits.gather(-1, classes[:, None]).squeeze(-1)
     taken = logits[rows]
