@@ -76,6 +76,11 @@ FOUND: dict[str, tuple[str, Program]] = {
         "right",
         Program(["v = z.topk(2)[0]", "z[1:, :4] *= 2.0", "read(out, z)", "read(out, v)"]),
     ),
+    # Eager's backward of the log-sum-exp reads the edited logits, and says nothing.
+    "an_edit_that_no_version_counts": (
+        "lenient",
+        Program(["v = z - z.logsumexp(-1, keepdim=True)", "z.data.add_(1.5)", "read(out, z)", "read(out, v)"]),
+    ),
 }
 
 
