@@ -203,18 +203,18 @@ class EagerCalls:
         kwargs: Any,
     ) -> Any:
         """Rows of the logits, by a tensor: pending logits of those rows of the hidden states, or NotImplemented."""
-        (hidden, *others), extras = operands[: recipe.reads], operands[recipe.reads :]
+        (hidden, weight, *others), extras = operands[: recipe.reads], operands[recipe.reads :]
         compute = recipe.compute
         assert isinstance(compute, Logits)
         whole = compute.class_dim == compute.rank - 1 and all(map(_is_entrywise, recipe.steps))
-        whole &= all(extra.dim() <= 1 for extra in extras)
+        whole &= all(t.dim() <= 1 for t in (*others, *extras))  # or they have rows too, as a second head's hidden states
         if not whole or hidden.shape[:-1] != logits.shape[:-1] or not _of_leading(hidden.dim() - 1, call, args, kwargs):
             return NotImplemented
         rows = call(hidden, *args[1:], **kwargs)
         shape = (*rows.shape[:-1], logits.whole_shape()[-1])
         taken: Any = defer(
             self._with_rank(compute, rows.dim()),
-            (rows, *others),
+            (rows, weight, *others),
             shape=shape,
             dtype=logits.whole_dtype(),
             requires_grad=logits.requires_grad and torch.is_grad_enabled(),
