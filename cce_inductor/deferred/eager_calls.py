@@ -207,7 +207,7 @@ class EagerCalls:
         compute = recipe.compute
         assert isinstance(compute, Logits)
         whole = compute.class_dim == compute.rank - 1 and all(map(_is_entrywise, recipe.steps))
-        whole &= all(t.dim() <= 1 for t in (*others, *extras))  # or they have rows too, as a second head's hidden states
+        whole &= all(t.dim() <= 1 for t in (*others, *extras))  # a second head has rows too
         if not whole or hidden.shape[:-1] != logits.shape[:-1] or not _of_leading(hidden.dim() - 1, call, args, kwargs):
             return NotImplemented
         rows = call(hidden, *args[1:], **kwargs)
