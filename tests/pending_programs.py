@@ -493,6 +493,13 @@ def check(program: Program, number: int = 0) -> tuple[str, Outcome, Outcome]:
             return "limit", got, expected
         if "modified by an inplace operation" in expected.message and not got.error:
             return "lenient", got, expected  # what eager had saved for its backward, we compute again
+        if not expected.error:
+            # No version counts an edit of `.data`: eager's backward reads what is there then, and its gradients are of
+            # no function. Ours may compute again what was there when it was saved.
+            with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+                as_saved = run(program, linear, eager, number)
+            if same(got, as_saved):
+                return "lenient", got, expected
         if not program.whole and not program.pieces:
             return "WRONG", got, expected
         torch._dynamo.reset()

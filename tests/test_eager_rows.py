@@ -123,6 +123,19 @@ def test_what_is_no_row_reads_the_logits(name: str) -> None:
     assert c.reads == 1
 
 
+def test_rows_of_a_sum_of_two_heads() -> None:
+    """Their hidden states have rows too."""
+    w, u = torch.randn(V, X.shape[-1], requires_grad=True), torch.randn(V, X.shape[-1], requires_grad=True)
+
+    def head(x: Tensor, y: Tensor) -> Tensor:
+        return F.linear(x, w) + F.linear(y, u)
+
+    order = torch.arange(S).flip(0)
+    losses = [ce(fn(X, X.cos())[:, order].flatten(0, 1), IDS[:, order].flatten()) for fn in (compiled(head), head)]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, (w, u)) for loss in losses))
+
+
 def test_rows_without_a_gradient_of_logits_within_the_workspace_are_read() -> None:
     logits = compiled(Model(), workspace_mb=64)(X)
     with Counted() as c:

@@ -255,9 +255,22 @@ def entries_of_rows_that_are_compared(z: Any, t: Tensor) -> Tensor:
     return flat(z, t) + (y.sort(-1).values[rows] >= own[:, None]).sum(-1).float().mean()
 
 
+def entries_of_expanded_rows_that_are_compared(z: Any, t: Tensor) -> Tensor:
+    y = z[None].expand(2, -1, -1, -1)
+    own = y.gather(-1, torch.stack([t, t.flip(0)])[..., None])
+    return flat(z, t) + (y.sort(-1).values >= own).sum(-1).float().mean()
+
+
+def rows_and_classes_that_count_from_the_end(z: Any, t: Tensor) -> Tensor:
+    y, classes = z.flatten(0, 1), t.flatten()
+    own = y[ROWS, classes - V] + y[-1 - ROWS, classes.flip(0)]
+    return own.mean() + (y.sort(-1).values >= own[:, None]).sum(-1).float().mean()
+
+
 AFTERWARDS = (
     edit_the_bias, edit_the_bias_unseen, edit_the_one_hot, edit_the_statistic, edit_the_statistic_in_place,
     edit_the_logits, nearly_one_hot, detached_statistic, entries_that_are_compared, entries_of_rows_that_are_compared,
+    entries_of_expanded_rows_that_are_compared, rows_and_classes_that_count_from_the_end,
 )  # fmt: skip
 
 

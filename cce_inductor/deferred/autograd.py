@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import compat
+from .lazy import entries
 from .pending import Compute, Fuse, Origin, PendingHead, PendingValue, SharedMemory, ValueGraph
 from .staleness import check_allocated, operand_name
 from .steps import surroundings
@@ -122,3 +123,25 @@ def _graph_of(ctx: Any, operands: Sequence[Tensor]) -> ValueGraph:
     elif not compat.keeps_graph():
         ctx.head.graph = None
     return graph
+
+
+class Largest(torch.autograd.Function):
+    """Gives the entries of pending logits that `topk` has found, pending, the `grad_fn` that they have in eager mode.
+
+    That of `gather` keeps the logits, and their backward would not have them edited.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: DeferredLogits, dim: int, classes: Tensor) -> Tensor:
+        """The entries of these classes along `dim`: nothing is computed."""
+        ctx.of_logits = True
+        ctx.dim, ctx.shape = dim, logits.shape
+        ctx.save_for_backward(classes)
+        ctx.set_materialize_grads(False)
+        return entries(logits, dim, classes)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        """The gradient of the logits, from that of the entries."""
+        (grad,), (classes,) = grads, ctx.saved_tensors
+        return None if grad is None else grad.new_zeros(ctx.shape).scatter(ctx.dim, classes, grad), None, None

@@ -25,7 +25,7 @@ from .. import compat
 from ..graph.spellings import FUNCTIONS, METHODS, functions_of
 from ..rewrite.recipe import Logits
 from ..rewrite.result import Rewritten
-from .autograd import defer
+from .autograd import Largest, defer
 from .entries import Entries
 from .lazy import WRITTEN
 from .other_graphs import Form, usable, with_inlined
@@ -96,7 +96,7 @@ class EagerCalls:
         if call in ROWS:
             index = _rows_and_classes(args[1], logits) if call is Tensor.__getitem__ else None
             if index is not None:
-                return _entries_at(logits, *index)
+                return self._entries_at(logits, *index)
             return self._taken(logits, recipe, operands, call, args, kwargs)
         kind = _kind(recipe, logits, operands, call, args, kwargs)
         try:
@@ -138,11 +138,11 @@ class EagerCalls:
             return NotImplemented
         detached: Any = logits.detach()
         made = self(detached, call, (detached, *args[1:]), kwargs)
-        if made is NotImplemented:
-            return made
+        if made is NotImplemented or 2 * made[1].numel() > logits.numel():
+            return NotImplemented
         dim = args[2] if len(args) > 2 else kwargs.get("dim", -1)
         with torch._C.DisableTorchFunctionSubclass():
-            return torch.return_types.topk((torch.gather(logits, dim, made[1]), made[1]))
+            return torch.return_types.topk((Largest.apply(logits, dim, made[1]), made[1]))
 
     def _was_read(self) -> None:
         self.reads = True
@@ -179,6 +179,20 @@ class EagerCalls:
             self.of_rank[known] = replace(compute, rank=rank, class_dim=rank - 1)
         return self.of_rank[known]
 
+    def _entries_at(self, logits: DeferredLogits, rows: Tensor, classes: Tensor) -> Any:
+        """``logits[rows, classes]`` of (N, V) logits, or NotImplemented."""
+        classes = torch.where(classes < 0, classes + logits.shape[1], classes)  # a negative one counts from the end
+        if len(rows) == len(logits) and torch.equal(rows, torch.arange(len(rows), device=rows.device)):
+            made = self(logits, Tensor.gather, (logits, -1, classes[:, None]), {})
+            return made if made is NotImplemented else made.squeeze(-1)
+        taken = logits[rows]
+        made = taken.gather(-1, classes[:, None]).squeeze(-1)
+        if logits._value.pending:
+            like = logits.size(), logits.stride(), logits.storage_offset()
+            values = made.detach().clone()
+            logits._value.memory.entries.append(Entries(*like, -1, classes.clone(), values, rows.clone()))
+        return made
+
     def _taken(
         self,
         logits: DeferredLogits,
@@ -189,18 +203,18 @@ class EagerCalls:
         kwargs: Any,
     ) -> Any:
         """Rows of the logits, by a tensor: pending logits of those rows of the hidden states, or NotImplemented."""
-        (hidden, *others), extras = operands[: recipe.reads], operands[recipe.reads :]
+        (hidden, weight, *others), extras = operands[: recipe.reads], operands[recipe.reads :]
         compute = recipe.compute
         assert isinstance(compute, Logits)
         whole = compute.class_dim == compute.rank - 1 and all(map(_is_entrywise, recipe.steps))
-        whole &= all(extra.dim() <= 1 for extra in extras)
+        whole &= all(t.dim() <= 1 for t in (*others, *extras))  # a second head has rows too
         if not whole or hidden.shape[:-1] != logits.shape[:-1] or not _of_leading(hidden.dim() - 1, call, args, kwargs):
             return NotImplemented
         rows = call(hidden, *args[1:], **kwargs)
         shape = (*rows.shape[:-1], logits.whole_shape()[-1])
         taken: Any = defer(
             self._with_rank(compute, rows.dim()),
-            (rows, *others),
+            (rows, weight, *others),
             shape=shape,
             dtype=logits.whole_dtype(),
             requires_grad=logits.requires_grad and torch.is_grad_enabled(),
@@ -313,19 +327,6 @@ def _without_numbers(steps: Iterable[Step | Pair], numbers: list[float]) -> tupl
         else:
             made.append((step.op, tuple(map(without, step.args))) if step.op in WRITTEN else step)
     return tuple(made)
-
-
-def _entries_at(logits: DeferredLogits, rows: Tensor, classes: Tensor) -> Tensor:
-    """``logits[rows, classes]`` of (N, V) logits."""
-    if len(rows) == len(logits) and torch.equal(rows, torch.arange(len(rows), device=rows.device)):
-        return logits.gather(-1, classes[:, None]).squeeze(-1)
-    taken = logits[rows]
-    made = taken.gather(-1, classes[:, None]).squeeze(-1)
-    if logits._value.pending:
-        like = logits.size(), logits.stride(), logits.storage_offset()
-        values = made.detach().clone()
-        logits._value.memory.entries.append(Entries(*like, -1, classes.clone(), values, rows.clone()))
-    return made
 
 
 def _is_entrywise(step: Step | Pair) -> bool:

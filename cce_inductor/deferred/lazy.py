@@ -182,10 +182,15 @@ def _gathered(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: di
     dim, index = args
     if not _recordable(logits) or kwargs or type(index) is not Tensor or 2 * index.numel() > logits.numel():
         return NotImplemented
+    return entries(logits, dim, index)
+
+
+def entries(logits: DeferredLogits, dim: int, index: Tensor) -> DeferredLogits:
+    """Some entries of each row of pending logits, pending."""
     origin = logits._value.origin
     assert origin is not None
-    meta = func(logits._meta(), dim, index.to("meta"))
-    step = Step.of(func, (dim, Read(len(origin.extras))), {})
+    meta = aten.gather.default(logits._meta(), dim, index.to("meta"))
+    step = Step.of(aten.gather.default, (dim, Read(len(origin.extras))), {})
     return DeferredLogits(logits._value.copy(step, [Extra(index)]), meta, logits.device)
 
 

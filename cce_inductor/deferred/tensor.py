@@ -168,7 +168,8 @@ class DeferredLogits(torch.Tensor):
                 found = node
                 continue
             behind = [n for n, _ in node.next_functions if n is not None] if node is not None else []
-            if not behind or isinstance(node, BackwardCFunction):
+            foreign = isinstance(node, BackwardCFunction) and not getattr(node, "of_logits", False)
+            if not behind or foreign:
                 return None
             stack += [n for n in behind if n not in seen]  # more than one behind a product
             seen.update(behind)

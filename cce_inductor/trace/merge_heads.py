@@ -136,7 +136,7 @@ def _without_gradient(builder: Builder, shift: Shift) -> Shift:
 def rows(builder: Builder, values: Sequence[Value], node: Node, dim: int, stacked: bool) -> Value:
     """The value of cat, along other than the classes, or stack over logits of other hidden states and one weight."""
     first = values[0]
-    if not all(_alike(first, value) for value in values[1:]):
+    if not all(_alike(first, value) for value in values):  # the first too: it may be the only one
         raise Refused("logits of different heads, or treated differently, are put together", "compute a loss of each")
     class_dim = first.class_dim + (stacked and dim <= first.class_dim)
 

@@ -160,6 +160,11 @@ FOUND = {
         "p = -F.log_softmax(z, dim=-1)",
         "r0 = p.gather(-1, t.clamp(min=0)[..., None]).mean() + p.sum(-1).mean()",
     ),
+    "the only row over two vocabularies, stacked": (
+        "z = torch.cat([F.linear(h, w), F.linear(h, few)], dim=-1)[:1]",
+        "z = torch.stack(z.unbind(0))",
+        "r0 = F.cross_entropy(z.view(-1, z.shape[-1]), t[:1].view(-1))",
+    ),
     "one of two heads, detached": (
         "z = torch.stack([F.linear(h, w), F.linear(h, w2)]).detach()[0]",
         "r0 = F.cross_entropy(z.view(-1, z.shape[-1]), t.view(-1))",
