@@ -79,11 +79,7 @@ class _Arguments:
             "weight": operands.weight(builder, value, detach),
         }
         bias = operands.biases(builder, value, detach)
-        row_scales = [p for g in bundle.groups if (p := operands.row_scale(builder, g.value, detach)) is not None]
-        scales = {"column_scale": operands.column_scale(builder, value, detach)}
-        scales["row_scale"] = (
-            builder.call(torch.cat, row_scales) if len(row_scales) > 1 else next(iter(row_scales), None)
-        )
+        scales = _scales(builder, bundle, detach)
         # The rows that count, and those that the operator computes.
         self.row_mask: Proxy | None = None
         self.computed: Proxy | None = None
@@ -106,7 +102,7 @@ class _Arguments:
             else:
                 self.target = _without_ignored(builder, self.target, bundle)
             self.operands.setdefault("target", self.target)
-        self.operands.update((name, p) for name, p in {"bias": bias, **scales}.items() if p is not None)
+        self.operands |= scales if bias is None else {"bias": bias, **scales}
         if group.column_weight is not None:
             self.operands["column_weight"] = builder.proxy(group.column_weight).detach()
         self.names = bundle.statistics
@@ -148,6 +144,16 @@ class _Arguments:
         for size in self.sizes[:i]:
             start = size + start
         return {name: p.narrow(0, start, self.sizes[i]) for name, p in every.items()}
+
+
+def _scales(builder: Builder, bundle: Bundle, detach: bool) -> dict[str, Proxy]:
+    """The factors of the rows and of the classes, where there are any."""
+    of_rows = [p for g in bundle.groups if (p := operands.row_scale(builder, g.value, detach)) is not None]
+    of_classes = operands.column_scale(builder, bundle.first.value, detach)
+    scales = {} if of_classes is None else {"column_scale": of_classes}
+    if of_rows:
+        scales["row_scale"] = builder.call(torch.cat, of_rows) if len(of_rows) > 1 else of_rows[0]
+    return scales
 
 
 def _rows(p: Proxy) -> Any:

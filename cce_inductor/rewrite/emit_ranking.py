@@ -12,8 +12,9 @@ from ..graph.hoist import Hoist
 from ..ops.call import Attributes
 from ..ops.ranking import RANKING
 from ..trace import operands
+from ..trace.affine import Affine, Shift
 from ..trace.ranking import Ranking
-from ..trace.values import Affine, Shift, Value
+from ..trace.values import Value
 from .emit import in_rows
 from .groups import RankingGroup
 

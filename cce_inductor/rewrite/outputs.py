@@ -19,7 +19,8 @@ from ..graph.fakes import fake
 from ..graph.refusal import Refused
 from ..graph.spellings import Fact
 from ..trace import operands
-from ..trace.values import Listed, SeveralHeads, Value
+from ..trace.affine import Listed
+from ..trace.values import SeveralHeads, Value
 from .recipe import Logits
 
 # Ops that derive a weight from a parameter and are cheaper to repeat at a read than to keep the result of.

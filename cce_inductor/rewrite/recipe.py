@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..graph.builder import Proxy
-from ..trace.values import Range, Step
+from ..trace.affine import Range
+from ..trace.values import Step
 
 RECORDED = "cce_inductor_recorded"  # in the meta of a head that was put into a graph by `Logits.record`
 

@@ -20,8 +20,9 @@ from ..graph.fakes import example, fake, same
 from ..graph.memory import storages, written
 from ..graph.refusal import Refusal, Refused
 from ..graph.spellings import Fact
+from .affine import Affine, Shift
 from .shapes import is_vocabulary_vector
-from .values import Affine, Head, RowMap, SeveralHeads, Shift, Value
+from .values import Head, RowMap, SeveralHeads, Value
 
 # Linear layers inside a model (an MLP of four times the width) look like heads otherwise.
 _WIDENING = 4

@@ -10,7 +10,8 @@ from torch.fx import Node
 from ..graph import nodes
 from ..graph.fakes import example, fake, same
 from ..graph.refusal import Refused
-from .values import Args, Listed, Range, Scale, Value
+from .affine import Listed, Range, Scale
+from .values import Args, Value
 
 
 def select(value: Value, node: Node, args: Args) -> Value:

@@ -22,12 +22,13 @@ from ..graph.refusal import Refusal, Refused
 from ..graph.regions import descendants
 from ..graph.spellings import Fact
 from . import decompose, margins, ranking, rsqrt_softcap, rules
+from .affine import Listed
 from .heads import subclassed
 from .one_hot import marks_target, mixture, one_hot_target
 from .reasons import MARGIN, dense
 from .reduction import Loss, Reduction
 from .trace import Trace, refused_together
-from .values import SQUARES, Listed, Mixture, SeveralHeads, Value
+from .values import SQUARES, Mixture, SeveralHeads, Value
 from .walk import Entry, Parts, Walk, distinct, each_way
 
 

@@ -19,8 +19,9 @@ from ..graph.builder import Builder, Proxy
 from ..graph.fakes import fake, same
 from ..graph.refusal import Refused
 from . import operands
+from .affine import Affine, Factor, Shift
 from .reasons import MARGIN
-from .values import Affine, Factor, Head, Shift, Step, SumOfHeads, Value
+from .values import Head, Step, SumOfHeads, Value
 
 
 def _plain(value: Value) -> None:

@@ -13,8 +13,9 @@ from ..graph import memory, nodes
 from ..graph.fakes import fake, is_number, is_tensor, same
 from ..graph.memory import written_after
 from ..graph.spellings import Fact
+from .affine import Factor
 from .shapes import is_row_vector, same_rows
-from .values import Factor, Mixture, Value
+from .values import Mixture, Value
 
 
 def one_hot_target(node: Node, value: Value) -> Node | None:

@@ -9,7 +9,8 @@ from torch.fx import Node
 
 from ..graph.builder import Builder, Proxy
 from ..graph.fakes import fake
-from .values import Head, Listed, Mask, Range, Scale, Shift, Value
+from .affine import Listed, Range, Scale, Shift
+from .values import Head, Mask, Value
 
 
 def width(builder: Builder, head: Head) -> Any:

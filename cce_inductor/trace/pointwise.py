@@ -15,10 +15,11 @@ from torch.fx import Node
 from ..graph.fakes import differentiates, fake, is_number, is_tensor
 from ..graph.refusal import Refused
 from . import rsqrt_softcap
+from .affine import Factor, Scale, Shift
 from .one_hot import marks_target, mixture, one_hot_target
 from .reasons import MARGIN
 from .shapes import broadcasts_to_rows, is_row_vector, is_vocabulary_vector
-from .values import SQUARES, Args, Factor, Function, Scale, Shift, Term, Value
+from .values import SQUARES, Args, Function, Term, Value
 
 
 def cast(value: Value, node: Node, args: Args) -> Value:
