@@ -27,6 +27,7 @@ from cce_inductor.bench import (
     sweep,
 )
 from cce_inductor.bench.cases import HEADS, IGNORE_INDEX, Case, cases, parse_shape
+from cce_inductor.bench.factored import FACTORED, LOOPS
 from cce_inductor.bench.inputs import make_inputs
 from cce_inductor.bench.main import RUN, main
 from cce_inductor.bench.readers import READERS
@@ -329,6 +330,15 @@ class TestRun:
         assert {one["loss"] for one in found} == set(READERS)
         assert all(len(one["compile"]) == len(one["ours"]) == 1 for one in found)
         assert "| label_smoother |" in capsys.readouterr().out
+
+    @pytest.mark.slow
+    def test_factors_and_margins(self, tmp_path, capsys):
+        assert main(["factors", "--quick", "--out", str(tmp_path)]) == 0
+        found = json.loads((tmp_path / "cpu-factors.json").read_text())["factors"]
+        assert [one["loss"] for one in found] == [*FACTORED, *LOOPS]
+        for one in found:
+            assert set(one["seconds"]) == {"eager", "compile", "ours", *(["base"] if one["base"] else [])}
+        assert "| ArcFace |" in capsys.readouterr().out
 
     def test_from_arguments_to_report(self, tmp_path, monkeypatch, capsys):
         preset = replace(arguments.PRESETS["table"], repeat=2)

@@ -81,6 +81,7 @@ PRESETS = {
         "cost against error of every gradient filter", {"dtype": MANY}, BOTH, dtypes=("fp32", "bf16")
     ),
     "compile-time": Preset("what the pass takes of the time to compile a model", repeat=1),
+    "factors": Preset("losses with factors and margins, in the graph and in the training loop", repeat=3),
     "reads": Preset("losses that have to read deferred logits, against plain torch.compile"),
 }
 

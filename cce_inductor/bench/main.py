@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..instruments.data import CannotRun, find_model
 from ..instruments.training import Spec
-from . import compile_time, headline, plots, reads, report, step, sweep, tradeoff
+from . import compile_time, factors, headline, plots, reads, report, step, sweep, tradeoff
 from .arguments import PRESETS, parse
 from .cases import Case, Shape, cases
 from .docs import Section, publish
@@ -70,6 +70,10 @@ def _reads(args: argparse.Namespace, options: Options) -> Sections:
     yield reads.run(options, args.quick)
 
 
+def _factors(args: argparse.Namespace, options: Options) -> Sections:
+    yield factors.run(options, args.quick)
+
+
 RUN: dict[str, Callable[[argparse.Namespace, Options], Sections]] = {
     "table": _table,
     "large": _table,
@@ -79,6 +83,7 @@ RUN: dict[str, Callable[[argparse.Namespace, Options], Sections]] = {
     "sweep": _sweep,
     "sweep-budget": _sweep_budget,
     "compile-time": _compile_time,
+    "factors": _factors,
     "reads": _reads,
 }
 

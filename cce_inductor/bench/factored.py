@@ -1,0 +1,82 @@
+"""Losses of logits with factors and margins, as programs write them, and of logits without."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+S, M = 64.0, 0.5  # ArcFace's scale and margin
+
+
+class Loss(nn.Module):
+    """What the losses learn besides the head: a gain for each class, and a temperature for each row."""
+
+    def __init__(self, name: str, rows: int, classes: int):
+        super().__init__()
+        self.function = FACTORED[name][0]
+        self.gain = nn.Parameter(torch.linspace(0.5, 1.5, classes))
+        self.temperature = nn.Parameter(torch.linspace(0.5, 1.5, rows)[:, None])
+
+    def forward(self, x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        """The loss of x (N, D), weight (V, D) and class indices (N,)."""
+        return self.function(self, x, weight, target)
+
+
+def plain(loss: Loss, x: Tensor, weight: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, weight), t)
+
+
+def gain(loss: Loss, x: Tensor, weight: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, weight) * loss.gain, t)
+
+
+def temperature(loss: Loss, x: Tensor, weight: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, weight) / loss.temperature, t)
+
+
+def cosine(loss: Loss, x: Tensor, weight: Tensor, t: Tensor) -> Tensor:
+    """`arcface` without the margin. A loss of every row, and so none whose gradients the forward can form."""
+    z = S * F.linear(F.normalize(x), F.normalize(weight))
+    return F.cross_entropy(z, t, reduction="none").square().mean()
+
+
+def arcface(loss: Loss, x: Tensor, weight: Tensor, t: Tensor) -> Tensor:
+    z = F.linear(F.normalize(x), F.normalize(weight))
+    phi = z * math.cos(M) - (1.0 - z * z).clamp(0, 1).sqrt() * math.sin(M)
+    phi = torch.where(z > math.cos(math.pi - M), phi, z - math.sin(math.pi - M) * M)
+    one_hot = torch.zeros_like(z).scatter_(1, t[:, None], 1.0)
+    z = S * (one_hot * phi + (1.0 - one_hot) * z)
+    return F.cross_entropy(z, t, reduction="none").square().mean()
+
+
+Shape = tuple[int, int, int]
+FACTORED: dict[str, tuple[Callable[..., Tensor], str, Shape]] = {
+    # name: the loss, the same one without the factor, and N, D, V
+    "cross_entropy": (plain, "", (1024, 1024, 32768)),
+    "a gain for each class": (gain, "cross_entropy", (1024, 1024, 32768)),
+    "a temperature for each row": (temperature, "cross_entropy", (1024, 1024, 32768)),
+    "cosines": (cosine, "", (256, 512, 262144)),
+    "ArcFace": (arcface, "cosines", (256, 512, 262144)),
+}
+QUICK: Shape = (32, 16, 4096)
+
+
+def in_the_loop(backend: Any, compiled_loss: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A compiled head, with its cross-entropy outside, compiled apart or not. backend: None for eager mode."""
+
+    def own(x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    head: Callable = own if backend is None else torch.compile(own, backend=backend)
+    loss: Callable = F.cross_entropy
+    if compiled_loss and backend is not None:
+        loss = torch.compile(lambda z, t: F.cross_entropy(z, t), backend=backend)
+    return lambda x, weight, t: loss(head(x, weight), t)
+
+
+LOOPS = {"the loss in the training loop": False, "the loss in the training loop, compiled": True}

@@ -1,0 +1,77 @@
+"""Time and memory of losses with factors and margins, against eager mode, torch.compile, and the loss without them."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+
+from . import report
+from .docs import Section
+from .factored import FACTORED, LOOPS, QUICK, Shape
+from .measure import speedup
+from .rounds import Options, say
+
+CONTENDERS = ("eager", "compile", "ours")
+
+
+@dataclass
+class Factored:
+    """One loss with its gradients: by contender seconds, round by round, and bytes at the peak above all operands."""
+
+    loss: str
+    base: str
+    shape: Shape
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    peak: dict[str, int] = field(default_factory=dict)
+
+
+def run(options: Options, quick: bool = False) -> Section:
+    """The contenders of a loss take turns in processes of their own, and with them ours without the factor."""
+    found = []
+    for loss, base, shape in _cases(quick):
+        say(f"factors: {loss}")
+        made = Factored(loss, base, shape)
+        jobs = {name: (name, loss) for name in CONTENDERS} | ({"base": ("ours", base)} if base else {})
+        with ExitStack() as stack:
+            children = {
+                key: stack.enter_context(
+                    options.child(
+                        "bench.factors_worker", {"contender": name, "loss": own, "shape": shape}, f"factors-{key}"
+                    )
+                )
+                for key, (name, own) in jobs.items()
+            }
+            for turn in range(-1, options.repeat):  # the first warms up
+                for key, child in children.items():
+                    seconds = child.ask("step", 10 * options.timeout)["seconds"]
+                    if turn >= 0:
+                        made.seconds.setdefault(key, []).append(seconds)
+            made.peak = {key: child.ask("peak", 10 * options.timeout)["above"] for key, child in children.items()}
+        found.append(made)
+    return conclude(found)
+
+
+def _cases(quick: bool) -> list[tuple[str, str, Shape]]:
+    listed = [(name, base, shape) for name, (_, base, shape) in FACTORED.items()]
+    listed += [(name, "cross_entropy", FACTORED["cross_entropy"][2]) for name in LOOPS]
+    return [(name, base, QUICK if quick else shape) for name, base, shape in listed]
+
+
+def conclude(found: list[Factored]) -> Section:
+    """The measurements as a section."""
+    rows = []
+    for one in found:
+        cells = [f"{report.milliseconds(one.seconds[c])}, {one.peak[c] / 2**20:,.0f}" for c in CONTENDERS]
+        times = [_ratio(one.seconds[c], one.seconds["ours"]) for c in ("compile", "base") if c in one.seconds]
+        rows.append([one.loss, ", ".join(map(str, one.shape)), *cells, *times, *[""] * (2 - len(times))])
+    text = (
+        "Loss and gradients, fp32: the time in ms with least and most, and the peak above operands and gradients in MiB. "
+        "The ratios are medians over the rounds; the last is ours to ours of the same loss without the factor or margin, "
+        "in one graph with its head. A loss in the training loop is called on the logits that a compiled head returns."
+    )
+    header = ("loss", "N, D, V", "eager", "compile", "ours", "ours / compile", "ours / without")
+    return Section("factors", f"{text}\n\n{report.markdown(header, rows)}", [asdict(one) for one in found])
+
+
+def _ratio(base: list[float], own: list[float]) -> str:
+    return f"{1 / (speedup(base, own) or 1.0):.2f}"
