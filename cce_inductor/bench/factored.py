@@ -72,10 +72,12 @@ def in_the_loop(backend: Any, compiled_loss: bool) -> Callable[[Tensor, Tensor, 
     def own(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
 
-    head: Callable = own if backend is None else torch.compile(own, backend=backend)
-    loss: Callable = F.cross_entropy
-    if compiled_loss and backend is not None:
-        loss = torch.compile(lambda z, t: F.cross_entropy(z, t), backend=backend)
+    def of_logits(z: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(z, t)
+
+    head = own if backend is None else torch.compile(own, backend=backend)
+    compiles = compiled_loss and backend is not None
+    loss = torch.compile(of_logits, backend=backend) if compiles else of_logits
     return lambda x, weight, t: loss(head(x, weight), t)
 
 

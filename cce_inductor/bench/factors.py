@@ -65,9 +65,10 @@ def conclude(found: list[Factored]) -> Section:
         times = [_ratio(one.seconds[c], one.seconds["ours"]) for c in ("compile", "base") if c in one.seconds]
         rows.append([one.loss, ", ".join(map(str, one.shape)), *cells, *times, *[""] * (2 - len(times))])
     text = (
-        "Loss and gradients, fp32: the time in ms with least and most, and the peak above operands and gradients in MiB. "
-        "The ratios are medians over the rounds; the last is ours to ours of the same loss without the factor or margin, "
-        "in one graph with its head. A loss in the training loop is called on the logits that a compiled head returns."
+        "Loss and gradients, fp32: the time in ms with least and most, and the peak above operands and gradients in "
+        "MiB. The ratios are medians over the rounds; the last is ours to ours of the same loss without the factor or "
+        "margin, in one graph with its head. A loss in the training loop is called on the logits that a compiled head "
+        "returns."
     )
     header = ("loss", "N, D, V", "eager", "compile", "ours", "ours / compile", "ours / without")
     return Section("factors", f"{text}\n\n{report.markdown(header, rows)}", [asdict(one) for one in found])
