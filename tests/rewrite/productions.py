@@ -522,6 +522,34 @@ def _(d: Draft) -> None:
     )
 
 
+# ---- between: another entry at the target
+
+# What comes behind them may ask for more than the loss at these classes.
+MARGINS = {
+    "a margin by a one-hot tensor": ("z = z - 0.3 * F.one_hot(t, {v})",),
+    "a margin by where": ("z = torch.where(F.one_hot(t, {v}).bool(), z - 0.3, z)",),
+    "an angle at the target": ("z = torch.where(torch.arange({v}) == t[..., None], torch.sin(z), z)",),
+    "a margin by scatter": ("z = z.scatter(-1, t[..., None], z.gather(-1, t[..., None]) - 0.3)",),
+    "a margin by parts": ("m = F.one_hot(t, {v}).to(z.dtype)", "z = m * torch.cos(z) + (1.0 - m) * z"),
+    "a margin for each class": ("z = z - F.one_hot(t, {v}) * torch.linspace(0.1, 0.5, {v}).to(z.dtype)[t][..., None]",),
+    "a margin in place": (
+        "z = z.clone()",
+        "z.scatter_add_(-1, t[..., None], torch.full_like(t[..., None], -0.3, dtype=z.dtype))",
+    ),
+}
+
+
+def _margin(name: str, lines: tuple[str, ...]) -> None:
+    @production("between", name, verdict="may", weight=0.4)
+    def write(d: Draft) -> None:
+        d.need(d.last and d.t.dim() >= 1 and bool((d.t >= 0).all()))
+        d.write(*(line.format(v=d.v) for line in lines))
+
+
+for _name, _lines in MARGINS.items():
+    _margin(_name, _lines)
+
+
 # ---- between: in place
 
 
