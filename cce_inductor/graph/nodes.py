@@ -90,14 +90,6 @@ def unknown_arguments(node: Node) -> str:
     return ", ".join(names) or "arguments in another form"
 
 
-_SIZES = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_size.default, torch.ops.aten.sym_numel.default)
-
-
-def reads_size(node: Node) -> bool:
-    """Whether a node asks for a size that only the data knows: Dynamo checks it as soon as it is there."""
-    return node.target in _SIZES
-
-
 # Losses over classes that read every one of them.
 DENSE_LOSSES = (
     "binary_cross_entropy",

@@ -379,11 +379,12 @@ SPELLINGS = (
     ),
     Spelling("stack", "tensors dim=0", (torch.stack,), facts=Fact.PURE, several="several.joined"),
     # metadata
-    Spelling("size", "input dim=None", (), ("size",), Fact.METADATA),
+    # Dynamo checks a size that only the data knows as soon as it is there.
+    Spelling("size", "input dim=None", (torch.ops.aten.sym_size.int,), ("size",), Fact.METADATA),
     Spelling(
         "metadata",
         "input *rest",
-        (),
+        (torch.ops.aten.sym_numel.default, torch.ops.aten.sym_size.default),
         ("dim", "ndimension", "numel", "nelement", "stride", "is_contiguous"),
         Fact.METADATA,
     ),

@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from ..graph import nodes
 from ..graph.builder import Builder, Proxy
-from ..graph.fakes import example, fake, is_number, is_tensor, same
+from ..graph.fakes import example, fake, is_number, is_tensor
 from ..graph.memory import storages, written, written_after
 from ..graph.nodes import Op
 from ..graph.refusal import Refused
@@ -33,7 +33,7 @@ from .operands import vocab
 from .reasons import MARGIN
 from .reduction import Loss, Reduction
 from .reductions import is_arange
-from .shapes import is_row_vector, is_vocabulary_vector, same_rows
+from .shapes import is_row_vector, is_vocabulary_vector, same_rows, same_shape
 from .targets import base
 from .values import Args, Edit, Value
 from .walk import Entry, Walk
@@ -161,7 +161,7 @@ def _put_together(walk: Walk, node: Node) -> bool:
     elsewhere = expression.elsewhere(node)
     target = expression.target
     entry = walk.values.get(elsewhere) if isinstance(elsewhere, Node) else None
-    if target is None or entry is None or fake(node).shape != fake(elsewhere).shape:
+    if target is None or entry is None or not same_shape(node, entry.values[0]):
         return False
     if fake(node).dtype != fake(elsewhere).dtype:
         return False
@@ -191,17 +191,20 @@ class _Expression:
 
     def _mark(self, n: Any) -> Mark | None:
         """What a tensor holds at the target and elsewhere; Refused for two targets."""
-        like = next((v.values[0] for v in self.walk.values.values() if v.values and self._fits(n, v.values[0])), None)
+        like = next(
+            (
+                v.values[0]
+                for v in self.walk.values.values()
+                if v.values and is_tensor(n) and same_shape(n, v.values[0])
+            ),
+            None,
+        )
         found = mark(n, like) if like is not None else None
         if found is not None:
             if self.target is not None and base(self.target) is not base(found.target):
                 raise Refused(*MARGIN)
             self.target = self.target or found.target
         return found
-
-    def _fits(self, n: Any, value: Value) -> bool:
-        shape = value.fake.shape
-        return is_tensor(n) and len(shape) == fake(n).dim() and all(map(same, fake(n).shape, shape))
 
     def elsewhere(self, n: Any) -> Any:
         """What it is where the target is not: a node of logits, or a number; Refused for anything else.

@@ -14,7 +14,7 @@ from ..graph.fakes import fake, is_number, is_tensor, same
 from ..graph.memory import written_after
 from ..graph.spellings import Fact
 from .affine import Factor
-from .shapes import is_row_vector, same_rows
+from .shapes import is_row_vector, same_rows, same_shape
 from .values import Mixture, Value
 
 
@@ -90,17 +90,12 @@ def _counts(node: Node) -> bool:
 
 def mixture(node: Any, value: Value) -> Mixture | None:
     """What a tensor is a mixture of, or None: with the logits' shape, and the classes last as in `value`."""
-    if not is_tensor(node) or not _same_shape(node, value) or value.class_dim != value.fake.dim() - 1:
+    if not is_tensor(node) or not same_shape(node, value) or value.class_dim != value.fake.dim() - 1:
         return None
     found = _mixed(node, value)
     if found is None or not found.terms or not all(_as_many(target, value) for _, _, target in found.terms):
         return None
     return found
-
-
-def _same_shape(node: Node, value: Value) -> bool:
-    given, shape = fake(node).shape, value.fake.shape
-    return len(given) == len(shape) and all(same(a, b) for a, b in zip(given, shape, strict=True))
 
 
 def _as_many(target: Node, value: Value) -> bool:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..graph.fakes import differentiates, fake, is_number, is_tensor
+from ..graph.fakes import differentiates, fake, is_number, is_tensor, same
 from ..graph.refusal import Refused
 from . import rsqrt_softcap
 from .affine import Factor, Scale, Shift
 from .one_hot import marks_target, mixture, one_hot_target
 from .reasons import MARGIN
-from .shapes import broadcasts_to_rows, is_row_vector, is_vocabulary_vector
+from .shapes import broadcasts_to_rows, is_row_vector, is_vocabulary_vector, same_shape
 from .values import SQUARES, Args, Function, Term, Value
 
 
@@ -73,10 +73,10 @@ def _factors(value: Value, other: Node, divides: bool) -> tuple[str, str]:
 
 def _tensor_scale(value: Value, node: Node, other: Node, divides: bool) -> Value:
     scale = fake(other)
-    one = scale.numel() == 1 and all(isinstance(s, int) for s in scale.shape) and scale.dim() <= value.fake.dim()
+    one = same(scale.numel(), 1) and all(isinstance(s, int) for s in scale.shape) and scale.dim() <= value.fake.dim()
     of_classes = not one and is_vocabulary_vector(scale, value.fake, value.class_dim)
     of_rows = not one and not of_classes and broadcasts_to_rows(scale, value)
-    expanded = fake(node).shape != value.fake.shape
+    expanded = not same_shape(node, value)
     if value.kind != "logits" or value.picked is not None or expanded or not scale.is_floating_point():
         raise Refused(*_factors(value, other, divides))
     if not (one or of_classes or of_rows):
@@ -177,7 +177,7 @@ def add(value: Value, node: Node, args: Args, sign: float = 1.0) -> Value:
     if not is_number(alpha):
         raise Refused("logits are added with a computed factor", "multiply them by it")
     factor = sign * alpha
-    expanded = fake(node).shape != value.fake.shape
+    expanded = not same_shape(node, value)
     if not first:
         times = factor  # b - z, b + alpha * z
         value, factor = value if times == 1 else _scale(value, node, times, lambda z, _: z * times), 1.0
@@ -193,7 +193,7 @@ def add(value: Value, node: Node, args: Args, sign: float = 1.0) -> Value:
         raise Refused("a prior is added behind the softcap", "add it in front of the softcap")
     if value.affine.of_rows:
         raise Refused("a bias is added behind a factor for each row", "add it in front of the factor")
-    alike = fake(other).numel() == 1 or is_vocabulary_vector(fake(other), value.fake, value.class_dim)
+    alike = same(fake(other).numel(), 1) or is_vocabulary_vector(fake(other), value.fake, value.class_dim)
     if not alike or expanded:
         raise Refused(
             f"a tensor of shape {tuple(fake(other).shape)} is added to logits of shape {tuple(value.fake.shape)}: it "

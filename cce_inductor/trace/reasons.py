@@ -25,9 +25,6 @@ def dense(node: Node, words: str) -> Refused:
         return Refused(f"the operator {what} takes the {words}: what it reads of them is not known", own)
     if names := nodes.unknown_arguments(node):
         return Refused(f"{what} of the {words} with {names}, which is not known here", "leave the argument out")
-    if nodes.reads_size(node):
-        reason = "rows are chosen by a tensor, such as a mask, and only the data knows how many they are"
-        return Refused(reason, "choose the rows of the hidden states, in front of the head")
     if op is not None and op.is_head:
         reason = f"{what} multiplies the {words} of all classes with something else"
         return Refused(reason, "compute it from the hidden states, or outside the compiled region")

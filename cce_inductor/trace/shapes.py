@@ -39,6 +39,12 @@ def broadcasts_to_rows(other: Any, value: Value) -> bool:
     return other.dim() <= z.dim() and fits and other.dim() > own + 1
 
 
+def same_shape(node: Node, value: Value) -> bool:
+    """Whether a tensor has the shape of the logits."""
+    given, shape = fake(node).shape, value.fake.shape
+    return len(given) == len(shape) and all(map(same, given, shape))
+
+
 def same_rows(node: Any, value: Value) -> bool:
     """Whether a tensor has one element for each row of `value`, in its leading shape."""
     if not is_tensor(node) or fake(node).dim() != len(value.lead_shape):

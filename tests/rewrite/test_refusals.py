@@ -228,16 +228,6 @@ REFUSED = {
 }
 
 
-def test_rows_of_which_only_the_data_knows_the_number(inputs):
-    def fn(h, w, t):
-        some = t.view(-1) % 3 == 0
-        return F.cross_entropy(F.linear(h, w).view(-1, V)[some], t.view(-1)[some])
-
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True), config.patch(min_vocab=0):
-        (site,) = cce_inductor.explain(fn, *inputs).sites
-    assert "rows are chosen by a tensor" in site.reason and "hidden states" in site.cure
-
-
 @pytest.mark.filterwarnings("ignore:.*size_average.*")
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_with_a_reason(name, inputs):
