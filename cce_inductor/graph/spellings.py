@@ -266,11 +266,19 @@ SPELLINGS = (
     Spelling("eq", "input other", (operator.eq, torch.eq), ("eq", "__eq__"), _EXACT),
     Spelling("ne", "input other", (operator.ne, torch.ne, torch.not_equal), ("ne", "not_equal", "__ne__"), _EXACT),
     # rows: views
-    Spelling("view", "input *size", (), ("view", "reshape"), _RESHAPE, ("layout.view",)),
+    Spelling("view", "input *size", (), ("view", "reshape"), _RESHAPE, ("layout.view",), several="several.grouped"),
     Spelling("view_as", "input other", (), ("view_as", "reshape_as"), _RESHAPE, ("layout.view_as",)),
-    Spelling("reshape", "input shape", (torch.reshape,), (), _RESHAPE, ("layout.reshape",)),
+    Spelling("reshape", "input shape", (torch.reshape,), (), _RESHAPE, ("layout.reshape",), several="several.grouped"),
     Spelling("flatten", "input start_dim=0 end_dim=-1", (torch.flatten,), ("flatten",), _RESHAPE, ("layout.flatten",)),
-    Spelling("unflatten", "input dim sizes", (torch.unflatten,), ("unflatten",), _RESHAPE, ("layout.unflatten",)),
+    Spelling(
+        "unflatten",
+        "input dim sizes",
+        (torch.unflatten,),
+        ("unflatten",),
+        _RESHAPE,
+        ("layout.unflatten",),
+        several="several.grouped",
+    ),
     Spelling("unsqueeze", "input dim", (torch.unsqueeze,), ("unsqueeze",), _RESHAPE, ("layout.unsqueeze",)),
     Spelling("squeeze", "input dim=None", (torch.squeeze,), ("squeeze",), _RESHAPE, ("layout.squeeze",)),
     Spelling(

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch.fx import Node
 
-from ..graph.builder import Builder
-from ..graph.fakes import example, fake, is_number
+from ..graph.builder import Builder, Proxy
+from ..graph.fakes import example, fake, is_number, same
 from ..graph.nodes import Op
 from ..graph.refusal import Refused
 from . import decompose, layout, merge_heads, pointwise, rsqrt_softcap
@@ -96,6 +97,32 @@ def divided(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
     a, b = walk.values[op.args["input"]], walk.values[op.args["other"]]
     pairs = list(zip(a.values, b.values, strict=False))
     walk.put(node, a.trace, each_way(lambda pair: rsqrt_softcap.softcap(pair[0], pair[1], node, True), pairs))
+    return True
+
+
+def grouped(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
+    """A view that parts the classes, (..., V) as (..., K, C) or (N, C): K stacked heads, such as codebooks."""
+    entry = walk.values.get(touched[0])
+    if entry is None or len(touched) > 1 or op.args["input"] is not touched[0]:
+        return False
+    value, new = entry.values[0], fake(node).shape
+    lead, c, classes = value.lead_shape, value.class_dim, value.vocab
+    if value.kind != "logits" or c != len(lead) or not (isinstance(classes, int) and isinstance(new[-1], int)):
+        return False
+    if new[-1] in (0, 1, classes) or classes % new[-1]:
+        return False
+    heads = classes // new[-1]
+    stacked = len(new) == len(lead) + 2 and all(map(same, new, (*lead, heads)))
+    if not stacked and len(new) != 2:
+        return False
+
+    def record(builder: Builder) -> Proxy:
+        z = builder.proxy(value.node)
+        made = builder.call(torch.stack, [z.narrow(c, k * new[-1], new[-1]) for k in range(heads)], c)
+        return made if stacked else made.flatten(0, -2)
+
+    made = walk.values[walk.decompose(node, entry.trace, record)]
+    walk.put(node, made.trace, [v.at(node) for v in made.values])
     return True
 
 

@@ -134,8 +134,8 @@ class Walk(abc.ABC):
             self.visit(n)
         return added
 
-    def decompose(self, node: Node, trace: Trace, record: Callable[[Builder], Proxy]) -> None:
-        """Puts nodes that compute the same as `node` in front of it, and follows them."""
+    def decompose(self, node: Node, trace: Trace, record: Callable[[Builder], Proxy]) -> Node:
+        """Puts nodes that compute the same as `node` in front of it, and follows them; gives the last."""
         builder = Builder(self.graph, node)
         before = node.prev
         result = builder.run(record, builder)
@@ -146,6 +146,7 @@ class Walk(abc.ABC):
         made.added += added
         for t in self.traces.values():
             t.escapes = [replace(e, node=node) if e.node in added else e for e in t.escapes]
+        return result.node
 
 
 def each_way(rule: Callable[[Taken], Result], ways: Iterable[Taken]) -> list[Result]:

@@ -608,7 +608,7 @@ for _name, _expression in BARRIERS.items():
     _barrier(_name, _expression)
 
 
-@production("between", "regrouped classes", verdict="barrier", weight=0.5)
+@production("between", "regrouped classes", verdict="may", weight=0.5)
 def _(d: Draft) -> None:
     d.need(d.last and d.v % 2 == 0 and d.rank < 4 and d.t.dim() >= 1)
     half = d.v // 2

@@ -151,6 +151,11 @@ def two(h, w, w2, dim):
     return torch.stack([F.linear(h, w), F.linear(h, w2)], dim)
 
 
+def half(labels):
+    """Of classes of half the vocabulary."""
+    return torch.where(labels < 0, labels, labels % (V // 2))
+
+
 VOCABULARIES = {
     "cross_entropy": lambda h, w, w2, few, b, t, both, more: ce(wide(h, w, few, b), more),
     "in the middle": lambda h, w, w2, few, b, t, both, more: F.cross_entropy(
@@ -203,8 +208,17 @@ VOCABULARIES = {
     "rows of different scales": lambda h, w, w2, few, b, t, both, more: ce(
         torch.cat([(z := F.linear(h, w))[:, :2], 0.5 * z[:, 2:]], 1), t
     ),
+    "codebooks in one weight": lambda h, w, w2, few, b, t, both, more: ce(
+        F.linear(h, w, b).view(B, S, 2, V // 2), half(both)
+    ),
+    "codebooks in one weight, flat": lambda h, w, w2, few, b, t, both, more: F.cross_entropy(
+        (0.5 * F.linear(h, w)).reshape(-1, V // 2), half(both).flatten()
+    ),
+    "codebooks in one weight, one by one": lambda h, w, w2, few, b, t, both, more: sum(
+        ce(z, half(both[:, :, k])) for k, z in enumerate(F.linear(h, w).unflatten(-1, (2, -1)).unbind(2))
+    ),
 }
-SEVERAL_SITES = {"stacked, one after the other": 2}
+SEVERAL_SITES = {"stacked, one after the other": 2, "codebooks in one weight, one by one": 2}
 
 
 def inputs():
