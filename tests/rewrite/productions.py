@@ -454,12 +454,12 @@ for _name, _template in {
     "a factor for each class first": "{b2} * z",
     "a divisor for each class": "z / (1 + {b2}.square())",
 }.items():
-    production("between", _name, verdict="may")(
+    production("between", _name, verdict="may", weight=0.25)(
         lambda d, template=_template: d.write(f"z = {template.format(b2=d.along('b2'))}")
     )
 
 
-@production("between", "a factor for each row", verdict="may")
+@production("between", "a factor for each row", verdict="may", weight=0.4)
 def _(d: Draft) -> None:
     shape = [1 if k == d.c else n for k, n in enumerate(d.z.shape)]
     if len(shape) > 2 and d.pick(False, True):
@@ -540,7 +540,7 @@ MARGINS = {
 
 
 def _margin(name: str, lines: tuple[str, ...]) -> None:
-    @production("between", name, verdict="may", weight=0.4)
+    @production("between", name, verdict="may", weight=0.1)
     def write(d: Draft) -> None:
         d.need(d.last and d.t.dim() >= 1 and bool((d.t >= 0).all()))
         d.write(*(line.format(v=d.v) for line in lines))
@@ -608,7 +608,7 @@ for _name, _expression in BARRIERS.items():
     _barrier(_name, _expression)
 
 
-@production("between", "regrouped classes", verdict="may", weight=0.5)
+@production("between", "regrouped classes", verdict="may", weight=0.2)
 def _(d: Draft) -> None:
     d.need(d.last and d.v % 2 == 0 and d.rank < 4 and d.t.dim() >= 1)
     half = d.v // 2
