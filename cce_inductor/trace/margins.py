@@ -344,6 +344,8 @@ _SIMPLIFIED: dict[str, Callable[..., Any]] = {
 
 def follows(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
     """Takes a use of logits with another entry at the target, or without one; False for a use of others."""
+    if op.name == "cat" and _put_in_front(walk, node, op, touched):
+        return True
     entry = walk.values.get(touched[0])
     if entry is None or len(entry.values) != 1 or (entry.values[0].edit is None and entry.values[0].without is None):
         if any(walk.is_edited(n) for n in touched):
@@ -359,6 +361,9 @@ def follows(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
     if op.name == "scatter" and op.args["value"] == -math.inf and not op.inplace:
         return base(op.args["index"]) is edit.target and _left_out(walk, node, entry, op.args["index"])
     plain = replace(value, edit=None)
+    if edit.classes is None and _takes_the_rest(op, value):
+        walk.put(node, entry.trace, [plain.at(node)])
+        return True
     if op.has(Fact.LOSS):
         walk.decompose(node, entry.trace, lambda b: _loss(b, walk, value, node, op.args))
         return True
@@ -375,6 +380,30 @@ def follows(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
         raise Refused(*MARGIN)
     walk.put_or_edit(node, op, entry, [replace(made, edit=edit)])
     return True
+
+
+def _put_in_front(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
+    """One entry of each row in front of its logits, as a positive one stands in front of sampled negatives."""
+    tensors, entry = op.args["tensors"], walk.values.get(touched[0])
+    if entry is None or len(touched) > 1 or not isinstance(tensors, (list, tuple)) or len(tensors) != 2:
+        return False
+    first, second = tensors
+    value, dim = entry.values[0], op.args["dim"]
+    last = value.class_dim == value.fake.dim() - 1
+    plain = value.kind == "logits" and value.picked is None and value.edit is None and not value.members
+    if second is not touched[0] or not plain or not last or not is_tensor(first) or not is_row_vector(first, value):
+        return False
+    if dim % value.fake.dim() != value.class_dim or fake(first).dtype != value.fake.dtype or written_after(first):
+        return False
+    edit = Edit(None, None, first, node, len(value.rows), value.order)
+    walk.put(node, entry.trace, [replace(value, node=node, edit=edit)])
+    return True
+
+
+def _takes_the_rest(op: Op, value: Value) -> bool:
+    """Whether an op takes all that stands behind the entry in front."""
+    index = op.args.get("index")
+    return op.name == "getitem" and index == (Ellipsis, slice(1, None, None))
 
 
 def _done_to_the_entry(walk: Walk, node: Node, op: Op, value: Value, edit: Edit) -> Edit:
@@ -439,9 +468,12 @@ def _summed(walk: Walk, node: Node, op: Op, entry: Entry) -> bool:
 def _nll(builder: Builder, walk: Walk, value: Value, edit: Edit) -> Proxy:
     """The cross-entropy of each row, in the shape of `value`, 1 wide where the classes are."""
     of = walk.values[edit.logits].values[0]
-    index, e = (_mapped(builder, n, of, edit.start) for n in (edit.classes, edit.entry))
-    z = widened(builder.proxy(edit.logits))
-    rest = builder.call(torch.scatter, z, of.class_dim, index, -math.inf) - e
+    z, e = widened(builder.proxy(edit.logits)), _mapped(builder, edit.entry, of, edit.start)
+    if edit.classes is None:
+        rest: Any = z[..., 1:] - e
+    else:
+        index = _mapped(builder, edit.classes, of, edit.start)
+        rest = builder.call(torch.scatter, z, of.class_dim, index, -math.inf) - e
     nll: Any = builder.call(F.softplus, rest.logsumexp(of.class_dim, True))
     for _, row_map in value.rows[len(of.rows) :]:
         nll = row_map(nll, 1)
@@ -457,8 +489,20 @@ def _mapped(builder: Builder, n: Node, value: Value, start: int) -> Any:
 
 
 def _check(value: Value, target: Node | None, edit: Edit) -> None:
-    if target is not edit.target or value.order is not edit.order:
+    same = target is edit.target if edit.target is not None else target is not None and _is_zero(target)
+    if not same or value.order is not edit.order:
         raise Refused("logits with a margin at one target are read at another", "use the same class indices in both")
+
+
+def _is_zero(node: Node) -> bool:
+    """Whether a tensor is full of zeros."""
+    op = nodes.read(node)
+    while op is not None and op.name == "cast":
+        node = op.args["input"]
+        op = nodes.read(node)
+    if op is None or not op.has(Fact.CONSTANT) or written(node.graph.nodes, storages(node)):
+        return False
+    return op.name == "zeros" or op.args["fill_value"] == 0
 
 
 def _loss(builder: Builder, walk: Walk, value: Value, node: Node, args: Args) -> Proxy:

@@ -98,7 +98,9 @@ def logsumexp(value: Value, node: Node, args: Args) -> Reduction:
     value.need("logits", "logsumexp of log-probabilities, which is 0", "leave it out")
     _reducible(value, node)
     over_classes(value, "logsumexp", _single(args["dim"]))
-    return Reduction(node, value, SOFTMAX, flat=lambda s: s.lse, shape=_keep(value, args["keepdim"]))
+    # What is added to the rows may leave a small difference: it has all its digits.
+    flat = (lambda s: s.lse + s.lse_low) if value.terms else (lambda s: s.lse)
+    return Reduction(node, value, SOFTMAX, flat=flat, shape=_keep(value, args["keepdim"]))
 
 
 def _single(dim: Any) -> Any:

@@ -199,15 +199,16 @@ class Comparison(Function):
 
 @dataclass(frozen=True)
 class Edit:
-    """Another entry at the target of each row (`margins`).
+    """Another entry at the target of each row (`margins`), or one of its own in front of the others.
 
     target: the tensor that the classes are a view of. classes, entry: the class of each row and its entry, nodes, 1
-    wide where the classes are. logits: the last node of logits. start: how many of `Value.rows` there were where the
-    entry was put in, which `classes` and `entry` are in front of. order: `Value.order` there.
+    wide where the classes are; no target and no classes where it stands in front. logits: the last node of logits.
+    start: how many of `Value.rows` there were where the entry was put in, which `classes` and `entry` are in front of.
+    order: `Value.order` there.
     """
 
-    target: Node
-    classes: Node
+    target: Node | None
+    classes: Node | None
     entry: Node
     logits: Node
     start: int

@@ -138,6 +138,32 @@ def test_losses_of_a_margin(name, inputs):
     )
 
 
+def in_front(z, x, w):
+    """A positive one in front of sampled negatives."""
+    return torch.cat([(x * w.roll(1, 0)[: len(x)]).sum(1, keepdim=True), z], 1)
+
+
+def zeros(t):
+    return torch.zeros(len(t), dtype=torch.long)
+
+
+# MoCo, InfoNCE, sampled softmax: the first class of each row is one of its own, and the target.
+POSITIVES = {
+    "divided by a temperature": lambda z, x, w, t: ce(in_front(z, x, w) / 0.07, zeros(t)),
+    "divided in place": lambda z, x, w, t: ce(in_front(z, x, w).div_(0.2), torch.zeros(len(t)).long()),
+    "log-probabilities": lambda z, x, w, t: F.nll_loss(in_front(z, x, w).log_softmax(-1), torch.zeros_like(t)),
+    "written out": lambda z, x, w, t: (
+        (y := in_front(z, x, w)).logsumexp(-1) - y.gather(-1, zeros(t)[:, None])[:, 0]
+    ).mean(),
+    "of every row": lambda z, x, w, t: ce(in_front(3 * z, x, w), zeros(t), reduction="none").square().mean(),
+}
+
+
+@pytest.mark.parametrize("name", POSITIVES)
+def test_a_positive_in_front_of_negatives(name, inputs):
+    assert_same_as_eager(lambda x, w, t: POSITIVES[name](F.linear(x, w), x, w, t), inputs, fused=1)
+
+
 def test_one_pass_over_the_vocabulary(inputs):
     """The entry is picked out of the cosines, the sum is of their multiples: one operator gives both."""
 
@@ -261,6 +287,18 @@ UNFUSED = {
     "masked by a weighted mask": (
         lambda z, t: ce(z.masked_fill(one_hot(t) * (t[..., None] % 2 + 0.5) > 1, 0.3), t),
         "not one for all rows",
+    ),
+    "a positive that is not the target": (
+        lambda z, t: ce(torch.cat([z.sum(-1, keepdim=True), z], -1), torch.ones_like(t)),
+        "read at another",
+    ),
+    "a positive behind the negatives": (
+        lambda z, t: ce(torch.cat([z, z.sum(-1, keepdim=True)], -1), torch.full_like(t, V)),
+        "put together with other tensors",
+    ),
+    "the largest of a positive and negatives": (
+        lambda z, t: ce(z, t) + torch.cat([z.sum(-1, keepdim=True), z], -1).amax(-1).mean(),
+        "a margin",
     ),
     "the mask edited twice": (
         lambda z, t: ce(z - scattered(scattered(torch.zeros(z.shape).flatten(0, -2), t), t.flip(0)).view(z.shape), t),
