@@ -526,7 +526,7 @@ def _(d: Draft) -> None:
 
 # What comes behind them may ask for more than the loss at these classes.
 MARGINS = {
-    "a margin by a one-hot tensor": ("z = z - 0.3 * F.one_hot(t, {v})",),
+    "a margin by a one-hot tensor": ("z = z - 0.3 * F.one_hot(t, {v}).to(z.dtype)",),
     "a margin by where": ("z = torch.where(F.one_hot(t, {v}).bool(), z - 0.3, z)",),
     "an angle at the target": ("z = torch.where(torch.arange({v}) == t[..., None], torch.sin(z), z)",),
     "a margin by scatter": ("z = z.scatter(-1, t[..., None], z.gather(-1, t[..., None]) - 0.3)",),
@@ -587,8 +587,8 @@ BARRIERS = {
     "masked at random places": "z.masked_fill(z.detach() < -1.0, -1e4)",
     "mask of a row": "z.masked_fill((torch.arange(z.numel()) % 3 == 0).view(z.shape), -1e4)",
     "top columns only": "z.masked_fill(z < z.topk(2, dim={c}).values.amin({c}, keepdim=True), -1e4)",
-    "noise": "z + torch.rand_like(z)",
-    "centred over rows": "z - z.mean(0, keepdim=True) * 0.5",
+    "noise": "z + torch.rand(z.shape, dtype=z.dtype)",
+    "centred over rows": "z - z.mean({row}, keepdim=True) * 0.5",
     "cumulative": "z.cumsum({c})",
     "sorted": "z.sort(dim={c}).values",
     "rolled classes": "z.roll(1, {c}) + z",
@@ -601,7 +601,7 @@ def _barrier(name: str, expression: str) -> None:
     @production("between", name, verdict="barrier", weight=0.12)
     def write(d: Draft) -> None:
         d.need(d.t.numel() > 1)  # what masks the entries of a single row masks columns
-        d.write("z = " + expression.format(c=d.c))
+        d.write("z = " + expression.format(c=d.c, row=int(d.c == 0)))
 
 
 for _name, _expression in BARRIERS.items():
