@@ -8,6 +8,7 @@ The nodes that compute the entry are put into the graph where the logits begin, 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -53,15 +54,25 @@ def begins(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
 
 
 def _edited(
-    walk: Walk, node: Node, op: Op, entry: Entry, classes: Any, record: Callable[[Builder, Proxy, Value], Any]
+    walk: Walk,
+    node: Node,
+    op: Op,
+    entry: Entry,
+    classes: Any,
+    record: Callable[[Builder, Proxy, Value], Any],
+    partial: bool = False,
 ) -> bool:
-    """Notes that `node` gives the logits of `entry` with another one at `classes`: what `record` makes of these."""
+    """Notes that `node` gives the logits of `entry` with another one at `classes`: what `record` makes of these.
+
+    partial: whether `classes` may be none in rows, which the loss then ignores.
+    """
     value = entry.values[0]
     _plain(value, classes)
     builder, before = Builder(walk.graph, node), node.prev
 
     def column() -> tuple[Node, Node]:
         index = _column(builder, classes, value)
+        index = index.clamp(0, vocab(builder, value) - 1) if partial else index
         found = record(builder, index, value)
         if not isinstance(found, torch.fx.Proxy):
             found = builder.call(torch.full_like, index, float(found), dtype=value.fake.dtype)
@@ -169,7 +180,11 @@ def _put_together(walk: Walk, node: Node) -> bool:
     assert op is not None
     if op.inplace and op.args["input"] is not elsewhere:
         return False
-    return _edited(walk, node, op, entry, target, lambda b, index, value: expression.there(b, node, index, value))
+
+    def record(builder: Builder, index: Proxy, value: Value) -> Any:
+        return expression.there(builder, node, index, value)
+
+    return _edited(walk, node, op, entry, target, record, expression.partial)
 
 
 class _Expression:
@@ -178,6 +193,7 @@ class _Expression:
     def __init__(self, walk: Walk, root: Node):
         self.walk, self.root = walk, root
         self.target: Node | None = None
+        self.partial = False
 
     def _leaf(self, n: Any) -> Value | None:
         """The plain logits that a node is, if it is."""
@@ -204,6 +220,7 @@ class _Expression:
             if self.target is not None and base(self.target) is not base(found.target):
                 raise Refused(*MARGIN)
             self.target = self.target or found.target
+            self.partial |= found.partial
         return found
 
     def elsewhere(self, n: Any) -> Any:
@@ -236,7 +253,8 @@ class _Expression:
             return self._given(builder, n, index, value)
         leaf = self._leaf(n)
         if leaf is not None and not (is_pointwise(n) and self._all_known(n)):
-            if written(builder.graph.nodes, storages(n)):
+            before = itertools.takewhile(lambda other: other is not self.root, builder.graph.nodes)
+            if written(before, storages(n)):
                 raise Refused(*MARGIN)
             made = _own(builder, index, leaf)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,11 +21,15 @@ from .values import Mixture, Value
 
 @dataclass(frozen=True)
 class Mark:
-    """What a tensor holds: `elsewhere` a number or a bool, at the `target` of each row what `there` gives."""
+    """What a tensor holds: `elsewhere` a number or a bool, at the `target` of each row what `there` gives.
+
+    partial: whether rows may have no target, such as those that the loss ignores: a comparison finds none.
+    """
 
     target: Node
     elsewhere: float | bool
     at_target: Mixture | bool
+    partial: bool = False
 
     def there(self, builder: Builder, value: Value) -> Any:
         """A bool, a number, or a recorded tensor with one number for each row, 1 wide where the classes are."""
@@ -68,7 +72,7 @@ def _mask(node: Any, value: Value) -> Mark | None:
     source = node.args[0]
     if name.strip("_") in ("invert", "bitwise_not", "logical_not"):
         found = _mask(source, value)
-        return found and Mark(found.target, not found.elsewhere, not found.at_target)
+        return found and replace(found, elsewhere=not found.elsewhere, at_target=not found.at_target)
     op = nodes.read(node)
     if name in ("bool", "to", "type"):
         return _truth(source, value, lambda number: number != 0)
@@ -84,7 +88,7 @@ def _mask(node: Any, value: Value) -> Mark | None:
             and is_tensor(target)
             and is_row_vector(target, value)
         ):
-            return Mark(target, op.name == "ne", op.name == "eq")
+            return Mark(target, op.name == "ne", op.name == "eq", partial=True)
     return None
 
 

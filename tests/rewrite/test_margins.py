@@ -81,6 +81,8 @@ MARGINS = {
     "a margin for each class": lambda z, t: z - torch.linspace(0.1, 0.5, V)[t][:, None] * one_hot(t),
     "a scattered tensor subtracted": lambda z, t: z - torch.zeros_like(z).scatter_(-1, t[..., None], M),
     "a margin in a buffer": lambda z, t: z - scattered(torch.zeros(B * S, V), t, M),
+    "a one-hot tensor subtracted in place": lambda z, t: z.sub_(M * one_hot(t)),
+    "masked in place": lambda z, t: z.masked_fill_(one_hot(t).bool(), M),
     "written at the target": lambda z, t: set_at(z.clone(), t, z.gather(-1, t[..., None]).squeeze(-1) - M),
     "written into the head's own": lambda z, t: set_at(z, t, z[rows(t), t] - M),
     "subtracted in place": lambda z, t: minus_at(z, t),
@@ -205,6 +207,19 @@ def test_the_error_rule_where_the_target_holds_nearly_all_mass(dtype):
 
 def every_entry(z):
     return torch.linspace(-1, 1, z.numel()).view(z.shape)
+
+
+@pytest.mark.parametrize("ignored", [-100, V + 5])
+def test_rows_that_have_no_target(ignored, inputs):
+    """A comparison with the classes finds none in the rows that the loss ignores."""
+    x, w, t = inputs
+    t = torch.where(t % 3 == 0, ignored, t)
+
+    def fn(x, w, t):
+        z = F.linear(x, w)
+        return ce(4 * torch.where(torch.arange(V) == t[:, None], angle(z), z), t, ignore_index=ignored)
+
+    assert_same_as_eager(fn, (x, w, t), fused=1)
 
 
 # What is no margin, or one that is used otherwise: with a part of the reason.
