@@ -23,6 +23,7 @@ from ..graph.regions import descendants
 from ..graph.spellings import Fact
 from . import decompose, margins, ranking, rsqrt_softcap, rules
 from .affine import Listed
+from .at_target import is_pointwise
 from .heads import subclassed
 from .one_hot import marks_target, mixture, one_hot_target
 from .reasons import MARGIN, dense
@@ -136,7 +137,7 @@ class Interpreter(Walk):
                 # What reads the logits of a head that is split over ranks is not at fault.
                 first = first or subclassed(traces[0].head) or Refusal(node, refused.reason, refused.cure)
             assert first is not None
-            if self.has_marks and margins.is_pointwise(node) and not memory.mutated(node):
+            if self.has_marks and is_pointwise(node) and not memory.mutated(node):
                 self.open[node] = first, traces
                 for trace in traces:
                     trace.values[node] = []

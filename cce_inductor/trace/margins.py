@@ -8,7 +8,6 @@ The nodes that compute the entry are put into the graph where the logits begin, 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,14 +26,14 @@ from ..graph.refusal import Refused
 from ..graph.spellings import Fact
 from ..ops.losses import cross_entropy
 from . import rules
+from .at_target import OUT_OF_PLACE, Expression, is_pointwise, own_entry
 from .decompose import in_dtype_of, widened
 from .indexing import positions
-from .marks import Mark, mark
 from .operands import vocab
 from .reasons import MARGIN
 from .reduction import Loss, Reduction
 from .reductions import is_arange
-from .shapes import is_row_vector, is_vocabulary_vector, same_rows, same_shape
+from .shapes import is_row_vector, same_rows, same_shape
 from .targets import base
 from .values import Args, Edit, Value
 from .walk import Entry, Walk
@@ -104,11 +103,6 @@ def _column(builder: Builder, classes: Node, value: Value) -> Proxy:
     return p if fake(classes).dim() == value.fake.dim() else p.unsqueeze(value.class_dim)
 
 
-def _own(builder: Builder, index: Proxy, value: Value) -> Any:
-    """The entry that the logits have at the target."""
-    return widened(builder.proxy(value.node)).gather(value.class_dim, index)
-
-
 def _scattered(walk: Walk, node: Node, op: Op, entry: Entry) -> bool:
     """scatter and scatter_add of one number or tensor for each row."""
     value, args = entry.values[0], op.args
@@ -123,7 +117,7 @@ def _scattered(walk: Walk, node: Node, op: Op, entry: Entry) -> bool:
 
     def record(builder: Builder, index: Proxy, value: Value) -> Any:
         given = builder.proxy(number) if is_tensor(number) else number
-        return given if op.name == "scatter" else _own(builder, index, value) + given
+        return given if op.name == "scatter" else own_entry(builder, index, value) + given
 
     return _edited(walk, node, op, entry, args["index"], record)
 
@@ -160,15 +154,9 @@ _WRITES: dict[str, Callable[[Walk, Node, Op, Entry], bool]] = {
 # ---- put together from one-hot tensors
 
 
-def is_pointwise(node: Node) -> bool:
-    """Whether a node makes each entry of a new tensor from those at the same place."""
-    op = nodes.read(node)
-    return op is not None and op.has(Fact.ENTRYWISE) and is_tensor(node) and node.kwargs.get("out") is None
-
-
 def _put_together(walk: Walk, node: Node) -> bool:
     """An expression that is logits of the program but for the target."""
-    expression = _Expression(walk, node)
+    expression = Expression(walk, node)
     elsewhere = expression.elsewhere(node)
     target = expression.target
     entry = walk.values.get(elsewhere) if isinstance(elsewhere, Node) else None
@@ -185,176 +173,6 @@ def _put_together(walk: Walk, node: Node) -> bool:
         return expression.there(builder, node, index, value)
 
     return _edited(walk, node, op, entry, target, record, expression.partial)
-
-
-class _Expression:
-    """An expression of logits and of tensors that tell the target from the other classes."""
-
-    def __init__(self, walk: Walk, root: Node):
-        self.walk, self.root = walk, root
-        self.target: Node | None = None
-        self.partial = False
-
-    def _leaf(self, n: Any) -> Value | None:
-        """The plain logits that a node is, if it is."""
-        entry = self.walk.values.get(n) if isinstance(n, Node) else None
-        value = entry.values[0] if entry is not None and entry.values and not entry.stale else None
-        plain = value is not None and value.kind == "logits" and value.picked is None and value.edit is None
-        return value if plain else None
-
-    def _made_of_logits(self, n: Node) -> bool:
-        return n is self.root or n in self.walk.values or n in self.walk.open
-
-    def _mark(self, n: Any) -> Mark | None:
-        """What a tensor holds at the target and elsewhere; Refused for two targets."""
-        like = next(
-            (
-                v.values[0]
-                for v in self.walk.values.values()
-                if v.values and is_tensor(n) and same_shape(n, v.values[0])
-            ),
-            None,
-        )
-        found = mark(n, like) if like is not None else None
-        if found is not None:
-            if self.target is not None and base(self.target) is not base(found.target):
-                raise Refused(*MARGIN)
-            self.target = self.target or found.target
-            self.partial |= found.partial
-        return found
-
-    def elsewhere(self, n: Any) -> Any:
-        """What it is where the target is not: a node of logits, or a number; Refused for anything else.
-
-        0 times what is done to the logits is 0 as long as that is finite, as it has to be for the loss to be.
-        """
-        if not is_tensor(n):
-            return n
-        if not self._made_of_logits(n):
-            found = self._mark(n)
-            return n if found is None else found.elsewhere
-        if self._leaf(n) is not None:
-            return n
-        op = nodes.read(n)
-        if op is None or op.name not in _SIMPLIFIED:
-            raise Refused(*MARGIN)
-        return _SIMPLIFIED[op.name](*(self._lazily(op, name) for name in _BRANCHES.get(op.name, ("input", "other"))))
-
-    def _lazily(self, op: Op, name: str) -> Callable[[], Any]:
-        if op.args.get("alpha", 1) != 1 or op.args.get("rounding_mode") is not None:
-            raise Refused(*MARGIN)
-        return lambda: self.elsewhere(op.args[name])
-
-    def there(self, builder: Builder, n: Any, index: Proxy, value: Value) -> Any:
-        """What it is at the target: a number, a bool, or a recorded (rows..., 1)."""
-        if not is_tensor(n):
-            return n
-        if not self._made_of_logits(n):
-            return self._given(builder, n, index, value)
-        leaf = self._leaf(n)
-        if leaf is not None and not (is_pointwise(n) and self._all_known(n)):
-            before = itertools.takewhile(lambda other: other is not self.root, builder.graph.nodes)
-            if written(before, storages(n)):
-                raise Refused(*MARGIN)
-            made = _own(builder, index, leaf)
-        else:
-            made = self._again(builder, n, index, value)
-        # Under no_grad, or detached: these nodes may stand elsewhere.
-        return made.detach() if isinstance(made, torch.fx.Proxy) and not fake(n).requires_grad else made
-
-    def _again(self, builder: Builder, n: Node, index: Proxy, value: Value) -> Any:
-        """What a node makes of the entries of its arguments."""
-        op = nodes.read(n)
-        if op is None or not is_pointwise(n):
-            raise Refused(*MARGIN)
-
-        def entry(argument: Any) -> Any:
-            return self.there(builder, argument, index, value)
-
-        if op.name in _BRANCHES:
-            condition, yes, no = (op.args[name] for name in _BRANCHES[op.name])
-            holds = entry(condition)
-            if isinstance(holds, bool):
-                return entry(yes if holds else no)
-        args, kwargs = [entry(a) for a in n.args], {k: entry(a) for k, a in n.kwargs.items()}
-        if not isinstance(args[0], torch.fx.Proxy) and not isinstance(args[-1], torch.fx.Proxy):
-            args[0] = builder.call(torch.full_like, index, float(args[0]), dtype=value.fake.dtype)
-        if op.name == "cast":
-            return args[0].to(fake(n).dtype)
-        if op.inplace:
-            return _OUT_OF_PLACE[op.name](args[0], args[1])
-        if n.op == "call_method":
-            return getattr(args[0], str(n.target))(*args[1:], **kwargs)
-        assert callable(n.target)
-        return builder.call(n.target, *args, **kwargs)
-
-    def _all_known(self, n: Node) -> bool:
-        """Whether the entry can be followed further back: to what the fewest entries are picked out of."""
-        sources = [a for a in n.all_input_nodes if self._made_of_logits(a)]
-        return all(self._leaf(a) is not None or a in self.walk.open for a in sources)
-
-    def _given(self, builder: Builder, n: Node, index: Proxy, value: Value) -> Any:
-        """The entry of a tensor that is not made of logits."""
-        found = self._mark(n)
-        if found is not None:
-            return found.there(builder, value)
-        if fake(n).numel() == 1 or is_row_vector(n, value):
-            return builder.proxy(n)
-        if is_vocabulary_vector(fake(n), value.fake, value.class_dim):
-            return builder.proxy(n).reshape(-1)[index]
-        raise Refused(*MARGIN)
-
-
-# The condition of a choice between two, what holds where it is true, and where it is not.
-_BRANCHES = {"where": ("condition", "input", "other"), "masked_fill": ("mask", "value", "input")}
-_OUT_OF_PLACE: dict[str, Callable[[Any, Any], Any]] = {
-    "mul": lambda a, b: a * b,
-    "div": lambda a, b: a / b,
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
-}
-
-
-def _product(a: Callable[[], Any], b: Callable[[], Any]) -> Any:
-    for x, other in ((a, b), (b, a)):
-        try:
-            known = x()
-        except Refused:
-            continue
-        if is_number(known) and known == 0:
-            return 0.0
-        if is_number(known):
-            rest = other()
-            return rest if known == 1 else known * rest if is_number(rest) else _unknown()
-    return _unknown()
-
-
-def _sum(a: Callable[[], Any], b: Callable[[], Any], sign: float = 1.0) -> Any:
-    x, y = a(), b()
-    if is_number(x) and is_number(y):
-        return x + sign * y
-    if is_number(y) and y == 0:
-        return x
-    return y if is_number(x) and x == 0 and sign == 1.0 else _unknown()
-
-
-def _branch(condition: Callable[[], Any], a: Callable[[], Any], b: Callable[[], Any]) -> Any:
-    holds = condition()
-    return (a if holds else b)() if isinstance(holds, bool) else _unknown()
-
-
-def _unknown() -> Any:
-    raise Refused(*MARGIN)
-
-
-# Ops whose result elsewhere may be one of their arguments.
-_SIMPLIFIED: dict[str, Callable[..., Any]] = {
-    "mul": _product,
-    "add": _sum,
-    "sub": lambda a, b: _sum(a, b, -1.0),
-    "where": _branch,
-    "masked_fill": _branch,
-}
 
 
 # ---- what is done to them
@@ -437,9 +255,9 @@ def _done_to_the_entry(walk: Walk, node: Node, op: Op, value: Value, edit: Edit)
         a, b = (
             e if x is value.node else _beside(builder, x, value, edit) for x in (op.args["input"], op.args["other"])
         )
-        return _OUT_OF_PLACE[op.name](a, b)
+        return OUT_OF_PLACE[op.name](a, b)
 
-    if op.name not in ("cast", "copy", "detach", "neg", *_OUT_OF_PLACE) or op.args.get("alpha", 1) != 1:
+    if op.name not in ("cast", "copy", "detach", "neg", *OUT_OF_PLACE) or op.args.get("alpha", 1) != 1:
         raise Refused(*MARGIN)
     made = builder.run(record)
     walk.visit_added(before, node)

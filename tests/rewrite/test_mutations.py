@@ -25,6 +25,7 @@ from test_unnamed import LOSSES, NOTHING
 from cce_inductor import config
 from cce_inductor.rewrite.run import rewrite
 from cce_inductor.trace import (
+    at_target,
     decompose,
     heads,
     indexing,
@@ -46,7 +47,7 @@ pytestmark = pytest.mark.xdist_group("mutations")  # one worker captures the pro
 
 B, S, D, V = 2, 6, 8, 40
 MODULES = (
-    *(heads, layout, indexing, pointwise, masks, margins, softmax, rsqrt_softcap, reductions, ranking),
+    *(heads, layout, indexing, pointwise, masks, margins, at_target, softmax, rsqrt_softcap, reductions, ranking),
     *(several, merge_heads, decompose, interpreter, unnamed),
 )
 
@@ -204,7 +205,9 @@ HEADS = {
 }
 ROWS = {
     "view_as of another": lambda z, t: ce(z, t) + torch.empty(B * S, V).view_as(z).sum(),
-    "unflatten of the classes": lambda z, t: ce(z.unflatten(2, (2, V // 2)), t[..., None].expand(B, S, 2) % 20),
+    "unflatten of the classes": lambda z, t: ce(
+        z.unflatten(2, (2, 2, V // 4)), t[..., None, None].expand(B, S, 2, 2) % 10
+    ),
     "squeeze of the classes": lambda z, t: ce(z[..., :1].squeeze(-1), t[:, 0] % S),
     "a list of rows": lambda z, t: (z.__setitem__(([0, 1],), -1.0), ce(z, t))[1],
     "classes by int32": lambda z, t: ce(z.index_select(2, torch.arange(20, dtype=torch.int32)), t % 20),
