@@ -101,7 +101,7 @@ class Expression:
     def there(self, builder: Builder, n: Any, index: Proxy, value: Value) -> Any:
         """What it is at the target: a number, a bool, or a recorded (rows..., 1)."""
         if not is_tensor(n):
-            return n
+            return builder.proxy(n) if isinstance(n, Node) else n  # a number that is an input of the graph
         if not self._made_of_logits(n):
             return self._given(builder, n, index, value)
         leaf = self._leaf(n)

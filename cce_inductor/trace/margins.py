@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from ..graph import nodes
 from ..graph.builder import Builder, Proxy
-from ..graph.fakes import example, fake, is_number, is_tensor
+from ..graph.fakes import fake, is_number, is_tensor
 from ..graph.memory import storages, written, written_after
 from ..graph.nodes import Op
 from ..graph.refusal import Refused
@@ -73,9 +73,9 @@ def _edited(
         index = _column(builder, classes, value)
         index = index.clamp(0, vocab(builder, value) - 1) if partial else index
         found = record(builder, index, value)
-        if not isinstance(found, torch.fx.Proxy):
-            found = builder.call(torch.full_like, index, float(found), dtype=value.fake.dtype)
-        elif example(found.node).dim() != value.fake.dim():
+        if not isinstance(found, torch.fx.Proxy) or not is_tensor(found.node):
+            found = builder.call(torch.full_like, index, found, dtype=value.fake.dtype)
+        elif fake(found.node).dim() != value.fake.dim():
             found = found.expand_as(index)  # one number for all rows
         return index.node, found.node
 

@@ -26,7 +26,11 @@ PROGRAMS = {
     "flat": (lambda h, w, t: mean_of(F.linear(h.flatten(0, 1), w), t.flatten() != -100, t.flatten()), 1, 0),
     "in three dimensions": (lambda h, w, t: mean_of(F.linear(h, w), t != -100, t), 1, 0),
     "shifted": (lambda h, w, t: mean_of(F.linear(h, w)[:, :-1], t[:, 1:] != -100, t[:, 1:]), 1, 0),
-    "of the hidden states": (lambda h, w, t: F.cross_entropy(F.linear(h[t != -100], w), t[t != -100]), 1, 0),
+    "of the hidden states": (
+        lambda h, w, t: (lambda m: F.cross_entropy(F.linear(h[m], w), t[m]))(t != -100),
+        1,
+        0,
+    ),
     "by their places": (
         lambda h, w, t: mean_of(F.linear(h, w).flatten(0, 1), (t.flatten() != -100).nonzero()[:, 0], t.flatten()),
         1,
@@ -34,7 +38,7 @@ PROGRAMS = {
     ),
     "with the logits": (lambda h, w, t: (lambda z: (mean_of(z, t != -100, t), z))(F.linear(h, w)), 1, 1),
     "with their logits": (
-        lambda h, w, t: (lambda z: (F.cross_entropy(z, t[t != -100]), z))(F.linear(h, w)[t != -100]),
+        lambda h, w, t: (lambda z, m: (F.cross_entropy(z[m], t[m]), z[m]))(F.linear(h, w), t != -100),
         1,
         1,
     ),
