@@ -229,7 +229,17 @@ class DeferredLogits(torch.Tensor):
 
     @property
     def _base(self) -> Tensor | None:  # type: ignore[override]
-        return None if compat.is_tracing() else super()._base
+        if compat.is_tracing():
+            return None
+        base = super()._base
+        return self if base is None and self._value.memory.piece else base
+
+    def _view_func(self, new_base: Tensor) -> Tensor:
+        # AOTAutograd makes a result again that shares memory with an input, as a view of that. It has it from a graph
+        # that computed it elsewhere, and would add its offset to the input's (from torch 2.14); both are absolute.
+        if super()._base is not None:
+            return super()._view_func(new_base)  # type: ignore[misc]
+        return new_base.as_strided(self.size(), self.stride(), self.storage_offset())
 
     @property
     def _values(self) -> Tensor:  # type: ignore[override]
