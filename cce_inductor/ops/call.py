@@ -5,7 +5,7 @@ lists, and a string of names beside each list says what they are. `Call` is that
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -25,12 +25,20 @@ OPERANDS = (
     "column_weight",
     "seed",
     "diagnostics",
+    "other_input",
+    "other_weight",
+    "other_bias",
+    "other_row_scale",
+    "other_column_scale",
 )
 MIB = 1 << 20
 # The operand "seed" is a number below this.
 SEEDS = 1 << 32
 # The gradient of "diagnostics" are numbers about the backward (diagnostics.py).
-DIFFERENTIABLE_OPERANDS = ("input", "weight", "bias", "row_scale", "column_scale", "diagnostics")
+OF_HEAD = ("input", "weight", "bias", "row_scale", "column_scale")
+# Those of a second head over the same classes, whose width may be another one.
+OTHER = "other_"
+DIFFERENTIABLE_OPERANDS = (*OF_HEAD, "diagnostics", *(OTHER + name for name in OF_HEAD))
 # Factors of the product: logits = softcap(scale * row_scale_i * (column_scale_v * (input_i . weight_v) + bias_v)).
 SCALES = ("row_scale", "column_scale")
 
@@ -44,7 +52,7 @@ class Attributes:
     compute_dtype: dtype the operands are rounded to before they are multiplied (accumulation is fp32, or fp64 for
     fp64); None means what `F.linear` would do: the autocast dtype if autocast is on, the operands' own otherwise.
     grad_filter: which columns the backward computes (filters.py). workspace: bytes of scratch. version: see
-    `cce_inductor.version`.
+    `cce_inductor.version`. other_...: the same of the second head.
     """
 
     scale: float = 1.0
@@ -54,10 +62,25 @@ class Attributes:
     grad_filter: str = "exact"
     workspace: int = 64 << 20
     version: str = ""
+    other_scale: float = 1.0
+    other_softcap: float = 0.0
+    other_softcap_form: str = "tanh"
+    other_compute_dtype: torch.dtype | None = None
 
     def args(self) -> tuple:
-        softcap = self.softcap, self.softcap_form
-        return self.scale, *softcap, self.compute_dtype, self.grad_filter, self.workspace, self.version
+        """In the order of the schema."""
+        return tuple(getattr(self, f.name) for f in fields(self))
+
+    @property
+    def of_other(self) -> "Attributes":
+        """Those of the second head, as a head's own."""
+        return replace(
+            self,
+            scale=self.other_scale,
+            softcap=self.other_softcap,
+            softcap_form=self.other_softcap_form,
+            compute_dtype=self.other_compute_dtype,
+        )
 
 
 @dataclass(frozen=True)
@@ -80,6 +103,14 @@ class Call:
     @property
     def weight(self) -> Tensor:
         return self.operands["weight"]
+
+    @property
+    def other(self) -> "Call | None":
+        """The second head, as the one of a call by itself, or None."""
+        if OTHER + "input" not in self.operands:
+            return None
+        theirs = {n.removeprefix(OTHER): t for n, t in self.operands.items() if n.startswith(OTHER)}
+        return replace(self, operands=theirs, attributes=self.attributes.of_other)
 
     @property
     def rows(self) -> list[Statistic]:
@@ -169,36 +200,24 @@ def check(call: Call, training: bool = False) -> None:
     training: for a forward that leaves what the backward reads, or the backward that reads it.
     """
     ops = call.operands
-    form = call.attributes.softcap_form
-    _check(form in FORMS, f"softcap_form must be one of {FORMS}, got {form!r}")
     unknown = set(ops) - set(OPERANDS)
     _check(not unknown, f"unknown operands {sorted(unknown)}; expected some of {OPERANDS}")
     _check("input" in ops and "weight" in ops, "the operands input and weight are needed")
-    x, w = call.input, call.weight
-    _check(x.dim() == 2 and w.dim() == 2, f"input must be (N, D) and weight (V, D), got {_shape(x)} and {_shape(w)}")
-    _check(
-        x.shape[1] == w.shape[1],
-        f"input {_shape(x)} and weight {_shape(w)} differ in their last dimension; weight is (V, D), as in F.linear",
-    )
     for name in ("input", "weight", "bias", "column_weight", *SCALES):
         if name in ops:
             t = ops[name]
             _check(t.is_floating_point(), f"{name} must be floating point, got {t.dtype}")
-            _check(t.device == x.device, f"{name} is on {t.device}, input on {x.device}")
-    for name in ("bias", "column_weight", "column_scale"):
-        if name in ops:
-            _check(ops[name].shape == w.shape[:1], f"{name} must be ({w.shape[0]},), got {_shape(ops[name])}")
+            _check(t.device == call.input.device, f"{name} is on {t.device}, input on {call.input.device}")
+    _check_head(call, "")
+    _check_other(call)
     _check(
         not {*SCALES} & {*ops} or not call.filtered,
         f"logits with a factor for each row or class need the filter 'exact', got {call.attributes.grad_filter!r}",
     )
-    if call.attributes.compute_dtype is None:
-        for name in ("weight", "bias"):
-            dtype = ops[name].dtype if name in ops else x.dtype
-            _check(x.dtype == dtype, f"input is {x.dtype} but {name} is {dtype}: cast one of them, or use autocast")
     _check_rows(call)
     if training and sampled(call.statistics, call.attributes):
         _check("seed" in ops, f"the filter {str(call.filter)!r} needs the operand seed, an int64 tensor of shape (1,)")
+    x = call.input
     if "diagnostics" in ops:
         slot = ops["diagnostics"]
         _check(
@@ -221,12 +240,64 @@ def check(call: Call, training: bool = False) -> None:
         _check(not missing, f"statistic {row.name} needs {', '.join(missing)}")
 
 
+def _check_head(call: Call, prefix: str) -> None:
+    """The operands of one head, which the messages call by their names with the prefix."""
+    ops, attributes = call.operands, call.attributes
+    form = attributes.softcap_form
+    _check(form in FORMS, f"{prefix}softcap_form must be one of {FORMS}, got {form!r}")
+    x, w = call.input, call.weight
+    _check(
+        x.dim() == 2 and w.dim() == 2,
+        f"{prefix}input must be (N, D) and {prefix}weight (V, D), got {_shape(x)} and {_shape(w)}",
+    )
+    _check(
+        x.shape[1] == w.shape[1],
+        f"{prefix}input {_shape(x)} and {prefix}weight {_shape(w)} differ in their last dimension; weight is (V, D), "
+        "as in F.linear",
+    )
+    for name in ("bias", "column_weight", "column_scale"):
+        if name in ops:
+            _check(ops[name].shape == w.shape[:1], f"{prefix}{name} must be ({w.shape[0]},), got {_shape(ops[name])}")
+    if attributes.compute_dtype is None:
+        for name in ("weight", "bias"):
+            dtype = ops[name].dtype if name in ops else x.dtype
+            _check(
+                x.dtype == dtype,
+                f"{prefix}input is {x.dtype} but {prefix}{name} is {dtype}: cast one of them, or use autocast",
+            )
+    if "row_scale" in ops:
+        scale = ops["row_scale"]
+        _check(
+            scale.shape == x.shape[:1], f"{prefix}row_scale must be {_shape(x)[:1]}, one per row, got {_shape(scale)}"
+        )
+
+
+def _check_other(call: Call) -> None:
+    """The second head, where there is one."""
+    names = [name for name in call.operands if name.startswith(OTHER)]
+    if not names:
+        return
+    for name in names:
+        t = call.operands[name]
+        _check(t.is_floating_point(), f"{name} must be floating point, got {t.dtype}")
+        _check(t.device == call.input.device, f"{name} is on {t.device}, input on {call.input.device}")
+    missing = {OTHER + "input", OTHER + "weight"} - {*names}
+    _check(not missing, f"a second head needs {' and '.join(sorted(missing))} too")
+    other = call.other
+    assert other is not None
+    _check_head(other, OTHER)
+    sizes = other.input.shape[0], other.weight.shape[0]
+    own = call.input.shape[0], call.weight.shape[0]
+    _check(sizes == own, f"the second head must have the rows and classes of the first, {own}, got {sizes}")
+    _check(
+        other.accumulate_dtype == call.accumulate_dtype,
+        f"both heads must be float64 or none, got {call.compute_dtype} and {other.compute_dtype}",
+    )
+
+
 def _check_rows(call: Call) -> None:
     """What has one entry for each row."""
     ops, x = call.operands, call.input
-    if "row_scale" in ops:
-        scale = ops["row_scale"]
-        _check(scale.shape == x.shape[:1], f"row_scale must be {_shape(x)[:1]}, one per row, got {_shape(scale)}")
     if "target" in ops:
         t = ops["target"]
         _check(t.dtype == torch.int64, f"target must hold class indices of dtype torch.int64, got {t.dtype}")

@@ -17,12 +17,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import filtered, reference, twice
 from .bound import blocks, groups
-from .call import DIFFERENTIABLE_OPERANDS, Attributes, Call, check, saved_names
+from .call import DIFFERENTIABLE_OPERANDS, OTHER, Attributes, Call, check, saved_names
 from .statistics import with_all_digits
 
 ATTRIBUTES = (
     "float scale, float softcap, str softcap_form, ScalarType? compute_dtype, str grad_filter, int workspace, "
-    "str version"
+    "str version, float other_scale=1.0, float other_softcap=0.0, str other_softcap_form='tanh', "
+    "ScalarType? other_compute_dtype=None"
 )
 # `training` asks for what a backward reads besides the statistics; it comes behind them in the result.
 _FORWARD = (
@@ -278,14 +279,25 @@ def autocast_off(name: str, operator: Any) -> None:
         library.impl(name, run, key)
 
 
+def _autocast(operands: dict[str, Tensor], attributes: Attributes, device_type: str) -> tuple:
+    """The attributes with the autocast dtype for a compute dtype that is not given: of each head, as F.linear would."""
+    ambient = torch.get_autocast_dtype(device_type)
+
+    def dtype(given: torch.dtype | None, prefix: str) -> torch.dtype | None:
+        exact = any(t.dtype == torch.float64 for n, t in operands.items() if n in (f"{prefix}input", f"{prefix}weight"))
+        return ambient if given is None and not exact else given
+
+    own, other = dtype(attributes.compute_dtype, ""), dtype(attributes.other_compute_dtype, OTHER)
+    attributes = replace(attributes, compute_dtype=own, other_compute_dtype=other)
+    return attributes.args()
+
+
 def _autocast_forward(device_type: str, key: str) -> None:
     """An unspecified compute dtype becomes the ambient autocast dtype; the operands themselves are never copied."""
     exclude = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def forward(operands, names, row_mask, statistics, training, *attributes) -> list[Tensor]:
-        attrs = Attributes(*attributes)
-        if attrs.compute_dtype is None and all(t.dtype != torch.float64 for t in operands[:2]):
-            attributes = replace(attrs, compute_dtype=torch.get_autocast_dtype(device_type)).args()
+        attributes = _autocast(dict(zip(names.split(), operands, strict=True)), Attributes(*attributes), device_type)
         with torch._C._ExcludeDispatchKeyGuard(exclude):
             return FORWARD(operands, names, row_mask, statistics, training, *attributes)
 
@@ -299,20 +311,27 @@ autocast_off("linear_statistics_backward", BACKWARD)
 
 @register_flop_formula(torch.ops.cce_inductor.linear_statistics)
 def _forward_flops(operands, names, *args, out_val=None, **kwargs) -> int:
-    """2 N V D: one GEMM over the logits. `operands` are shapes."""
+    """2 N V D: one GEMM over the logits of each head. `operands` are shapes."""
     shapes = dict(zip(names.split(), operands, strict=True))
-    return _gemm_flops(shapes)
+    return _gemm_flops(shapes) + _gemm_flops(shapes, OTHER)
 
 
 @register_flop_formula(torch.ops.cce_inductor.linear_statistics_backward)
 def backward_flops(
     tangents, tangent_names, saved, operands, names, row_mask, statistics, needs, *args, **kwargs
 ) -> int:
-    """2 N V D for recomputing the logits and as much again for each of dx and dW that is wanted."""
+    """2 N V D for recomputing the logits of each head and as much again for each of dx and dW that is wanted."""
     shapes = dict(zip(names.split(), operands, strict=True))
-    return _gemm_flops(shapes) * (1 + sum(name in ("input", "weight") for name in needs.split()))
+    wanted = needs.split()
+    return sum(
+        _gemm_flops(shapes, prefix) * (1 + (f"{prefix}input" in wanted) + (f"{prefix}weight" in wanted))
+        for prefix in ("", OTHER)
+    )
 
 
-def _gemm_flops(shapes: dict[str, Any]) -> int:
-    (n, d), v = shapes["input"], shapes["weight"][0]
+def _gemm_flops(shapes: dict[str, Any], prefix: str = "") -> int:
+    """2 N V D of a head, 0 if there is none."""
+    if f"{prefix}input" not in shapes:
+        return 0
+    (n, d), v = shapes[f"{prefix}input"], shapes[f"{prefix}weight"][0]
     return 2 * n * v * d

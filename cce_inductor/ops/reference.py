@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import diagnostics
-from .call import SCALES, Call
+from .call import OF_HEAD, OTHER, SCALES, Call
+from .pairs import Side, gradient_of_values, gradient_of_weights
 from .softcap import capped, capped_and_inner, times_slope
 from .statistics import TABLE, Statistic, Tile, finish_all, update_all
 
@@ -32,6 +33,7 @@ def tile_shape(call: Call, temporaries: int, slab_tensors: int) -> tuple[int, in
     casts of the operands.
     """
     (n, d), v = call.input.shape, call.weight.shape[0]
+    d += call.other.input.shape[1] if call.other is not None else 0
     budget = call.workspace // call.accumulate_dtype.itemsize
     copies = (call.weight.dtype != call.compute_dtype) + (call.compute_dtype != call.accumulate_dtype)
     rows = max(1, min(n, BLOCK_ROWS, budget // (4 * d + 1)))
@@ -146,12 +148,16 @@ def forward(call: Call) -> list[Tensor]:
     if all(row.kind == "sparse" for row in rows):
         _target_logits(operands, out)
         return out
-    block_rows, columns = tile_shape(call, temporaries=4 if "lse_rest" in call.statistics else 3, slab_tensors=0)
+    other = None if call.other is None else Operands(call.other)
+    temporaries = 8 if other is not None else 4 if "lse_rest" in call.statistics else 3
+    block_rows, columns = tile_shape(call, temporaries, slab_tensors=0)
     for block in cut(operands.n, block_rows):
         states: dict = {}
-        x = operands.input(block)
+        x, y = operands.input(block), None if other is None else other.input(block)
         for slab in cut(call.weight.shape[0], columns):
             tile = capped_tile(operands, x, operands.weight(slab), block, slab)
+            if other is not None and y is not None:
+                tile.other = capped_tile(other, y, other.weight(slab), block, slab).z
             update_all(rows, states, tile)
         where = block if operands.index is None else operands.index[block]
         for result, value in zip(out, finish_all(rows, states), strict=True):
@@ -216,56 +222,97 @@ def backward(call: Call, tangents: dict[str, Tensor], saved: dict[str, Tensor], 
     if all(row.kind == "sparse" for row in rows):
         (tangent,) = tangents.values()
         return _backward_of_targets(operands, tangent, needs)
-    grads = Gradients(call, frozenset(needs))
-    temporaries = 5 if any(row.kind == "signed" for row in rows) else 3
-    temporaries += 2 * any(name in needs for name in SCALES)
-    slab_accumulator = "weight" in needs and call.weight.dtype != call.accumulate_dtype
+    pairs = any(row.pair for row in rows)
+    heads = [Head(operands, Gradients(call, frozenset(needs)))]
+    of_other = frozenset(name.removeprefix(OTHER) for name in needs if name.startswith(OTHER))
+    if pairs:
+        assert call.other is not None
+        heads.append(Head(Operands(call.other), Gradients(call.other, of_other)))
+    temporaries = 10 if pairs else 5 if any(row.kind == "signed" for row in rows) else 3
+    temporaries += 2 * any(name.removeprefix(OTHER) in SCALES for name in needs)
+    slab_accumulator = any(call.operands[n].dtype != call.accumulate_dtype for n in needs if n.endswith("weight"))
     block_rows, columns = tile_shape(call, temporaries, int(slab_accumulator))
     for slab in cut(call.weight.shape[0], columns):
-        _backward_slab(operands, grads, rows, tangents, saved, slab, block_rows)
-    grads.numbers = diagnostics.of_exact(operands.n, call.input.device)
-    return [grads.result(name) for name in needs]
+        _backward_slab(heads, rows, tangents, saved, slab, block_rows)
+    heads[0].grads.numbers = diagnostics.of_exact(operands.n, call.input.device)
+    results = {name: heads[0].grads.result(name) for name in needs if not name.startswith(OTHER)}
+    if pairs:
+        results |= {OTHER + name: heads[1].grads.result(name) for name in of_other}
+    # Without a tangent that reaches the other head.
+    return [results[n] if n in results else torch.zeros_like(call.operands[n]) for n in needs]
 
 
-def _backward_slab(
-    operands: Operands,
-    grads: Gradients,
-    rows: list[Statistic],
-    tangents: dict[str, Tensor],
-    saved: dict[str, Tensor],
-    slab: slice,
-    block_rows: int,
-) -> None:
-    """Finishes dW and the gradients of the (V,) operands of one slab of columns, and adds its share to the others."""
-    acc = operands.call.accumulate_dtype
-    w = operands.weight(slab)
-    in_place = grads.dw is not None and grads.dw.dtype == acc
-    dw = None if grads.dw is None else grads.dw[slab] if in_place else torch.empty_like(w)
-    columns = {name: w.new_zeros(w.shape[0]) for name in grads.columns}
-    factor = operands.column("column_scale", slab)
-    for block in cut(operands.n, block_rows):
-        x = operands.input(block)
-        tile = dlogits(operands, x, w, rows, tangents, saved, block, slab)
+@dataclass
+class Head:
+    """One head of a backward: its operands, and the gradients that are added up."""
+
+    operands: Operands
+    grads: Gradients
+
+
+class Slab:
+    """What the columns of one slab, (V,) `columns`, add to the gradients of a head."""
+
+    def __init__(self, head: Head, columns: slice) -> None:
+        self.operands, self.grads, self.columns = head.operands, head.grads, columns
+        acc, dw = self.operands.call.accumulate_dtype, self.grads.dw
+        self.w = self.operands.weight(columns)
+        self.in_place = dw is not None and dw.dtype == acc
+        self.dw = None if dw is None else dw[columns] if self.in_place else torch.empty_like(self.w)
+        self.sums = {name: self.w.new_zeros(self.w.shape[0]) for name in self.grads.columns}
+        self.factor = self.operands.column("column_scale", columns)
+
+    def add(self, x: Tensor, block: slice, tile: Tensor) -> None:
+        """Adds a block of rows. tile: what `dlogits` gave, (rows, columns), which is written over."""
+        operands, grads = self.operands, self.grads
         row_scale = operands.row_scale(block)
         if grads.row_scale is not None:
             where = block if operands.index is None else operands.index[block]
-            grads.row_scale[where] += (operands.product(x, w, slab) * tile).sum(1)
+            grads.row_scale[where] += (operands.product(x, self.w, self.columns) * tile).sum(1)
         if row_scale is not None:
             tile *= row_scale
-        if "bias" in columns:
-            columns["bias"] += tile.sum(0)
-        if "column_scale" in columns:
-            columns["column_scale"] += (F.linear(x, w) * tile).sum(0)
-        if factor is not None:
-            tile *= factor
-        if dw is not None:
-            dw.addmm_(tile.t(), x, beta=0 if block.start == 0 else 1)
-        grads.add_to_dx(operands, block, tile, w)
-        del tile  # before the next one is allocated
-    if grads.dw is not None and dw is not None and not in_place:
-        grads.dw[slab] = dw
-    for name, part in columns.items():
-        grads.columns[name][slab] = part
+        if "bias" in self.sums:
+            self.sums["bias"] += tile.sum(0)
+        if "column_scale" in self.sums:
+            self.sums["column_scale"] += (F.linear(x, self.w) * tile).sum(0)
+        if self.factor is not None:
+            tile *= self.factor
+        if self.dw is not None:
+            self.dw.addmm_(tile.t(), x, beta=0 if block.start == 0 else 1)
+        grads.add_to_dx(operands, block, tile, self.w)
+
+    def finish(self) -> None:
+        """Rounds what is complete with this slab: its rows of dW, and its part of the gradients of (V,) operands."""
+        if self.grads.dw is not None and self.dw is not None and not self.in_place:
+            self.grads.dw[self.columns] = self.dw
+        for name, part in self.sums.items():
+            self.grads.columns[name][self.columns] = part
+
+
+def _backward_slab(
+    heads: list[Head],
+    rows: list[Statistic],
+    tangents: dict[str, Tensor],
+    saved: dict[str, Tensor],
+    columns: slice,
+    block_rows: int,
+) -> None:
+    """Finishes dW and the gradients of the (V,) operands of one slab of columns, and adds its share to the others."""
+    slabs = [Slab(head, columns) for head in heads]
+    for block in cut(heads[0].operands.n, block_rows):
+        inputs = [head.operands.input(block) for head in heads]
+        if len(heads) == 1:
+            tile = dlogits(heads[0].operands, inputs[0], slabs[0].w, rows, tangents, saved, block, columns)
+            slabs[0].add(inputs[0], block, tile)
+            del tile  # before the next one is allocated
+            continue
+        tiles = dlogits_of_both(heads, inputs, slabs, rows, tangents, saved, block)
+        for slab, x in zip(slabs, inputs, strict=True):
+            tile_of_head = tiles.pop(0)
+            if tile_of_head is not None:
+                slab.add(x, block, tile_of_head)
+    for slab in slabs:
+        slab.finish()
 
 
 def dlogits(
@@ -280,10 +327,7 @@ def dlogits(
 ) -> Tensor:
     """d loss / d (column_scale x Wᵀ + b) of one tile, in accumulation dtype; the row's factor is still to come."""
     attributes = operands.call.attributes
-    tile = operands.tile(x, w, block, slab)
-    inner = None
-    if attributes.softcap:
-        tile.z, inner = capped_and_inner(tile.z, attributes.softcap, attributes.softcap_form)
+    tile, inner = _tile_and_inner(operands, x, w, block, slab)
     known = {name: operands.rows(value, block) for name, value in saved.items()}
     if any(row.uses_softmax for row in rows):
         rest = "lse" not in known
@@ -304,6 +348,64 @@ def dlogits(
     assert dz is not None
     # d z / d acc = scale * (d z / d u); the scale is in the tangents already.
     return dz if inner is None else times_slope(dz, inner, attributes.softcap_form)
+
+
+def _tile_and_inner(
+    operands: Operands, x: Tensor, w: Tensor, block: slice, slab: Columns
+) -> tuple[Tile, Tensor | None]:
+    """The logits of one tile, and what `times_slope` needs where there is a softcap."""
+    attributes, inner = operands.call.attributes, None
+    tile = operands.tile(x, w, block, slab)
+    if attributes.softcap:
+        tile.z, inner = capped_and_inner(tile.z, attributes.softcap, attributes.softcap_form)
+    return tile, inner
+
+
+def dlogits_of_both(
+    heads: list[Head],
+    inputs: list[Tensor],
+    slabs: list[Slab],
+    rows: list[Statistic],
+    tangents: dict[str, Tensor],
+    saved: dict[str, Tensor],
+    block: slice,
+) -> list[Tensor | None]:
+    """As `dlogits`, for two heads and statistics of both: None for a head of which no gradient is wanted."""
+    operands = heads[0].operands
+    known = {name: operands.rows(value, block) for name, value in saved.items()}
+    tangents = {row.name: operands.rows(tangents[row.name], block) for row in rows}
+    tiles, sides, inners = [], [], []
+    for head, slab, x, prefix in zip(heads, slabs, inputs, ("", OTHER), strict=True):
+        tile, inner = _tile_and_inner(head.operands, x, slab.w, block, slab.columns)
+        lse, low = known.get(f"{prefix}lse"), known.get(f"{prefix}lse_low")
+        log_p = tile.z if lse is None or low is None else (tile.z - lse[:, None]).sub_(low[:, None])
+        tiles.append(tile)
+        inners.append(inner)
+        # The other head's softmax is not there where no statistic has it.
+        sides.append(Side(tile.z, log_p if lse is None else log_p.exp(), log_p))
+    known |= {"p": sides[0].p, "log_p": sides[0].log_p}
+    found: list[Tensor | None] = []
+    for i, head in enumerate(heads):
+        if not head.grads.needs & {*OF_HEAD}:
+            found.append(None)
+            continue
+        scale = head.operands.call.attributes.scale
+        dz = torch.zeros_like(tiles[i].z)
+        for row in rows:
+            tangent = tangents[row.name] * scale
+            if row.pair is not None:
+                function, by_other = row.pair
+                a, b = sides if by_other else reversed(sides)
+                averages = i == (0 if by_other else 1)
+                term = gradient_of_values(a, b, function) if averages else None
+                term = gradient_of_weights(a, b, known[row.name], function) if term is None else term
+                dz.addcmul_(term, tangent[:, None])
+            elif i == 0:
+                assert row.add_gradient is not None
+                dz = row.add_gradient(dz, tiles[0], tangent, known)
+        inner = inners[i]
+        found.append(dz if inner is None else times_slope(dz, inner, head.operands.call.attributes.softcap_form))
+    return found
 
 
 # ---- the target's logit alone: of each row one class, and no product of matrices

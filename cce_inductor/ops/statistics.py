@@ -16,6 +16,20 @@ vectors of length N, and the gradient of any loss over them is
 | entropy      | lse - sum_j p_j z_j | -p_j (z_j - lse + entropy)   | signed  | no              |
 | argmax       | argmax_j z_j      | none                           | none    | yes             |
 
+A second head over the same classes, the *other* one, has logits `r` in the same rows, with the softmax `q`:
+
+| statistic           | value                         | weighs | averages |
+|---------------------|-------------------------------|--------|----------|
+| other_lse           | log sum_j exp r_j             |        |          |
+| other_lse_low       | what rounding left of it      |        |          |
+| expected_other      | sum_j p_j r_j                 | z      | r        |
+| cross_entropy       | -sum_j q_j log p_j            | r      | z        |
+| other_cross_entropy | -sum_j p_j log q_j            | z      | r        |
+| divergence          | sum_j q_j (log q_j - log p_j) | r      | z        |
+| other_divergence    | sum_j p_j (log p_j - log q_j) | z      | r        |
+
+Their derivatives, with respect to both, are in pairs.py. None allows a filter.
+
 "linear" is rank-1 without a softcap and dense with one. "filter" says whether a backward may leave out columns of small
 probability mass where the statistic is asked for (docs/design.md): the bound is one of the dense part of lse, the
 sparse part is never dropped, a rank-1 part is formed exactly beside it, and for the others no bound is proved.
@@ -35,8 +49,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from . import pairs
+from .pairs import Function, RunningPair, shift
+
 Kind = Literal["dense", "sparse", "linear", "signed", "none"]
 Filtered = Literal["yes", "without softcap", "no"]
+
+
+# What the derivatives of a function of two heads are made of, besides its value.
+_BOTH = ("lse", "lse_low", "other_lse", "other_lse_low")
 
 
 @dataclass
@@ -47,6 +68,7 @@ class Tile:
     start: int
     target: Tensor | None  # (rows,) class indices over the whole vocabulary
     column_weight: Tensor | None  # (columns,)
+    other: Tensor | None = None  # (rows, columns), the other head's logits
 
     def target_position(self) -> tuple[Tensor, Tensor]:
         """For each row: whether its target lies in this tile, and its column in the tile (0 where it does not)."""
@@ -84,10 +106,11 @@ class Statistic:
     requires: tuple[str, ...] = ()  # operands and statistics that must be there as well
     integer: bool = False
     state_of: str = ""  # the statistic whose state `finish` is given, where it has none of its own
+    pair: tuple[Function, bool] | None = None  # of two heads: which function, and whether the other head weighs
 
     @property
     def differentiable(self) -> bool:
-        return self.add_gradient is not None
+        return self.add_gradient is not None or self.pair is not None
 
     def allows_filter(self, softcap: float) -> bool:
         """Whether a backward may leave out columns where this is asked for; `softcap` is 0.0 for none."""
@@ -98,22 +121,16 @@ class Statistic:
         return self.kind in ("dense", "signed")
 
 
-def _shift(maximum: Tensor) -> Tensor:
-    """The maximum as a shift for exp: 0 where it is infinite, as in torch.logsumexp, so that inf - inf never occurs."""
-    return torch.where(maximum.isinf(), 0, maximum)
-
-
 def _update_exp(state: RunningExp | None, tile: Tile, weighted: bool) -> RunningExp:
     z = tile.z
     maximum = z.amax(1) if state is None else torch.maximum(state.maximum, z.amax(1))
-    shift = _shift(maximum)
-    below = z - shift[:, None]
+    below = z - shift(maximum)[:, None]
     exp = below.exp() if weighted else below.exp_()
     total = exp.sum(1)
     # z exp z tends to 0 where z is -inf; 0 * -inf would be NaN.
     product = exp.mul_(below).masked_fill_(z == -torch.inf, 0).sum(1) if weighted else None
     if state is not None:
-        change = _shift(state.maximum) - shift
+        change = shift(state.maximum) - shift(maximum)
         rescale = torch.exp(torch.where(state.maximum == -torch.inf, -torch.inf, change))
         total += state.total * rescale
         if product is not None and state.weighted is not None:
@@ -122,15 +139,15 @@ def _update_exp(state: RunningExp | None, tile: Tile, weighted: bool) -> Running
 
 
 def finish_lse(state: RunningExp) -> Tensor:
-    return state.total.log() + _shift(state.maximum)
+    return state.total.log() + shift(state.maximum)
 
 
 def _finish_lse_low(state: RunningExp) -> Tensor:
     """What is left of the sum in `finish_lse` (Knuth's TwoSum)."""
-    log, shift = state.total.log(), _shift(state.maximum)
-    lse = log + shift
-    of_shift = lse - log
-    low = (log - (lse - of_shift)) + (shift - of_shift)
+    log, largest = state.total.log(), shift(state.maximum)
+    lse = log + largest
+    of_largest = lse - log
+    low = (log - (lse - of_largest)) + (largest - of_largest)
     return torch.where(lse.isfinite(), low, 0)
 
 
@@ -195,6 +212,25 @@ def _grad_target(dz: Tensor | None, tile: Tile, tangent: Tensor, saved: dict[str
     return dz.scatter_add_(1, column[:, None], torch.where(inside, tangent, 0)[:, None])
 
 
+def _update_other(state: RunningExp | None, tile: Tile) -> RunningExp:
+    assert tile.other is not None
+    return _update_exp(state, replace(tile, z=tile.other), False)
+
+
+def _of_two(name: str, function: Function, by_other: bool, requires: tuple[str, ...] = _BOTH) -> Statistic:
+    """A row of the table for a function of two heads. by_other: the other head's softmax weighs this one's logits."""
+
+    def update(state: RunningPair | None, tile: Tile) -> RunningPair:
+        assert tile.other is not None
+        a, b = (tile.z, tile.other) if by_other else (tile.other, tile.z)
+        return pairs.update(state, a, b, function)
+
+    def finish(state: RunningPair) -> Tensor:
+        return pairs.finish(state, function)
+
+    return Statistic(name, "signed", "no", update, finish, None, ("other_input", *requires), pair=(function, by_other))
+
+
 def _identity(state: Tensor) -> Tensor:
     return state
 
@@ -215,6 +251,15 @@ TABLE: dict[str, Statistic] = {
         Statistic("logit_sum", "linear", "without softcap", _update_sum, _identity, _grad_sum),
         Statistic("target_logit", "sparse", "yes", _update_target, _identity, _grad_target, ("target",)),
         Statistic("argmax", "none", "yes", _update_argmax, lambda s: s[1], None, integer=True),
+        Statistic("other_lse", "none", "no", _update_other, finish_lse, None, ("other_input",)),
+        Statistic(
+            "other_lse_low", "none", "no", lambda s, t: s, _finish_lse_low, None, ("other_lse",), state_of="other_lse"
+        ),
+        _of_two("expected_other", "expected", by_other=False, requires=("lse", "lse_low")),
+        _of_two("cross_entropy", "cross_entropy", by_other=True),
+        _of_two("other_cross_entropy", "cross_entropy", by_other=False),
+        _of_two("divergence", "divergence", by_other=True),
+        _of_two("other_divergence", "divergence", by_other=False),
     )
 }
 
@@ -240,7 +285,8 @@ def with_all_digits(tangents: dict[str, Any], saved: dict[str, Any]) -> tuple[di
     would have to be in p (z - lse - lse_low + entropy).
     """
     low = saved.get("lse_low", saved.get("lse_rest_low"))
-    if low is None:
+    # With two heads p and q have a correction each: it is made in their logarithms.
+    if low is None or any(TABLE[name].pair for name in tangents):
         return tangents, saved
     tangents = {name: t * (-low).exp() if TABLE[name].uses_softmax else t for name, t in tangents.items()}
     if "entropy" in tangents:

@@ -3,12 +3,16 @@
 The kernels have no second derivative. Here the logits are computed in full, and autograd knows every step.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .call import SCALES, Call
+from .pairs import Function
 from .softcap import softcapped
+from .statistics import TABLE
 
 
 def gradients(call: Call, tangents: dict[str, Tensor], needs: list[str]) -> list[Tensor]:
@@ -27,15 +31,10 @@ def gradients(call: Call, tangents: dict[str, Tensor], needs: list[str]) -> list
 
 def _statistics(call: Call, operands: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
     """The differentiable statistics named, from all logits: 0 in rows that are not active."""
-    attributes, exact = call.attributes, call.accumulate_dtype
-    x, w = (operands[name].to(call.compute_dtype).to(exact) for name in ("input", "weight"))
-    given = {name: operands[name].to(exact) for name in ("bias", *SCALES) if name in operands}
-    z = F.linear(x, w) * given.get("column_scale", 1.0) + given.get("bias", 0.0)
-    z = z * attributes.scale
-    if "row_scale" in given:
-        z = z * given["row_scale"][:, None]
-    if attributes.softcap:
-        z = softcapped(z, attributes.softcap, attributes.softcap_form, exact)
+    exact = call.accumulate_dtype
+    z = _logits(replace(call, operands=operands))
+    other = replace(call, operands=operands).other
+    r = None if other is None else _logits(other)
     found: dict[str, Tensor] = {}
     for name in names:
         if name == "lse":
@@ -49,6 +48,9 @@ def _statistics(call: Call, operands: dict[str, Tensor], names: list[str]) -> di
         elif name == "logit_sum":
             weight = operands.get("column_weight")
             found[name] = z.sum(1) if weight is None else z @ weight.to(exact)
+        elif (pair := TABLE[name].pair) is not None:
+            assert r is not None
+            found[name] = _of_two(*((z, r) if pair[1] else (r, z)), pair[0])
         else:
             assert name == "entropy"
             log_p = z.log_softmax(1)
@@ -57,3 +59,23 @@ def _statistics(call: Call, operands: dict[str, Tensor], names: list[str]) -> di
     if call.row_mask is None:
         return found
     return {name: torch.where(call.row_mask, value, 0) for name, value in found.items()}
+
+
+def _logits(call: Call) -> Tensor:
+    """(N, V)."""
+    attributes, exact, operands = call.attributes, call.accumulate_dtype, call.operands
+    x, w = (operands[name].to(call.compute_dtype).to(exact) for name in ("input", "weight"))
+    given = {name: operands[name].to(exact) for name in ("bias", *SCALES) if name in operands}
+    z = F.linear(x, w) * given.get("column_scale", 1.0) + given.get("bias", 0.0)
+    z = z * attributes.scale
+    if "row_scale" in given:
+        z = z * given["row_scale"][:, None]
+    return softcapped(z, attributes.softcap, attributes.softcap_form, exact) if attributes.softcap else z
+
+
+def _of_two(a: Tensor, b: Tensor, function: Function) -> Tensor:
+    """A function of pairs.py, (N,), from all logits."""
+    log_b = b.log_softmax(1)
+    p_b, log_a = log_b.exp(), a.log_softmax(1)
+    values = {"expected": a, "cross_entropy": -log_a, "divergence": log_b - log_a}[function]
+    return torch.where(p_b == 0, 0, p_b * torch.where(p_b == 0, 0, values)).sum(1)
