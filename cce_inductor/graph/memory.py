@@ -1,10 +1,9 @@
 """What shares memory in a graph, and who writes into it: asked here, and nowhere else."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import itertools
+import keyword
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -55,7 +54,8 @@ def mutated(node: Node) -> tuple[Node, ...]:
         if name == "triton_kernel_wrapper_mutation":  # which of them it writes into, only its kernel knows
             return tuple(node.all_input_nodes)
         out = _nodes(node.kwargs.get("out"))
-        inplace = name.endswith("_") and not name.endswith("__")
+        # `operator.or_` is called so since `or` is a keyword.
+        inplace = name.endswith("_") and not name.endswith("__") and not keyword.iskeyword(name[:-1])
         if out or not (inplace or node.target in _INPLACE_FUNCTIONS or _inplace_argument(node)):
             return out
     elif node.op == "call_method":

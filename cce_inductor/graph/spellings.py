@@ -263,6 +263,14 @@ SPELLINGS = (
         _EXACT,
         beside="ranking.compared",
     ),
+    Spelling("isinf", "input", (torch.isinf,), ("isinf",), _EXACT),
+    Spelling(
+        "or",
+        "input other",
+        (operator.or_, torch.bitwise_or, torch.logical_or),
+        ("bitwise_or", "logical_or", "__or__"),
+        _EXACT,
+    ),
     Spelling("eq", "input other", (operator.eq, torch.eq), ("eq", "__eq__"), _EXACT),
     Spelling("ne", "input other", (operator.ne, torch.ne, torch.not_equal), ("ne", "not_equal", "__ne__"), _EXACT),
     # rows: views
@@ -450,6 +458,11 @@ SPELLINGS = (
     ),
     Spelling("one_hot", "input num_classes=-1", (F.one_hot, torch._C._nn.one_hot)),
     Spelling("cross_entropy", _CROSS_ENTROPY, (F.cross_entropy,), (), Fact.LOSS, ("reductions.cross_entropy",)),
+    Spelling(
+        "kl_div",
+        "input target size_average=None reduce=None reduction='mean' log_target=False",
+        (F.kl_div,),
+    ),
     Spelling("nll_loss", _NLL, (F.nll_loss,), (), Fact.LOSS, ("reductions.nll_loss",)),
 )
 

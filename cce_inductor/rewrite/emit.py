@@ -7,6 +7,7 @@ would be added up in 16 bits.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.fx import Graph
 from ..graph.builder import Builder, Proxy
 from ..graph.fakes import example, fake
 from ..graph.hoist import Hoist
-from ..ops.call import SEEDS, Attributes, sampled
+from ..ops.call import OTHER, SEEDS, Attributes, sampled
 from ..ops.diagnostics import meter
 from ..ops.library import FORWARD
 from ..ops.losses import computed, cross_entropy, tangents
@@ -106,15 +107,16 @@ class _Arguments:
         if group.column_weight is not None:
             self.operands["column_weight"] = builder.proxy(group.column_weight).detach()
         self.names = bundle.statistics
-        self.attributes = Attributes(
-            scale,
-            softcap,
-            value.affine.form,
-            head.dtype,
-            "exact" if value.affine.scales else attributes.grad_filter,
-            attributes.workspace,
-            attributes.version,
+        self.attributes = replace(
+            attributes,
+            scale=scale,
+            softcap=softcap,
+            softcap_form=value.affine.form,
+            compute_dtype=head.dtype,
+            grad_filter="exact" if value.affine.scales else attributes.grad_filter,
         )
+        if group.other is not None:
+            self._add_other(builder, group.other)
         differentiated = group.members[0].differentiated
         if differentiated and sampled(" ".join(self.names), self.attributes):
             device = fake(head.input).device
@@ -123,6 +125,26 @@ class _Arguments:
         if diagnostics and differentiated and applied.kind != "exact":
             slot = meter(bundle.name, str(applied), fake(head.input).device).slot()
             self.operands["diagnostics"] = builder.parameter("cce_inductor_diagnostics", slot)
+
+    def _add_other(self, builder: Builder, value: Value) -> None:
+        """The operands and attributes of the second head."""
+        detach = not value.fake.requires_grad and any(fake(n).requires_grad for n in value.operands())
+        own = {
+            "input": operands.input_rows(builder, value, detach),
+            "weight": operands.weight(builder, value, detach),
+            "bias": operands.biases(builder, value, detach),
+            "row_scale": operands.row_scale(builder, value, detach),
+            "column_scale": operands.column_scale(builder, value, detach),
+        }
+        self.operands |= {OTHER + name: p for name, p in own.items() if p is not None}
+        scale, softcap, _, _ = value.affine.operator()
+        self.attributes = replace(
+            self.attributes,
+            other_scale=scale,
+            other_softcap=softcap,
+            other_softcap_form=value.affine.form,
+            other_compute_dtype=value.head.dtype,
+        )
 
     def statistics(self, builder: Builder) -> dict[str, Proxy]:
         """Records the operator; gives its results by name."""

@@ -69,6 +69,11 @@ class Group(Shared[Reduction]):
         return next((r.value for r in self.members if not _is_entry(r)), self.members[0].value)
 
     @property
+    def other(self) -> Value | None:
+        """The logits of the second head, if there is one."""
+        return next((r.other for r in self.members if r.other is not None), None)
+
+    @property
     def statistics(self) -> list[str]:
         names = {name for reduction in self.members for name in reduction.statistics}
         return [name for name in TABLE_ORDER if name in names]
@@ -104,16 +109,19 @@ class Group(Shared[Reduction]):
 
     def reads(self) -> list[Node]:
         """The nodes that the rows of the operator are made of: hidden states, what they are indexed by, the target."""
-        value = self.value
-        logits = {value.head.node, *descendants(value.head.node)}
-        given = [value.one.input, *(n for node, _ in value.rows for n in node.all_input_nodes if n not in logits)]
-        given += [s.node for s in value.affine.scales if s.of_rows]
+        given: list[Node] = []
+        for value in (self.value,) if self.other is None else (self.value, self.other):
+            logits = {value.head.node, *descendants(value.head.node)}
+            given += [value.one.input, *(n for node, _ in value.rows for n in node.all_input_nodes if n not in logits)]
+            given += [s.node for s in value.affine.scales if s.of_rows]
         return given if self.target is None else [*given, self.target]
 
     def takes(self, reduction: Reduction, hoist: Hoist, exact: bool) -> bool:
         """Whether one operator can serve `reduction` as well."""
         first = self.members[0]
         if reduction.value.source != self.value.source and not self._has_multiple(reduction):
+            return False
+        if not _same_other(self.other, reduction.other):
             return False
         summed = [{"lse", "entropy"} & {*names} for names in (self.statistics, reduction.statistics)]
         if (summed[0] and "lse_rest" in reduction.statistics) or (summed[1] and "lse_rest" in self.statistics):
@@ -146,15 +154,27 @@ class Group(Shared[Reduction]):
         return bool(pairs) and all(ratio(r.value, value) is not None for r, value in pairs)
 
 
-TABLE_ORDER = ("lse", "lse_low", "lse_rest", "lse_rest_low", "target_logit", "logit_sum", "entropy", "argmax")
+TABLE_ORDER = (
+    *("lse", "lse_low", "lse_rest", "lse_rest_low", "target_logit", "logit_sum", "entropy", "argmax"),
+    *("other_lse", "other_lse_low", "expected_other"),
+    *("cross_entropy", "other_cross_entropy", "divergence", "other_divergence"),
+)
 assert set(TABLE_ORDER) == set(TABLE)
+
+
+def _same_other(a: Value | None, b: Value | None) -> bool:
+    """Whether one call can have both second heads."""
+    if a is None or b is None:
+        return True
+    return (a.source, a.affine, a.fake.requires_grad) == (b.source, b.affine, b.fake.requires_grad)
 
 
 def in_groups(trace: Trace, hoist: Hoist, exact: bool) -> list[Group]:
     """The reductions of a head in groups. `exact`: no filter is set that a statistic could keep from being applied."""
 
     def alone(reduction: Reduction) -> Group:
-        reduction.value.affine.operator()  # refused here, not where it is emitted
+        for value in (reduction.value,) if reduction.other is None else (reduction.value, reduction.other):
+            value.affine.operator()  # refused here, not where it is emitted
         return Group([reduction])
 
     found = [r for r in trace.reductions if not isinstance(r, Ranking)]
@@ -266,6 +286,8 @@ class Bundle:
     def takes(self, group: Group, hoist: Hoist) -> bool:
         """Whether the rows of `group` can stand behind those of this bundle."""
         a, b = self.first, group
+        if a.other is not None or b.other is not None:
+            return False
         one, two = a.value, b.value
         alike = all(
             (

@@ -15,6 +15,7 @@ from ..ops.choice import Chooser
 from ..trace.findings import Finding, findings, losses
 from ..trace.interpreter import Interpreter
 from ..trace.trace import Decomposition
+from ..trace.two_heads import of_two
 from ..trace.unnamed import behind_break, unnamed
 from . import cleanup, emit, emit_ranking, groups, site
 from .outputs import Deferral, Outputs
@@ -105,13 +106,15 @@ def _rewrite_graph(
         emit_ranking.emit(graph, ranks, attributes, hoist)
     for trace in [trace for plan in fused for trace in plan.trace.with_parts]:
         cleanup.replace_metadata(graph, trace)
-    done = _use_decompositions(interpreter, plans.values())
+    done = _use_decompositions(interpreter, plans.values(), hoist)
     deferrals, user_outputs = _defer(graph, fused, done, settings)
     for trace in [trace for decomposition in done for trace in decomposition.traces]:
         cleanup.erase_dead(graph, trace, [])
     for plan in fused:
         cleanup.erase_dead(graph, plan.trace, [reduction.node for reduction in plan.trace.reductions])
     interpreter.erase_unused()
+    if any(node.target is of_two for node in graph.nodes):
+        raise AssertionError("a function of two heads was left without an operator; please report this")
     graph.lint()
     copy.recompile()
     return Rewritten(copy, sites, deferrals, user_outputs, unnamed=len(dense))
@@ -123,12 +126,13 @@ def _differentiated_again(where: str, found: list[Finding]) -> list[Site]:
     return [site.make(f.loss, f.trace.head if f.trace else None, Refusal(f.loss, reason, cure)) for f in found]
 
 
-def _use_decompositions(interpreter: Interpreter, plans: Iterable[Plan]) -> list[Decomposition]:
+def _use_decompositions(interpreter: Interpreter, plans: Iterable[Plan], hoist: Hoist) -> list[Decomposition]:
     """Puts the nodes that others were decomposed into in their places, where all of their heads are fused."""
     refused = {id(plan.trace) for plan in plans if plan.refusal is not None}
     done = [d for d in interpreter.decomposed if not any(id(t) in refused or t.escapes for t in d.traces)]
     for decomposition in done:
-        decomposition.node.replace_all_uses_with(decomposition.result)
+        result = decomposition.result  # or what was put in its place, if it is a statistic itself
+        decomposition.node.replace_all_uses_with(hoist.replaced.get(result, result))
         interpreter.graph.erase_node(decomposition.node)
     return done
 

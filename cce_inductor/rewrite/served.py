@@ -116,6 +116,10 @@ class Statistics:
         lse = self._part("lse")
         return self.builder.call(torch.where, lse.isfinite(), self._part("entropy"), normalizer(lse))
 
+    def of_both(self, name: str) -> Any:
+        """A statistic of two heads. NaN where the log-probabilities are, as its gradient is too."""
+        return self._part(name)
+
     @property
     def argmax(self) -> Any:
         return self._part("argmax")

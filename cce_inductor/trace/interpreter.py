@@ -21,7 +21,7 @@ from ..graph.nodes import Op
 from ..graph.refusal import Refusal, Refused
 from ..graph.regions import descendants
 from ..graph.spellings import Fact
-from . import decompose, margins, ranking, rsqrt_softcap, rules
+from . import decompose, margins, ranking, rsqrt_softcap, rules, two_heads
 from .affine import Listed
 from .at_target import is_pointwise
 from .heads import subclassed
@@ -70,7 +70,8 @@ class Interpreter(Walk):
         op = nodes.read(node)
         if node.op == "call_function" and getattr(node.target, "__name__", "") == "_set_grad_enabled":
             self.records_gradients = node.args[0] is not False
-        touched = [n for n in node.all_input_nodes if n in self.values or n in self.parts or n in self.open]
+        made_of = (self.values, self.parts, self.open, self.sums)
+        touched = [n for n in node.all_input_nodes if any(n in nodes_ for nodes_ in made_of)]
         if touched:
             self._use(node, op, touched)
         if op is not None and op.is_head:
@@ -118,7 +119,11 @@ class Interpreter(Walk):
     def _use(self, node: Node, op: Op | None, touched: list[Node]) -> None:
         entries: list[Entry | Parts] = [e for n in touched if (e := self.values.get(n) or self.parts.get(n))]
         traces = distinct(
-            [*(e.trace for e in entries), *(t for n in touched if n in self.open for t in self.open[n][1])]
+            [
+                *(e.trace for e in entries),
+                *(t for n in touched if n in self.open for t in self.open[n][1]),
+                *(t for n in touched if self.sums.get(n) for t in self.sums[n].traces),
+            ]
         )
         if node.op == "output":
             map_arg(node.args, lambda n: self._output(node, n))
@@ -150,6 +155,11 @@ class Interpreter(Walk):
         """A node that leaves the graph."""
         for trace in self.open[n][1] if n in self.open else ():
             trace.escapes.append(self.open[n][0])
+        if self.sums.get(n):
+            refusal = Refusal(node, "products of two heads' probabilities leave the graph", "return their sum")
+            for trace in self.sums[n].traces:
+                trace.escapes.append(refusal)
+            return n
         entry = self.values.get(n) or self.parts.get(n)
         if entry is None or any(n is value.node for value in entry.trace.outputs):
             return n
@@ -171,13 +181,18 @@ class Interpreter(Walk):
 
     def _step(self, node: Node, op: Op | None, touched: list[Node]) -> None:
         """What a node makes of the values it reads; Refused for an escape."""
-        into_logits = op is not None and op.inplace and op.has(Fact.IN_PLACE) and op.args["input"] in self.values
+        into_logits = op is not None and op.inplace and op.has(Fact.IN_PLACE) and self._known(op.args["input"])
         if not into_logits and memory.mutated(node):
             what = f"{nodes.describe(node)} works in place on a tensor of the logits' graph"
             raise Refused(what, "use the out-of-place form")
+        if two_heads.follows(self, node, op, touched):
+            return
         known = op is not None and rules.follows(op)
         if op is None or not known or not any(take(node, op, touched) for take in self.order):
             raise dense(node, self.words(touched[0]))
+
+    def _known(self, node: Any) -> bool:
+        return node in self.values or node in self.sums
 
     def _part(self, node: Node, op: Op, touched: list[Node]) -> bool:
         """A part that is taken out of a tuple."""
@@ -344,7 +359,7 @@ def _check_independence(trace: Trace) -> None:
     behind = {n for part in trace.with_parts for n in descendants(part.first.node)}
     for r in trace.reductions:
         others: list[Any] = [r.target, *r.value.affine.nodes]
-        others += [*(m.node for m in r.value.masks), *r.others]
+        others += [*(m.node for m in r.value.masks), *r.others, *(r.other.operands() if r.other else ())]
         others += [part.indices for part in r.value.columns if isinstance(part, Listed)]
         if isinstance(r, Loss):
             others.append(r.weight)

@@ -45,7 +45,7 @@ def begins(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
     """Whether a node, which no other rule takes, gives logits with another entry at the target."""
     writes = _WRITES.get(op.name) if op is not None else None
     try:
-        if writes is not None and op is not None:
+        if writes is not None and op is not None and touched[0] in walk.values:
             return writes(walk, node, op, walk.values[touched[0]])
         return is_pointwise(node) and _put_together(walk, node)
     except Refused:

@@ -183,7 +183,7 @@ def _counted(value: Value, node: Node, args: Args, mean: bool) -> Reduction:
         return s.count.double() / s.vocab if mean else s.count
 
     given = comparison.target
-    return Ranking(node, value, (), given, comparison.wraps, flat, shape, comparison.name)
+    return Ranking(node, value, (), given, comparison.wraps, flat, shape, result=comparison.name)
 
 
 # ---- for the trace

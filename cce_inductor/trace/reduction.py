@@ -26,7 +26,8 @@ class Reduction:
 
     statistics: those it needs. given: the node with a class for each row, in the rows' order, or None. wraps: whether
     a negative class counts from the end. flat: from the statistics, a `served.Statistics`, to a (N,) result.
-    shape: from that in the leading shape of the logits to the node's.
+    shape: from that in the leading shape of the logits to the node's. other: the logits of the second head, if it is of
+    two.
     """
 
     node: Node
@@ -36,6 +37,7 @@ class Reduction:
     wraps: bool = False
     flat: Callable[[Any], Any] = as_it_is
     shape: Callable[[Any], Any] = as_it_is
+    other: Value | None = None
 
     @functools.cached_property
     def target(self) -> Node | None:

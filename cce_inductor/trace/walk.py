@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.fx import Graph, Node
@@ -57,6 +57,8 @@ class Walk(abc.ABC):
         self.originals: dict[Node, Node] = {}  # of nodes that give the very tensor of another one
         # What is made of logits in a way that no rule follows, entry by entry: with the reason.
         self.open: dict[Node, tuple[Refusal, list[Trace]]] = {}
+        # Tensors of products of two heads' functions; None for one that was edited since.
+        self.sums: dict[Node, Any] = {}
         self.refused: dict[Node, tuple[Refusal, Trace | None]] = {}
         self.records_gradients = True
         self.decomposed: list[Decomposition] = []
@@ -134,13 +136,17 @@ class Walk(abc.ABC):
             self.visit(n)
         return added
 
-    def decompose(self, node: Node, trace: Trace, record: Callable[[Builder], Proxy]) -> Node:
-        """Puts nodes that compute the same as `node` in front of it, and follows them; gives the last."""
+    def decompose(self, node: Node, of: Trace | Iterable[Trace], record: Callable[[Builder], Proxy]) -> Node:
+        """Puts nodes that compute the same as `node` in front of it, and follows them; gives the last.
+
+        of: the heads that it reads.
+        """
         builder = Builder(self.graph, node)
         before = node.prev
         result = builder.run(record, builder)
         assert fake(result.node).shape == fake(node).shape, f"{node} was decomposed into another shape"
-        made = Decomposition(node, result.node, distinct(trace.with_parts), [])
+        read = [of] if isinstance(of, Trace) else list(of)
+        made = Decomposition(node, result.node, distinct(t for trace in read for t in trace.with_parts), [])
         self.decomposed.append(made)
         added = self.visit_added(before, node)
         made.added += added

@@ -1,0 +1,580 @@
+"""Losses that compare two sets of logits over one vocabulary: divergences, and cross-entropies with probabilities.
+
+Such a loss sums, over the classes, products of one head's softmax with another head's log-probabilities, however it is
+spelled. A tensor of those products is a `Sum`: it is followed through what a program does to it (`follows`), and ends
+where the classes are summed. There it is put together again from as few functions of two heads as there are
+(`_in_functions`): nodes that call `of_two`, which stand for what one operator computes from both (ops/pairs.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..graph import memory, nodes
+from ..graph.builder import Builder, Proxy
+from ..graph.fakes import fake, is_number, is_tensor, same
+from ..graph.nodes import Op
+from ..graph.refusal import Refused
+from ..graph.spellings import Fact
+from ..ops.pairs import Function
+from . import rules
+from .decompose import in_dtype_of
+from .operands import vocab
+from .pointwise import not_rounded
+from .reduction import SOFTMAX, Reduction
+from .reductions import over_rows, reads_the_classes
+from .shapes import broadcasts_to_rows, is_row_vector
+from .trace import Trace
+from .values import Function as Kind
+from .values import Value
+from .walk import Entry, Walk, distinct
+
+# ---- tensors of products
+
+
+@dataclass(frozen=True)
+class Change:
+    """What was done to the products of a row: multiplied or divided by a tensor of one number, or of one for each row,
+    set to 0 where one is true ("fill") or false ("keep"), or rearranged ("map") with the other rows.
+    """
+
+    how: str
+    node: Node | None = None
+    row_map: Any = None
+
+
+@dataclass(frozen=True)
+class Product:
+    """factor · softmax(weights) · log_softmax(values), or the logits `values`, with what was done to it since.
+
+    No weights stand for 1, and no values as well.
+    """
+
+    factor: float
+    weights: Value | None
+    values: Value | None
+    changes: tuple[Change, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A tensor of the logits' shape, the sum of products, with the classes in dimension `class_dim`."""
+
+    node: Node
+    class_dim: int
+    products: tuple[Product, ...]
+    traces: tuple[Trace, ...]
+
+    def changed(self, node: Node, change: Change) -> Sum:
+        return replace(self, node=node, products=tuple(replace(p, changes=(*p.changes, change)) for p in self.products))
+
+    def times(self, node: Node, number: float) -> Sum:
+        return replace(self, node=node, products=tuple(replace(p, factor=p.factor * number) for p in self.products))
+
+    @property
+    def shaped(self) -> Value:
+        """A value with its shape: the rules for rows ask for nothing else."""
+        value = next(v for p in self.products for v in (p.weights, p.values) if v is not None)
+        return replace(value, node=self.node, class_dim=self.class_dim, rows=(), function=Kind())
+
+
+@dataclass(frozen=True)
+class Infinite:
+    """A mask of where logits are infinite: in none of the classes of a head without a bias."""
+
+    traces: tuple[Trace, ...]
+
+
+# More products than any loss is written with.
+_MOST = 8
+
+
+def of_two(values: Tensor, weights: Tensor, function: Function, dim: int) -> Tensor:
+    """Stands in a graph for a function of two heads: of the logits that `values` and `weights` are made of, over `dim`.
+
+    Only graphs whose losses are fused keep what is decomposed into it, and those have an operator in its place.
+    """
+    product = values * weights
+    return (product if product.dtype == torch.float64 else product.float()).sum(dim)
+
+
+def _read(entry: Entry, class_dim: int | None) -> Value:
+    """The logits as they are read with the classes there, or first."""
+    return next((v for v in entry.values if v.class_dim == class_dim), entry.values[0])
+
+
+def _lifted(entry: Entry, class_dim: int | None) -> Sum:
+    """A function of one head's logits as a sum of one product."""
+    value = _read(entry, class_dim)
+    _comparable(value)
+    weights = replace(value, function=Kind("softmax")) if value.kind in ("softmax", "p log p", "p z") else None
+    kinds = {"log_softmax": "log_softmax", "p log p": "log_softmax", "logits": "logits", "p z": "logits"}
+    values = replace(value, function=Kind(kinds[value.kind])) if value.kind in kinds else None
+    if weights is None and values is None:
+        raise Refused(f"the {value.words} are compared with those of another head", "use softmax and log_softmax")
+    product = Product(1.0 if value.kind == "logits" else value.factor, weights, values)
+    return Sum(value.node, value.class_dim, (product,), tuple(entry.trace.with_parts))
+
+
+def _comparable(value: Value) -> None:
+    """Refused for logits that are no plain ones of one head."""
+    if value.members or value.picked is not None or value.edit is not None or value.without is not None:
+        raise Refused("edited logits, or those of several heads, are compared with others", "compute a loss of each")
+    if value.masks:
+        raise Refused("masked logits are compared with those of another head", "slice the weight instead of masking")
+    not_rounded(value)
+
+
+def _sum(walk: Walk, node: Node, class_dim: int | None = None) -> Sum:
+    """What a node is, with the classes there if it can be read so; Refused for one that was edited since."""
+    if node in walk.sums:
+        found = walk.sums[node]
+        if isinstance(found, Infinite):
+            raise Refused("where logits are infinite is asked", "compute the loss without that mask")
+        if found is None:
+            raise Refused("an alias of what two heads are compared by was edited in place", "use the out-of-place form")
+        return found
+    if node not in walk.values:
+        raise Refused("parts of the logits are compared with another head's", "compare the logits")
+    if walk.values[node].stale:
+        raise Refused("an alias of the logits was edited in place", "use the out-of-place form")
+    return _lifted(walk.values[node], class_dim)
+
+
+def _class_dim(walk: Walk, given: Sequence[Node]) -> int | None:
+    """Where the classes are: some of the tensors can be read in one way only."""
+    found = [s.class_dim if isinstance(s := walk.sums.get(n), Sum) else _only(walk.values.get(n)) for n in given]
+    return next((c for c in found if c is not None), None)
+
+
+def _only(entry: Entry | None) -> int | None:
+    return entry.values[0].class_dim if entry is not None and len(entry.values) == 1 else None
+
+
+# ---- what is done to them
+
+
+def follows(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
+    """Whether a node is made of two heads, which is then noted; Refused if there is no rule for what it does."""
+    if node.target is of_two:
+        _put_function(walk, node)
+        return True
+    if not any(n in walk.sums for n in touched) and not _begins(walk, node, op, touched):
+        return False
+    if op is not None and op.name in ("isinf", "or"):
+        walk.sums[node] = _infinite(walk, op)
+        return True
+    rule = _RULES.get(op.name) if op is not None else None
+    layout_rule = op is not None and op.has(Fact.VIEW | Fact.HANDS_ON) and op.args.get("input") is touched[0]
+    if op is None or not (rule or layout_rule) or (op.inplace and op.args.get("input") not in walk.sums):
+        what = nodes.describe(node)
+        raise Refused(f"{what} of the products of two heads' probabilities", "sum them over the classes first")
+    made = rule(walk, node, op) if rule is not None else _rearranged(walk, node, op)
+    if made is not None:
+        put(walk, node, made, op.args["input"] if op.inplace else None)
+    return True
+
+
+def put(walk: Walk, node: Node, made: Sum, edited: Node | None) -> None:
+    """Notes what a node is, and what `edited` is from here on, which it has written into."""
+    if edited is not None:
+        own = memory.storages(edited)
+        for other in walk.sums:
+            if memory.storages(other) & own:
+                walk.sums[other] = None
+        walk.sums[edited] = replace(made, node=edited)
+    walk.sums[node] = made
+    for trace in made.traces:
+        trace.values.setdefault(node, [])
+
+
+def _infinite(walk: Walk, op: Op) -> Infinite:
+    """isinf of logits, and one such mask or another."""
+    found: list[Trace] = []
+    for node in op.args.values():
+        made = walk.sums.get(node)
+        if isinstance(made, Infinite):
+            found += made.traces
+            continue
+        value = walk.values[node].values[0] if op.name == "isinf" and node in walk.values else None
+        if value is None or value.kind != "logits" or value.affine.shifts or value.masks or value.edit:
+            raise Refused("where logits with a bias or a mask are infinite is asked", "compute the loss without that")
+        _comparable(value)
+        found += walk.values[node].trace.with_parts
+    return Infinite(tuple(distinct(found)))
+
+
+def _begins(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
+    """Whether a node puts functions of two heads together that nothing else takes."""
+    if op is not None and op.name == "isinf":
+        return True
+    if op is None or op.inplace or len(touched) != 2 or not all(n in walk.values for n in touched):
+        return False
+    if op.name in ("cross_entropy", "kl_div"):
+        return True
+    a, b = (walk.values[n].values[0] for n in touched)
+    kinds = {a.kind, b.kind}
+    if op.name in ("add", "sub"):
+        return kinds <= {"softmax", "log_softmax", "p log p"} and (a.kind, b.kind) != ("logits", "logits")
+    if op.name != "mul" or "softmax" not in kinds or not kinds & {"log_softmax", "logits"}:
+        return False
+    gradients = {v.fake.requires_grad for v in (a, b)}
+    return a.source != b.source or a.affine != b.affine or (len(gradients) > 1 and fake(node).requires_grad)
+
+
+def _beside(sum_: Sum, node: Node, other: Any, how: str) -> Sum:
+    """Multiplied or divided by something that is not made of logits."""
+    if is_number(other):
+        return sum_.times(node, float(other) if how == "mul" else 1.0 / other)
+    shaped = sum_.shaped
+    one = is_tensor(other) and same(fake(other).numel(), 1) and fake(other).dim() <= shaped.fake.dim()
+    if not is_tensor(other) or not (one or is_row_vector(other, shaped) or broadcasts_to_rows(fake(other), shaped)):
+        raise Refused("the products of two heads' probabilities are weighed by class", "weigh the rows")
+    if fake(node).shape != shaped.fake.shape:
+        raise Refused("the products of two heads' probabilities are expanded", "sum them over the classes first")
+    return sum_.changed(node, Change(how, other))
+
+
+def _mul(walk: Walk, node: Node, op: Op) -> Sum:
+    given = op.args["input"], op.args["other"]
+    ours = [x for x in given if isinstance(x, Node) and (x in walk.sums or x in walk.values)]
+    if len(ours) == 1:
+        return _beside(_sum(walk, ours[0]), node, given[1] if ours[0] is given[0] else given[0], "mul")
+    a, b = (_sum(walk, n, _class_dim(walk, ours)) for n in ours)
+    _alike(node, a, b)
+    products = []
+    for p in a.products:
+        for q in b.products:
+            weights, values = [x for x in (p.weights, q.weights) if x], [x for x in (p.values, q.values) if x]
+            if len(weights) != 1 or len(values) != 1 or p.changes or q.changes:
+                raise Refused("a loss over two heads that is none of expected values", "use a divergence of the two")
+            products.append(Product(p.factor * q.factor, weights[0], values[0]))
+    return _checked(Sum(node, a.class_dim, tuple(products), _of_both(a, b)))
+
+
+def _div(walk: Walk, node: Node, op: Op) -> Sum:
+    if op.args["input"] not in walk.sums or op.args["rounding_mode"] is not None or op.args["other"] in walk.sums:
+        raise Refused("something is divided by the products of two heads' probabilities", "sum them first")
+    return _beside(_sum(walk, op.args["input"]), node, op.args["other"], "div")
+
+
+def _add(walk: Walk, node: Node, op: Op) -> Sum:
+    given, alpha = (op.args["input"], op.args["other"]), op.args["alpha"]
+    if not is_number(alpha) or not all(isinstance(n, Node) and (n in walk.sums or n in walk.values) for n in given):
+        raise Refused("something is added to the products of two heads' probabilities", "add it to the loss")
+    a, b = (_sum(walk, n, _class_dim(walk, given)) for n in given)
+    _alike(node, a, b)
+    b = b.times(b.node, -alpha if op.name == "sub" else alpha)
+    return _checked(Sum(node, a.class_dim, (*a.products, *b.products), _of_both(a, b)))
+
+
+def _alike(node: Node, a: Sum, b: Sum) -> None:
+    shapes = {tuple(map(str, fake(n).shape)) for n in (a.node, b.node, node)}
+    if a.class_dim != b.class_dim or len(shapes) > 1:
+        raise Refused("two heads are compared whose logits differ in shape", "give both the same rows and classes")
+
+
+def _of_both(a: Sum, b: Sum) -> tuple[Trace, ...]:
+    return tuple(distinct([*a.traces, *b.traces]))
+
+
+def _checked(made: Sum) -> Sum:
+    if len(made.products) > _MOST:
+        raise Refused("a loss over two heads of more than eight products", "use a divergence of the two")
+    return made
+
+
+def _neg(walk: Walk, node: Node, op: Op) -> Sum:
+    return _sum(walk, op.args["input"]).times(node, -1.0)
+
+
+def _cast(walk: Walk, node: Node, op: Op) -> Sum:
+    made = fake(node)
+    if not made.is_floating_point() or made.dtype == torch.float64:
+        raise Refused(f"the products of two heads' probabilities are cast to {made.dtype}", "cast the loss")
+    return replace(_sum(walk, op.args["input"]), node=node)
+
+
+def _filled(walk: Walk, node: Node, op: Op) -> Sum:
+    """0 in some rows."""
+    sum_ = _sum(walk, op.args["input"])
+    if isinstance(walk.sums.get(op.args["mask"]), Infinite):
+        return replace(sum_, node=node)
+    return _with_zeros(sum_, node, op.args["mask"], op.args["value"], "fill")
+
+
+def _where(walk: Walk, node: Node, op: Op) -> Sum:
+    condition, first, second = op.args["condition"], op.args["input"], op.args["other"]
+    keeps = isinstance(first, Node) and first in walk.sums
+    sum_, other = (_sum(walk, first), second) if keeps else (_sum(walk, second), first)
+    return _with_zeros(sum_, node, condition, other, "keep" if keeps else "fill")
+
+
+def _with_zeros(sum_: Sum, node: Node, mask: Any, other: Any, how: str) -> Sum:
+    shaped = sum_.shaped
+    of_rows = is_tensor(mask) and (is_row_vector(mask, shaped) or broadcasts_to_rows(fake(mask), shaped))
+    if not of_rows or not _is_zero(other) or fake(node).shape != shaped.fake.shape:
+        raise Refused("the products of two heads' probabilities are masked by class", "mask whole rows, with 0")
+    return sum_.changed(node, Change(how, mask))
+
+
+def _is_zero(other: Any) -> bool:
+    if is_number(other):
+        return other == 0
+    op = nodes.read(other) if isinstance(other, Node) else None
+    return op is not None and (op.name == "zeros" or (op.name == "full" and op.args["fill_value"] == 0))
+
+
+def _rearranged(walk: Walk, node: Node, op: Op) -> Sum:
+    """A view of the rows, or some of them."""
+    sum_ = _sum(walk, op.args["input"])
+    made = rules.apply(op, sum_.shaped, node)
+    if not isinstance(made, Value) or len(made.rows) != 1:
+        if isinstance(made, Value) and not made.rows and made.columns == sum_.shaped.columns:
+            return replace(sum_, node=node)
+        raise Refused("the products of two heads' probabilities are cut by class", "sum them over the classes first")
+    return replace(sum_.changed(node, Change("map", None, made.rows[0][1])), class_dim=made.class_dim)
+
+
+# ---- losses
+
+
+def _kl_div(walk: Walk, node: Node, op: Op) -> Sum | None:
+    """target · (log target - input), or exp(target) · (target - input)."""
+    args, reduction = op.args, op.args["reduction"]
+    if args["size_average"] is not None or args["reduce"] is not None:
+        raise Refused("the deprecated arguments size_average or reduce", "use reduction=")
+    values, target = _input_and_target(walk, op)
+    kind = "log_softmax" if args["log_target"] else "softmax"
+    if values.products[0].weights is not None or values.products[0].values is None:
+        raise Refused("kl_div takes log-probabilities as its input, and these are none", "use log_softmax")
+    (product,) = target.products
+    own = product.values if args["log_target"] else product.weights
+    if own is None or own.kind != kind or product.factor != 1.0 or (product.weights and product.values):
+        raise Refused(f"the target of kl_div is no {kind}", "give it log_target=True for log-probabilities")
+    _alike(args["input"], values, target)
+    weights, log = replace(own, function=Kind("softmax")), replace(own, function=Kind("log_softmax"))
+    minus = replace(values.products[0], weights=weights, factor=-values.products[0].factor)
+    made = Sum(node, values.class_dim, (Product(1.0, weights, log), minus), _of_both(values, target))
+    if reduction == "none":
+        return made
+    made = replace(made, node=args["input"])
+
+    def record(builder: Builder) -> Proxy:
+        total = _in_functions(builder, made).sum()
+        if reduction == "sum":
+            return in_dtype_of(total, node)
+        p = builder.proxy(args["input"])
+        return in_dtype_of(total / (p.size(0) if reduction == "batchmean" else p.numel()), node)
+
+    walk.decompose(node, made.traces, record)
+    return None
+
+
+def _cross_entropy(walk: Walk, node: Node, op: Op) -> None:
+    """-target · log_softmax(input), summed over the classes."""
+    args = op.args
+    if args["weight"] is not None or args["label_smoothing"] or args["size_average"] is not None or args["reduce"]:
+        raise Refused("cross_entropy with probabilities, and class weights or smoothing", "leave them out")
+    values, target = _input_and_target(walk, op)
+    (first,), (second,) = values.products, target.products
+    value = first.values
+    if value is None or first.weights is not None or second.weights is None or second.values is not None:
+        raise Refused("cross_entropy of logits and another head's logits", "give it the softmax of the other head")
+    if first.factor != 1.0:
+        raise Refused("cross_entropy of scaled log-probabilities", "scale the logits instead")
+    reads_the_classes("cross_entropy", value)
+    _alike(args["input"], values, target)
+    log = replace(value, function=Kind("log_softmax"))
+    made = Sum(
+        args["input"], values.class_dim, (Product(-second.factor, second.weights, log),), _of_both(values, target)
+    )
+
+    def record(builder: Builder) -> Proxy:
+        rows = _in_functions(builder, made)
+        reduced = rows if args["reduction"] == "none" else getattr(rows, args["reduction"])()
+        return in_dtype_of(reduced, node)
+
+    walk.decompose(node, made.traces, record)
+
+
+def _input_and_target(walk: Walk, op: Op) -> tuple[Sum, Sum]:
+    """The arguments of a loss, each a function of one head."""
+    given = op.args["input"], op.args["target"]
+    for node, which in zip(given, ("input", "target"), strict=True):
+        if not isinstance(node, Node) or node not in walk.values:
+            raise Refused(
+                f"the {which} of {op.name} is no function of one head's logits", "use softmax and log_softmax"
+            )
+    class_dim = _class_dim(walk, given)
+    first, second = (_sum(walk, node, class_dim) for node in given)
+    return first, second
+
+
+def _total(walk: Walk, node: Node, op: Op) -> None:
+    """The sum, or mean, over the classes."""
+    sum_ = _sum(walk, op.args["input"])
+    mean = op.name == "mean"
+    shape = over_rows(sum_.shaped, op.args["dim"], bool(op.args["keepdim"]), mean)
+
+    def record(builder: Builder) -> Proxy:
+        rows = _in_functions(builder, sum_)
+        return in_dtype_of(shape(rows / vocab(builder, sum_.shaped) if mean else rows), node)
+
+    walk.decompose(node, sum_.traces, record)
+
+
+_RULES: dict[str, Callable[[Walk, Node, Op], Sum | None]] = {
+    "mul": _mul,
+    "div": _div,
+    "add": _add,
+    "sub": _add,
+    "neg": _neg,
+    "cast": _cast,
+    "masked_fill": _filled,
+    "where": _where,
+    "kl_div": _kl_div,
+    "cross_entropy": _cross_entropy,
+    "sum": _total,
+    "mean": _total,
+}
+
+
+# ---- as functions of two heads
+
+
+def _in_functions(builder: Builder, sum_: Sum) -> Any:
+    """The sum over the classes, in the leading shape of the logits, as functions of two heads."""
+    changes = dict.fromkeys(p.changes for p in sum_.products)
+    parts = [_changed(builder, [p for p in sum_.products if p.changes == c], c, sum_) for c in changes]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _changed(builder: Builder, products: Sequence[Product], changes: tuple[Change, ...], sum_: Sum) -> Any:
+    """Products that have been through the same, with that done to their sum."""
+    value = next(v for p in products for v in (p.weights, p.values) if v is not None)
+    total: Any = _expected(builder, products)
+    if not changes:
+        return total
+    c = value.class_dim
+    total = total.unsqueeze(c)
+    for change in changes:
+        if change.how == "map":
+            total = change.row_map(total, 1)
+            continue
+        assert change.node is not None
+        p = builder.proxy(change.node)
+        if change.how in ("mul", "div"):
+            total = total * p if change.how == "mul" else total / p
+        else:
+            kept, other = (total, 0.0) if change.how == "keep" else (0.0, total)
+            total = builder.call(torch.where, p, kept, other)
+    return total.squeeze(sum_.class_dim)
+
+
+def _expected(builder: Builder, products: Sequence[Product]) -> Any:
+    """The sum over the classes of products, in the leading shape of the logits."""
+    constant, total = 0.0, None
+    found: dict[Any, tuple[Value, dict[Any, tuple[Value, float]]]] = {}
+    for p in products:
+        if p.weights is None:
+            raise Refused("log-probabilities are summed beside another head's", "sum them by themselves")
+        if p.values is None:
+            constant += p.factor
+            continue
+        _, averages = found.setdefault(_key(p.weights), (p.weights, {}))
+        value, factor = averages.get(_key(p.values), (p.values, 0.0))
+        averages[_key(p.values)] = value, factor + p.factor
+
+    def plus(term: Any, factor: float) -> None:
+        nonlocal total
+        term = term if factor == 1.0 else term * factor
+        total = term if total is None else total + term
+
+    for key, (weights, averages) in found.items():
+        logs = {k: v for k, v in averages.items() if v[0].kind == "log_softmax"}
+        own = logs.pop(key, (weights, 0.0))[1]
+        # As many divergences as there are, whose values the difference of two sums would lose to rounding.
+        whole = sum(factor for _, factor in logs.values())
+        for value, factor in logs.values():
+            plus(_call(builder, value, weights, "divergence" if own == -whole else "cross_entropy"), -factor)
+        if own and own != -whole:
+            plus(_call(builder, weights, weights, "cross_entropy"), -own)
+        for value, factor in averages.values():
+            if value.kind == "logits":
+                plus(_call(builder, value, weights, "expected"), factor)
+    if total is None:
+        raise Refused("a sum of probabilities, which is 1", "leave it out")
+    return total + constant if constant else total
+
+
+def _key(value: Value) -> Any:
+    kind = "logits" if value.kind == "logits" else "softmax"
+    return value.source, value.affine, value.terms if kind == "logits" else (), value.fake.requires_grad, kind
+
+
+def _call(builder: Builder, values: Value, weights: Value, function: Function) -> Proxy:
+    a, b = builder.proxy(values.node), builder.proxy(weights.node)
+    return builder.call(of_two, a, b, function, values.class_dim)
+
+
+# ---- a function of two heads
+
+
+def _put_function(walk: Walk, node: Node) -> None:
+    """Notes that a node is a statistic of two heads; of the one that is differentiated, or comes first."""
+    first, second, function, dim = node.args
+    assert isinstance(first, Node) and isinstance(second, Node) and isinstance(dim, int)
+    entries = [walk.values[n] for n in (first, second)]
+    a, b = (_read(e, dim) for e in entries)
+    if any(e.stale for e in entries):
+        raise Refused("an alias of the logits was edited in place", "use the out-of-place form")
+    for value in (a, b):
+        _comparable(value)
+    if (a.source, a.affine) == (b.source, b.affine) and function == "cross_entropy":
+        made = Reduction(node, a, (*SOFTMAX, "entropy"), flat=lambda s: s.entropy)
+        entries[0].trace.reductions.append(made)
+        return
+    _fit(a, b)
+    order = [a.fake.requires_grad, b.fake.requires_grad]
+    before = {n: i for i, n in enumerate(walk.graph.nodes)}
+    by_other = order[0] > order[1] if order[0] != order[1] else before[a.head.node] <= before[b.head.node]
+    own, other = (a, b) if by_other else (b, a)
+    trace = entries[0 if by_other else 1].trace
+    statistics, flat = _statistics(function, by_other, a)  # type: ignore[arg-type]
+    trace.reductions.append(Reduction(node, own, statistics, flat=flat, other=other))
+
+
+def _fit(a: Value, b: Value) -> None:
+    """Refused for two heads that one operator cannot take."""
+    if not same(a.vocab, b.vocab) or a.class_dim != b.class_dim:
+        raise Refused("two heads over vocabularies of different sizes are compared", "give both the same classes")
+    if len(a.lead_shape) != len(b.lead_shape) or not all(map(same, a.lead_shape, b.lead_shape)):
+        raise Refused("two heads are compared whose logits differ in shape", "give both the same rows and classes")
+    if (a.head.dtype == torch.float64) != (b.head.dtype == torch.float64):
+        raise Refused("logits in float64 are compared with others in a narrower dtype", "compute both in one dtype")
+
+
+BOTH = (*SOFTMAX, "other_lse", "other_lse_low")
+
+
+def _statistics(function: Function, by_other: bool, averaged: Value) -> tuple[tuple[str, ...], Callable[[Any], Any]]:
+    """What a function of two heads needs, and itself. by_other: the other head's softmax weighs."""
+    if function != "expected":
+        name = function if by_other else f"other_{function}"
+        return (*BOTH, name), lambda s: s.of_both(name)
+    if averaged.terms or averaged.affine.constant:
+        raise Refused("the expected value of logits to which something was added", "add it to the expected value")
+    if not by_other:
+        return (*SOFTMAX, "expected_other"), lambda s: s.of_both("expected_other")
+    # The sum of q (lse - log p), with q a softmax.
+    return (*BOTH, "cross_entropy"), lambda s: (s.lse - s.of_both("cross_entropy")) + s.lse_low
