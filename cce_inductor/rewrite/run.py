@@ -13,9 +13,9 @@ from ..graph.regions import checkpointed, copy_graph, differentiated_again
 from ..ops.call import Attributes
 from ..ops.choice import Chooser
 from ..trace.findings import Finding, findings, losses
+from ..trace.functions import of_two
 from ..trace.interpreter import Interpreter
 from ..trace.trace import Decomposition
-from ..trace.two_heads import of_two
 from ..trace.unnamed import behind_break, unnamed
 from . import cleanup, emit, emit_ranking, groups, site
 from .outputs import Deferral, Outputs

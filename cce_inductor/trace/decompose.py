@@ -43,7 +43,7 @@ def in_dtype_of(p: Any, node: Node) -> Any:
 # ---- mixtures of one-hot tensors
 
 
-def _coefficient(builder: Builder, mixture: Mixture, k: int, class_dim: int) -> Any:
+def coefficient(builder: Builder, mixture: Mixture, k: int, class_dim: int) -> Any:
     """What term `k` is multiplied by: a number, or a tensor that broadcasts against the rows."""
     factor, weights, _ = mixture.terms[k]
     result: Any = factor
@@ -58,12 +58,12 @@ def _picked(builder: Builder, z: Any, mixture: Mixture, class_dim: int) -> Any:
     """The sum of the entries of `z` at the targets, each times its coefficient."""
     total: Any = 0.0
     for k, (_, _, target) in enumerate(mixture.terms):
-        entry = z.gather(class_dim, _in_shape(builder, target, z, class_dim)).squeeze(class_dim)
-        total = total + entry * _coefficient(builder, mixture, k, class_dim)
+        entry = z.gather(class_dim, in_shape(builder, target, z, class_dim)).squeeze(class_dim)
+        total = total + entry * coefficient(builder, mixture, k, class_dim)
     return total
 
 
-def _in_shape(builder: Builder, target: Node, z: Any, class_dim: int) -> Any:
+def in_shape(builder: Builder, target: Node, z: Any, class_dim: int) -> Any:
     """Class indices in the shape of `z`, with one class."""
     t = builder.proxy(target)
     shape = list(example(z.node).shape)
@@ -90,7 +90,7 @@ def mixed_loss(builder: Builder, value: Value, node: Node, args: dict[str, Any],
     mixture = mixture.times(1.0 - smoothing).plus(smoothing / classes if smoothing else 0.0)
     coefficients: Any = classes * mixture.constant if mixture.constant else 0.0
     for k in range(len(mixture.terms)):
-        coefficients = coefficients + _coefficient(builder, mixture, k, c)
+        coefficients = coefficients + coefficient(builder, mixture, k, c)
     rows = z.logsumexp(c) * coefficients - _picked(builder, z, mixture, c)
     if mixture.constant:
         rows = rows - z.sum(c) * mixture.constant

@@ -21,7 +21,7 @@ from ..graph.nodes import Op
 from ..graph.refusal import Refusal, Refused
 from ..graph.regions import descendants
 from ..graph.spellings import Fact
-from . import decompose, margins, ranking, rsqrt_softcap, rules, two_heads
+from . import decompose, embeddings, margins, ranking, rsqrt_softcap, rules, two_heads
 from .affine import Listed
 from .at_target import is_pointwise
 from .heads import subclassed
@@ -74,7 +74,7 @@ class Interpreter(Walk):
         touched = [n for n in node.all_input_nodes if any(n in nodes_ for nodes_ in made_of)]
         if touched:
             self._use(node, op, touched)
-        if op is not None and op.is_head:
+        if op is not None and op.is_head and node not in self.sums:
             self._head(node, op)
 
     def _head(self, node: Node, op: Op) -> None:
@@ -156,7 +156,7 @@ class Interpreter(Walk):
         for trace in self.open[n][1] if n in self.open else ():
             trace.escapes.append(self.open[n][0])
         if self.sums.get(n):
-            refusal = Refusal(node, "products of two heads' probabilities leave the graph", "return their sum")
+            refusal = Refusal(node, f"{self.sums[n].what} leave the graph", "return what the loss reads of them")
             for trace in self.sums[n].traces:
                 trace.escapes.append(refusal)
             return n
@@ -185,7 +185,7 @@ class Interpreter(Walk):
         if not into_logits and memory.mutated(node):
             what = f"{nodes.describe(node)} works in place on a tensor of the logits' graph"
             raise Refused(what, "use the out-of-place form")
-        if two_heads.follows(self, node, op, touched):
+        if embeddings.follows(self, node, op, touched) or two_heads.follows(self, node, op, touched):
             return
         known = op is not None and rules.follows(op)
         if op is None or not known or not any(take(node, op, touched) for take in self.order):

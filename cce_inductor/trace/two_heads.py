@@ -3,7 +3,7 @@
 Such a loss sums, over the classes, products of one head's softmax with another head's log-probabilities, however it is
 spelled. A tensor of those products is a `Sum`: it is followed through what a program does to it (`follows`), and ends
 where the classes are summed. There it is put together again from as few functions of two heads as there are
-(`_in_functions`): nodes that call `of_two`, which stand for what one operator computes from both (ops/pairs.py).
+(functions.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
 from ..graph import memory, nodes
@@ -22,12 +21,10 @@ from ..graph.fakes import fake, is_number, is_tensor, same
 from ..graph.nodes import Op
 from ..graph.refusal import Refused
 from ..graph.spellings import Fact
-from ..ops.pairs import Function
 from . import rules
 from .decompose import in_dtype_of
+from .functions import Change, Product, comparable, in_functions, of_two, put_function, read_with
 from .operands import vocab
-from .pointwise import not_rounded
-from .reduction import SOFTMAX, Reduction
 from .reductions import over_rows, reads_the_classes
 from .shapes import broadcasts_to_rows, is_row_vector
 from .trace import Trace
@@ -39,30 +36,6 @@ from .walk import Entry, Walk, distinct
 
 
 @dataclass(frozen=True)
-class Change:
-    """What was done to the products of a row: multiplied or divided by a tensor of one number, or of one for each row,
-    set to 0 where one is true ("fill") or false ("keep"), or rearranged ("map") with the other rows.
-    """
-
-    how: str
-    node: Node | None = None
-    row_map: Any = None
-
-
-@dataclass(frozen=True)
-class Product:
-    """factor · softmax(weights) · log_softmax(values), or the logits `values`, with what was done to it since.
-
-    No weights stand for 1, and no values as well.
-    """
-
-    factor: float
-    weights: Value | None
-    values: Value | None
-    changes: tuple[Change, ...] = ()
-
-
-@dataclass(frozen=True)
 class Sum:
     """A tensor of the logits' shape, the sum of products, with the classes in dimension `class_dim`."""
 
@@ -70,6 +43,7 @@ class Sum:
     class_dim: int
     products: tuple[Product, ...]
     traces: tuple[Trace, ...]
+    what = "products of two heads' probabilities"
 
     def changed(self, node: Node, change: Change) -> Sum:
         return replace(self, node=node, products=tuple(replace(p, changes=(*p.changes, change)) for p in self.products))
@@ -89,30 +63,17 @@ class Infinite:
     """A mask of where logits are infinite: in none of the classes of a head without a bias."""
 
     traces: tuple[Trace, ...]
+    what = "masks of infinite logits"
 
 
 # More products than any loss is written with.
 _MOST = 8
 
 
-def of_two(values: Tensor, weights: Tensor, function: Function, dim: int) -> Tensor:
-    """Stands in a graph for a function of two heads: of the logits that `values` and `weights` are made of, over `dim`.
-
-    Only graphs whose losses are fused keep what is decomposed into it, and those have an operator in its place.
-    """
-    product = values * weights
-    return (product if product.dtype == torch.float64 else product.float()).sum(dim)
-
-
-def _read(entry: Entry, class_dim: int | None) -> Value:
-    """The logits as they are read with the classes there, or first."""
-    return next((v for v in entry.values if v.class_dim == class_dim), entry.values[0])
-
-
 def _lifted(entry: Entry, class_dim: int | None) -> Sum:
     """A function of one head's logits as a sum of one product."""
-    value = _read(entry, class_dim)
-    _comparable(value)
+    value = read_with(entry, class_dim)
+    comparable(value)
     weights = replace(value, function=Kind("softmax")) if value.kind in ("softmax", "p log p", "p z") else None
     kinds = {"log_softmax": "log_softmax", "p log p": "log_softmax", "logits": "logits", "p z": "logits"}
     values = replace(value, function=Kind(kinds[value.kind])) if value.kind in kinds else None
@@ -120,15 +81,6 @@ def _lifted(entry: Entry, class_dim: int | None) -> Sum:
         raise Refused(f"the {value.words} are compared with those of another head", "use softmax and log_softmax")
     product = Product(1.0 if value.kind == "logits" else value.factor, weights, values)
     return Sum(value.node, value.class_dim, (product,), tuple(entry.trace.with_parts))
-
-
-def _comparable(value: Value) -> None:
-    """Refused for logits that are no plain ones of one head."""
-    if value.members or value.picked is not None or value.edit is not None or value.without is not None:
-        raise Refused("edited logits, or those of several heads, are compared with others", "compute a loss of each")
-    if value.masks:
-        raise Refused("masked logits are compared with those of another head", "slice the weight instead of masking")
-    not_rounded(value)
 
 
 def _sum(walk: Walk, node: Node, class_dim: int | None = None) -> Sum:
@@ -163,7 +115,7 @@ def _only(entry: Entry | None) -> int | None:
 def follows(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
     """Whether a node is made of two heads, which is then noted; Refused if there is no rule for what it does."""
     if node.target is of_two:
-        _put_function(walk, node)
+        put_function(walk, node)
         return True
     if not any(n in walk.sums for n in touched) and not _begins(walk, node, op, touched):
         return False
@@ -205,7 +157,7 @@ def _infinite(walk: Walk, op: Op) -> Infinite:
         value = walk.values[node].values[0] if op.name == "isinf" and node in walk.values else None
         if value is None or value.kind != "logits" or value.affine.shifts or value.masks or value.edit:
             raise Refused("where logits with a bias or a mask are infinite is asked", "compute the loss without that")
-        _comparable(value)
+        comparable(value)
         found += walk.values[node].trace.with_parts
     return Infinite(tuple(distinct(found)))
 
@@ -367,7 +319,7 @@ def _kl_div(walk: Walk, node: Node, op: Op) -> Sum | None:
     made = replace(made, node=args["input"])
 
     def record(builder: Builder) -> Proxy:
-        total = _in_functions(builder, made).sum()
+        total = in_functions(builder, made.products, made.class_dim).sum()
         if reduction == "sum":
             return in_dtype_of(total, node)
         p = builder.proxy(args["input"])
@@ -397,7 +349,7 @@ def _cross_entropy(walk: Walk, node: Node, op: Op) -> None:
     )
 
     def record(builder: Builder) -> Proxy:
-        rows = _in_functions(builder, made)
+        rows = in_functions(builder, made.products, made.class_dim)
         reduced = rows if args["reduction"] == "none" else getattr(rows, args["reduction"])()
         return in_dtype_of(reduced, node)
 
@@ -424,7 +376,7 @@ def _total(walk: Walk, node: Node, op: Op) -> None:
     shape = over_rows(sum_.shaped, op.args["dim"], bool(op.args["keepdim"]), mean)
 
     def record(builder: Builder) -> Proxy:
-        rows = _in_functions(builder, sum_)
+        rows = in_functions(builder, sum_.products, sum_.class_dim)
         return in_dtype_of(shape(rows / vocab(builder, sum_.shaped) if mean else rows), node)
 
     walk.decompose(node, sum_.traces, record)
@@ -444,137 +396,3 @@ _RULES: dict[str, Callable[[Walk, Node, Op], Sum | None]] = {
     "sum": _total,
     "mean": _total,
 }
-
-
-# ---- as functions of two heads
-
-
-def _in_functions(builder: Builder, sum_: Sum) -> Any:
-    """The sum over the classes, in the leading shape of the logits, as functions of two heads."""
-    changes = dict.fromkeys(p.changes for p in sum_.products)
-    parts = [_changed(builder, [p for p in sum_.products if p.changes == c], c, sum_) for c in changes]
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
-
-
-def _changed(builder: Builder, products: Sequence[Product], changes: tuple[Change, ...], sum_: Sum) -> Any:
-    """Products that have been through the same, with that done to their sum."""
-    value = next(v for p in products for v in (p.weights, p.values) if v is not None)
-    total: Any = _expected(builder, products)
-    if not changes:
-        return total
-    c = value.class_dim
-    total = total.unsqueeze(c)
-    for change in changes:
-        if change.how == "map":
-            total = change.row_map(total, 1)
-            continue
-        assert change.node is not None
-        p = builder.proxy(change.node)
-        if change.how in ("mul", "div"):
-            total = total * p if change.how == "mul" else total / p
-        else:
-            kept, other = (total, 0.0) if change.how == "keep" else (0.0, total)
-            total = builder.call(torch.where, p, kept, other)
-    return total.squeeze(sum_.class_dim)
-
-
-def _expected(builder: Builder, products: Sequence[Product]) -> Any:
-    """The sum over the classes of products, in the leading shape of the logits."""
-    constant, total = 0.0, None
-    found: dict[Any, tuple[Value, dict[Any, tuple[Value, float]]]] = {}
-    for p in products:
-        if p.weights is None:
-            raise Refused("log-probabilities are summed beside another head's", "sum them by themselves")
-        if p.values is None:
-            constant += p.factor
-            continue
-        _, averages = found.setdefault(_key(p.weights), (p.weights, {}))
-        value, factor = averages.get(_key(p.values), (p.values, 0.0))
-        averages[_key(p.values)] = value, factor + p.factor
-
-    def plus(term: Any, factor: float) -> None:
-        nonlocal total
-        term = term if factor == 1.0 else term * factor
-        total = term if total is None else total + term
-
-    for key, (weights, averages) in found.items():
-        logs = {k: v for k, v in averages.items() if v[0].kind == "log_softmax"}
-        own = logs.pop(key, (weights, 0.0))[1]
-        # As many divergences as there are, whose values the difference of two sums would lose to rounding.
-        whole = sum(factor for _, factor in logs.values())
-        for value, factor in logs.values():
-            plus(_call(builder, value, weights, "divergence" if own == -whole else "cross_entropy"), -factor)
-        if own and own != -whole:
-            plus(_call(builder, weights, weights, "cross_entropy"), -own)
-        for value, factor in averages.values():
-            if value.kind == "logits":
-                plus(_call(builder, value, weights, "expected"), factor)
-    if total is None:
-        raise Refused("a sum of probabilities, which is 1", "leave it out")
-    return total + constant if constant else total
-
-
-def _key(value: Value) -> Any:
-    kind = "logits" if value.kind == "logits" else "softmax"
-    return value.source, value.affine, value.terms if kind == "logits" else (), value.fake.requires_grad, kind
-
-
-def _call(builder: Builder, values: Value, weights: Value, function: Function) -> Proxy:
-    a, b = builder.proxy(values.node), builder.proxy(weights.node)
-    return builder.call(of_two, a, b, function, values.class_dim)
-
-
-# ---- a function of two heads
-
-
-def _put_function(walk: Walk, node: Node) -> None:
-    """Notes that a node is a statistic of two heads; of the one that is differentiated, or comes first."""
-    first, second, function, dim = node.args
-    assert isinstance(first, Node) and isinstance(second, Node) and isinstance(dim, int)
-    entries = [walk.values[n] for n in (first, second)]
-    a, b = (_read(e, dim) for e in entries)
-    if any(e.stale for e in entries):
-        raise Refused("an alias of the logits was edited in place", "use the out-of-place form")
-    for value in (a, b):
-        _comparable(value)
-    if (a.source, a.affine) == (b.source, b.affine) and function == "cross_entropy":
-        made = Reduction(node, a, (*SOFTMAX, "entropy"), flat=lambda s: s.entropy)
-        entries[0].trace.reductions.append(made)
-        return
-    _fit(a, b)
-    order = [a.fake.requires_grad, b.fake.requires_grad]
-    before = {n: i for i, n in enumerate(walk.graph.nodes)}
-    by_other = order[0] > order[1] if order[0] != order[1] else before[a.head.node] <= before[b.head.node]
-    own, other = (a, b) if by_other else (b, a)
-    trace = entries[0 if by_other else 1].trace
-    statistics, flat = _statistics(function, by_other, a)  # type: ignore[arg-type]
-    trace.reductions.append(Reduction(node, own, statistics, flat=flat, other=other))
-
-
-def _fit(a: Value, b: Value) -> None:
-    """Refused for two heads that one operator cannot take."""
-    if not same(a.vocab, b.vocab) or a.class_dim != b.class_dim:
-        raise Refused("two heads over vocabularies of different sizes are compared", "give both the same classes")
-    if len(a.lead_shape) != len(b.lead_shape) or not all(map(same, a.lead_shape, b.lead_shape)):
-        raise Refused("two heads are compared whose logits differ in shape", "give both the same rows and classes")
-    if (a.head.dtype == torch.float64) != (b.head.dtype == torch.float64):
-        raise Refused("logits in float64 are compared with others in a narrower dtype", "compute both in one dtype")
-
-
-BOTH = (*SOFTMAX, "other_lse", "other_lse_low")
-
-
-def _statistics(function: Function, by_other: bool, averaged: Value) -> tuple[tuple[str, ...], Callable[[Any], Any]]:
-    """What a function of two heads needs, and itself. by_other: the other head's softmax weighs."""
-    if function != "expected":
-        name = function if by_other else f"other_{function}"
-        return (*BOTH, name), lambda s: s.of_both(name)
-    if averaged.terms or averaged.affine.constant:
-        raise Refused("the expected value of logits to which something was added", "add it to the expected value")
-    if not by_other:
-        return (*SOFTMAX, "expected_other"), lambda s: s.of_both("expected_other")
-    # The sum of q (lse - log p), with q a softmax.
-    return (*BOTH, "cross_entropy"), lambda s: (s.lse - s.of_both("cross_entropy")) + s.lse_low

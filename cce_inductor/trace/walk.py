@@ -57,7 +57,7 @@ class Walk(abc.ABC):
         self.originals: dict[Node, Node] = {}  # of nodes that give the very tensor of another one
         # What is made of logits in a way that no rule follows, entry by entry: with the reason.
         self.open: dict[Node, tuple[Refusal, list[Trace]]] = {}
-        # Tensors of products of two heads' functions; None for one that was edited since.
+        # What is made of two heads (two_heads.py, embeddings.py); None for what was edited since.
         self.sums: dict[Node, Any] = {}
         self.refused: dict[Node, tuple[Refusal, Trace | None]] = {}
         self.records_gradients = True
@@ -150,6 +150,7 @@ class Walk(abc.ABC):
         self.decomposed.append(made)
         added = self.visit_added(before, node)
         made.added += added
+        made.traces += [self.traces[n] for n in added if n in self.traces]
         for t in self.traces.values():
             t.escapes = [replace(e, node=node) if e.node in added else e for e in t.escapes]
         return result.node
