@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .ops.api import linear_cross_entropy as linear_cross_entropy
     from .ops.api import linear_logsumexp as linear_logsumexp
     from .ops.diagnostics import diagnostics as diagnostics
+    from .ops.emo import emo_loss as emo_loss
     from .report import Report as Report
     from .report import Site as Site
     from .report import explain as explain
@@ -30,6 +31,7 @@ _HOME = {
     "disable": "backend",
     "linear_cross_entropy": "ops.api",
     "linear_logsumexp": "ops.api",
+    "emo_loss": "ops.emo",
     "diagnostics": "ops.diagnostics",
     "explain": "report",
     "Report": "report",

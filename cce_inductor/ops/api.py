@@ -31,7 +31,7 @@ def _slot(name: str, grad_filter: str, device: torch.device) -> torch.nn.Paramet
     return diagnostics.meter(f"cce_inductor.{name}{place}", grad_filter, device).slot()
 
 
-def _statistics(
+def statistics_of(
     name: str,
     operands: dict[str, Tensor],
     row_mask: Tensor | None,
@@ -66,7 +66,7 @@ def _softcap(softcap: float | None) -> float:
     return float(softcap)
 
 
-def _flatten(input: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def flatten(input: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """input as (N, D) and target as (N,), or an error that names what does not fit."""
     if input.dim() == 0 or weight.dim() != 2:
         raise ValueError(
@@ -169,7 +169,7 @@ def linear_cross_entropy(
         RuntimeError: on a second derivative.
     """
     loss = CrossEntropy(ignore_index, reduction, label_smoothing, z_loss)
-    x, t = _flatten(input, weight, target)
+    x, t = flatten(input, weight, target)
     row_mask = t != ignore_index
     # Rows that do not count, but are computed, need some class.
     operands = {"input": x, "weight": weight, "target": torch.where(row_mask, t, 0)}
@@ -180,7 +180,7 @@ def linear_cross_entropy(
         if label_smoothing:
             operands["column_weight"] = class_weight.detach()
     rows = computed(row_mask, x, bias)
-    stats = _statistics("linear_cross_entropy", operands, rows, loss.statistics, scale, softcap)
+    stats = statistics_of("linear_cross_entropy", operands, rows, loss.statistics, scale, softcap)
     value = cross_entropy(stats, t, row_mask, class_weight, weight.shape[0], loss)
     if reduction == "none":
         value = value.reshape(target.shape)
@@ -210,7 +210,7 @@ def linear_logsumexp(
     (fp64 for fp64 inputs) and differentiable in input, weight and bias. Rows whose target is `ignore_index` are not
     computed: both are 0 there, and they have no gradient. None says that there are no such rows.
     """
-    x, t = _flatten(input, weight, target)
+    x, t = flatten(input, weight, target)
     row_mask = None
     if ignore_index is not None:
         row_mask = t != ignore_index
@@ -218,5 +218,5 @@ def linear_logsumexp(
     operands = {"input": x, "weight": weight, "target": t}
     if bias is not None:
         operands["bias"] = bias
-    stats = _statistics("linear_logsumexp", operands, row_mask, "lse lse_low target_logit", scale, softcap)
+    stats = statistics_of("linear_logsumexp", operands, row_mask, "lse lse_low target_logit", scale, softcap)
     return stats["lse"].reshape(target.shape), stats["target_logit"].reshape(target.shape)

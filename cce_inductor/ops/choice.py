@@ -12,7 +12,7 @@ class Problem:
 
     dtypes: of input, weight and bias. compute_dtype: what the operands are rounded to. workspace: bytes of scratch.
     logits_bytes: size of the logits that fusing saves. filter: the kind of the
-    gradient filter (filters.py).
+    gradient filter (filters.py). two_heads: whether a second head's logits are compared with these.
     """
 
     rows: int
@@ -24,6 +24,7 @@ class Problem:
     workspace: int
     logits_bytes: int
     filter: str = "exact"
+    two_heads: bool = False
 
     @property
     def weight_dtype(self) -> torch.dtype:

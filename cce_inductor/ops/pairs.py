@@ -82,8 +82,9 @@ def finish(state: RunningPair, function: Function) -> Tensor:
     mean = state.weighted / state.b.total
     if function == "expected":
         return mean
-    log = state.a.total.log()
-    return log + mean if function == "cross_entropy" else (log - state.b.total.log()) + mean
+    # Of the quotient, and not the difference of two logarithms, which are rounded where they are larger than it.
+    total = state.a.total if function == "cross_entropy" else state.a.total / state.b.total
+    return total.log() + mean
 
 
 @dataclass

@@ -65,7 +65,7 @@ def _plan(graph: Graph, trace: Trace, hoist: Hoist, settings: Settings, choose: 
             return Plan(trace, refusal=refusal)
         groups = in_groups(trace, hoist, settings.grad_filter == "exact")
         ranks = in_ranking_groups(trace, hoist)
-        choice = choose(_problem(trace.head, settings)) if choose else EAGER
+        choice = choose(_problem(trace.head, settings, _compared(trace))) if choose else EAGER
         if choice.refusal:
             return Plan(trace, refusal=Refusal(trace.head.node, choice.refusal, choice.cure))
         return Plan(trace, groups, ranks, _late_write(graph, trace, [*groups, *ranks], hoist, settings), choice)
@@ -73,7 +73,12 @@ def _plan(graph: Graph, trace: Trace, hoist: Hoist, settings: Settings, choose: 
         return Plan(trace, refusal=Refusal(trace.head.node, refused.reason, refused.cure))
 
 
-def _problem(head: Head | SeveralHeads, settings: Settings) -> Problem:
+def _compared(trace: Trace) -> bool:
+    """Whether another head's logits are compared with these."""
+    return any(reduction.other is not None for reduction in trace.reductions)
+
+
+def _problem(head: Head | SeveralHeads, settings: Settings, two_heads: bool = False) -> Problem:
     """A head in numbers. Symbolic sizes give what they were at capture: asking must not put a guard on them."""
     z = fake(head.node)
     sizes = [compat.size_hint(s) for s in z.shape]
@@ -89,6 +94,7 @@ def _problem(head: Head | SeveralHeads, settings: Settings) -> Problem:
         workspace=settings.workspace_bytes,
         logits_bytes=entries * z.element_size(),
         filter=Filter.read(settings.grad_filter).kind,
+        two_heads=two_heads,
     )
 
 

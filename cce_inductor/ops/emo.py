@@ -1,0 +1,94 @@
+"""EMO, a bound on the earth mover's distance of the softmax to the target (arXiv 2310.04691), without the logits."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .api import flatten, statistics_of
+from .losses import REDUCTIONS, normalizer
+
+Mode = Literal["emo", "adaptive", "sum"]
+# Keeps quotients of losses finite, as in the published code.
+_TINY = 1e-10
+# Rows of a matrix whose norms are taken at once: what is cast for that is no copy of it.
+_ROWS = 4096
+
+
+def emo_loss(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    mode: Mode = "adaptive",
+    limit: float | None = 3.0,
+    detach_target: bool = False,
+    cost: Tensor | None = None,
+) -> Tensor:
+    """EMO of the logits ``softcap * tanh(scale * (input @ weight.T + bias) / softcap)``, beside their cross-entropy.
+
+    For a row with the softmax q and the target y, ``emo = 1 - sum_v q_v cos(cost_v, cost_y)``: what it costs to move
+    the mass of q to the target, if moving it between two classes costs one minus their cosine. ``mle`` is the
+    cross-entropy. One pass over the vocabulary gives both.
+
+    Args:
+        input: hidden states, (..., D), any floating dtype.
+        weight: the head, (V, D).
+        target: class indices, (...), int64 in [0, V) or equal to `ignore_index`.
+        bias: (V,), added before `scale`. scale, softcap: as in `linear_cross_entropy`.
+        ignore_index: target of rows that do not count. reduction: "mean" over the others, "sum" or "none".
+        mode: "emo" alone; "adaptive", the mean ``(ratio * emo + mle) / 2`` with the ratio ``mle / emo``, no gradient
+            through it and no more than `limit` (None for no limit, as in the paper); or "sum",
+            ``(emo / mle) * mle + emo`` with no gradient through the quotient.
+        detach_target: whether the target's own probability is taken out of q as a constant, as in the first version of
+            the authors' code: the value is larger by q_y, the gradient is the same.
+        cost: (V, D'), the vectors that the cosines are of; the weight itself by default. No gradient reaches it.
+
+    Returns:
+        A scalar, or (...) for reduction "none"; fp32 (fp64 for fp64 inputs). Without a row that counts the mean is 0.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or options that do not fit. IndexError: a target outside the vocabulary
+        (CPU). RuntimeError: on a second derivative in compiled code.
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode must be one of {', '.join(map(repr, get_args(Mode)))}, got {mode!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+    x, t = flatten(input, weight, target)
+    cost = (weight if cost is None else cost).detach()
+    if cost.dim() != 2 or cost.shape[0] != weight.shape[0]:
+        raise ValueError(f"cost must be (V, D') with V = {weight.shape[0]} classes, got {tuple(cost.shape)}")
+    row_mask = t != ignore_index
+    t = torch.where(row_mask, t, 0)
+    operands = {"input": x, "weight": weight, "target": t}
+    if bias is not None:
+        operands["bias"] = bias
+    inverse = _inverse_norms(cost)
+    operands |= {"other_input": cost[t], "other_weight": cost}
+    operands |= {"other_row_scale": inverse[t], "other_column_scale": inverse}
+    stats = statistics_of("emo_loss", operands, row_mask, "lse lse_low target_logit expected_other", scale, softcap)
+    log_p = (stats["target_logit"] - normalizer(stats["lse"])) - stats["lse_low"]
+    mle = torch.where(row_mask, -log_p, 0)
+    emo = 1 - stats["expected_other"]
+    emo = torch.where(row_mask, emo + log_p.exp().detach() if detach_target else emo, 0)
+    if mode == "adaptive":
+        ratio = (mle / (emo + _TINY)).detach()
+        rows = ((ratio if limit is None else ratio.clamp(max=limit)) * emo + mle) / 2
+    else:
+        rows = emo if mode == "emo" else (emo / (mle + _TINY)).detach() * mle + emo
+    if reduction == "none":
+        return rows.reshape(target.shape)
+    return rows.sum() if reduction == "sum" else rows.sum() / row_mask.sum().clamp(min=1)
+
+
+def _inverse_norms(matrix: Tensor) -> Tensor:
+    """One over the norm of each row, (V,), in fp32 (fp64 for fp64)."""
+    dtype = torch.float64 if matrix.dtype == torch.float64 else torch.float32
+    parts = [torch.linalg.vector_norm(part, dim=1, dtype=dtype) for part in matrix.split(_ROWS)]
+    return torch.cat(parts).clamp(min=1e-12).reciprocal()
