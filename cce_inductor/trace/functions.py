@@ -166,7 +166,7 @@ def put_function(walk: Walk, node: Node) -> None:
         raise Refused("an alias of the logits was edited in place", "use the out-of-place form")
     for value in (a, b):
         comparable(value)
-    if (a.source, a.affine) == (b.source, b.affine) and function == "cross_entropy":
+    if _key(a) == _key(b) and function == "cross_entropy":
         made = Reduction(node, a, (*SOFTMAX, "entropy"), flat=lambda s: s.entropy)
         entries[0].trace.reductions.append(made)
         return

@@ -66,6 +66,23 @@ class Infinite:
     what = "masks of infinite logits"
 
 
+@dataclass(frozen=True)
+class Zeros:
+    """A mask of where the probabilities of `value` are 0."""
+
+    value: Value
+    traces: tuple[Trace, ...]
+    what = "masks of probabilities"
+
+
+@dataclass(frozen=True)
+class Stale:
+    """What shares memory with products that were edited in place."""
+
+    traces: tuple[Trace, ...]
+    what = "aliases of edited products"
+
+
 # More products than any loss is written with.
 _MOST = 8
 
@@ -87,9 +104,9 @@ def _sum(walk: Walk, node: Node, class_dim: int | None = None) -> Sum:
     """What a node is, with the classes there if it can be read so; Refused for one that was edited since."""
     if node in walk.sums:
         found = walk.sums[node]
-        if isinstance(found, Infinite):
+        if isinstance(found, (Infinite, Zeros)):
             raise Refused("where logits are infinite is asked", "compute the loss without that mask")
-        if found is None:
+        if isinstance(found, Stale):
             raise Refused("an alias of what two heads are compared by was edited in place", "use the out-of-place form")
         return found
     if node not in walk.values:
@@ -122,6 +139,9 @@ def follows(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
     if op is not None and op.name in ("isinf", "or"):
         walk.sums[node] = _infinite(walk, op)
         return True
+    if op is not None and op.name in ("eq", "expand_as") and (zeros := _zeros(walk, op)) is not None:
+        walk.sums[node] = zeros
+        return True
     rule = _RULES.get(op.name) if op is not None else None
     layout_rule = op is not None and op.has(Fact.VIEW | Fact.HANDS_ON) and op.args.get("input") is touched[0]
     if op is None or not (rule or layout_rule) or (op.inplace and op.args.get("input") not in walk.sums):
@@ -139,7 +159,7 @@ def put(walk: Walk, node: Node, made: Sum, edited: Node | None) -> None:
         own = memory.storages(edited)
         for other in walk.sums:
             if memory.storages(other) & own:
-                walk.sums[other] = None
+                walk.sums[other] = Stale(made.traces)
         walk.sums[edited] = replace(made, node=edited)
     walk.sums[node] = made
     for trace in made.traces:
@@ -162,10 +182,35 @@ def _infinite(walk: Walk, op: Op) -> Infinite:
     return Infinite(tuple(distinct(found)))
 
 
+def _zeros(walk: Walk, op: Op) -> Zeros | None:
+    """Where probabilities are 0, as torch.distributions asks; or that in the shape of another tensor."""
+    source = op.args["input"]
+    if op.name == "expand_as":
+        made = walk.sums.get(source)
+        same_shape = made is not None and fake(source).shape == fake(op.args["other"]).shape
+        return made if same_shape and isinstance(made, Zeros) else None
+    value = walk.values[source].values[0] if source in walk.values else None
+    if value is None or value.kind != "softmax" or value.factor != 1.0 or op.args["other"] != 0:
+        return None
+    comparable(value)
+    return Zeros(value, tuple(walk.values[source].trace.with_parts))
+
+
+def _set(walk: Walk, node: Node, op: Op) -> Sum:
+    """0 where what weighs is 0, and infinity where what is averaged is the logarithm of 0: as it is anyway."""
+    sum_, mask, number = _sum(walk, op.args["input"]), op.args["index"], op.args["value"]
+    zeros = walk.sums.get(mask) if isinstance(mask, Node) else None
+    of = [p.weights if number == 0 else p.values for p in sum_.products]
+    own = [isinstance(zeros, Zeros) and v is not None and v.source == zeros.value.source for v in of]
+    if number not in (0, float("inf")) or not (all(own) if number == 0 else any(own)):
+        raise Refused("the products of two heads' probabilities are masked by class", "mask whole rows, with 0")
+    return replace(sum_, node=node)
+
+
 def _begins(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
     """Whether a node puts functions of two heads together that nothing else takes."""
-    if op is not None and op.name == "isinf":
-        return True
+    if op is not None and op.name in ("isinf", "eq"):
+        return op.name == "isinf" or _zeros(walk, op) is not None
     if op is None or op.inplace or len(touched) != 2 or not all(n in walk.values for n in touched):
         return False
     if op.name in ("cross_entropy", "kl_div"):
@@ -391,6 +436,7 @@ _RULES: dict[str, Callable[[Walk, Node, Op], Sum | None]] = {
     "cast": _cast,
     "masked_fill": _filled,
     "where": _where,
+    "setitem": _set,
     "kl_div": _kl_div,
     "cross_entropy": _cross_entropy,
     "sum": _total,

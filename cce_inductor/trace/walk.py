@@ -57,7 +57,7 @@ class Walk(abc.ABC):
         self.originals: dict[Node, Node] = {}  # of nodes that give the very tensor of another one
         # What is made of logits in a way that no rule follows, entry by entry: with the reason.
         self.open: dict[Node, tuple[Refusal, list[Trace]]] = {}
-        # What is made of two heads (two_heads.py, embeddings.py); None for what was edited since.
+        # What is made of two heads (two_heads.py, embeddings.py).
         self.sums: dict[Node, Any] = {}
         self.refused: dict[Node, tuple[Refusal, Trace | None]] = {}
         self.records_gradients = True
