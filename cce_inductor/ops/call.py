@@ -163,10 +163,11 @@ def _check(condition: bool, message: str) -> None:
         raise RuntimeError(f"cce_inductor: {message}")
 
 
-def check(call: Call, training: bool = False) -> None:
+def check(call: Call, training: bool = False, needs: str = "") -> None:
     """Raises RuntimeError, saying what is wrong, for operands whose shapes or dtypes do not fit together.
 
-    training: for a forward that leaves what the backward reads, or the backward that reads it.
+    training: for a forward that leaves what the backward reads, or the backward that reads it. needs: names of the
+    operands whose gradients are asked for.
     """
     ops = call.operands
     form = call.attributes.softcap_form
@@ -180,11 +181,15 @@ def check(call: Call, training: bool = False) -> None:
         x.shape[1] == w.shape[1],
         f"input {_shape(x)} and weight {_shape(w)} differ in their last dimension; weight is (V, D), as in F.linear",
     )
+    codes = w.dtype == torch.int8
     for name in ("input", "weight", "bias", "column_weight", *SCALES):
         if name in ops:
-            t = ops[name]
-            _check(t.is_floating_point(), f"{name} must be floating point, got {t.dtype}")
+            t, or_codes = ops[name], " or int8" * (name == "weight")
+            floats = t.is_floating_point() or (name == "weight" and codes)
+            _check(floats, f"{name} must be floating point{or_codes}, got {t.dtype}")
             _check(t.device == x.device, f"{name} is on {t.device}, input on {x.device}")
+    _check(call.compute_dtype.is_floating_point, f"compute_dtype must be floating point, got {call.compute_dtype}")
+    _check(not codes or "weight" not in needs.split(), "a weight of int8 has no gradient")
     for name in ("bias", "column_weight", "column_scale"):
         if name in ops:
             _check(ops[name].shape == w.shape[:1], f"{name} must be ({w.shape[0]},), got {_shape(ops[name])}")
@@ -194,7 +199,7 @@ def check(call: Call, training: bool = False) -> None:
     )
     if call.attributes.compute_dtype is None:
         for name in ("weight", "bias"):
-            dtype = ops[name].dtype if name in ops else x.dtype
+            dtype = ops[name].dtype if name in ops and not (name == "weight" and codes) else x.dtype
             _check(x.dtype == dtype, f"input is {x.dtype} but {name} is {dtype}: cast one of them, or use autocast")
     _check_rows(call)
     if training and sampled(call.statistics, call.attributes):
