@@ -50,7 +50,7 @@ OFTEN = [
         "any number of rows",
     ),
     *("separate", "TMA", "gradients in the forward, bfloat16", "infinite logits", "factors, blocks"),
-    "budget, NaN",
+    *("codes, bfloat16, blocks", "budget, NaN"),
 ]
 VARIANTS = [name for name in CASES if name not in OFTEN]
 
