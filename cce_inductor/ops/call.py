@@ -202,6 +202,20 @@ def check(call: Call, training: bool = False, needs: str = "") -> None:
             dtype = ops[name].dtype if name in ops and not (name == "weight" and codes) else x.dtype
             _check(x.dtype == dtype, f"input is {x.dtype} but {name} is {dtype}: cast one of them, or use autocast")
     _check_rows(call)
+    _check_seed_and_slot(call, training)
+    asked = {*call.statistics.split()}
+    _check(
+        not {"lse", "lse_low", "entropy"} & asked or "lse_rest" not in asked,
+        "lse and lse_rest are statistics of two calls: they are one sum, with the target and without",
+    )
+    for row in call.rows:
+        missing = [r for r in row.requires if r not in ops and r not in call.statistics.split()]
+        _check(not missing, f"statistic {row.name} needs {', '.join(missing)}")
+
+
+def _check_seed_and_slot(call: Call, training: bool) -> None:
+    """What a filter draws its sample by, and where its numbers go."""
+    ops, x = call.operands, call.input
     if training and sampled(call.statistics, call.attributes):
         _check("seed" in ops, f"the filter {str(call.filter)!r} needs the operand seed, an int64 tensor of shape (1,)")
     if "diagnostics" in ops:
@@ -216,14 +230,6 @@ def check(call: Call, training: bool = False, needs: str = "") -> None:
             seed.dtype == torch.int64 and seed.shape == (1,) and seed.device == x.device,
             f"seed must be one int64 of shape (1,) on {x.device}, got {seed.dtype} {_shape(seed)} on {seed.device}",
         )
-    asked = {*call.statistics.split()}
-    _check(
-        not {"lse", "lse_low", "entropy"} & asked or "lse_rest" not in asked,
-        "lse and lse_rest are statistics of two calls: they are one sum, with the target and without",
-    )
-    for row in call.rows:
-        missing = [r for r in row.requires if r not in ops and r not in call.statistics.split()]
-        _check(not missing, f"statistic {row.name} needs {', '.join(missing)}")
 
 
 def _check_rows(call: Call) -> None:

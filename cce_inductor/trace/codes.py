@@ -73,8 +73,6 @@ def _product(factor: Any, held: bool, divides: bool) -> Step:
 
 def codes(head: Head) -> Codes | None:
     """The codes that a head's weight is made of; None where it is not, or where the codes would tell another story."""
-    if not is_tensor(head.weight) or fake(head.weight).dim() != 2:
-        return None
     class_dim = 1 if head.transposed else 0
     node, scales, chain = head.weight, [], []
     while fake(node).dtype in _WIDE:
@@ -90,7 +88,7 @@ def codes(head: Head) -> Codes | None:
         return None
     # Written to, codes or numbers are others afterwards than where they were multiplied.
     memory = set().union(*(storages(n) for n in (*chain, *tensors)))
-    if not chain or written(node.graph.nodes, memory):
+    if written(node.graph.nodes, memory):
         return None
     # Somebody may ask for the gradient of a weight that leaves the graph.
     if any(fake(n).requires_grad and any(user.op == "output" for user in n.users) for n in chain):
@@ -119,8 +117,8 @@ def _step(node: Node, class_dim: int, double: bool) -> tuple[Node, Times | None]
     if not _is_matrix(source, node):
         return None
     if is_number(factor):
-        value = 1 / factor if divides and factor else factor
-        return (source, Times(float(value), False)) if math.isfinite(value) and (factor or not divides) else None
+        number = float(factor) if not divides else 1 / factor if factor else math.inf
+        return (source, Times(number, False)) if math.isfinite(number) else None
     if not is_tensor(factor) or fake(factor).dtype not in _WIDE[not double :]:
         return None
     one = same(fake(factor).numel(), 1)
@@ -133,6 +131,7 @@ def _step(node: Node, class_dim: int, double: bool) -> tuple[Node, Times | None]
 
 def _is_matrix(source: Any, node: Node) -> bool:
     """Whether the argument of a product has the shape of the result."""
-    if not is_tensor(source) or fake(source).dim() != 2:
+    if not is_tensor(source):
         return False
-    return all(map(same, fake(source).shape, fake(node).shape))
+    mine, whole = fake(source).shape, fake(node).shape
+    return len(mine) == len(whole) and all(map(same, mine, whole))

@@ -122,7 +122,11 @@ def test_direct_calls():
 
 
 WRONG = {
-    "another integer dtype": ({"w": torch.zeros(131, 16, dtype=torch.int16)}, {}, "floating point or int8, got torch.int16"),
+    "another integer dtype": (
+        {"w": torch.zeros(131, 16, dtype=torch.int16)},
+        {},
+        "floating point or int8, got torch.int16",
+    ),
     "hidden states of int8": ({"x": torch.zeros(37, 16, dtype=torch.int8)}, {}, "input must be floating point, got"),
     "computed in int8": ({}, {"compute_dtype": torch.int8}, "compute_dtype must be floating point, got torch.int8"),
     "a bias of another dtype": ({"bias": torch.zeros(131, dtype=torch.int8)}, {}, "bias must be floating point, got"),
