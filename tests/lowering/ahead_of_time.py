@@ -14,7 +14,8 @@ from gpu_graphs import generate
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cce_inductor.lowering.schedules import Sweep
-from cce_inductor.lowering.triton_configs import CACHED_TILE, TABLE, kind
+from cce_inductor.lowering.triton_configs import CACHED_TILE, TABLE, holds_factors, kind
+from cce_inductor.lowering.triton_template import Tiles
 from cce_inductor.ops.choice import Choice
 
 SHAPE = (8192, 4096, 128256)  # Llama 3 8B
@@ -71,19 +72,23 @@ def compiled(
     column = kind([stored], compute)
     seen = set()
     for architecture, variant in itertools.product(architectures, variants):
-        table = TABLE[architecture]
-        for tiles in dict.fromkeys(tiles for lists in table.values() for tiles in lists[column][:of_each]):
+        table, factored = TABLE[architecture], FACTORS * variant.endswith(FACTORS)
+
+        def wanted(name: str, architecture=architecture, table=table, factored=factored) -> list[Tiles]:
+            found = table[name][column]
+            return [t for t in found if not factored or holds_factors(architecture, name, t)][:of_each]
+
+        for tiles in dict.fromkeys(tiles for name in table for tiles in wanted(name)):
             if variant.startswith("kept") and tiles.block_n != CACHED_TILE:
                 continue
             # What Inductor writes for AMD differs in nothing that our kernels use.
             capability = architecture if isinstance(architecture, int) else 80
-            factored = FACTORS * variant.endswith(FACTORS)
             given = [x, w, t, *factors] if factored else [x, w, t]
             for wrapper in generate(loss, given, capability, tiles, **VARIANTS[variant]):
                 for kernel in rendered.kernels(wrapper):
                     name = kernel.ours
                     key = (architecture, tiles, name, factored)
-                    if name and key not in seen and tiles in table[name][column][:of_each]:
+                    if name and key not in seen and tiles in wanted(name):
                         seen.add(key)
                         about = {"kernel": name + factored, "dtype": dtype, "sm": architecture, "tiles": tiles}
                         yield about | rendered.compile_ahead(kernel, architecture)

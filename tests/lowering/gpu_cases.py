@@ -213,7 +213,7 @@ def with_factors_from_logits(x, w, b, t):
 
 
 def quantised(x, w, b, t):
-    """A weight of int8, times one number for each class, which alone has a gradient; the codes are exact in any dtype."""
+    """A weight of int8, exact in any dtype, times one number for each class, which alone has a gradient."""
     codes = (w.detach() * 32).to(torch.int8)
     return F.cross_entropy(F.linear(x, codes.to(x.dtype) * (w[:, :1] / 8), b).float(), t)
 

@@ -123,8 +123,8 @@ def load(kernel: Kernel):
 def fix_interpreter() -> None:
     """What Triton's interpreter cannot do.
 
-    bfloat16 (3.6, 3.7): `tl.dot` multiplies the operands' bits, and casts cut off; an int8 becomes its bits. Masks: "and" with a comparison of
-    64-bit scalars gives 64 bits, which loads and stores do not take (3.9).
+    bfloat16 (3.6, 3.7): `tl.dot` multiplies the operands' bits, casts cut off, and an int8 becomes bits. Masks: "and"
+    with a comparison of 64-bit scalars gives 64 bits, which loads and stores do not take (3.9).
     """
     builder = interpreter.InterpreterBuilder
     if getattr(builder, "fixed", False):

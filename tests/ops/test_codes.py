@@ -122,7 +122,7 @@ def test_direct_calls():
 
 
 WRONG = {
-    "another integer dtype": (
+    "other integers": (
         {"w": torch.zeros(131, 16, dtype=torch.int16)},
         {},
         "floating point or int8, got torch.int16",
