@@ -78,6 +78,6 @@ def _keeps_logits(problem: Problem, element: torch.dtype) -> bool:
     if packed > workspace * (1 - CACHED_SHARE):
         return False
     fit = int(workspace * CACHED_SHARE) // max(1, problem.vocab * element.itemsize)
-    if problem.weight_dtype == torch.float32:
+    if problem.weight_dtype in (torch.float32, torch.int8):  # dW is its own accumulator, or there is none
         return fit >= min(problem.rows, LEAST_CHUNK[element])
     return fit >= problem.rows * LEAST_SHARE

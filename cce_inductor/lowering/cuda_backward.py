@@ -88,7 +88,8 @@ class Backward:
 
     def outputs(self, makes: Sequence[str], add_dx: bool) -> dict[str, Any]:
         call, outputs = self.call, {}
-        if "weight" in makes:
+        # In fp32 it is what sums over regions are kept in, too.
+        if "weight" in makes and ("weight" in self.needs or call.weight.get_dtype() == torch.float32):
             outputs["DW"] = call.empty([call.v, call.d], call.weight.get_dtype())
         if "bias" in makes:
             outputs["DB"] = call.empty([call.v], call.operands["bias"].get_dtype())

@@ -10,7 +10,7 @@ from torch._inductor.virtualized import V
 
 from .. import compat
 from ..ops.bound import BLOCK
-from ..ops.call import Attributes
+from ..ops.call import SCALES, Attributes
 from .buffers import in_memory, iota, op, own
 from .schedules import whole_tiles
 from .triton_configs import CACHED_TILE, TABLE, configurations
@@ -93,7 +93,9 @@ class KernelCall:
         block_m = BLOCK if "BOUND" in mutated else None
         if kernel == "budget_dlogits":
             block_n = constants["CHUNK"]
-        found = configurations(kernel + variant, self.dtypes, self.compute, self.device, tma, block_n, block_m)
+        factors = any(name.upper() in inputs for name in SCALES)
+        given = self.dtypes, self.compute, self.device, tma
+        found = configurations(kernel + variant, *given, block_n, block_m, factors)
         launch(
             kernel,
             inputs,

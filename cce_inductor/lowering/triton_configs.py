@@ -115,6 +115,17 @@ _CDNA3 = _table(
 TABLE: dict[int | str, Table] = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL, "gfx942": _CDNA3}
 
 
+# With factors of rows and classes a kernel needs more registers: larger tiles spill, and so do these.
+_LARGEST_WITH_FACTORS = 128 * 128
+_SPILL_WITH_FACTORS: dict[tuple[int | str, str], list[Tiles]] = {(80, "linear_statistics_dx"): [_MIDDLE]}
+
+
+def holds_factors(architecture: int | str, kernel: str, tiles: Tiles) -> bool:
+    """Whether a kernel whose logits have a factor for each row or class keeps its numbers in registers."""
+    small = tiles.block_m * tiles.block_n <= _LARGEST_WITH_FACTORS
+    return small and tiles not in _SPILL_WITH_FACTORS.get((architecture, kernel), [])
+
+
 def chunk(operands: str) -> int:
     """Entries of a list that a tile of the backward under a budget takes, for that kind of operands."""
     return 128 if operands == "16 bits" else 64
@@ -128,10 +139,12 @@ def configurations(
     tma: bool,
     block_n: int | None = None,
     block_m: int | None = None,
+    factors: bool = False,
 ) -> list[Tiles]:
     """What to try for a kernel whose operands, multiplied in `compute`, have these dtypes, on this device.
 
     tma: whether the operands' strides allow it. block_n, block_m: the only tile of columns, or of rows, that will do.
+    factors: whether the logits have some for each row or class.
     """
     if torch.version.hip:
         architecture: int | str = "gfx942"
@@ -140,4 +153,5 @@ def configurations(
         known = [sm for sm in TABLE if isinstance(sm, int)]
         architecture = max((sm for sm in known if sm <= major * 10 + minor), default=min(known))
     found = TABLE[architecture][kernel][kind(operands, compute)]
+    found = [t for t in found if not factors or holds_factors(architecture, kernel, t)]
     return [t for t in found if (tma or not t.tma) and block_n in (None, t.block_n) and block_m in (None, t.block_m)]

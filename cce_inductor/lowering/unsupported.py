@@ -7,7 +7,8 @@ import torch
 
 from ..ops import statistics as table
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Of a weight, int8 too (`check` in ops/call.py): all its numbers are exact in each of the others.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 # The rows of `ops/statistics.py` that the templates of every device compute.
 STATISTICS = ("lse", "lse_low", "lse_rest", "lse_rest_low", "target_logit", "logit_sum", "entropy", "argmax")
 
@@ -18,7 +19,7 @@ class Unsupported(Exception):
 
 def unsupported_dtype(dtypes: Iterable[torch.dtype]) -> str:
     """Why operands of these dtypes, among them the compute dtype, fit no template; or ""."""
-    other = [dtype for dtype in dtypes if dtype not in FLOATS]
+    other = [dtype for dtype in dtypes if dtype not in DTYPES]
     return f"{str(other[0]).removeprefix('torch.')} is none of float32, bfloat16 and float16" if other else ""
 
 

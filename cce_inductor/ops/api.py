@@ -149,7 +149,7 @@ def linear_cross_entropy(
 
     Args:
         input: hidden states, (..., D), any floating dtype.
-        weight: the head, (V, D).
+        weight: the head, (V, D); int8 is read as it is, and has no gradient.
         target: class indices, (...), int64 in [0, V) or equal to `ignore_index`.
         bias: (V,), added before `scale`.
         class_weight: (V,), not differentiated; as `weight` of `F.cross_entropy`.

@@ -194,30 +194,39 @@ def _check(condition: bool, message: str) -> None:
         raise RuntimeError(f"cce_inductor: {message}")
 
 
-def check(call: Call, training: bool = False) -> None:
+def check(call: Call, training: bool = False, needs: str = "") -> None:
     """Raises RuntimeError, saying what is wrong, for operands whose shapes or dtypes do not fit together.
 
-    training: for a forward that leaves what the backward reads, or the backward that reads it.
+    training: for a forward that leaves what the backward reads, or the backward that reads it. needs: names of the
+    operands whose gradients are asked for.
     """
     ops = call.operands
     unknown = set(ops) - set(OPERANDS)
     _check(not unknown, f"unknown operands {sorted(unknown)}; expected some of {OPERANDS}")
     _check("input" in ops and "weight" in ops, "the operands input and weight are needed")
-    for name in ("input", "weight", "bias", "column_weight", *SCALES):
-        if name in ops:
-            t = ops[name]
-            _check(t.is_floating_point(), f"{name} must be floating point, got {t.dtype}")
-            _check(t.device == call.input.device, f"{name} is on {t.device}, input on {call.input.device}")
-    _check_head(call, "")
-    _check_other(call)
+    _check_head(call, "", needs)
+    _check_other(call, needs)
     _check(
         not {*SCALES} & {*ops} or not call.filtered,
         f"logits with a factor for each row or class need the filter 'exact', got {call.attributes.grad_filter!r}",
     )
     _check_rows(call)
+    _check_seed_and_slot(call, training)
+    asked = {*call.statistics.split()}
+    _check(
+        not {"lse", "lse_low", "entropy"} & asked or "lse_rest" not in asked,
+        "lse and lse_rest are statistics of two calls: they are one sum, with the target and without",
+    )
+    for row in call.rows:
+        missing = [r for r in row.requires if r not in ops and r not in call.statistics.split()]
+        _check(not missing, f"statistic {row.name} needs {', '.join(missing)}")
+
+
+def _check_seed_and_slot(call: Call, training: bool) -> None:
+    """What a filter draws its sample by, and where its numbers go."""
+    ops, x = call.operands, call.input
     if training and sampled(call.statistics, call.attributes):
         _check("seed" in ops, f"the filter {str(call.filter)!r} needs the operand seed, an int64 tensor of shape (1,)")
-    x = call.input
     if "diagnostics" in ops:
         slot = ops["diagnostics"]
         _check(
@@ -230,22 +239,26 @@ def check(call: Call, training: bool = False) -> None:
             seed.dtype == torch.int64 and seed.shape == (1,) and seed.device == x.device,
             f"seed must be one int64 of shape (1,) on {x.device}, got {seed.dtype} {_shape(seed)} on {seed.device}",
         )
-    asked = {*call.statistics.split()}
-    _check(
-        not {"lse", "lse_low", "entropy"} & asked or "lse_rest" not in asked,
-        "lse and lse_rest are statistics of two calls: they are one sum, with the target and without",
-    )
-    for row in call.rows:
-        missing = [r for r in row.requires if r not in ops and r not in call.statistics.split()]
-        _check(not missing, f"statistic {row.name} needs {', '.join(missing)}")
 
 
-def _check_head(call: Call, prefix: str) -> None:
-    """The operands of one head, which the messages call by their names with the prefix."""
+def _check_head(call: Call, prefix: str, needs: str) -> None:
+    """The operands of one head, which the messages call by their names with the prefix. needs: as in `check`."""
     ops, attributes = call.operands, call.attributes
     form = attributes.softcap_form
     _check(form in FORMS, f"{prefix}softcap_form must be one of {FORMS}, got {form!r}")
     x, w = call.input, call.weight
+    codes = w.dtype == torch.int8
+    for name in (*OF_HEAD, "column_weight"):
+        if name in ops:
+            t, or_codes = ops[name], " or int8" * (name == "weight")
+            floats = t.is_floating_point() or (name == "weight" and codes)
+            _check(floats, f"{prefix}{name} must be floating point{or_codes}, got {t.dtype}")
+            _check(t.device == x.device, f"{prefix}{name} is on {t.device}, input on {x.device}")
+    _check(
+        call.compute_dtype.is_floating_point,
+        f"{prefix}compute_dtype must be floating point, got {call.compute_dtype}",
+    )
+    _check(not codes or f"{prefix}weight" not in needs.split(), "a weight of int8 has no gradient")
     _check(
         x.dim() == 2 and w.dim() == 2,
         f"{prefix}input must be (N, D) and {prefix}weight (V, D), got {_shape(x)} and {_shape(w)}",
@@ -260,7 +273,7 @@ def _check_head(call: Call, prefix: str) -> None:
             _check(ops[name].shape == w.shape[:1], f"{prefix}{name} must be ({w.shape[0]},), got {_shape(ops[name])}")
     if attributes.compute_dtype is None:
         for name in ("weight", "bias"):
-            dtype = ops[name].dtype if name in ops else x.dtype
+            dtype = ops[name].dtype if name in ops and not (name == "weight" and codes) else x.dtype
             _check(
                 x.dtype == dtype,
                 f"{prefix}input is {x.dtype} but {prefix}{name} is {dtype}: cast one of them, or use autocast",
@@ -272,20 +285,19 @@ def _check_head(call: Call, prefix: str) -> None:
         )
 
 
-def _check_other(call: Call) -> None:
+def _check_other(call: Call, needs: str) -> None:
     """The second head, where there is one."""
     names = [name for name in call.operands if name.startswith(OTHER)]
     if not names:
         return
-    for name in names:
-        t = call.operands[name]
-        _check(t.is_floating_point(), f"{name} must be floating point, got {t.dtype}")
-        _check(t.device == call.input.device, f"{name} is on {t.device}, input on {call.input.device}")
     missing = {OTHER + "input", OTHER + "weight"} - {*names}
     _check(not missing, f"a second head needs {' and '.join(sorted(missing))} too")
     other = call.other
     assert other is not None
-    _check_head(other, OTHER)
+    _check_head(other, OTHER, needs)
+    _check(
+        other.input.device == call.input.device, f"other_input is on {other.input.device}, input on {call.input.device}"
+    )
     sizes = other.input.shape[0], other.weight.shape[0]
     own = call.input.shape[0], call.weight.shape[0]
     _check(sizes == own, f"the second head must have the rows and classes of the first, {own}, got {sizes}")

@@ -59,10 +59,11 @@ def eager_forward(
 ) -> list[Tensor]:
     """The eager implementation of `linear_statistics`.
 
-    operands: as `names` say, ``input (N, D)``, ``weight (V, D)`` and so on (call.py). row_mask: (N,) bool, the rows
-    that count, or None for all. statistics: their names. training: whether a backward may follow. attributes: those of
-    `Attributes`, in order. Returns the statistics, (N,) each, in fp32 (fp64 for fp64; argmax: int64), and behind them
-    the bound if a backward needs one. Raises RuntimeError for operands that do not fit together.
+    operands: as `names` say, ``input (N, D)``, ``weight (V, D)`` and so on (call.py); all are floating but the weight,
+    which may be int8 and has no gradient then. row_mask: (N,) bool, the rows that count, or None for all. statistics:
+    their names. training: whether a backward may follow. attributes: those of `Attributes`, in order. Returns the
+    statistics, (N,) each, in fp32 (fp64 for fp64; argmax: int64), and behind them the bound if a backward needs one.
+    Raises RuntimeError for operands that do not fit together.
     """
     call = Call.read(operands, names, row_mask, statistics, attributes)
     check(call, training)
@@ -87,7 +88,7 @@ def eager_backward(
     shape and dtype.
     """
     call = Call.read(operands, names, row_mask, statistics, attributes)
-    check(call, training=True)
+    check(call, training=True, needs=needs)
     given = dict(zip(tangent_names.split(), tangents, strict=True))
     results = dict(zip(saved_names(statistics, saved), saved, strict=True))
     if call.filtered and "lse" in given:
@@ -134,8 +135,9 @@ def fake_backward(
     needs: str,
     *attributes: Any,
 ) -> list[Tensor]:
-    """Shapes and dtypes of what `eager_backward` gives."""
+    """Shapes and dtypes of what `eager_backward` gives, and its errors."""
     call = Call.read(operands, names, row_mask, statistics, attributes)
+    check(call, training=True, needs=needs)
     return [call.operands[name].new_empty(call.operands[name].shape) for name in needs.split()]
 
 

@@ -6,10 +6,13 @@ from torch.fx import Graph, Node
 
 from ..graph import nodes
 from ..graph.builder import Builder, Proxy
+from ..graph.nodes import Op
 from ..graph.regions import descendants
+from ..graph.spellings import Fact
 from ..trace import operands
+from ..trace.codes import codes
 from ..trace.trace import Trace
-from ..trace.values import Value
+from ..trace.values import Head, Value
 
 # ---- what is left
 
@@ -37,6 +40,20 @@ def erase_dead(graph: Graph, trace: Trace, findings: list[Node]) -> None:
         dead |= set(part.values)
         # Views of what was broadcast together with the logits.
         dead |= {n for n in descendants(part.first.node) if (op := nodes.read(n)) and op.name == "getitem"}
+        dead |= _weight(part)
     for node in reversed(list(graph.nodes)):
         if node in dead and not node.users:
             graph.erase_node(node)
+
+
+def _weight(trace: Trace) -> set[Node]:
+    """What makes a head's weight of its codes, and the views of it that the head multiplies."""
+    made = codes(trace.first.head) if isinstance(trace.first.head, Head) else None
+    if made is None:
+        return set()
+    behind = {n for n in descendants(made.chain[-1]) if (op := nodes.read(n)) and (op.has(Fact.VIEW) or _turns(op))}
+    return {*made.chain, *behind}
+
+
+def _turns(op: Op) -> bool:
+    return op.name == "getattr" and op.args["name"] in ("T", "mT")

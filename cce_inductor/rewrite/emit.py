@@ -22,9 +22,10 @@ from ..ops.library import FORWARD
 from ..ops.losses import computed, cross_entropy, tangents
 from ..ops.with_gradients import ATTACH, WITH_GRADIENTS
 from ..trace import operands
+from ..trace.codes import Codes, codes
 from ..trace.reduction import Loss, Reduction
 from ..trace.values import Value
-from .groups import Bundle, Group
+from .groups import EXACT, Bundle, Group
 from .served import Statistics
 
 # ---- the operator
@@ -73,14 +74,15 @@ class _Arguments:
         scale, softcap, _, _ = value.affine.operator()
         # The loss of logits that eager computed without a graph must have none either.
         detach = not value.fake.requires_grad and any(fake(n).requires_grad for n in value.operands())
+        made = codes_read(bundle, attributes)
         inputs = [operands.input_rows(builder, g.value, detach) for g in bundle.groups]
         self.sizes = [_rows(p) for p in inputs]
         self.operands: dict[str, Proxy] = {
             "input": builder.call(torch.cat, inputs) if len(inputs) > 1 else inputs[0],
-            "weight": operands.weight(builder, value, detach),
+            "weight": operands.weight(builder, value, detach, made),
         }
         bias = operands.biases(builder, value, detach)
-        scales = _scales(builder, bundle, detach)
+        scales = _scales(builder, bundle, detach, made)
         # The rows that count, and those that the operator computes.
         self.row_mask: Proxy | None = None
         self.computed: Proxy | None = None
@@ -113,7 +115,7 @@ class _Arguments:
             softcap=softcap,
             softcap_form=value.affine.form,
             compute_dtype=head.dtype,
-            grad_filter="exact" if value.affine.scales else attributes.grad_filter,
+            grad_filter="exact" if scales else attributes.grad_filter,
         )
         if group.other is not None:
             self._add_other(builder, group.other)
@@ -168,10 +170,16 @@ class _Arguments:
         return {name: p.narrow(0, start, self.sizes[i]) for name, p in every.items()}
 
 
-def _scales(builder: Builder, bundle: Bundle, detach: bool) -> dict[str, Proxy]:
+def codes_read(bundle: Bundle, attributes: Attributes) -> Codes | None:
+    """The codes that the weight is made of, where they are read in its place: a filter needs logits without factors."""
+    made = codes(bundle.first.value.one)
+    return None if made is not None and made.scales and bundle.filter(attributes) != EXACT else made
+
+
+def _scales(builder: Builder, bundle: Bundle, detach: bool, made: Codes | None) -> dict[str, Proxy]:
     """The factors of the rows and of the classes, where there are any."""
     of_rows = [p for g in bundle.groups if (p := operands.row_scale(builder, g.value, detach)) is not None]
-    of_classes = operands.column_scale(builder, bundle.first.value, detach)
+    of_classes = operands.column_scale(builder, bundle.first.value, detach, made)
     scales = {} if of_classes is None else {"column_scale": of_classes}
     if of_rows:
         scales["row_scale"] = builder.call(torch.cat, of_rows) if len(of_rows) > 1 else of_rows[0]

@@ -13,6 +13,7 @@ from ..ops.call import Attributes
 from ..ops.ranking import RANKING
 from ..trace import operands
 from ..trace.affine import Affine, Shift
+from ..trace.codes import codes
 from ..trace.ranking import Ranking
 from ..trace.values import Value
 from .emit import in_rows
@@ -67,9 +68,12 @@ def _call(builder: Builder, group: RankingGroup, attributes: Attributes, hoist: 
 def _operands(builder: Builder, value: Value) -> dict[str, Proxy]:
     """What the logits are made of. The operator has no gradient, so that nothing need be detached."""
     h = operands.hidden(builder, value, False)
+    made = codes(value.one)
+    if made is not None and made.scales:
+        made = None  # it has no factors of classes
     given = {
         "input": operands.flat_rows(h, value.fake.dim(), value.class_dim),
-        "weight": operands.weight(builder, value, False),
+        "weight": operands.weight(builder, value, False, made),
     }
     exact = operands.exact_dtype(value)
     bias, affine = _own_bias(value)

@@ -20,10 +20,9 @@ from ..graph.refusal import Refused
 from ..graph.spellings import Fact
 from ..trace import operands
 from ..trace.affine import Listed
+from ..trace.codes import codes
 from ..trace.values import SeveralHeads, Value
 from .recipe import Logits
-
-# Ops that derive a weight from a parameter and are cheaper to repeat at a read than to keep the result of.
 
 
 @dataclass(frozen=True)
@@ -137,11 +136,15 @@ class Outputs:
             terms.append((factor, term))
             sources += given
         one = None if terms else value.one
+        made = None if one is None else codes(one)
         if one is not None:
             h = builder.run(operands.hidden, builder, value, False).node
             sources.append(Source(True, self.placeholders[h]) if h in self.placeholders else self._own_output(h))
-            sources += [self.source(n) for n in (one.weight, one.bias) if n is not None]
+            weight = one.weight if made is None else made.node
+            sources += [self.source(n) for n in (weight, one.bias) if n is not None]
         sources += [self.source(n) for n in value.extra]
+        factors = [t.factor for t in made.scales if isinstance(t.factor, Node)] if made is not None else []
+        sources += [self.source(n) for n in factors]
         compute = Logits(
             dtype=head.dtype,
             transposed=one is not None and one.transposed,
@@ -149,6 +152,7 @@ class Outputs:
             biased=one is not None and one.bias is not None,
             rank=rank,
             class_dim=class_dim,
+            weight_steps=() if made is None or not made.scales else made.steps(len(value.extra)),
             steps=value.steps,
             reads=len(sources),
             columns=tuple(_count(part) if isinstance(part, Listed) else part for part in value.columns),

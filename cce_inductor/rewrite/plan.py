@@ -17,6 +17,7 @@ from ..graph.refusal import Refusal, Refused
 from ..graph.regions import transform_around
 from ..ops.call import Attributes
 from ..ops.choice import Choice, Chooser, Problem
+from ..trace.codes import codes
 from ..trace.findings import Finding, source
 from ..trace.heads import subclassed
 from ..trace.interpreter import Interpreter
@@ -84,16 +85,19 @@ def _problem(head: Head | SeveralHeads, settings: Settings, two_heads: bool = Fa
     sizes = [compat.size_hint(s) for s in z.shape]
     vocab = compat.size_hint(head.vocab)
     entries = math.prod(sizes)
+    grad_filter = Filter.read(settings.grad_filter)
+    made = codes(head) if isinstance(head, Head) else None
+    read = None if made is None or (made.scales and grad_filter.kind != "exact") else made  # as `codes_read`
     return Problem(
         rows=entries // max(1, vocab),
         width=compat.size_hint(head.width),
         vocab=vocab,
         device=z.device.type,
-        dtypes=tuple(fake(n).dtype for n in head.operands()),
+        dtypes=tuple(fake(read.node if read and n in head.weights() else n).dtype for n in head.operands()),
         compute_dtype=head.dtype,
         workspace=settings.workspace_bytes,
         logits_bytes=entries * z.element_size(),
-        filter=Filter.read(settings.grad_filter).kind,
+        filter=grad_filter.kind,
         two_heads=two_heads,
     )
 

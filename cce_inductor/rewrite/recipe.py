@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..graph.builder import Proxy
+from ..graph.fakes import example
 from ..trace.affine import Range
 from ..trace.values import Step
 
@@ -33,6 +34,7 @@ class Logits:
     class_dim: int
     steps: tuple[Step, ...]
     reads: int  # how many operands, those of `steps` included
+    weight_steps: tuple[Step, ...] = ()  # what the weight is made by of the operand, which is int8
     columns: tuple[Range | int, ...] = ()
     terms: tuple[tuple[float, "Logits"], ...] = ()
     concatenated: bool = False
@@ -40,8 +42,8 @@ class Logits:
     def __call__(self, operands: Sequence[Tensor]) -> Tensor:
         return self._in_place(self._classes_last(operands, recorded=False))
 
-    def _computed(self, operands: Sequence[Tensor]) -> Tensor:
-        x, w, *bias = [t.to(self.dtype) for t in operands]
+    def _computed(self, operands: Sequence[Tensor], extra: list[Tensor]) -> Tensor:
+        x, w, *bias = [t.to(self.dtype) for t in (operands[0], self._weight(operands[1], extra), *operands[2:])]
         return self._head(x, w, bias[0] if bias else None)
 
     def record(self, operands: Sequence[Proxy]) -> Proxy:
@@ -52,8 +54,15 @@ class Logits:
         given: Any = operands
         return self._in_place(self._classes_last(given, recorded=True))  # type: ignore[return-value]
 
-    def _recorded(self, operands: Sequence[Any]) -> Any:
-        return self._head(operands[0], operands[1], operands[2] if self.biased else None, self._marked)
+    def _recorded(self, operands: Sequence[Any], extra: list[Any]) -> Any:
+        w = self._weight(operands[1], extra)
+        w = w if example(w.node).is_floating_point() else w.to(example(operands[0].node).dtype)
+        return self._head(operands[0], w, operands[2] if self.biased else None, self._marked)
+
+    def _weight(self, w: Any, extra: list[Any]) -> Any:
+        for step in self.weight_steps:
+            w = step(w, extra)
+        return w
 
     def _marked(self, z: Any) -> Any:
         z.node.meta["example_value"] = z.node.meta["example_value"].to(self.dtype)
@@ -77,7 +86,7 @@ class Logits:
         parts = [(factor, term._classes_last(given, recorded)) for factor, term, given in self._given(operands)]
         used = sum(term.reads for _, term in self.terms) or 2 + self.biased
         if not parts:
-            z: Any = (self._recorded if recorded else self._computed)(operands[:used])
+            z: Any = (self._recorded if recorded else self._computed)(operands[:used], list(operands[used:]))
         elif self.concatenated:
             z = torch.cat([part for _, part in parts], -1)
         else:

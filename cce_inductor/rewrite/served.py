@@ -13,6 +13,7 @@ from ..graph.hoist import Hoist
 from ..ops.losses import normalizer
 from ..ops.softcap import softcapped
 from ..trace import operands
+from ..trace.codes import codes
 from ..trace.reduction import Loss, Reduction
 from .groups import Group, ratio
 
@@ -100,9 +101,10 @@ class Statistics:
         exact = operands.exact_dtype(value)
         x = operands.input_rows(self.builder, value, detach).to(exact)
         classes = self._part("argmax")
-        w = self.builder.call(F.embedding, classes, operands.weight(self.builder, value, detach)).to(exact)
+        made = codes(value.one)
+        w = self.builder.call(F.embedding, classes, operands.weight(self.builder, value, detach, made)).to(exact)
         z = (x * w).sum(-1)
-        of_class = operands.column_scale(self.builder, value, detach)
+        of_class = operands.column_scale(self.builder, value, detach, made)
         z = z if of_class is None else z * of_class[classes]
         bias = operands.biases(self.builder, value, detach)
         z = (z if bias is None else z + bias.to(exact)[classes]) * scale

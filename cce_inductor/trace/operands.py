@@ -8,8 +8,9 @@ import torch
 from torch.fx import Node
 
 from ..graph.builder import Builder, Proxy
-from ..graph.fakes import fake
+from ..graph.fakes import fake, same
 from .affine import Listed, Range, Scale, Shift
+from .codes import Codes, Times
 from .values import Head, Mask, Value
 
 
@@ -40,10 +41,10 @@ def cut(builder: Builder, p: Proxy, part: Range | Listed) -> Proxy:
     return p[list(part.indices)]
 
 
-def weight(builder: Builder, value: Value, detach: bool) -> Proxy:
-    """The (V, D) weight of the classes that are left."""
-    w = builder.proxy(value.one.weight)
-    w = value.one.matrix(w.detach() if detach else w)
+def weight(builder: Builder, value: Value, detach: bool, made: Codes | None = None) -> Proxy:
+    """The (V, D) weight of the classes that are left; the codes that it is `made` of, if they are given."""
+    w = builder.proxy(made.node if made is not None else value.one.weight)
+    w = value.one.matrix(w.detach() if detach and made is None else w)
     for part in value.columns:
         w = cut(builder, w, part)
     return w
@@ -109,13 +110,31 @@ def row_scale(builder: Builder, value: Value, detach: bool) -> Proxy | None:
     return total
 
 
-def column_scale(builder: Builder, value: Value, detach: bool) -> Proxy | None:
-    """The product of the classes' factors, (V,), in the dtype of the statistics; None where there are none."""
+def column_scale(builder: Builder, value: Value, detach: bool, made: Codes | None = None) -> Proxy | None:
+    """The product of the classes' factors, (V,), in the dtype of the statistics; None where there are none.
+
+    With those that are missing where the weight's codes are read in its place.
+    """
     total: Any = None
     for factor in value.affine.scales:
         if not factor.of_rows:
             total = _times(total, _of_classes(builder, factor, detach), factor, value)
+    for times in made.scales if made is not None else ():
+        total = _of_codes(builder, value, times, total, detach)
     return total
+
+
+def _of_codes(builder: Builder, value: Value, times: Times, total: Any, detach: bool) -> Proxy:
+    """The factors of the classes, and those of the weight's codes behind them."""
+    of_all = isinstance(times.factor, float) or same(fake(times.factor).numel(), 1)
+    if total is None and of_all:
+        total = builder.call(torch.ones, (vocab(builder, value),), **like(value, exact_dtype(value)))
+    if isinstance(times.factor, float):
+        return total * times.factor
+    if of_all:
+        return _times(total, number(builder, times.factor, detach), times, value)
+    factor = Scale(times.factor, times.divides, False, columns=value.columns)
+    return _times(total, _of_classes(builder, factor, detach), factor, value)
 
 
 def _of_classes(builder: Builder, factor: Scale, detach: bool) -> Proxy:
@@ -127,7 +146,7 @@ def _of_classes(builder: Builder, factor: Scale, detach: bool) -> Proxy:
     return p
 
 
-def _times(total: Any, p: Any, factor: Scale, value: Value) -> Any:
+def _times(total: Any, p: Any, factor: Scale | Times, value: Value) -> Any:
     p = p.to(exact_dtype(value))
     if total is None:
         return p.reciprocal() if factor.divides else p

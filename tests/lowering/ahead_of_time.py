@@ -14,7 +14,8 @@ from gpu_graphs import generate
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cce_inductor.lowering.schedules import Sweep
-from cce_inductor.lowering.triton_configs import CACHED_TILE, TABLE, kind
+from cce_inductor.lowering.triton_configs import CACHED_TILE, TABLE, holds_factors, kind
+from cce_inductor.lowering.triton_template import Tiles
 from cce_inductor.ops.choice import Choice
 
 SHAPE = (8192, 4096, 128256)  # Llama 3 8B
@@ -24,6 +25,7 @@ DTYPES = {
     "float16": (torch.float16, torch.float16),
     "autocast": (torch.float32, torch.bfloat16),
     "float32": (torch.float32, torch.float32),
+    "int8": (torch.int8, torch.bfloat16),  # the weight; hidden states are bfloat16
 }
 
 
@@ -36,6 +38,9 @@ VARIANTS = {
     "budget": {"grad_filter": "budget 0.004", "workspace": 3 << 30},
     "kept": {"choose": lambda problem: Choice("test", gradients_in_forward=True)},
 }
+# The same with a factor for each row and each class, all with gradients; no filter applies to them.
+FACTORS = ", factors"
+VARIANTS |= {f"{name}{FACTORS}": VARIANTS[name] for name in ("slab", "blocks", "kept")}
 
 
 def compiled(
@@ -51,30 +56,41 @@ def compiled(
     stored, compute = DTYPES[dtype]
     n, d, v = SHAPE
 
-    def loss(x, w, t):
-        with torch.autocast("cpu", compute, enabled=stored != compute):
-            return F.cross_entropy(F.linear(x, w).float(), t)
+    codes = stored == torch.int8
+
+    def loss(x, w, t, rows=None, classes=None):
+        with torch.autocast("cpu", compute, enabled=stored != compute and not codes):
+            z = F.linear(x, w.to(x.dtype) if codes else w)
+            z = z if rows is None else z * classes * rows
+            return F.cross_entropy(z.float(), t)
 
     with FakeTensorMode():
-        x = torch.empty(n, d, dtype=stored, requires_grad=True)
-        w = torch.empty(v, d, dtype=stored, requires_grad=True)
+        x = torch.empty(n, d, dtype=compute if codes else stored, requires_grad=True)
+        w = torch.empty(v, d, dtype=stored, requires_grad=not codes)
         t = torch.empty(n, dtype=torch.int64)
+        factors = [torch.empty(size, requires_grad=True) for size in ((n, 1), (v,))]
     column = kind([stored], compute)
     seen = set()
     for architecture, variant in itertools.product(architectures, variants):
-        table = TABLE[architecture]
-        for tiles in dict.fromkeys(tiles for lists in table.values() for tiles in lists[column][:of_each]):
-            if variant == "kept" and tiles.block_n != CACHED_TILE:
+        table, factored = TABLE[architecture], FACTORS * variant.endswith(FACTORS)
+
+        def wanted(name: str, architecture=architecture, table=table, factored=factored) -> list[Tiles]:
+            found = table[name][column]
+            return [t for t in found if not factored or holds_factors(architecture, name, t)][:of_each]
+
+        for tiles in dict.fromkeys(tiles for name in table for tiles in wanted(name)):
+            if variant.startswith("kept") and tiles.block_n != CACHED_TILE:
                 continue
             # What Inductor writes for AMD differs in nothing that our kernels use.
             capability = architecture if isinstance(architecture, int) else 80
-            for wrapper in generate(loss, [x, w, t], capability, tiles, **VARIANTS[variant]):
+            given = [x, w, t, *factors] if factored else [x, w, t]
+            for wrapper in generate(loss, given, capability, tiles, **VARIANTS[variant]):
                 for kernel in rendered.kernels(wrapper):
                     name = kernel.ours
-                    key = (architecture, tiles, name)
-                    if name and key not in seen and tiles in table[name][column][:of_each]:
+                    key = (architecture, tiles, name, factored)
+                    if name and key not in seen and tiles in wanted(name):
                         seen.add(key)
-                        about = {"kernel": name, "dtype": dtype, "sm": architecture, "tiles": tiles}
+                        about = {"kernel": name + factored, "dtype": dtype, "sm": architecture, "tiles": tiles}
                         yield about | rendered.compile_ahead(kernel, architecture)
 
 
@@ -91,8 +107,10 @@ if __name__ == "__main__":
     print(TITLE.format(*SHAPE))
     print("| kernel | dtype | sm | tiles | registers | stack, B | shared, B | instruction |")
     print("|---|---|---|---|---|---|---|---|")
-    for dtype in sys.argv[1:] or DTYPES:
-        for row in compiled(dtype):
+    plain = [name for name in VARIANTS if not name.endswith(FACTORS)]
+    every = [(dtype, names) for names in (plain, VARIANTS) for dtype in sys.argv[1:] or DTYPES]
+    for dtype, names in every:
+        for row in compiled(dtype, [name for name in names if names is plain or name not in plain]):
             print(
                 f"| {row['kernel']} | {dtype} | {row['sm']} | {row['tiles']} | {row['registers']} "
                 f"| {row['stack']} | {row['shared']} | {row['instruction']} |",

@@ -212,6 +212,12 @@ def with_factors_from_logits(x, w, b, t):
     return _combined(*(value * mask for value in stats), t) * (1024.0 if x.dtype == torch.float16 else 1.0)
 
 
+def quantised(x, w, b, t):
+    """A weight of int8, exact in any dtype, times one number for each class, which alone has a gradient."""
+    codes = (w.detach() * 32).to(torch.int8)
+    return F.cross_entropy(F.linear(x, codes.to(x.dtype) * (w[:, :1] / 8), b).float(), t)
+
+
 REST = "lse_rest lse_rest_low target_logit logit_sum argmax"
 
 
@@ -305,6 +311,11 @@ CASES = {
     "factors, blocks": replace(FACTORS, dtype=torch.bfloat16, sweeps=(Sweep(32, 256, EVERY),)),
     "factors, chunk": replace(FACTORS, sweeps=(Sweep(32, 512, EVERY),)),
     "factors, TMA": replace(FACTORS, tiles=replace(SMALL, tma=True)),
+    "codes": Case(quantised),
+    "codes, bfloat16, blocks": Case(quantised, dtype=torch.bfloat16, sweeps=(Sweep(32, 256, EVERY),)),
+    "codes, float32 in bfloat16": Case(quantised, autocast=True),
+    "codes, TMA": Case(quantised, d=32, dtype=torch.bfloat16, tiles=replace(SMALL, tma=True)),
+    "codes, gradients in the forward": Case(quantised, dtype=torch.bfloat16, early=True, tiles=KEEPING),
     "margin": Case(margin, margin_from_logits, sharp=4.0),
     "margin, bfloat16, splits": Case(margin, margin_from_logits, n=33, v=4500, d=20, dtype=torch.bfloat16),
     "budget": BUDGET,

@@ -48,7 +48,7 @@ def generate(
     result.graph_module.recompile()
     nodes = [node for node in result.graph_module.graph.nodes if node.op == "placeholder"]
 
-    def only(kernel, operands, compute, device, tma, block_n=None, block_m=None):
+    def only(kernel, operands, compute, device, tma, block_n=None, block_m=None, factors=False):
         shape = {"block_m": block_m or tiles.block_m, "block_n": block_n or tiles.block_n}
         return [replace(tiles, tma=tiles.tma and tma, **shape)]
 

@@ -42,13 +42,14 @@ def forward(names: str, attributes: Attributes) -> Callable[..., Sequence[Tensor
 def with_gradients(names: str, attributes: Attributes) -> Callable[..., Sequence[Tensor]]:
     """The same of the operator that forms gradients in the forward: statistics, then a gradient of all that has one."""
     arguments = attributes.args()
-    floats = " ".join(name for name in names.split() if name != "argmax")
+    differentiable = " ".join(name for name in names.split() if name != "argmax")
 
-    def call(tangents, x, w, target, bias=None, column_weight=None, row_mask=None, **factors):
+    def call(tangents, x, w, target, bias=None, column_weight=None, row_mask=None, needs="", **factors):
         given = operands(x, w, target, bias, column_weight, **factors)
-        needs = " ".join(name for name in DIFFERENTIABLE_OPERANDS if name in given)
+        floats = [name for name, t in given.items() if t.is_floating_point()]
+        needs = needs or " ".join(name for name in DIFFERENTIABLE_OPERANDS if name in floats)
         return WITH_GRADIENTS(
-            tangents, floats, list(given.values()), " ".join(given), row_mask, names, needs, *arguments
+            tangents, differentiable, list(given.values()), " ".join(given), row_mask, names, needs, *arguments
         )
 
     return call
@@ -112,7 +113,8 @@ class Operator:
         tangents = tangents or tangents_of(self.names, head)
         factors = {name: t for name in SCALES if (t := getattr(head, name)) is not None}
         out = self.compiled(tangents, head.x, head.w, head.target, head.bias, **factors, **tensors)
-        return dict(zip([*self.names.split(), *head.leaves()], out, strict=True))
+        floats = [name for name, t in head.leaves().items() if t.is_floating_point()]
+        return dict(zip([*self.names.split(), *floats], out, strict=True))
 
     def check(self, case: str, head: Head, **call) -> dict[str, Tensor]:
         """What `run` gives, against float64 under the error rule; eager's error is that of all logits at hand."""

@@ -123,8 +123,8 @@ def load(kernel: Kernel):
 def fix_interpreter() -> None:
     """What Triton's interpreter cannot do.
 
-    bfloat16 (3.6, 3.7): `tl.dot` multiplies the operands' bits, and casts cut off. Masks: "and" with a comparison of
-    64-bit scalars gives 64 bits, which loads and stores do not take (3.9).
+    bfloat16 (3.6, 3.7): `tl.dot` multiplies the operands' bits, casts cut off, and an int8 becomes bits. Masks: "and"
+    with a comparison of 64-bit scalars gives 64 bits, which loads and stores do not take (3.9).
     """
     builder = interpreter.InterpreterBuilder
     if getattr(builder, "fixed", False):
@@ -139,7 +139,7 @@ def fix_interpreter() -> None:
         return interpreter.TensorHandle(data, tl.float32)
 
     def to_nearest(self, source, dtype):
-        if source.dtype.scalar == tl.float32 and dtype.scalar == tl.bfloat16:
+        if source.dtype.scalar in (tl.float32, tl.int8) and dtype.scalar == tl.bfloat16:
             data = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.uint16).numpy()
             return interpreter.TensorHandle(data, tl.bfloat16)
         return cast(self, source, dtype)

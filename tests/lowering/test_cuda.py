@@ -50,7 +50,7 @@ OFTEN = [
         "any number of rows",
     ),
     *("separate", "TMA", "gradients in the forward, bfloat16", "infinite logits", "factors, blocks"),
-    "budget, NaN",
+    *("codes, bfloat16, blocks", "budget, NaN"),
 ]
 VARIANTS = [name for name in CASES if name not in OFTEN]
 
@@ -84,24 +84,29 @@ EVERY_KERNEL = [*ahead_of_time.VARIANTS]
         ("bfloat16", [90], ["slab"], 1),
         *(
             pytest.param(dtype, ahead_of_time.ARCHITECTURES, EVERY_KERNEL, None, marks=pytest.mark.slow)
-            for dtype in ("bfloat16", "autocast", "float32")  # float16 is loaded and multiplied as bfloat16 is
+            for dtype in ("bfloat16", "autocast", "float32", "int8")  # float16 is loaded and multiplied as bfloat16 is
         ),
     ],
-    ids=["often", *"123"],
+    ids=["often", *"1234"],
 )
 def test_no_configuration_spills_or_does_without_matrix_instructions(dtype, architectures, variants, of_each):
     rows = list(ahead_of_time.compiled(dtype, variants, architectures, of_each))
     wanted = {80: "mma.sync", 90: "wgmma", 100: "tcgen05", "gfx942": "mfma"}
     kernels = {row["kernel"] for row in rows}
-    # Only a dW of 16 bits is added up in fp32 beside it.
+    # Only a dW of 16 bits is added up in fp32 beside it, or what the gradient of factors is made of.
     every = set(TABLE[90]) - ({"linear_statistics_dw, added"} if dtype in ("autocast", "float32") else set())
+    factored = {k for k in every if k.startswith("linear_statistics") and not k.endswith(("bound", "early"))}
+    # A weight of int8 has no gradient.
+    every -= {k for k in every if "dw" in k} if dtype == "int8" else set()
+    every |= {f"{kernel}{ahead_of_time.FACTORS}" for kernel in factored}
     assert kernels == every if variants == EVERY_KERNEL else len(kernels) == 4
     assert {row["sm"] for row in rows} == set(architectures)
     shared = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, "gfx942": 64 << 10}
     for row in rows:
         assert row["stack"] == 0 and row["shared"] <= shared[row["sm"]], row
         # fp32 as PyTorch's default has it ("ieee") has no matrix instruction but AMD's, which multiplies all its bits.
-        is_gemm = (dtype != "float32" or row["sm"] == "gfx942") and row["kernel"] not in NO_PRODUCT
+        kernel = row["kernel"].removesuffix(ahead_of_time.FACTORS)
+        is_gemm = (dtype != "float32" or row["sm"] == "gfx942") and kernel not in NO_PRODUCT
         assert row["instruction"] == (wanted[row["sm"]] if is_gemm else "none"), row
 
 

@@ -105,6 +105,12 @@ class Head:
             factor[3] = 0.0
         return replace(self, **made)
 
+    def with_codes(self) -> "Head":
+        """With a weight of int8, the least and the largest of them included."""
+        w = (self.w.double() * 60).round().clamp(-128, 127).to(torch.int8)
+        w[0, 0], w[1, 0] = -128, 127
+        return replace(self, w=w)
+
     def to(self, dtype: torch.dtype) -> "Head":
         """In that dtype; factors are fp32 at least."""
         wide = torch.promote_types(dtype, torch.float32)

@@ -26,6 +26,8 @@ OPERANDS = {
     "weight: cosine": ("w = F.normalize(w, dim=-1)",),
     "weight: cast": ("w = w_narrow.to(h.dtype)",),
     "weight: dequantised": ("w = w_codes.to(h.dtype) * gain / 64",),
+    "weight: dequantised, without a cast": ("w = gain / 64 * w_codes",),
+    "weight: int8 codes": ("w = w_codes.to(h.dtype)", "h = h / 64"),
     "weight: factored": ("w = up @ down.mm(mix)",),
     "weight: LoRA merged": ("w = w + 0.5 * (up @ down)",),
     "weight: first rows": ("w = w_long[: w.shape[0]]",),
