@@ -60,8 +60,9 @@ def eager_forward(
 
     operands: as `names` say, ``input (N, D)``, ``weight (V, D)`` and so on (call.py). row_mask: (N,) bool, the rows
     that count, or None for all. statistics: their names. training: whether a backward may follow. attributes: those of
-    `Attributes`, in order. Returns the statistics, (N,) each, in fp32 (fp64 for fp64; argmax: int64), and behind them
-    the bound if a backward needs one. Raises RuntimeError for operands that do not fit together.
+    `Attributes`, in order. Returns the statistics, (N,) each and entry_logits (N, K), in fp32 (fp64 for fp64; argmax:
+    int64), and behind them the bound if a backward needs one. Raises RuntimeError for operands that do not fit
+    together.
     """
     call = Call.read(operands, names, row_mask, statistics, attributes)
     check(call, training)
@@ -81,9 +82,9 @@ def eager_backward(
 ) -> list[Tensor]:
     """The eager implementation of `linear_statistics_backward`.
 
-    tangents: (N,) each, of the statistics in `tangent_names`. saved: what the forward gave, the bound included. needs:
-    names of operands. The others are as for `eager_forward`. Returns the gradient of each operand in `needs`, in its
-    shape and dtype.
+    tangents: of the statistics in `tangent_names`, in their shapes. saved: what the forward gave, the bound included.
+    needs: names of operands. The others are as for `eager_forward`. Returns the gradient of each operand in `needs`, in
+    its shape and dtype.
     """
     call = Call.read(operands, names, row_mask, statistics, attributes)
     check(call, training=True)
@@ -113,7 +114,8 @@ def fake_forward(
     call = Call.read(operands, names, row_mask, statistics, attributes)
     check(call, training)
     x = call.input
-    out = [x.new_empty(x.shape[0], dtype=torch.int64 if row.integer else call.accumulate_dtype) for row in call.rows]
+    dtypes = [torch.int64 if row.integer else call.accumulate_dtype for row in call.rows]
+    out = [x.new_empty(call.shape(row), dtype=dtype) for row, dtype in zip(call.rows, dtypes, strict=True)]
     if training and call.bounded:
         out.append(
             x.new_empty((blocks(x.shape[0]), groups(call.weight.shape[0], call.filter.group)), dtype=torch.uint8)
@@ -299,9 +301,8 @@ autocast_off("linear_statistics_backward", BACKWARD)
 
 @register_flop_formula(torch.ops.cce_inductor.linear_statistics)
 def _forward_flops(operands, names, *args, out_val=None, **kwargs) -> int:
-    """2 N V D: one GEMM over the logits. `operands` are shapes."""
-    shapes = dict(zip(names.split(), operands, strict=True))
-    return _gemm_flops(shapes)
+    """2 N V D: one GEMM over the logits, and 2 N K D for entries. `operands` are shapes."""
+    return _gemm_flops(dict(zip(names.split(), operands, strict=True)))
 
 
 @register_flop_formula(torch.ops.cce_inductor.linear_statistics_backward)
@@ -314,5 +315,5 @@ def backward_flops(
 
 
 def _gemm_flops(shapes: dict[str, Any]) -> int:
-    (n, d), v = shapes["input"], shapes["weight"][0]
-    return 2 * n * v * d
+    (n, d), v, k = shapes["input"], shapes["weight"][0], shapes.get("entries", (0, 0))[1]
+    return 2 * n * (v + k) * d

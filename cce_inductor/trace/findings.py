@@ -41,7 +41,7 @@ def findings(walk: Walk, statistics: bool = False) -> list[Finding]:
     for trace in walk.traces.values():
         sites = trace.sites or (trace.reductions[:1] if statistics else [])
         # What is not written as a loss is one only if it can be served, or reads the entry of a target.
-        if trace.escapes and not any(isinstance(s, Loss) or (s.target and s.differentiated) for s in sites):
+        if trace.escapes and not any(isinstance(s, Loss) or (s.classes and s.differentiated) for s in sites):
             continue
         found += [Finding(source(walk, site.node), trace, None) for site in sites]
     for made in walk.decomposed:
