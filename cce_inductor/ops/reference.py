@@ -185,7 +185,7 @@ class Gradients:
         self.dx = x.new_zeros(x.shape, dtype=acc) if "input" in self.needs else None
         self.dw = w.new_empty(w.shape) if "weight" in self.needs else None
         # Of the (V,) operands, and of the (N,) one.
-        of_columns = [n for n in ("bias", "column_scale") if n in self.needs]
+        of_columns: list[str] = [n for n in ("bias", "column_scale") if n in self.needs]
         self.columns = {n: ops[n].new_empty(ops[n].shape) for n in of_columns}
         self.row_scale = x.new_zeros(x.shape[0], dtype=acc) if "row_scale" in self.needs else None
 
