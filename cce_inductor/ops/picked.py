@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,8 +19,9 @@ from .call import Call, cut
 from .softcap import capped, capped_and_inner, times_slope
 from .statistics import Statistic
 
-if TYPE_CHECKING:
-    from .reference import Gradients, Operands
+# What `reference`, which imports this, reads a call through, and adds its gradients to.
+Operands: TypeAlias = Any
+Gradients: TypeAlias = Any
 
 # From one class in so many on, a place in the tiles of all logits costs less.
 FEWEST = 8

@@ -13,6 +13,7 @@ from torch.fx import Node
 from ..graph import nodes
 from ..graph.fakes import fake, is_number, is_tensor, same
 from ..graph.refusal import Refused
+from ..graph.spellings import Fact
 from ..ops.losses import CrossEntropy
 from .indexing import full, positions
 from .one_hot import one_hot_target
@@ -285,6 +286,9 @@ def is_arange(index: Any, lead: tuple, dim: int) -> bool:
         return len(lead) == 1 and same(len(index), lead[0]) and list(index) == list(range(len(index)))
     if not is_tensor(index):
         return False
+    op = nodes.read(index)
+    if op is not None and op.has(Fact.REPEATS) and op.name != "repeat" and fake(op.args["input"]).dim() == len(lead):
+        index = op.args["input"]
     shape = fake(index).shape
     at = dim - (len(lead) - len(shape))  # dimensions are aligned from the right
     if at < 0 or not all(same(s, lead[dim] if i == at else 1) for i, s in enumerate(shape)):
