@@ -518,7 +518,7 @@ def test_every_kernel_has_configurations_for_every_kind_of_operands():
                 assert not kernel.endswith("kept") or any(t.block_n == CACHED_TILE for t in plain)
 
 
-@pytest.mark.parametrize("grad_filter", ["exact", 0.01], ids=str)
+@pytest.mark.parametrize("grad_filter", ["exact", "budget 0.01"])
 def test_entries_are_gathered_apart_from_the_kernels(grad_filter, caplog):
     def loss(x, w, b, t):
         entries = (t[:, None] + torch.arange(3, device=t.device)) % w.shape[0]
