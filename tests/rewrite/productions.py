@@ -875,7 +875,6 @@ _of_flat(
     "e = ({t}.clamp(min=0)[:, None] + torch.arange(3)) % {v}",
     "-F.log_softmax({z}, -1)[torch.arange({n})[:, None], e].mean()",
 )
-_of_flat("mixup", "0.3 * F.cross_entropy({z}, {t}) + 0.7 * F.cross_entropy({z}, {t}.flip(0))")
 _of_rows("accuracy", "{z}.argmax(-1).eq(t).sum()")
 _of_rows("accuracy of max", "best, at = {z}.max(dim=-1)", "(at == t).to(torch.float32).mean()")
 _of_rows("largest logit", "{z}.detach().amax(-1)")
