@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,13 +77,13 @@ class Statistics:
     @property
     def target_logit(self) -> Any:
         if self.group.is_entry(self.reduction):
-            return self._entry(self._own("entry_logits").squeeze(-1), self._own("entries").squeeze(-1))
-        return self._entry(self._part("target_logit"), self.classes)
+            return self._entry(self._own("entry_logits").squeeze(-1), lambda: self._own("entries").squeeze(-1))
+        return self._entry(self._part("target_logit"), lambda: self.classes)
 
     @property
     def entry_logits(self) -> Any:
         """(N, K)."""
-        return self._entry(self._own("entry_logits"), self._own("entries"))
+        return self._entry(self._own("entry_logits"), lambda: self._own("entries"))
 
     def _own(self, name: str) -> Any:
         """The columns of (N, K) entries that are this reduction's."""
@@ -101,12 +102,12 @@ class Statistics:
             return reduction.width
         return self.builder.proxy(reduction.entries).size(reduction.value.class_dim)  # type: ignore[arg-type]
 
-    def _entry(self, logit: Any, classes: Any) -> Any:
-        """Logits of these classes, with all that was done to them."""
+    def _entry(self, logit: Any, classes: Callable[[], Any]) -> Any:
+        """Logits of these classes, which are recorded if need be, with all that was done to them."""
         times = ratio(self.value, self.group.value)
         result = self._shifted(logit if times == 1.0 else logit * times)
         for mask in self.value.masks:
-            held = operands.masked(self.builder, mask, self.value)[classes]
+            held = operands.masked(self.builder, mask, self.value)[classes()]
             result = self.builder.call(torch.where, held, mask.fill, result)
         return result
 
