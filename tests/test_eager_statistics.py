@@ -59,6 +59,7 @@ def _fresh() -> None:
 
 X = torch.randn(B, S, D, generator=torch.Generator().manual_seed(1))
 IDS = torch.randint(0, V, (B, S), generator=torch.Generator().manual_seed(2))
+SEVERAL = torch.stack([IDS, IDS.roll(1, 1), IDS], -1)  # K classes of each row
 
 
 def compiled(fn: Any, **options: Any) -> Any:
@@ -131,6 +132,10 @@ STATISTICS: dict[str, tuple[int, Callable[[Any], Any]]] = {
     "logsumexp_keyword": (1, lambda z: torch.logsumexp(input=z[0], dim=-1)),
     "gather": (1, lambda z: torch.gather(z, -1, IDS[..., None])),
     "gather_method": (1, lambda z: z.gather(dim=-1, index=IDS[..., None])),
+    "several_classes": (1, lambda z: z.log_softmax(-1).gather(-1, SEVERAL)),
+    "several_classes_of_logits": (1, lambda z: torch.take_along_dim(z, SEVERAL, -1)),
+    "several_by_indices": (1, lambda z: z.view(-1, V)[torch.arange(IDS.numel())[:, None], SEVERAL.view(-1, 3) - V]),
+    "several_minus_logsumexp": (2, lambda z: z.gather(-1, SEVERAL) - z.logsumexp(-1, keepdim=True)),
     "take_along_dim": (1, lambda z: z.take_along_dim(IDS[..., None], -1)),
     "take_along_dim_function": (1, lambda z: torch.take_along_dim(z.mT, IDS[:, None], dim=1)),
     "log_softmax": (1, lambda z: z.log_softmax(-1).gather(-1, IDS[..., None])),

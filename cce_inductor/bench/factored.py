@@ -1,4 +1,4 @@
-"""Losses of logits with factors and margins, as programs write them, and of logits without."""
+"""Losses of logits with factors, margins or several classes a row, as programs write them, and of logits without."""
 
 from __future__ import annotations
 
@@ -54,6 +54,16 @@ def arcface(loss: Loss, x: Tensor, weight: Tensor, t: Tensor) -> Tensor:
     return F.cross_entropy(z, t, reduction="none").square().mean()
 
 
+def entries(k: int) -> Callable[..., Tensor]:
+    """Minus the log-probabilities of K classes of each row, as of a teacher's best."""
+
+    def function(loss: Loss, x: Tensor, weight: Tensor, t: Tensor) -> Tensor:
+        classes = (t[:, None] + 37 * torch.arange(k)) % weight.shape[0]
+        return -F.linear(x, weight).log_softmax(-1).gather(-1, classes).mean()
+
+    return function
+
+
 Shape = tuple[int, int, int]
 FACTORED: dict[str, tuple[Callable[..., Tensor], str, Shape]] = {
     # name: the loss, the same one without the factor, and N, D, V
@@ -63,6 +73,19 @@ FACTORED: dict[str, tuple[Callable[..., Tensor], str, Shape]] = {
     "cosines": (cosine, "", (256, 512, 262144)),
     "ArcFace": (arcface, "cosines", (256, 512, 262144)),
 }
+# The losses of K classes a row, by what `dtype_of` reads off the name.
+for _shape in ((1024, 1024, 32768), (2048, 576, 49152)):
+    for _dtype in ("fp32", "bf16"):
+        _of = f"a row, D = {_shape[1]}, {_dtype}"
+        FACTORED[f"1 class {_of}"] = (entries(1), "", _shape)
+        FACTORED[f"64 classes {_of}"] = (entries(64), f"1 class {_of}", _shape)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of a loss's operands."""
+    return torch.bfloat16 if name.endswith("bf16") else torch.float32
+
+
 QUICK: Shape = (32, 16, 4096)
 
 

@@ -1,4 +1,4 @@
-"""Time and memory of losses with factors and margins, against eager mode, torch.compile, and the loss without them."""
+"""Losses with factors, margins or several classes a row: time and memory, against eager mode and torch.compile."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def conclude(found: list[Factored]) -> Section:
         times = [_ratio(one.seconds[c], one.seconds["ours"]) for c in ("compile", "base") if c in one.seconds]
         rows.append([one.loss, ", ".join(map(str, one.shape)), *cells, *times, *[""] * (2 - len(times))])
     text = (
-        "Loss and gradients, fp32: the time in ms with least and most, and the peak above operands and gradients in "
-        "MiB. The ratios are medians over the rounds; the last is ours to ours of the same loss without the factor or "
-        "margin, in one graph with its head. A loss in the training loop is called on the logits that a compiled head "
-        "returns."
+        "Loss and gradients, fp32 where nothing else is said: the time in ms with least and most, and the peak above "
+        "operands and gradients in MiB. The ratios are medians over the rounds; the last is ours to ours of the same "
+        "loss without the factor or margin, or with one class a row, in one graph with its head. A loss in the "
+        "training loop is called on the logits that a compiled head returns."
     )
     header = ("loss", "N, D, V", "eager", "compile", "ours", "ours / compile", "ours / without")
     return Section("factors", f"{text}\n\n{report.markdown(header, rows)}", [asdict(one) for one in found])

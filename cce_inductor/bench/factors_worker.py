@@ -13,13 +13,13 @@ def handlers(job: dict[str, Any]) -> Handlers:
     import torch
 
     from .. import config
-    from .factored import FACTORED, LOOPS, Loss, in_the_loop
+    from .factored import FACTORED, LOOPS, Loss, dtype_of, in_the_loop
     from .measure import Head
 
     n, d, v = job["shape"]
     config.min_vocab = 0  # type: ignore[attr-defined]
     torch.manual_seed(0)
-    x, weight = torch.randn(n, d, requires_grad=True), (torch.randn(v, d) / d**0.5).requires_grad_()
+    x, weight = (t.to(dtype_of(job["loss"])).requires_grad_() for t in (torch.randn(n, d), torch.randn(v, d) / d**0.5))
     target = torch.randint(0, v, (n,))
     backend = {"eager": None, "compile": "inductor", "ours": "cce"}[job["contender"]]
     if job["loss"] in LOOPS:

@@ -180,11 +180,14 @@ class EagerCalls:
         return self.of_rank[known]
 
     def _entries_at(self, logits: DeferredLogits, rows: Tensor, classes: Tensor) -> Any:
-        """``logits[rows, classes]`` of (N, V) logits, or NotImplemented."""
+        """``logits[rows, classes]`` of (N, V) logits, or NotImplemented: a class of each row, or K of every one."""
         classes = torch.where(classes < 0, classes + logits.shape[1], classes)  # a negative one counts from the end
-        if len(rows) == len(logits) and torch.equal(rows, torch.arange(len(rows), device=rows.device)):
-            made = self(logits, Tensor.gather, (logits, -1, classes[:, None]), {})
-            return made if made is NotImplemented else made.squeeze(-1)
+        one = classes.dim() == 1
+        if len(rows) == len(logits) and torch.equal(rows.flatten(), torch.arange(len(rows), device=rows.device)):
+            made = self(logits, Tensor.gather, (logits, -1, classes[:, None] if one else classes), {})
+            return made.squeeze(-1) if one and made is not NotImplemented else made
+        if not one:
+            return NotImplemented
         taken = logits[rows]
         made = taken.gather(-1, classes[:, None]).squeeze(-1)
         if logits._value.pending:
@@ -301,14 +304,15 @@ def _remember(logits: DeferredLogits, call: Callable, args: tuple, kwargs: dict[
 
 
 def _rows_and_classes(index: Any, logits: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Rows and the class of each where an index of (N, V) logits has just these; else None."""
+    """Rows and the class of each, or (rows, 1) and (rows, K), where an index of (N, V) logits has these; else None."""
     if not isinstance(index, tuple) or len(index) != 2 or logits.dim() != 2:
         return None
     index = tuple(torch.tensor(i, device=logits.device) if isinstance(i, (range, list)) else i for i in index)
-    if not all(isinstance(i, Tensor) and i.dim() == 1 and i.dtype == torch.int64 for i in index):
+    if not all(isinstance(i, Tensor) and i.dim() in (1, 2) and i.dtype == torch.int64 for i in index):
         return None
     rows, classes = index
-    return (rows, classes) if rows.shape == classes.shape else None
+    several = rows.dim() == 2 and rows.shape == (len(classes), 1) and classes.dim() == 2
+    return (rows, classes) if several or (rows.dim() == 1 and rows.shape == classes.shape) else None
 
 
 def _without_numbers(steps: Iterable[Step | Pair], numbers: list[float]) -> tuple:

@@ -21,6 +21,7 @@ from ..rewrite.groups import TABLE_ORDER
 
 # What comes along: it is next to nothing beside the product.
 _ALONG = ("lse", "lse_low", "logit_sum")
+ENTRIES = "entry_logits"
 
 
 class Shared:
@@ -41,7 +42,10 @@ class Shared:
     ) -> list[Tensor]:
         """What the operator `linear_statistics` gives for these arguments."""
         given = dict(zip(names.split(), operands, strict=True))
-        wanted, target = statistics.split(), given.pop("target", None)
+        wanted = statistics.split()
+        if ENTRIES in wanted:
+            return self._with_entries(given, row_mask, wanted, *rest)
+        target = given.pop("target", None)
         plain = given.keys() <= {"input", "weight", "bias"} and row_mask is None
         if not plain or Attributes(*rest[1:]).grad_filter != "exact":
             return FORWARD(list(operands), names, row_mask, statistics, *rest)
@@ -64,6 +68,19 @@ class Shared:
             self._found.append((key, None if target is None else target.clone(), found))
             known |= found
         return [known[name] for name in wanted]
+
+    def _with_entries(
+        self, given: dict[str, Tensor], row_mask: Tensor | None, wanted: list[str], *rest: Any
+    ) -> list[Tensor]:
+        """The same where entries are asked for: they need no product, and what does is shared."""
+        own = {name: t for name, t in given.items() if name != "target"}
+        made = {ENTRIES: FORWARD(list(own.values()), " ".join(own), row_mask, ENTRIES, *rest)[0]}
+        others = " ".join(name for name in wanted if name != ENTRIES)
+        if others:
+            del given["entries"]
+            found = self.statistics(list(given.values()), " ".join(given), row_mask, others, *rest)
+            made |= dict(zip(others.split(), found, strict=False))
+        return [made[name] for name in wanted]
 
 
 def _seen(t: Tensor) -> tuple:

@@ -15,7 +15,7 @@ from ..ops import statistics as table
 from ..ops.call import Attributes
 from .cpu_template import Spec, launch
 from .limits import CACHED_SHARE, LEAST_CHUNK, sixteen_bits_hold
-from .unsupported import Unsupported, unsupported_dtype
+from .unsupported import Apart, Unsupported, unsupported_dtype
 
 
 def forward(
@@ -26,6 +26,8 @@ def forward(
     bounded: bool,
     rest: bool = False,
 ) -> Sequence[Any]:
+    if "entries" in operands and rest:
+        raise Apart("the target is left out of the tiles that entries would be read from")
     element, compute = _dtypes(operands, attributes)
     given = _realize(operands | _mask(row_mask))
     layouts = _statistics_layouts(operands, statistics)
@@ -48,9 +50,14 @@ def backward(
     rest: bool = False,
 ) -> Sequence[Any]:
     """rest: whether `lse` is without the target."""
-    element, compute = _dtypes(operands, attributes)
     filtered = "bound" in saved and "lse" in tangents
+    if "entry_logits" in tangents and (filtered or rest):
+        raise Apart("a backward that computes some columns only has no entries")
+    if "entry_logits" not in tangents:
+        operands = {name: t for name, t in operands.items() if name != "entries"}
+    element, compute = _dtypes(operands, attributes)
     needed = {"target_logit"} if rest else {"target_logit"} & set(tangents)
+    needed |= {"entry_logits"} & set(tangents) if attributes.softcap else set()
     if "lse" in tangents or "entropy" in tangents:
         needed |= {"lse", "entropy"}
     if filtered:
@@ -142,7 +149,8 @@ def _constants(attributes: Attributes, compute: torch.dtype) -> dict[str, Any]:
 def _statistics_layouts(operands: dict[str, Any], statistics: list[str]) -> dict[str, ir.Layout]:
     n, device = operands["input"].get_size()[0], operands["input"].get_device()
     dtypes = {name: torch.int64 if table.TABLE[name].integer else torch.float32 for name in statistics}
-    return {name: _contiguous(device, dtype, [n]) for name, dtype in dtypes.items()}
+    sizes = {name: operands["entries"].get_size() for name in statistics if name == "entry_logits"}
+    return {name: _contiguous(device, dtype, sizes.get(name, [n])) for name, dtype in dtypes.items()}
 
 
 def _gradient_layouts(operands: dict[str, Any], needs: list[str]) -> dict[str, ir.Layout]:

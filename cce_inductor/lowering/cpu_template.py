@@ -132,10 +132,12 @@ class _Template(CppTemplate):
         return [e for node in nodes for e in (*node.get_size(), *node.get_stride(), node.get_layout().offset)]
 
     def _declarations(self, kernel: CppTemplateKernel, argument_of: dict[str, str]) -> str:
-        """C++ that gives operands, their strides and the sizes N, D, V the names the templates use."""
+        """C++ that gives operands, their strides and the sizes N, D, V, K the names the templates use."""
         spec, lines = self.spec, []
         weight, rows = spec.operands["weight"], spec.operands["input"]
-        for letter, node, dim in (("N", rows, 0), ("D", rows, 1), ("V", weight, 0)):
+        sizes = [("N", rows, 0), ("D", rows, 1), ("V", weight, 0)]
+        sizes += [("K", spec.operands["entries"], 1)] if "entries" in spec.operands else []
+        for letter, node, dim in sizes:
             lines.append(f"const int64_t {letter} = {kernel.size(node, dim)};")
         for name, node in spec.operands.items():
             argument = argument_of[node.get_name()]

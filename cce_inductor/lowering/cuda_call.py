@@ -15,7 +15,7 @@ from .buffers import in_memory, iota, op, own
 from .schedules import whole_tiles
 from .triton_configs import CACHED_TILE, TABLE, configurations
 from .triton_template import DTYPES, launch
-from .unsupported import Unsupported, unsupported_dtype
+from .unsupported import Apart, Unsupported, unsupported_dtype
 
 # A split of the vocabulary should be worth a program of its own.
 LEAST_SPLIT = 2048
@@ -34,6 +34,8 @@ class KernelCall:
     """What every kernel of a call needs: operands in memory, the rows that count, options."""
 
     def __init__(self, operands: dict[str, Any], row_mask: Any, attributes: Attributes, rest: bool = False):
+        if "entries" in operands:
+            raise Apart("the kernels for GPUs know no entries")
         self.attributes, self.rest = attributes, rest
         self.compute = attributes.compute_dtype or operands["input"].get_dtype()
         reason = unsupported_dtype([self.compute, *(t.get_dtype() for n, t in operands.items() if n != "target")])

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..ops.call import Attributes, bounded, filtered, saved_names
-from .unsupported import Unsupported, as_lse, check_statistics, differentiable
+from . import apart
+from .unsupported import Apart, Unsupported, as_lse, check_picked, check_statistics, differentiable
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,10 @@ def _lower(operator: Any, read: Callable, *call: Any) -> Sequence[Any]:
             raise Unsupported(f"there is no template for {device}")
         module = importlib.import_module(f".{DEVICES[device]}", __package__)
         return getattr(module, name)(**arguments)
+    except Apart as reason:
+        log.info("%s computes its entries apart: %s", operator, reason)
+        gather = fallback_handler(operator, add_to_fallback_set=False)
+        return getattr(apart, name)(gather, functools.partial(_lower, operator, read), *call)
     except Unsupported as reason:
         log.info("%s runs its eager implementation: %s", operator, reason)
     except Exception:
@@ -53,6 +58,7 @@ def _lower(operator: Any, read: Callable, *call: Any) -> Sequence[Any]:
 
 def _forward(operands, names, row_mask, statistics, training, *attributes) -> tuple[str, dict, dict]:
     check_statistics(statistics)
+    check_picked(statistics.split())
     named, options = _read(names, operands), Attributes(*attributes)
     wanted, rest = as_lse(statistics)
     arguments = {
@@ -71,6 +77,7 @@ def _backward(tangents, tangent_names, saved, operands, names, row_mask, statist
     named, options = _read(names, operands), Attributes(*attributes)
     if filtered(statistics, options) and not bounded(statistics, options):
         raise Unsupported("no template has the filter eps")
+    check_picked(tangent_names.split())
     rest = as_lse(statistics)[1]
     arguments = {
         "tangents": _as_lse(differentiable(_named(tangent_names, tangents))),
@@ -91,6 +98,8 @@ def _with_gradients(tangents, tangent_names, operands, names, row_mask, statisti
         raise Unsupported("no template has the filter eps")
     if as_lse(statistics)[1]:
         raise Unsupported("no loss of lse_rest has its gradients formed in the forward")
+    if "entries" in named:
+        raise Unsupported("no loss over several classes a row has its gradients formed in the forward")
     arguments = {
         "tangents": differentiable(_named(tangent_names, tangents)),
         "operands": named,

@@ -10,11 +10,18 @@ from ..ops import statistics as table
 # Of a weight, int8 too (`check` in ops/call.py): all its numbers are exact in each of the others.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 # The rows of `ops/statistics.py` that the templates of every device compute.
-STATISTICS = ("lse", "lse_low", "lse_rest", "lse_rest_low", "target_logit", "logit_sum", "entropy", "argmax")
+STATISTICS = (
+    *("lse", "lse_low", "lse_rest", "lse_rest_low"),
+    *("target_logit", "entry_logits", "logit_sum", "entropy", "argmax"),
+)
 
 
 class Unsupported(Exception):
     """The templates cannot take a call; the message says why."""
+
+
+class Apart(Unsupported):
+    """The templates cannot take the entries of a call, but the rest of it."""
 
 
 def unsupported_dtype(dtypes: Iterable[torch.dtype]) -> str:
@@ -28,6 +35,15 @@ def check_statistics(names: str) -> None:
     for name in names.split():
         if name not in STATISTICS:
             raise Unsupported(f"the templates do not compute {name}")
+
+
+def check_picked(names: Iterable[str]) -> None:
+    """Raises Unsupported where all that is asked for are logits of classes that are given, K for each row.
+
+    The eager implementation gathers rows of the weight for them: the templates would multiply all.
+    """
+    if "entry_logits" in names and all(table.TABLE[name].kind == "sparse" for name in names):
+        raise Unsupported("rows of the weight are gathered, and no product of matrices is needed")
 
 
 def as_lse(names: str) -> tuple[list[str], bool]:

@@ -4,7 +4,7 @@ The operators' schema is variadic so that a new operand, statistic or saved tens
 lists, and a string of names beside each list says what they are. `Call` is that convention read back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -22,6 +22,7 @@ OPERANDS = (
     "row_scale",
     "column_scale",
     "target",
+    "entries",
     "column_weight",
     "seed",
     "diagnostics",
@@ -117,6 +118,11 @@ class Call:
         """The statistics asked for, as rows of the table."""
         return parse(self.statistics)
 
+    def shape(self, statistic: Statistic) -> tuple:
+        """The shape of a statistic: (N,), or (N, K) of those of the entries."""
+        of_entries = "entries" in statistic.requires
+        return tuple(self.operands["entries"].shape) if of_entries else tuple(self.input.shape[:1])
+
     @property
     def filter(self) -> Filter:
         return Filter.read(self.attributes.grad_filter)
@@ -187,6 +193,11 @@ def sampled(statistics: str, attributes: Attributes) -> bool:
 def saved_names(statistics: str, saved: Sequence) -> list[str]:
     """What a backward is given of the forward's results: the statistics and, where there is one, the bound."""
     return [*statistics.split(), "bound"][: len(saved)]
+
+
+def cut(stop: int, step: int, start: int = 0) -> Iterator[slice]:
+    """start : stop in pieces of `step`."""
+    return (slice(i, min(i + step, stop)) for i in range(start, stop, step))
 
 
 def _check(condition: bool, message: str) -> None:
@@ -314,6 +325,13 @@ def _check_rows(call: Call) -> None:
         t = ops["target"]
         _check(t.dtype == torch.int64, f"target must hold class indices of dtype torch.int64, got {t.dtype}")
         _check(t.shape == x.shape[:1], f"target must have one class per row, {_shape(x)[:1]}, got {_shape(t)}")
+    if "entries" in ops:
+        e = ops["entries"]
+        _check(e.dtype == torch.int64, f"entries must hold class indices of dtype torch.int64, got {e.dtype}")
+        _check(
+            e.dim() == 2 and e.shape[0] == x.shape[0],
+            f"entries must be (N, K), K classes for each of {x.shape[0]} rows, got {_shape(e)}",
+        )
     if call.row_mask is not None:
         mask = call.row_mask
         _check(

@@ -2,7 +2,8 @@
 
 As in reference.py, the scratch memory stays within the call's `workspace`, to which "eps sorted" adds a few vectors of
 length V. What is left out, or sampled, is the dense part of the gradient of lse alone: a block's own targets are always
-computed by a filter with a bound, and the rank-1 part of `logit_sum` is formed exactly beside it.
+computed by a filter with a bound, and the rank-1 part of `logit_sum`, like the logits of entries, is formed exactly
+beside it.
 """
 
 from dataclasses import dataclass
@@ -25,13 +26,13 @@ from .bound import (
     sampled,
     thresholds,
 )
-from .call import Call
+from .call import Call, cut
+from .picked import Picked, picked, picked_logits
 from .reference import (
     Gradients,
     Operands,
     capped_tile,
     check_targets,
-    cut,
     differentiated,
     dlogits,
     empty_statistics,
@@ -45,10 +46,13 @@ TILE = 128  # columns of a tile under "eps"
 
 def forward(call: Call) -> list[Tensor]:
     """The statistics, as `reference.forward` gives them, and the bound (bound.py): (blocks of N, groups of V) uint8."""
-    rows = call.rows
     operands = Operands(call)
     check_targets(operands)
     out = empty_statistics(call)
+    by_name = dict(zip(call.statistics.split(), out, strict=True))
+    apart = picked(call, call.rows, beside_tiles=True)
+    picked_logits(operands, {row.name: by_name[row.name] for row in apart})
+    rows = [row for row in call.rows if row not in apart]
     n, v = call.input.shape[0], call.weight.shape[0]
     group = call.filter.group
     bound = call.input.new_zeros((blocks(n), groups(v, group)), dtype=torch.uint8)
@@ -70,9 +74,8 @@ def forward(call: Call) -> list[Tensor]:
             b, j = block.start // BLOCK, slab.start // group
             bound[b : b + mass.shape[0], j : j + mass.shape[1]] = encode(mass)
         for piece, state in zip(pieces, states, strict=True):
-            where = piece if operands.index is None else operands.index[piece]
-            for result, value in zip(out, finish_all(rows, state), strict=True):
-                result[where] = value
+            for row, value in zip(rows, finish_all(rows, state), strict=True):
+                by_name[row.name][operands.where(piece)] = value
     return [*out, bound]
 
 
@@ -123,11 +126,14 @@ def backward(call: Call, tangents: dict[str, Tensor], saved: dict[str, Tensor], 
     piece_rows, columns = tile_shape(call, temporaries=4, slab_tensors=3)
     piece_rows = min(piece_rows, BLOCK)
     rows = [row for row in differentiated(tangents) if row.kind != "linear"]
+    apart = picked(call, rows, beside_tiles=True)
+    sparse = Picked(operands, grads, {row.name: tangents[row.name] for row in apart}) if apart else None
+    rows = [row for row in rows if row not in apart]
     selection = select(operands, tangents, saved, piece_rows, columns)
     saved = {name: tensor for name, tensor in saved.items() if name != "bound"}
     rank_one = RankOne(operands, tangents["logit_sum"], piece_rows) if "logit_sum" in tangents else None
     for slab in cut(call.weight.shape[0], columns):
-        _backward_slab(operands, grads, rows, tangents, saved, slab, piece_rows, selection, rank_one)
+        _backward_slab(operands, grads, rows, tangents, saved, slab, piece_rows, selection, rank_one, sparse)
     if rank_one is not None:
         rank_one.add_to_dx(grads)
     if "diagnostics" in needs:
@@ -145,6 +151,7 @@ def _backward_slab(
     piece_rows: int,
     selection: Selection,
     rank_one: "RankOne | None",
+    sparse: Picked | None,
 ) -> None:
     """Finishes dW and db of one slab of columns and adds the slab's share to dx."""
     w = operands.weight(slab)
@@ -170,6 +177,8 @@ def _backward_slab(
             del tile  # before the next one is allocated
     if rank_one is not None:
         rank_one.add(slab, w, dw, db)
+    if sparse is not None:
+        sparse.add(slab, dw, {} if db is None else {"bias": db})
     if grads.dw is not None and dw is not None and not in_place:
         grads.dw[slab] = dw
     if db is not None:

@@ -62,8 +62,8 @@ def eager_forward(
     operands: as `names` say, ``input (N, D)``, ``weight (V, D)`` and so on (call.py); all are floating but the weight,
     which may be int8 and has no gradient then. row_mask: (N,) bool, the rows that count, or None for all. statistics:
     their names. training: whether a backward may follow. attributes: those of `Attributes`, in order. Returns the
-    statistics, (N,) each, in fp32 (fp64 for fp64; argmax: int64), and behind them the bound if a backward needs one.
-    Raises RuntimeError for operands that do not fit together.
+    statistics, (N,) each and entry_logits (N, K), in fp32 (fp64 for fp64; argmax: int64), and behind them the bound if
+    a backward needs one. Raises RuntimeError for operands that do not fit together.
     """
     call = Call.read(operands, names, row_mask, statistics, attributes)
     check(call, training)
@@ -83,9 +83,9 @@ def eager_backward(
 ) -> list[Tensor]:
     """The eager implementation of `linear_statistics_backward`.
 
-    tangents: (N,) each, of the statistics in `tangent_names`. saved: what the forward gave, the bound included. needs:
-    names of operands. The others are as for `eager_forward`. Returns the gradient of each operand in `needs`, in its
-    shape and dtype.
+    tangents: of the statistics in `tangent_names`, in their shapes. saved: what the forward gave, the bound included.
+    needs: names of operands. The others are as for `eager_forward`. Returns the gradient of each operand in `needs`, in
+    its shape and dtype.
     """
     call = Call.read(operands, names, row_mask, statistics, attributes)
     check(call, training=True, needs=needs)
@@ -115,7 +115,8 @@ def fake_forward(
     call = Call.read(operands, names, row_mask, statistics, attributes)
     check(call, training)
     x = call.input
-    out = [x.new_empty(x.shape[0], dtype=torch.int64 if row.integer else call.accumulate_dtype) for row in call.rows]
+    dtypes = [torch.int64 if row.integer else call.accumulate_dtype for row in call.rows]
+    out = [x.new_empty(call.shape(row), dtype=dtype) for row, dtype in zip(call.rows, dtypes, strict=True)]
     if training and call.bounded:
         out.append(
             x.new_empty((blocks(x.shape[0]), groups(call.weight.shape[0], call.filter.group)), dtype=torch.uint8)
@@ -313,7 +314,7 @@ autocast_off("linear_statistics_backward", BACKWARD)
 
 @register_flop_formula(torch.ops.cce_inductor.linear_statistics)
 def _forward_flops(operands, names, *args, out_val=None, **kwargs) -> int:
-    """2 N V D: one GEMM over the logits of each head. `operands` are shapes."""
+    """2 N V D: one GEMM over the logits of each head, and 2 N K D for entries. `operands` are shapes."""
     shapes = dict(zip(names.split(), operands, strict=True))
     return _gemm_flops(shapes) + _gemm_flops(shapes, OTHER)
 
@@ -332,8 +333,9 @@ def backward_flops(
 
 
 def _gemm_flops(shapes: dict[str, Any], prefix: str = "") -> int:
-    """2 N V D of a head, 0 if there is none."""
+    """2 N V D of a head, 0 if there is none, and 2 N K D for the entries of the first one."""
     if f"{prefix}input" not in shapes:
         return 0
     (n, d), v = shapes[f"{prefix}input"], shapes[f"{prefix}weight"][0]
-    return 2 * n * v * d
+    k = 0 if prefix else shapes.get("entries", (0, 0))[1]
+    return 2 * n * (v + k) * d

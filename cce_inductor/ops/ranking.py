@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .call import MIB
+from .call import MIB, cut
 from .library import autocast_off, library, must_be_saved
-from .reference import check_classes, cut
+from .reference import check_classes
 from .softcap import capped
 
 # "bias", "shift" and "filled" are (V,), "factor" is one number, "target" and "threshold" are (N,).

@@ -8,7 +8,7 @@ Notation: N rows, D width, V vocabulary; `input` (N, D), `weight` (V, D), `bias`
 `row_scale` (N,) and `column_scale` (V,) a logit is `softcap(scale * row_scale * (column_scale * product + bias))`.
 """
 
-from collections.abc import Iterator
+import functools
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import diagnostics
-from .call import OF_HEAD, OTHER, SCALES, Call
+from .call import OF_HEAD, OTHER, SCALES, Call, cut
 from .pairs import Side, gradient_of_values, gradient_of_weights
+from .picked import Picked, picked, picked_logits
 from .softcap import capped, capped_and_inner, times_slope
 from .statistics import TABLE, Statistic, Tile, finish_all, update_all
 
@@ -35,9 +36,10 @@ def tile_shape(call: Call, temporaries: int, slab_tensors: int) -> tuple[int, in
     (n, d), v = call.input.shape, call.weight.shape[0]
     d += call.other.input.shape[1] if call.other is not None else 0
     budget = call.workspace // call.accumulate_dtype.itemsize
+    per_row = 8 * max((call.shape(row)[-1] for row in call.rows if "entries" in row.requires), default=0)
     copies = (call.weight.dtype != call.compute_dtype) + (call.compute_dtype != call.accumulate_dtype)
-    rows = max(1, min(n, BLOCK_ROWS, budget // (4 * d + 1)))
-    columns = (budget - 2 * rows * d) // (rows * temporaries + d * (copies + slab_tensors))
+    rows = max(1, min(n, BLOCK_ROWS, budget // (4 * d + 1 + per_row)))
+    columns = (budget - rows * (2 * d + per_row)) // (rows * temporaries + d * (copies + slab_tensors))
     return rows, max(1, min(v, SLAB_COLUMNS, columns))
 
 
@@ -55,16 +57,22 @@ class Operands:
         self.n = call.input.shape[0] if self.index is None else self.index.shape[0]
         target = call.operands.get("target")
         self.target = None if target is None else self.rows(target, slice(0, self.n))
+        entries = call.operands.get("entries")
+        self.entries = None if entries is None else self.rows(entries, slice(0, self.n))
 
-    def rows(self, tensor: Tensor, block: slice) -> Tensor:
+    def where(self, block: slice | Tensor) -> slice | Tensor:
+        """The rows `block`, counted among the active ones, counted among all."""
+        return block if self.index is None else self.index[block]
+
+    def rows(self, tensor: Tensor, block: slice | Tensor) -> Tensor:
         """Rows `block` (counted among the active ones) of a tensor whose first dimension is N."""
-        return tensor[block] if self.index is None else tensor[self.index[block]]
+        return tensor[self.where(block)]
 
     def cast(self, tensor: Tensor) -> Tensor:
         """Rounds to the compute dtype, then widens to the accumulation dtype: products of the two are exact."""
         return tensor.to(self.call.compute_dtype).to(self.call.accumulate_dtype)
 
-    def input(self, block: slice) -> Tensor:
+    def input(self, block: slice | Tensor) -> Tensor:
         return self.cast(self.rows(self.call.input, block))
 
     def weight(self, slab: Columns) -> Tensor:
@@ -103,18 +111,15 @@ class Operands:
         elif target is not None:
             place = torch.searchsorted(slab, target).clamp(max=max(slab.shape[0] - 1, 0))
             target = torch.where(slab[place] == target, place, -1) if slab.shape[0] else torch.full_like(target, -1)
-        return Tile(z, start, target, self.column("column_weight", slab))
-
-
-def cut(stop: int, step: int, start: int = 0) -> Iterator[slice]:
-    """start : stop in pieces of `step`."""
-    return (slice(i, min(i + step, stop)) for i in range(start, stop, step))
+        entries = None if self.entries is None else self.entries[block]
+        return Tile(z, start, target, self.column("column_weight", slab), entries)
 
 
 def check_targets(operands: Operands) -> None:
-    """`check_classes` of the targets of active rows."""
-    if operands.target is not None:
-        check_classes(operands.target, operands.call.weight.shape[0])
+    """`check_classes` of the targets and the entries of active rows."""
+    for classes in (operands.target, operands.entries):
+        if classes is not None:
+            check_classes(classes, operands.call.weight.shape[0])
 
 
 def check_classes(target: Tensor, v: int) -> None:
@@ -134,19 +139,21 @@ def check_classes(target: Tensor, v: int) -> None:
 
 
 def empty_statistics(call: Call) -> list[Tensor]:
-    """What the forward fills in, (N,) each, in accumulation dtype (argmax: int64); 0 in rows that are not active."""
-    n, dtype = call.input.shape[0], call.accumulate_dtype
-    return [call.input.new_zeros(n, dtype=torch.int64 if row.integer else dtype) for row in call.rows]
+    """What the forward fills in, `Call.shape` each, in accumulation dtype (argmax: int64): 0 in rows not active."""
+    dtypes = [torch.int64 if row.integer else call.accumulate_dtype for row in call.rows]
+    return [call.input.new_zeros(call.shape(row), dtype=dtype) for row, dtype in zip(call.rows, dtypes, strict=True)]
 
 
 def forward(call: Call) -> list[Tensor]:
-    """The statistics of every row, (N,) each, in accumulation dtype (argmax: int64); 0 in rows that are not active."""
-    rows = call.rows
+    """The statistics of every row, `Call.shape` each, in accumulation dtype (argmax: int64): 0 in rows not active."""
     operands = Operands(call)
     check_targets(operands)
     out = empty_statistics(call)
-    if all(row.kind == "sparse" for row in rows):
-        _target_logits(operands, out)
+    by_name = dict(zip(call.statistics.split(), out, strict=True))
+    apart = picked(call, call.rows)
+    picked_logits(operands, {row.name: by_name[row.name] for row in apart})
+    rows = [row for row in call.rows if row not in apart]
+    if not rows:
         return out
     other = None if call.other is None else Operands(call.other)
     temporaries = 8 if other is not None else 4 if "lse_rest" in call.statistics else 3
@@ -159,9 +166,8 @@ def forward(call: Call) -> list[Tensor]:
             if other is not None and y is not None:
                 tile.other = capped_tile(other, y, other.weight(slab), block, slab).z
             update_all(rows, states, tile)
-        where = block if operands.index is None else operands.index[block]
-        for result, value in zip(out, finish_all(rows, states), strict=True):
-            result[where] = value
+        for row, value in zip(rows, finish_all(rows, states), strict=True):
+            by_name[row.name][operands.where(block)] = value
     return out
 
 
@@ -186,7 +192,8 @@ class Gradients:
         self.dx = x.new_zeros(x.shape, dtype=acc) if "input" in self.needs else None
         self.dw = w.new_empty(w.shape) if "weight" in self.needs else None
         # Of the (V,) operands, and of the (N,) one.
-        self.columns = {n: ops[n].new_empty(ops[n].shape) for n in ("bias", "column_scale") if n in self.needs}
+        of_columns: list[str] = [n for n in ("bias", "column_scale") if n in self.needs]
+        self.columns = {n: ops[n].new_empty(ops[n].shape) for n in of_columns}
         self.row_scale = x.new_zeros(x.shape[0], dtype=acc) if "row_scale" in self.needs else None
 
     def add_to_dx(self, operands: Operands, block: slice, left: Tensor, right: Tensor) -> None:
@@ -219,21 +226,21 @@ def backward(call: Call, tangents: dict[str, Tensor], saved: dict[str, Tensor], 
     rows = differentiated(tangents)
     if operands.n == 0 or not rows:
         return [call.operands[name].new_zeros(call.operands[name].shape) for name in needs]
-    if all(row.kind == "sparse" for row in rows):
-        (tangent,) = tangents.values()
-        return _backward_of_targets(operands, tangent, needs)
     pairs = any(row.pair for row in rows)
     heads = [Head(operands, Gradients(call, frozenset(needs)))]
     of_other = frozenset(name.removeprefix(OTHER) for name in needs if name.startswith(OTHER))
     if pairs:
         assert call.other is not None
         heads.append(Head(Operands(call.other), Gradients(call.other, of_other)))
+    apart = picked(call, rows)
+    sparse = Picked(operands, heads[0].grads, {row.name: tangents[row.name] for row in apart}) if apart else None
+    rows = [row for row in rows if row not in apart]
     temporaries = 10 if pairs else 5 if any(row.kind == "signed" for row in rows) else 3
     temporaries += 2 * any(name.removeprefix(OTHER) in SCALES for name in needs)
     slab_accumulator = any(call.operands[n].dtype != call.accumulate_dtype for n in needs if n.endswith("weight"))
     block_rows, columns = tile_shape(call, temporaries, int(slab_accumulator))
     for slab in cut(call.weight.shape[0], columns):
-        _backward_slab(heads, rows, tangents, saved, slab, block_rows)
+        _backward_slab(heads, rows, tangents, saved, slab, block_rows, sparse)
     heads[0].grads.numbers = diagnostics.of_exact(operands.n, call.input.device)
     results = {name: heads[0].grads.result(name) for name in needs if not name.startswith(OTHER)}
     if pairs:
@@ -256,19 +263,23 @@ class Slab:
     def __init__(self, head: Head, columns: slice) -> None:
         self.operands, self.grads, self.columns = head.operands, head.grads, columns
         acc, dw = self.operands.call.accumulate_dtype, self.grads.dw
-        self.w = self.operands.weight(columns)
         self.in_place = dw is not None and dw.dtype == acc
-        self.dw = None if dw is None else dw[columns] if self.in_place else torch.empty_like(self.w)
-        self.sums = {name: self.w.new_zeros(self.w.shape[0]) for name in self.grads.columns}
+        self.dw = None if dw is None else dw[columns] if self.in_place else torch.empty_like(dw[columns], dtype=acc)
+        width = columns.stop - columns.start
+        self.sums = {name: t.new_zeros(width, dtype=acc) for name, t in self.grads.columns.items()}
         self.factor = self.operands.column("column_scale", columns)
+
+    @functools.cached_property
+    def w(self) -> Tensor:
+        """(columns, D)."""
+        return self.operands.weight(self.columns)
 
     def add(self, x: Tensor, block: slice, tile: Tensor) -> None:
         """Adds a block of rows. tile: what `dlogits` gave, (rows, columns), which is written over."""
         operands, grads = self.operands, self.grads
         row_scale = operands.row_scale(block)
         if grads.row_scale is not None:
-            where = block if operands.index is None else operands.index[block]
-            grads.row_scale[where] += (operands.product(x, self.w, self.columns) * tile).sum(1)
+            grads.row_scale[operands.where(block)] += (operands.product(x, self.w, self.columns) * tile).sum(1)
         if row_scale is not None:
             tile *= row_scale
         if "bias" in self.sums:
@@ -296,10 +307,13 @@ def _backward_slab(
     saved: dict[str, Tensor],
     columns: slice,
     block_rows: int,
+    sparse: Picked | None,
 ) -> None:
     """Finishes dW and the gradients of the (V,) operands of one slab of columns, and adds its share to the others."""
     slabs = [Slab(head, columns) for head in heads]
-    for block in cut(heads[0].operands.n, block_rows):
+    if not rows and slabs[0].dw is not None:
+        slabs[0].dw.zero_()
+    for block in cut(heads[0].operands.n, block_rows) if rows else ():
         inputs = [head.operands.input(block) for head in heads]
         if len(heads) == 1:
             tile = dlogits(heads[0].operands, inputs[0], slabs[0].w, rows, tangents, saved, block, columns)
@@ -311,6 +325,8 @@ def _backward_slab(
             tile_of_head = tiles.pop(0)
             if tile_of_head is not None:
                 slab.add(x, block, tile_of_head)
+    if sparse is not None:
+        sparse.add(columns, slabs[0].dw, slabs[0].sums)
     for slab in slabs:
         slab.finish()
 
@@ -406,91 +422,3 @@ def dlogits_of_both(
         inner = inners[i]
         found.append(dz if inner is None else times_slope(dz, inner, head.operands.call.attributes.softcap_form))
     return found
-
-
-# ---- the target's logit alone: of each row one class, and no product of matrices
-
-
-@dataclass
-class TargetTile:
-    """The targets of a block of rows: their classes, (rows,), and what their logits are made of."""
-
-    block: slice
-    classes: Tensor
-    x: Tensor  # (rows, D)
-    w: Tensor  # (rows, D), the classes' rows of the weight
-    factors: dict[str, Tensor]  # row_scale and column_scale, (rows,), where there are any
-    product: Tensor  # x . w
-    shifted: Tensor  # column_scale * product + bias
-    u: Tensor  # the logits before the softcap
-
-
-def _target_tiles(operands: Operands) -> Iterator[TargetTile]:
-    call, d = operands.call, operands.call.input.shape[1]
-    assert operands.target is not None
-    for block in cut(operands.n, max(1, call.workspace // call.accumulate_dtype.itemsize // (4 * d + 1))):
-        classes, x = operands.target[block], operands.input(block)
-        w = operands.cast(call.weight[classes])
-        product = shifted = (x * w).sum(1)
-        factors = {}
-        factor, bias, row_scale = (
-            operands.column("column_scale", classes),
-            operands.column("bias", classes),
-            operands.row_scale(block),
-        )
-        if factor is not None:
-            factors["column_scale"] = factor
-            shifted = product * factor
-        if bias is not None:
-            shifted = shifted + bias
-        u = shifted * call.attributes.scale
-        if row_scale is not None:
-            factors["row_scale"] = row_scale[:, 0]
-            u = u * factors["row_scale"]
-        yield TargetTile(block, classes, x, w, factors, product, shifted, u)
-
-
-def _target_logits(operands: Operands, out: list[Tensor]) -> None:
-    """Writes the logit of the target into each of `out`, (N,), in the rows that are active."""
-    attributes = operands.call.attributes
-    for tile in _target_tiles(operands):
-        where = tile.block if operands.index is None else operands.index[tile.block]
-        for result in out:
-            result[where] = capped(tile.u, attributes.softcap, attributes.softcap_form)
-
-
-def _backward_of_targets(operands: Operands, tangent: Tensor, needs: list[str]) -> list[Tensor]:
-    """As `backward`, where nothing but the target's logit has a tangent, (N,)."""
-    call, acc = operands.call, operands.call.accumulate_dtype
-    attributes = call.attributes
-    assert operands.target is not None
-    found, place = operands.target.unique(return_inverse=True)
-    grads: dict[str, Tensor] = {
-        "input": call.input.new_zeros(call.input.shape, dtype=acc),
-        "row_scale": call.input.new_zeros(call.input.shape[0], dtype=acc),
-    }
-    sums = {
-        "weight": call.input.new_zeros((len(found), call.input.shape[1]), dtype=acc),
-        "bias": call.input.new_zeros(len(found), dtype=acc),
-        "column_scale": call.input.new_zeros(len(found), dtype=acc),
-    }
-    for tile in _target_tiles(operands):
-        dz = operands.rows(tangent, tile.block).to(acc) * attributes.scale
-        if attributes.softcap:
-            _, inner = capped_and_inner(tile.u, attributes.softcap, attributes.softcap_form)
-            dz = times_slope(dz, inner, attributes.softcap_form)
-        where = tile.block if operands.index is None else operands.index[tile.block]
-        classes = place[tile.block]
-        grads["row_scale"][where] = dz * tile.shifted
-        dz = dz * tile.factors.get("row_scale", 1.0)
-        sums["bias"].index_add_(0, classes, dz)
-        sums["column_scale"].index_add_(0, classes, dz * tile.product)
-        dz = dz * tile.factors.get("column_scale", 1.0)
-        grads["input"][where] = dz[:, None] * tile.w
-        sums["weight"].index_add_(0, classes, dz[:, None] * tile.x)
-    for name, part in sums.items():
-        if name in needs:
-            whole = grads[name] = call.operands[name].new_zeros(call.operands[name].shape)
-            whole[found] = part.to(whole.dtype)
-    grads["diagnostics"] = diagnostics.of_exact(operands.n, call.input.device)
-    return [grads[name].to(call.operands[name].dtype) for name in needs]

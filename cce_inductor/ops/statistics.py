@@ -2,7 +2,7 @@
 
 Notation, here and in every kernel: `z` are the logits of one row, `p = exp(z - lse)` its softmax, `t` its target
 class, `c` a weight per column. Each statistic is a function of one row of `z`, so a matrix of logits is reduced to
-vectors of length N, and the gradient of any loss over them is
+vectors of length N (entry_logits: to K numbers a row, (N, K)), and the gradient of any loss over them is
 `dz_j = sum over statistics of tangent * d statistic / d z_j`.
 
 | statistic    | value             | d / d z_j                      | kind    | filter          |
@@ -12,6 +12,7 @@ vectors of length N, and the gradient of any loss over them is
 | lse_rest     | log sum_{j != t} exp z_j | exp(z_j - lse_rest), 0 at j = t | dense | no      |
 | lse_rest_low | what rounding left of lse_rest | none              | none    | no              |
 | target_logit | z_t               | 1 at j = t                     | sparse  | yes             |
+| entry_logits | z_e of K classes e | 1 at j = e                    | sparse  | yes             |
 | logit_sum    | sum_j c_j z_j     | c_j                            | linear  | without softcap |
 | entropy      | lse - sum_j p_j z_j | -p_j (z_j - lse + entropy)   | signed  | no              |
 | argmax       | argmax_j z_j      | none                           | none    | yes             |
@@ -69,13 +70,18 @@ class Tile:
     target: Tensor | None  # (rows,) class indices over the whole vocabulary
     column_weight: Tensor | None  # (columns,)
     other: Tensor | None = None  # (rows, columns), the other head's logits
+    entries: Tensor | None = None  # (rows, K) class indices over the whole vocabulary
 
-    def target_position(self) -> tuple[Tensor, Tensor]:
-        """For each row: whether its target lies in this tile, and its column in the tile (0 where it does not)."""
-        assert self.target is not None
-        column = self.target - self.start
+    def position(self, classes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """For each class, whether it lies in this tile, and its column in the tile (0 where it does not)."""
+        assert classes is not None
+        column = classes - self.start
         inside = (column >= 0) & (column < self.z.shape[1])
         return inside, torch.where(inside, column, 0)
+
+    def target_position(self) -> tuple[Tensor, Tensor]:
+        """`position` of the target of each row."""
+        return self.position(self.target)
 
 
 @dataclass
@@ -91,7 +97,8 @@ class RunningExp:
 class Statistic:
     """One row of the table. The three functions define it for the eager reference.
 
-    `update(state, tile)` folds one tile into the state (None at first), `finish(state)` gives the (rows,) result, and
+    `update(state, tile)` folds one tile into the state (None at first), `finish(state)` gives the result, (rows,) or of
+    entry_logits (rows, K), and
     `add_gradient(dz, tile, tangent, saved)` gives `dz` plus tangent * d statistic / d z of one tile, in place; `dz` is
     None at first. `saved` holds the finished statistics of the rows and, where a dense statistic needs them, the
     tile's "log_p" and its softmax "p". Gradients are added in the order of the table.
@@ -168,6 +175,12 @@ def _update_target(state: Tensor | None, tile: Tile) -> Tensor:
     return value if state is None else state + value
 
 
+def _update_entries(state: Tensor | None, tile: Tile) -> Tensor:
+    inside, column = tile.position(tile.entries)
+    value = torch.where(inside, tile.z.gather(1, column), 0)
+    return value if state is None else state + value
+
+
 def _update_sum(state: Tensor | None, tile: Tile) -> Tensor:
     value = tile.z.sum(1) if tile.column_weight is None else tile.z @ tile.column_weight
     return value if state is None else state + value
@@ -231,6 +244,16 @@ def _of_two(name: str, function: Function, by_other: bool, requires: tuple[str, 
     return Statistic(name, "signed", "no", update, finish, None, ("other_input", *requires), pair=(function, by_other))
 
 
+def _grad_entries(dz: Tensor | None, tile: Tile, tangent: Tensor, saved: dict[str, Tensor]) -> Tensor:
+    dz = torch.zeros_like(tile.z) if dz is None else dz
+    inside, column = tile.position(tile.entries)
+    values = torch.where(inside, tangent, 0)
+    if dz.device.type == "cpu":
+        return dz.scatter_add_(1, column, values)
+    rows = torch.arange(dz.shape[0], device=dz.device)[:, None].expand_as(column)
+    return dz.index_put_((rows, column), values, accumulate=True)  # sorts, where scatter_add_ would use atomics
+
+
 def _identity(state: Tensor) -> Tensor:
     return state
 
@@ -250,6 +273,7 @@ TABLE: dict[str, Statistic] = {
         ),
         Statistic("logit_sum", "linear", "without softcap", _update_sum, _identity, _grad_sum),
         Statistic("target_logit", "sparse", "yes", _update_target, _identity, _grad_target, ("target",)),
+        Statistic("entry_logits", "sparse", "yes", _update_entries, _identity, _grad_entries, ("entries",)),
         Statistic("argmax", "none", "yes", _update_argmax, lambda s: s[1], None, integer=True),
         Statistic("other_lse", "none", "no", _update_other, finish_lse, None, ("other_input",)),
         Statistic(

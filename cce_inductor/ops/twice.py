@@ -18,7 +18,7 @@ from .statistics import TABLE
 def gradients(call: Call, tangents: dict[str, Tensor], needs: list[str]) -> list[Tensor]:
     """The gradients of the operands named in `needs`, in their own dtypes, as differentiable functions of all.
 
-    tangents: (N,) for each statistic that has one.
+    tangents: in the shape of the statistic, for each that has one.
     """
     with torch.enable_grad():
         # Aliases: what the gradients are taken of ends here, and the operands' own hooks are not run.
@@ -45,6 +45,9 @@ def _statistics(call: Call, operands: dict[str, Tensor], names: list[str]) -> di
         elif name == "target_logit":
             inside = operands["target"] if call.row_mask is None else operands["target"] * call.row_mask
             found[name] = z.gather(1, inside[:, None])[:, 0]
+        elif name == "entry_logits":
+            own = operands["entries"]
+            found[name] = z.gather(1, own if call.row_mask is None else own * call.row_mask[:, None])
         elif name == "logit_sum":
             weight = operands.get("column_weight")
             found[name] = z.sum(1) if weight is None else z @ weight.to(exact)
@@ -58,7 +61,10 @@ def _statistics(call: Call, operands: dict[str, Tensor], names: list[str]) -> di
             found[name] = -(p * torch.where(p == 0, 0, log_p)).sum(1)  # p log p tends to 0
     if call.row_mask is None:
         return found
-    return {name: torch.where(call.row_mask, value, 0) for name, value in found.items()}
+    return {
+        name: torch.where(call.row_mask if value.dim() == 1 else call.row_mask[:, None], value, 0)
+        for name, value in found.items()
+    }
 
 
 def _logits(call: Call) -> Tensor:

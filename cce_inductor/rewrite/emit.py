@@ -97,7 +97,8 @@ class _Arguments:
             self.target = builder.call(torch.cat, self.targets) if len(self.targets) > 1 else self.targets[0]
             if group.ignored is not None:
                 self.row_mask = self.target.ne(group.ignored)
-                self.computed = computed(self.row_mask, self.operands["input"], bias, **scales)
+                counted = _counted(builder, self.row_mask, bundle, group.ignored)
+                self.computed = computed(counted, self.operands["input"], bias, **scales)
                 self.operands["target"] = builder.call(torch.where, self.row_mask, self.target, 0)
             elif group.wraps:
                 wrapped = self.target + operands.vocab(builder, value)
@@ -105,6 +106,7 @@ class _Arguments:
             else:
                 self.target = _without_ignored(builder, self.target, bundle)
             self.operands.setdefault("target", self.target)
+        self._take_entries(builder, bundle)
         self.operands |= scales if bias is None else {"bias": bias, **scales}
         if group.column_weight is not None:
             self.operands["column_weight"] = builder.proxy(group.column_weight).detach()
@@ -148,6 +150,13 @@ class _Arguments:
             other_compute_dtype=value.head.dtype,
         )
 
+    def _take_entries(self, builder: Builder, bundle: Bundle) -> None:
+        """The classes of each row besides the target: (N, K), those of each reduction side by side."""
+        rows = [[operands.classes(builder, r) for r in g.entries] for g in bundle.groups]
+        if rows[0]:
+            blocks = [builder.call(torch.cat, parts, 1) if len(parts) > 1 else parts[0] for parts in rows]
+            self.operands["entries"] = builder.call(torch.cat, blocks) if len(blocks) > 1 else blocks[0]
+
     def statistics(self, builder: Builder) -> dict[str, Proxy]:
         """Records the operator; gives its results by name."""
         given, names = list(self.operands.values()), " ".join(self.operands)
@@ -162,6 +171,8 @@ class _Arguments:
             every["target"] = self.target
         if self.row_mask is not None:
             every["row_mask"] = self.row_mask
+        if "entries" in self.operands:
+            every["entries"] = self.operands["entries"]
         if len(self.sizes) == 1:
             return every
         start: Any = 0
@@ -184,6 +195,14 @@ def _scales(builder: Builder, bundle: Bundle, detach: bool, made: Codes | None) 
     if of_rows:
         scales["row_scale"] = builder.call(torch.cat, of_rows) if len(of_rows) > 1 else of_rows[0]
     return scales
+
+
+def _counted(builder: Builder, row_mask: Any, bundle: Bundle, ignored: int) -> Any:
+    """The rows that some loss of a bundle counts: by its target, or by another one, which stands among the entries."""
+    for k in range(len(bundle.first.entries)):
+        own = [operands.flat(builder, g.entries[k].target).ne(ignored) for g in bundle.groups]  # type: ignore[arg-type]
+        row_mask = row_mask | (builder.call(torch.cat, own) if len(own) > 1 else own[0])
+    return row_mask
 
 
 def _rows(p: Proxy) -> Any:
@@ -227,7 +246,12 @@ def _result(builder: Builder, reduction: Reduction, statistics: Statistics) -> P
     if isinstance(reduction, Loss):
         result = _loss(builder, reduction, statistics)
     else:
-        result = reduction.shape(in_rows(builder, reduction.value, reduction.flat(statistics)))
+        flat = reduction.flat(statistics)
+        result = reduction.shape(
+            in_rows(builder, reduction.value, flat)
+            if reduction.entries is None
+            else flat.reshape_as(operands.last(builder, reduction.entries, reduction.value.class_dim))
+        )
     dtype = fake(reduction.node).dtype
     return result if dtype == result.node.meta["example_value"].dtype else result.to(dtype)
 
@@ -246,6 +270,8 @@ def _loss(builder: Builder, loss: Loss, statistics: Statistics) -> Proxy:
     """Records the arithmetic of one loss over classes."""
     weight = None if loss.weight is None else builder.proxy(loss.weight)
     target, row_mask = statistics.parts["target"], statistics.parts.get("row_mask")
+    if statistics.group.is_entry(loss):
+        target, row_mask = operands.flat(builder, loss.target), None  # type: ignore[arg-type]
     stats = {name: getattr(statistics, name) for name in loss.statistics}
     if row_mask is None and loss.ignores and statistics.group.target is not None:
         # Others read every row: what is ignored was computed as well.

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from torch.fx import Node
 
 from ..filters import Filter
-from ..graph.fakes import fake
+from ..graph.fakes import fake, same
 from ..graph.hoist import Hoist
 from ..graph.refusal import Refused
 from ..graph.regions import descendants
@@ -46,8 +46,8 @@ class Shared(Generic[Member]):
 
 
 def _is_entry(reduction: Reduction) -> bool:
-    """Whether it reads nothing but the target's logit."""
-    return reduction.statistics == ("target_logit",)
+    """Whether it reads nothing but logits of classes that are given."""
+    return reduction.statistics in (("target_logit",), ("entry_logits",))
 
 
 def ratio(value: Value, of: Value) -> float | None:
@@ -75,16 +75,42 @@ class Group(Shared[Reduction]):
 
     @property
     def statistics(self) -> list[str]:
-        names = {name for reduction in self.members for name in reduction.statistics}
+        names = {name for r in self.members for name in r.statistics if name != "target_logit" or not self.is_entry(r)}
+        names |= {"entry_logits"} if self.entries else set()
         return [name for name in TABLE_ORDER if name in names]
 
     @property
     def target(self) -> Node | None:
         return next((r.target for r in self.members if r.target is not None), None)
 
+    def is_entry(self, reduction: Reduction) -> bool:
+        """Whether the classes of a reduction are among `entries`: K for each row, or another target than the first."""
+        return reduction.classes is not None and reduction.classes is not self.target
+
+    @property
+    def entries(self) -> list[Reduction]:
+        """For each tensor of classes that stands among the entries, in order, the first reduction that reads it."""
+        found: dict[tuple, Reduction] = {}
+        for r in self.members:
+            if self.is_entry(r):
+                found.setdefault((r.classes, r.wraps), r)
+        return list(found.values())
+
+    def place(self, reduction: Reduction) -> tuple[int, int]:
+        """Which of `entries` has the classes of a reduction, and how many there are."""
+        keys = [(r.classes, r.wraps) for r in self.entries]
+        return keys.index((reduction.classes, reduction.wraps)), len(keys)
+
+    def is_as_wide(self, other: Group) -> bool:
+        """Whether another group has as many entries for each row."""
+        mine, others = (sum(r.width for r in group.entries) for group in (self, other))
+        return same(mine, others)
+
     def given(self, hoist: Hoist, anchor: Node) -> Node | None:
         """The target in the form that takes least: as a vector where the program has made one before `anchor`."""
         for r in self.members:
+            if self.is_entry(r):
+                continue
             if r.given is not None and fake(r.given).dim() == 1 and hoist.before(r.given, anchor):
                 return r.given
         return self.target
@@ -92,7 +118,7 @@ class Group(Shared[Reduction]):
     @property
     def wraps(self) -> bool:
         """Whether a negative target counts from the end, for all of them that read one."""
-        return all(r.wraps for r in self.members if r.target is not None)
+        return all(r.wraps for r in self.members if r.target is not None and not self.is_entry(r))
 
     @property
     def ignored(self) -> int | None:
@@ -114,6 +140,7 @@ class Group(Shared[Reduction]):
             logits = {value.head.node, *descendants(value.head.node)}
             given += [value.one.input, *(n for node, _ in value.rows for n in node.all_input_nodes if n not in logits)]
             given += [s.node for s in value.affine.scales if s.of_rows]
+        given += [r.classes for r in self.entries if r.classes is not None]
         return given if self.target is None else [*given, self.target]
 
     def takes(self, reduction: Reduction, hoist: Hoist, exact: bool) -> bool:
@@ -132,11 +159,11 @@ class Group(Shared[Reduction]):
                 return False
         elif reduction.value.fake.requires_grad != first.value.fake.requires_grad:
             return False
-        if None not in (reduction.target, self.target):
-            if reduction.target is not self.target:
+        if reduction.classes is not None and reduction.classes is not self.target:
+            if self.target is not None and "lse_rest" in (*self.statistics, *reduction.statistics):
+                return False  # without the target: it has to be that one
+            if not hoist.can(reduction.classes, self.anchor):
                 return False
-        elif reduction.target is not None and not hoist.can(reduction.target, self.anchor):
-            return False
         if isinstance(reduction, Loss):
             for other in self.members:
                 if isinstance(other, Loss) and (other.ignores, other.arguments.ignore_index) != (
@@ -155,7 +182,8 @@ class Group(Shared[Reduction]):
 
 
 TABLE_ORDER = (
-    *("lse", "lse_low", "lse_rest", "lse_rest_low", "target_logit", "logit_sum", "entropy", "argmax"),
+    *("lse", "lse_low", "lse_rest", "lse_rest_low"),
+    *("target_logit", "entry_logits", "logit_sum", "entropy", "argmax"),
     *("other_lse", "other_lse_low", "expected_other"),
     *("cross_entropy", "other_cross_entropy", "divergence", "other_divergence"),
 )
@@ -302,6 +330,7 @@ class Bundle:
                 (a.target is None) == (b.target is None),
                 a.wraps == b.wraps,
                 a.statistics == b.statistics,
+                a.is_as_wide(b),
                 a.column_weight is b.column_weight,
                 not one.masks,
             )

@@ -174,7 +174,7 @@ def _late_write(
     for group in groups:
         since, final = {reduction.since for reduction in group.members}, group.members[-1].node
         first = next(n for n in graph.nodes if n in since)
-        targets = [n for reduction in group.members for n in (reduction.target, reduction.given) if n is not None]
+        targets = [n for reduction in group.members for n in (reduction.classes, reduction.given) if n is not None]
         writer = writer or written_between(graph, targets, first, final)
     if writer is None:
         return None

@@ -78,7 +78,7 @@ def _rewrite_graph(
     graph = copy.graph
     interpreter = Interpreter(graph)
     interpreter.run()
-    found = findings(interpreter, statistics)
+    found = findings(interpreter, settings, statistics)
     dense = {} if statistics else _unnamed(gm, interpreter, found, settings)
     if not found:
         return Rewritten(gm, list(dense.values()), unnamed=len(dense))

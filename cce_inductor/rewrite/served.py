@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ..trace.reduction import Loss, Reduction
 from .groups import Group, ratio
 
 # What has no gradient.
-_CONSTANT = ("target", "row_mask", "argmax", "lse_low", "lse_rest_low")
+_CONSTANT = ("target", "entries", "row_mask", "argmax", "lse_low", "lse_rest_low")
 
 # ---- what the program gets
 
@@ -63,8 +64,11 @@ class Statistics:
         return 0.0 if added else self._part("lse_low")
 
     def log_p(self, z: Any, count: Any = 1) -> Any:
-        """z less `count` times what log_softmax subtracts; z is one logit, or the sum of `count` of them."""
-        return (z - normalizer(self.lse) * count) - self.lse_low * count
+        """z less `count` times what log_softmax subtracts; z is one logit, the sum of `count` of them, or (N, K)."""
+        lse, low = normalizer(self.lse) * count, self.lse_low * count
+        if example(z.node).dim() == 2:
+            lse, low = lse.unsqueeze(-1), low if isinstance(low, float) else low.unsqueeze(-1)
+        return (z - lse) - low
 
     @property
     def lse_rest(self) -> Any:
@@ -73,11 +77,38 @@ class Statistics:
 
     @property
     def target_logit(self) -> Any:
+        if self.group.is_entry(self.reduction):
+            return self._entry(self._own("entry_logits").squeeze(-1), lambda: self._own("entries").squeeze(-1))
+        return self._entry(self._part("target_logit"), lambda: self.classes)
+
+    @property
+    def entry_logits(self) -> Any:
+        """(N, K)."""
+        return self._entry(self._own("entry_logits"), lambda: self._own("entries"))
+
+    def _own(self, name: str) -> Any:
+        """The columns of (N, K) entries that are this reduction's."""
+        every = self._part(name)
+        k, count = self.group.place(self.reduction)
+        if count == 1:
+            return every
+        widths = [self._width(r) for r in self.group.entries]
+        start: Any = 0
+        for width in widths[:k]:
+            start = width + start
+        return every.narrow(1, start, widths[k])
+
+    def _width(self, reduction: Reduction) -> Any:
+        if isinstance(reduction.width, int):
+            return reduction.width
+        return self.builder.proxy(reduction.entries).size(reduction.value.class_dim)  # type: ignore[arg-type]
+
+    def _entry(self, logit: Any, classes: Callable[[], Any]) -> Any:
+        """Logits of these classes, which are recorded if need be, with all that was done to them."""
         times = ratio(self.value, self.group.value)
-        entry = self._part("target_logit")
-        result = self._shifted(entry if times == 1.0 else entry * times)
+        result = self._shifted(logit if times == 1.0 else logit * times)
         for mask in self.value.masks:
-            held = operands.masked(self.builder, mask, self.value)[self.classes]
+            held = operands.masked(self.builder, mask, self.value)[classes()]
             result = self.builder.call(torch.where, held, mask.fill, result)
         return result
 
@@ -134,5 +165,6 @@ class Statistics:
         for term in () if isinstance(self.reduction, Loss) else self.value.terms:
             t = self.builder.proxy(self.replaced.get(term.node, term.node))
             t = operands.column(self.value, t.detach() if self.detach else t, term.start).squeeze(-1)
-            p = p + t * (term.factor * times)
+            t = t * (term.factor * times)
+            p = p + (t.unsqueeze(-1) if example(p.node).dim() == 2 else t)
         return p

@@ -6,11 +6,16 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
+from .. import compat
+from ..config import Settings
 from ..graph import nodes
 from ..graph.fakes import fake, is_tensor
 from ..graph.refusal import Refusal
+from ..graph.regions import descendants
 from ..graph.spellings import Fact
+from ..ops.picked import FEWEST
 from . import rules
+from .heads import large
 from .reasons import unknown
 from .reduction import Loss
 from .trace import Trace
@@ -31,7 +36,7 @@ def losses(graph: Graph) -> list[Node]:
     return [n for n in graph.nodes if (op := nodes.read(n)) is not None and op.has(Fact.LOSS)]
 
 
-def findings(walk: Walk, statistics: bool = False) -> list[Finding]:
+def findings(walk: Walk, settings: Settings, statistics: bool = False) -> list[Finding]:
     """Every loss over classes in the graph, in order, each with its head's trace or the reason it has none.
 
     statistics: also a statistic of each head that has no loss.
@@ -39,9 +44,9 @@ def findings(walk: Walk, statistics: bool = False) -> list[Finding]:
     order = {node: i for i, node in enumerate(walk.given)}
     found = []
     for trace in walk.traces.values():
-        sites = trace.sites or (trace.reductions[:1] if statistics else [])
+        sites = trace.sites or (trace.reductions[:1] if statistics or _only_picked(trace, settings) else [])
         # What is not written as a loss is one only if it can be served, or reads the entry of a target.
-        if trace.escapes and not any(isinstance(s, Loss) or (s.target and s.differentiated) for s in sites):
+        if trace.escapes and not any(isinstance(s, Loss) or (s.classes and s.differentiated) for s in sites):
             continue
         found += [Finding(source(walk, site.node), trace, None) for site in sites]
     for made in walk.decomposed:
@@ -50,9 +55,30 @@ def findings(walk: Walk, statistics: bool = False) -> list[Finding]:
             trace = next(t for t in made.traces if not t.first.members)
             found.append(Finding(source(walk, made.node), trace, None))
     found = list({finding.loss: finding for finding in reversed(found)}.values())
-    known = {finding.loss for finding in found}
+    known = {finding.loss for finding in found} | _of_entries(walk)
     found += [Finding(node, *why(walk, node)) for node in losses(walk.graph) if node not in known]
     return sorted(found, key=lambda finding: order[finding.loss])
+
+
+def _of_entries(walk: Walk) -> set[Node]:
+    """Losses over a few classes whose logits were picked, K for each row: what comes of a statistic is no logits."""
+    picked = [r.node for trace in walk.traces.values() for r in trace.reductions if r.entries is not None]
+    behind = {n for node in picked for n in (node, *descendants(node))}
+    return {loss for loss in losses(walk.graph) if loss in behind and loss not in walk.refused}
+
+
+def _only_picked(trace: Trace, settings: Settings) -> bool:
+    """Whether nothing but a few logits of each row of a vocabulary are read, with a gradient: candidates, rankings.
+
+    They need no product of matrices. A value of few actions, say, is no loss over a vocabulary.
+    """
+    picks = {r.classes: r for r in trace.reductions}
+    if not picks or trace.escapes or not large(trace.head.vocab, trace.head.width, settings):
+        return False
+    if not all(r.statistics in (("target_logit",), ("entry_logits",)) for r in trace.reductions):
+        return False
+    few = FEWEST * sum(compat.size_hint(r.width) for r in picks.values()) <= compat.size_hint(trace.head.vocab)
+    return few and any(r.differentiated for r in trace.reductions)
 
 
 def source(walk: Walk, node: Node) -> Node:

@@ -358,7 +358,7 @@ def _check_independence(trace: Trace) -> None:
         return
     behind = {n for part in trace.with_parts for n in descendants(part.first.node)}
     for r in trace.reductions:
-        others: list[Any] = [r.target, *r.value.affine.nodes]
+        others: list[Any] = [r.classes, *r.value.affine.nodes]
         others += [*(m.node for m in r.value.masks), *r.others, *(r.other.operands() if r.other else ())]
         others += [part.indices for part in r.value.columns if isinstance(part, Listed)]
         if isinstance(r, Loss):

@@ -133,7 +133,7 @@ def _set(walk: Walk, node: Node, op: Op, entry: Entry) -> bool:
     index = positions(value, op.args["index"])
     classes = next((i for dim, i in index if dim == value.class_dim), None)
     rows = [(dim, i) for dim, i in index if dim != value.class_dim]
-    if not all(dim is not None and is_arange(i, dim, value) for dim, i in rows):
+    if not all(dim is not None and is_arange(i, value.lead_shape, dim) for dim, i in rows):
         raise Refused(*MARGIN)
     if not is_number(given) and not same_rows(given, value):
         raise Refused(*MARGIN)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.fx import Node
@@ -25,9 +25,10 @@ class Reduction:
     """A node that is made of row statistics of `value`.
 
     statistics: those it needs. given: the node with a class for each row, in the rows' order, or None. wraps: whether
-    a negative class counts from the end. flat: from the statistics, a `served.Statistics`, to a (N,) result.
-    shape: from that in the leading shape of the logits to the node's. other: the logits of the second head, if it is of
-    two.
+    a negative class counts from the end. entries: the node with K classes for each row, in the rows' order and where
+    the logits have their classes, or None. flat: from the statistics, a `served.Statistics`, to a (N,) result, or
+    (N, K) of entries. shape: from that in the leading shape of the logits, and K behind, to the node's. other: the
+    logits of the second head, if it is of two.
     """
 
     node: Node
@@ -38,11 +39,22 @@ class Reduction:
     flat: Callable[[Any], Any] = as_it_is
     shape: Callable[[Any], Any] = as_it_is
     other: Value | None = None
+    entries: Node | None = field(default=None, kw_only=True)
 
     @functools.cached_property
     def target(self) -> Node | None:
         """The tensor that `given` is a view of: equal for reductions of the same targets."""
         return None if self.given is None else base(self.given)
+
+    @property
+    def classes(self) -> Node | None:
+        """The tensor of the classes whose entries it reads: the target, or K for each row; None if there is none."""
+        return self.entries or self.target
+
+    @property
+    def width(self) -> Any:
+        """How many classes it reads of each row, an int or a SymInt."""
+        return 1 if self.entries is None else fake(self.entries).shape[self.value.class_dim]
 
     @property
     def others(self) -> tuple[Node, ...]:

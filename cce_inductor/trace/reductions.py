@@ -13,6 +13,7 @@ from torch.fx import Node
 from ..graph import nodes
 from ..graph.fakes import fake, is_number, is_tensor, same
 from ..graph.refusal import Refused
+from ..graph.spellings import Fact
 from ..ops.losses import CrossEntropy
 from .indexing import full, positions
 from .one_hot import one_hot_target
@@ -120,17 +121,17 @@ def _no_finite_mask(value: Value) -> None:
         raise Refused("logits that are masked with a finite number", "use -inf")
 
 
-def _entry(value: Value) -> tuple[tuple[str, ...], Callable[[Any], Any]]:
-    """The statistics that the entry of a row's target needs, and the entry."""
+def _entry(value: Value, name: str = "target_logit") -> tuple[tuple[str, ...], Callable[[Any], Any]]:
+    """The statistics that the entry of a row's target needs, and the entry; or, as "entry_logits", of K classes."""
     factor = value.factor
     if value.kind == "logits":
-        return ("target_logit",), lambda s: _times(s.target_logit, factor)
+        return (name,), lambda s: _times(getattr(s, name), factor)
     if value.kind == "log_softmax":
-        return (*SOFTMAX, "target_logit"), lambda s: _times(s.log_p(s.target_logit), factor)
+        return (*SOFTMAX, name), lambda s: _times(s.log_p(getattr(s, name)), factor)
     if value.kind == "softmax":
-        return (*SOFTMAX, "target_logit"), lambda s: _times(s.log_p(s.target_logit).exp(), factor)
+        return (*SOFTMAX, name), lambda s: _times(s.log_p(getattr(s, name)).exp(), factor)
     if value.kind == "exp":
-        return ("target_logit",), lambda s: _times(s.target_logit.exp(), factor)
+        return (name,), lambda s: _times(getattr(s, name).exp(), factor)
     raise Refused("one entry of the product of the softmax and its logarithm", "compute it from log_softmax")
 
 
@@ -209,44 +210,57 @@ def _indices(index: Any) -> Node:
 
 
 def _picked(value: Value, node: Node, target: Node, wraps: bool, shape: Callable[[Any], Any]) -> Reduction:
+    """One class for each row."""
+    _pickable(value, node)
+    statistics, entry = _entry(value)
+    return Reduction(node, value, statistics, target, wraps, flat=entry, shape=shape)
+
+
+def _several_picked(value: Value, node: Node, index: Node, wraps: bool) -> Reduction:
+    """K classes for each row: `index` has the logits' shape, with K in the place of the classes."""
+    _pickable(value, node)
+    statistics, entry = _entry(value, "entry_logits")
+    c = value.class_dim
+    moved = as_it_is if c == value.fake.dim() - 1 else lambda r: r.movedim(-1, c)
+    return Reduction(node, value, statistics, wraps=wraps, entries=index, flat=entry, shape=moved)
+
+
+def _pickable(value: Value, node: Node) -> None:
     _reducible(value, node)
     if value.picked is not None:
         raise Refused("an entry of logits multiplied by a one-hot tensor", "use one of the two")
-    statistics, entry = _entry(value)
-    return Reduction(node, value, statistics, target, wraps, entry, shape)
 
 
 def gather(value: Value, node: Node, args: Args) -> Reduction | None:
-    """The entry of a class for each row; None for a gather of rows."""
+    """The entries of a class, or of several, for each row; None for a gather of rows."""
     dim = args["dim"]
     if not isinstance(dim, int) or dim % value.fake.dim() != value.class_dim:
         return None
-    index = _indices(args["index"])
-    return _picked(value, node, _one_for_each_row(value, index), False, _keep(value, True))
+    return _along(value, node, _indices(args["index"]))
 
 
-def _one_for_each_row(value: Value, index: Node) -> Node:
+def _along(value: Value, node: Node, index: Node) -> Reduction:
+    """Entries by an index that has the logits' shape but for the number of classes."""
     given = tuple(fake(index).shape)
     lead = given[: value.class_dim] + given[value.class_dim + 1 :]
     if len(given) != value.fake.dim() or not all(same(a, b) for a, b in zip(lead, value.lead_shape, strict=True)):
-        raise Refused(f"classes of shape {given} are picked out of logits of shape {tuple(value.fake.shape)}", ONE)
-    if not same(given[value.class_dim], 1):
-        raise Refused(f"{given[value.class_dim]} classes are picked out of each row", FEW)
-    return index
+        raise Refused(f"classes of shape {given} are picked out of logits of shape {tuple(value.fake.shape)}", EACH)
+    if same(given[value.class_dim], 1):
+        return _picked(value, node, index, False, _keep(value, True))
+    return _several_picked(value, node, index, False)
 
 
-ONE = "pick one class for each row"
-FEW = "pick one class for each row, in as many calls as there are classes if they are few"
+EACH = "pick classes for each row"
 
 
 def take_along_dim(value: Value, node: Node, args: Args) -> Reduction:
     index = _indices(args["indices"])
     over_classes(value, "take_along_dim", args["dim"])
-    return _picked(value, node, _one_for_each_row(value, index), False, _keep(value, True))
+    return _along(value, node, index)
 
 
 def getitem(value: Value, node: Node, args: Args) -> Reduction | None:
-    """logits[arange(N), target], or None for an index that takes no classes out."""
+    """logits[arange(N), target], or with K classes for each row; None for an index that takes no classes out."""
     entries = positions(value, args["index"], lists=True)
     own = next((i for dim, i in entries if dim == value.class_dim), None)
     if not is_tensor(own) or fake(own).dtype in (torch.bool, torch.uint8):
@@ -256,20 +270,25 @@ def getitem(value: Value, node: Node, args: Args) -> Reduction | None:
         return None  # the same classes of every row
     target = _indices(own)
     if value.class_dim != value.fake.dim() - 1 or any(dim is None for dim, _ in entries):
-        raise Refused("classes are picked with new dimensions", ONE)
-    counts = all(is_arange(i, d, value) for d, i in enumerate(lead))
-    if not counts or not same_rows(target, value):
-        raise Refused("classes are picked out of some rows of the logits", "use gather, with " + ONE)
-    return _picked(value, node, target, True, as_it_is)
+        raise Refused("classes are picked with new dimensions", EACH)
+    if same_rows(target, value) and all(is_arange(i, value.lead_shape, d) for d, i in enumerate(lead)):
+        return _picked(value, node, target, True, as_it_is)
+    shape = tuple(fake(target).shape)
+    rows = len(shape) == value.fake.dim() and all(map(same, shape, value.lead_shape))
+    if not rows or not all(is_arange(i, shape, d) for d, i in enumerate(lead)):
+        raise Refused("classes are picked out of some rows of the logits", "use gather: " + EACH)
+    return _several_picked(value, node, target, True)
 
 
-def is_arange(index: Any, dim: int, value: Value) -> bool:
-    """Whether `index` holds 0, 1, 2, ... along dimension `dim` of the rows, and is broadcast along the others."""
-    lead = value.lead_shape
+def is_arange(index: Any, lead: tuple, dim: int) -> bool:
+    """Whether `index` holds 0, 1, 2, ... along dimension `dim` of a shape, and is broadcast along the others."""
     if isinstance(index, (list, tuple, range)):
         return len(lead) == 1 and same(len(index), lead[0]) and list(index) == list(range(len(index)))
     if not is_tensor(index):
         return False
+    op = nodes.read(index)
+    if op is not None and op.has(Fact.REPEATS) and op.name != "repeat" and fake(op.args["input"]).dim() == len(lead):
+        index = op.args["input"]
     shape = fake(index).shape
     at = dim - (len(lead) - len(shape))  # dimensions are aligned from the right
     if at < 0 or not all(same(s, lead[dim] if i == at else 1) for i, s in enumerate(shape)):

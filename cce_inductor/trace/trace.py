@@ -59,8 +59,8 @@ class Trace:
             return losses
         picks: dict[Node, Reduction] = {}
         for r in sorted(reductions, key=lambda r: not _SUMS & {*r.statistics}):
-            if r.target is not None and r.statistics:
-                picks.setdefault(r.target, r)
+            if r.classes is not None and r.statistics:
+                picks.setdefault(r.classes, r)
         return list(picks.values()) or [next(r for r in reductions if _SUMS & {*r.statistics})]
 
 

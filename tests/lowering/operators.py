@@ -58,10 +58,12 @@ def with_gradients(names: str, attributes: Attributes) -> Callable[..., Sequence
 def from_logits(names: str, attributes: Attributes) -> Callable[..., Sequence[Tensor]]:
     """The same statistics as `forward`'s, from all logits, and in the dtype of the operands."""
 
-    def call(x, w, target, bias=None, column_weight=None, row_mask=None, **factors):
+    def call(x, w, target, bias=None, column_weight=None, row_mask=None, entries=None, **factors):
         z = logits(x, w, bias, attributes.scale, attributes.softcap or None, attributes.softcap_form, **factors)
-        out = statistics(names, z, target, column_weight)
-        return out if row_mask is None else [torch.where(row_mask, t, 0) for t in out]
+        out = statistics(names, z, target, column_weight, entries)
+        if row_mask is None:
+            return out
+        return [torch.where(row_mask if t.dim() == 1 else row_mask[:, None], t, 0) for t in out]
 
     return call
 
@@ -73,8 +75,14 @@ def differentiate(
     leaves = {name: t.detach().requires_grad_(name in needs.split()) for name, t in head.leaves().items()}
     factors = {name: leaves[f"d{name}"] for name in SCALES if f"d{name}" in leaves}
     out = fn(leaves["dx"], leaves["dw"], head.target, leaves.get("db"), **factors, **tensors)
+    out = out[: len(names.split())]  # without a bound
     floats = [t for t in out if t.is_floating_point()]
-    total = sum((t * g).sum() for t, g in zip(floats, tangents or tangents_of(names, head), strict=True))
+    given = tangents or tangents_of(names, head)
+    given = [
+        g if t.dim() == 1 else g[:, None] * torch.linspace(0.5, -1, t.shape[1])
+        for t, g in zip(floats, given, strict=True)
+    ]
+    total = sum((t * g).sum() for t, g in zip(floats, given, strict=True))
     wanted = {name: t for name, t in leaves.items() if t.requires_grad}
     gradients = torch.autograd.grad(total, list(wanted.values()))
     return dict(zip([*names.split(), *wanted], [*(t.detach() for t in out), *gradients], strict=True))

@@ -521,3 +521,17 @@ def test_every_kernel_has_configurations_for_every_kind_of_operands():
                 assert plain, "operands of any strides"
                 # What the forward keeps lies in tiles of one width.
                 assert not kernel.endswith("kept") or any(t.block_n == CACHED_TILE for t in plain)
+
+
+@pytest.mark.parametrize("grad_filter", ["exact", "budget 0.01"])
+def test_entries_are_gathered_apart_from_the_kernels(grad_filter, caplog):
+    def loss(x, w, b, t):
+        entries = (t[:, None] + torch.arange(3, device=t.device)) % w.shape[0]
+        return -F.linear(x, w, b).log_softmax(-1).gather(1, entries).mean()
+
+    forward, backward = generate(loss, make_leaves(CASES["float16"]), grad_filter=grad_filter)
+    assert forward.count("cce_inductor.linear_statistics.default(") == 1
+    assert backward.count("cce_inductor.linear_statistics_backward.default(") == 1
+    assert "launch linear_statistics" in rendered.summary(forward)
+    assert "launch " in rendered.summary(backward) and "dlogits" in rendered.summary(backward)
+    assert "could not be lowered" not in caplog.text

@@ -866,6 +866,17 @@ _of_rows(
     "one, two = F.one_hot(s, {v}).to({z}.dtype), F.one_hot((s + 1) % {v}, {v}).to({z}.dtype)",
     "-((0.6 * one + two * 0.4) * {z}.log_softmax(-1)).sum(-1).mean()",
 )
+_of_rows("K classes", "e = torch.stack([s, (s + 1) % {v}, s], -1)", "-{z}.log_softmax(-1).gather(-1, e)")
+_of_rows(
+    "K classes minus logsumexp",
+    "e = torch.stack([s, (s + 3) % {v}], -1)",
+    "(torch.take_along_dim({z}, e, dim=-1) - {z}.logsumexp(-1, keepdim=True)).exp().mean()",
+)
+_of_flat(
+    "K classes by indices",
+    "e = ({t}.clamp(min=0)[:, None] + torch.arange(3)) % {v}",
+    "-F.log_softmax({z}, -1)[torch.arange({n})[:, None], e].mean()",
+)
 _of_rows("accuracy", "{z}.argmax(-1).eq(t).sum()")
 _of_rows("accuracy of max", "best, at = {z}.max(dim=-1)", "(at == t).to(torch.float32).mean()")
 _of_rows("largest logit", "{z}.detach().amax(-1)")

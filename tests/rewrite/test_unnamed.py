@@ -79,9 +79,9 @@ def nucleus(z, t):
 
 
 def in_a_buffer(z, t):
-    lp, made = z.flatten(0, 1).log_softmax(-1), torch.empty(N, K)
+    lp, made = z.flatten(0, 1).log_softmax(-1), torch.zeros(N, K)
     for i in range(0, N, 4):
-        made[i : i + 4] = lp[i : i + 4].gather(-1, classes(t).flatten(0, 1)[i : i + 4])
+        made[i : i + 2] = lp[i : i + 4].gather(-1, classes(t).flatten(0, 1)[i : i + 2])
     return made.mean()
 
 
@@ -102,17 +102,12 @@ LOSSES = {
         "kl_div reads the log-probabilities",
     ),
     "Jensen-Shannon": (jensen_shannon, "kl_div", "kl_div reads the probabilities"),
-    "K classes a row": (
-        lambda z, t: z.log_softmax(-1).gather(-1, classes(t)).mean(),
+    "K classes of some rows": (
+        lambda z, t: z.log_softmax(-1).gather(-1, classes(t)[:1]).mean(),
         "gather",
-        "3 classes are picked out of each row",
+        "are picked out of logits of shape",
     ),
-    "K classes of logits as the head gives them": (
-        lambda z, t: z.flatten(0, 1).gather(-1, classes(t).flatten(0, 1)).logsumexp(-1).mean(),
-        "gather",
-        "3 classes are picked out of each row",
-    ),
-    "K classes a row, in a buffer": (in_a_buffer, "gather", "3 classes are picked out of each row"),
+    "K classes of half of the rows, in a buffer": (in_a_buffer, "gather", "are picked out of logits of shape"),
     "soft targets written out": (
         lambda z, t: -(some(t) * z.log_softmax(-1)).sum(-1).mean(),
         "sum",
@@ -199,7 +194,7 @@ def test_one_record_with_the_reason(name, inputs):
     assert_same_as_eager(fn, inputs, fused=0)
 
 
-@pytest.mark.parametrize("name", ["KL alone", "K classes a row", "an autograd function", "hinge"])
+@pytest.mark.parametrize("name", ["KL alone", "K classes of some rows", "an autograd function", "hinge"])
 def test_strict_raises_and_counters_count(name, inputs):
     loss, _, reason = LOSSES[name]
 
