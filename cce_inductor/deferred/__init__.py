@@ -11,6 +11,7 @@ pending       a value that is not computed yet: from which head (``PendingHead``
               and in whose memory. Tensors that share all their elements share one ``PendingValue``
 tensor        ``DeferredLogits``, the tensor subclass
 lazy          the operators that are answered without the values
+edits         edits of pending logits in place, recorded as what they make of them
 on_values     every other operator: it runs on the values, hence on plain tensors
 autograd      :func:`defer`, which makes deferred logits, and their ``grad_fn``
 aliases       what in a graph shares memory with deferred logits that it is given
@@ -26,7 +27,8 @@ computed from the hidden states, by whoever deferred it (``fuse`` of :func:`defe
 compiled graph that it is given to (:meth:`DeferredLogits.recipe`, :meth:`DeferredLogits.operands`).
 """
 
-from . import lazy as lazy  # these two hold the rules of DeferredLogits
+from . import edits as edits
+from . import lazy as lazy  # these three hold the rules of DeferredLogits
 from . import on_values as on_values
 from .autograd import computed as computed
 from .autograd import defer as defer

@@ -91,7 +91,7 @@ def _record(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     def read(argument: Any) -> Any:
         if not isinstance(argument, Tensor):
             return argument
-        if func is aten.where.self and _is_literal(argument):
+        if func is aten.where.self and is_literal(argument):
             return argument.item()
         found = spreads.get(id(argument))
         extras.append(Extra(argument) if found is None else found[1])
@@ -141,7 +141,7 @@ def _recordable(logits: DeferredLogits, *beside: Tensor) -> bool:
     return _stays(logits, *beside) and not logits._value.fake and not logits._value.functional
 
 
-def _is_literal(tensor: Tensor) -> bool:
+def is_literal(tensor: Tensor) -> bool:
     """Whether a tensor may be a number that the program wrote, which `torch.where` makes a tensor of."""
     return tensor.dim() == 0 and tensor.device.type == "cpu" and not tensor.requires_grad
 

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import compat
 from .entries import Entries
@@ -181,6 +182,7 @@ class SharedMemory:
     """What values share that are views of each other.
 
     readers: pending values that are to be computed before it is edited. head: whose own value it holds, if any.
+    tensors: all that lie in it.
     entries: what was computed of it without the rest, and must be found in it when it is. edited_in_graph: whether a
     graph edits it that Dynamo may not break: it is compiled for computed logits, and takes pending ones too. piece:
     whether a graph that is traced is given no more than a part of it.
@@ -191,6 +193,7 @@ class SharedMemory:
 
     def __init__(self, head: PendingHead | None = None) -> None:
         self.readers: weakref.WeakSet[PendingValue] = weakref.WeakSet()
+        self.tensors = WeakTensorKeyDictionary()
         self.entries: list[Entries] = []
         self.head = head
 
@@ -213,6 +216,7 @@ class PendingValue:
         self._tensor: Tensor | None = None
         self._origin, self._source = origin, source
         self._parts: tuple[PendingValue, ...] = ()  # of a pair: the two that it is made from
+        self._step: Step | None = None  # of a view: what it is of its source
         self.memory = SharedMemory() if memory is None else memory
         # Of a value in a graph that is traced: what it was made from, which it stays to the graph, computed or not.
         self.given: tuple[Recipe, list[Tensor]] | None = None
@@ -276,7 +280,40 @@ class PendingValue:
     def view(self, step: Step) -> PendingValue:
         """The value ``step`` of this one, in the same memory."""
         origin = self._origin and self._origin.then(step)
-        return PendingValue(self._after(step, origin), origin, self, self.memory)
+        child = PendingValue(self._after(step, origin), origin, self, self.memory)
+        child._step = step
+        return child
+
+    def steps_from_memory(self) -> tuple[Step, ...]:
+        """The views between what all of its memory holds and this pending value."""
+        if self._step is None or self._source is None:
+            return ()
+        return (*self._source.steps_from_memory(), self._step)
+
+    def instead_of(self, old: PendingValue, in_place: Any) -> PendingValue:
+        """This value, a step behind `old`, where the program has edited that by the operator `in_place`.
+
+        `old` is of no tensor any more. Its memory is edited when this is read, and what was copied of it is computed
+        before, as in eager mode.
+        """
+        for value in (old, *self._behind(), *self._parts):
+            value.memory.readers.discard(self)
+        assert self._origin is not None
+        step, copies = self._origin.steps[-1], [extra.copy for extra in self._origin.extras]
+        parts = self._parts[1:]
+
+        def make() -> Tensor:
+            beside = [part.get() for part in parts]
+            tensor = old.expose()
+            with surroundings(tensor.device, grad=False), compat.counting_versions():
+                if isinstance(step, Pair):
+                    in_place(tensor, *beside)
+                else:
+                    step(tensor, copies, in_place)
+            return tensor
+
+        self._make = make
+        return self
 
     def pair(self, op: Any, other: PendingValue, beside: Sequence[Any] = ()) -> PendingValue | None:
         """The value ``op`` of this one and another one: pending, where both follow from one value; else None.

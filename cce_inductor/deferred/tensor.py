@@ -81,6 +81,7 @@ class DeferredLogits(torch.Tensor):
             cls, meta.size(), strides=meta.stride(), storage_offset=offset, dtype=meta.dtype, device=device
         )
         self._value = value
+        value.memory.tensors[self] = None
         if view_of is not None:
             # A storage without bytes, by whose identity Dynamo and AOTAutograd know what shares memory.
             torch._functionalize_unsafe_set(self, view_of)
