@@ -22,16 +22,18 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import compat
+from ..graph.builder import Builder
 from ..graph.spellings import FUNCTIONS, METHODS, functions_of
 from ..rewrite.recipe import Logits
 from ..rewrite.result import Rewritten
 from .autograd import Largest, defer
 from .entries import Entries
 from .lazy import WRITTEN
+from .mixtures import Spread, spread
 from .other_graphs import Form, usable, with_inlined
 from .pending import Known, Recipe
 from .shared import share
-from .steps import Extra, Pair, Read, Step
+from .steps import Extra, Joint, Read, Step
 from .tensor import LOSSES, ROWS, STATISTICS, DeferredLogits
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,14 @@ _MAX, _TOPK = functions_of("max"), functions_of("topk")
 
 # So many graphs that differ in nothing but a number.
 _NUMBERS = 8
+
+
+@dataclass(frozen=True)
+class ByClasses:
+    """An argument of a loss that is as large as its logits, by what it follows from: class probabilities, one-hot."""
+
+    spread: Spread
+    classes: Tensor
 
 
 class _NotTriedError(Exception):
@@ -85,7 +95,9 @@ class EagerCalls:
         if call in _TOPK and trains:
             return self._largest(logits, call, args, kwargs)
         recipe = usable(logits, torch.is_grad_enabled())
-        others = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x is not logits]
+        if call in LOSSES:
+            args, kwargs = tree_map(lambda x: _by_classes(x, logits), (args, kwargs))
+        others = [x for x in map(_tensor, tree_leaves((args, kwargs))) if x is not None and x is not logits]
         if recipe is None or not _are_plain(others):
             return NotImplemented
         operands = logits.operands()  # or an error if they have changed: then the logits could not be read either
@@ -98,16 +110,17 @@ class EagerCalls:
             if index is not None:
                 return self._entries_at(logits, *index)
             return self._taken(logits, recipe, operands, call, args, kwargs)
-        kind = _kind(recipe, logits, operands, call, args, kwargs)
+        same = _same(operands[recipe.reads :], others)
+        kind = _kind(recipe, logits, operands, call, args, kwargs), same
         try:
             hash(kind)
         except TypeError:  # an argument without a hash, such as a list
             return NotImplemented
         if kind not in self.known:
-            if self._has_too_many_numbers(recipe, logits, call):
+            if self._has_too_many_numbers(recipe, logits, call, [x.spread for x in args if isinstance(x, ByClasses)]):
                 return NotImplemented
             try:
-                self.known[kind] = self._make(recipe, logits, operands, call, args, kwargs)
+                self.known[kind] = self._make(recipe, logits, operands, call, args, kwargs, same)
             except _NotTriedError:
                 return NotImplemented  # the next call may be right, or what it lacked may be there
             if len(self.known) > self.capacity:
@@ -123,8 +136,10 @@ class EagerCalls:
             _remember(logits, call, args, kwargs, made)
         return made
 
-    def _has_too_many_numbers(self, recipe: Recipe, logits: DeferredLogits, call: Callable) -> bool:
-        numbers: list[float] = []
+    def _has_too_many_numbers(
+        self, recipe: Recipe, logits: DeferredLogits, call: Callable, spreads: Sequence[Spread]
+    ) -> bool:
+        numbers: list[Any] = [*spreads]
         steps = _without_numbers(recipe.steps, numbers)
         seen = self.numbers[call, steps, logits.shape]
         seen.add(tuple(numbers))
@@ -160,7 +175,7 @@ class EagerCalls:
         for step in recipe.steps:
             if _is_entrywise(step):
                 continue
-            if isinstance(step, Pair):
+            if isinstance(step, Joint):
                 break
             if step.op in (aten.view.default, aten._unsafe_view.default) and step.args[0][-1:] == (classes,):
                 rows = rows.reshape(*step.args[0][:-1], hidden.shape[-1])
@@ -228,11 +243,18 @@ class EagerCalls:
         return taken
 
     def _make(
-        self, recipe: Recipe, logits: DeferredLogits, operands: Sequence[Tensor], call: Callable, args: Any, kwargs: Any
+        self,
+        recipe: Recipe,
+        logits: DeferredLogits,
+        operands: Sequence[Tensor],
+        call: Callable,
+        args: Any,
+        kwargs: Any,
+        same: tuple[tuple[int, int], ...],
     ) -> Callable | None:
         """The rewritten graph of one call, as a function of the operands and the call's other tensors.
 
-        None, for a reason that has been logged, where it is not fused.
+        None, for a reason that has been logged, where it is not fused. same: see :func:`_same`.
         """
         mode = FakeTensorMode()
         grad = torch.is_grad_enabled()
@@ -249,6 +271,7 @@ class EagerCalls:
         form = with_inlined(gm, inputs, {0: logits}, {0: (recipe, fakes)})
         if form is None:
             return None  # it has logged why
+        _as_one(form.graph_module, same, recipe.reads)
         result = (self.statistic if call in STATISTICS else self.loss)(form)
         if not form.accepts(result):
             reasons = [site.reason for site in result.sites] or ["it is no statistic of the rows that is served"]
@@ -311,7 +334,7 @@ def _rows_and_classes(index: Any, logits: Tensor) -> tuple[Tensor, Tensor] | Non
     return (rows, classes) if rows.shape == classes.shape else None
 
 
-def _without_numbers(steps: Iterable[Step | Pair], numbers: list[float]) -> tuple:
+def _without_numbers(steps: Iterable[Step | Joint], numbers: list[float]) -> tuple:
     """Steps with None in the place of each number that an operator on every entry has, which is put into `numbers`."""
 
     def without(argument: Any) -> Any:
@@ -322,21 +345,70 @@ def _without_numbers(steps: Iterable[Step | Pair], numbers: list[float]) -> tupl
 
     made: list[Any] = []
     for step in steps:
-        if isinstance(step, Pair):
-            made.append((step.op, _without_numbers(step.first, numbers), _without_numbers(step.second, numbers)))
+        if isinstance(step, Joint):
+            made.append((step.op, *(_without_numbers(steps, numbers) for steps in step.parts)))
         else:
             made.append((step.op, tuple(map(without, step.args))) if step.op in WRITTEN else step)
     return tuple(made)
 
 
-def _is_entrywise(step: Step | Pair) -> bool:
+def _is_entrywise(step: Step | Joint) -> bool:
     """Whether a step does the same to every row, where what it reads besides has one number for each class, or one."""
-    if isinstance(step, Pair):
-        return all(map(_is_entrywise, (*step.first, *step.second)))
+    if isinstance(step, Joint):
+        plain = step.op in WRITTEN and not any(isinstance(a, Read) for a in step.args)
+        return plain and all(_is_entrywise(own) for steps in step.parts for own in steps)
     if step.op in (aten._softmax.default, aten._log_softmax.default):
         return step.args[0] == -1
     of_rows = any(isinstance(a, Read) and a.spread for a in step.args)
     return not of_rows and (step.op in WRITTEN or step.op in (aten.clone.default, aten._to_copy.default))
+
+
+def _tensor(x: Any) -> Tensor | None:
+    """The tensor that an argument of a call is, or follows from."""
+    return x.classes if isinstance(x, ByClasses) else x if isinstance(x, Tensor) else None
+
+
+def _by_classes(x: Any, logits: DeferredLogits) -> Any:
+    """An argument of a loss, by the classes of its rows where it is as large as the logits and follows from those."""
+    if type(x) is not Tensor or x.shape != logits.shape or not x.is_floating_point():
+        return x
+    found = spread(x)
+    return x if found is None else ByClasses(found[0], found[1].tensor)
+
+
+def _same(extras: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
+    """Which of the class indices that the steps read and a call is given hold the same numbers, each with the first.
+
+    By their places, extras before others. A margin at the target is one only where the loss is of that target.
+    """
+    if not any(t.dtype == torch.int64 and t.dim() for t in extras):
+        return ()
+    found: list[tuple[int, Tensor]] = []
+    same: list[tuple[int, int]] = []
+    for i, t in enumerate((*extras, *others)):
+        if t.dtype != torch.int64 or not t.dim():
+            continue
+        flat = t.detach().reshape(-1)
+        first = next((k for k, known in found if known.shape == flat.shape and torch.equal(known, flat)), None)
+        if first is None:
+            found.append((i, flat))
+        else:
+            same.append((i, first))
+    return tuple(same)
+
+
+def _as_one(gm: GraphModule, same: Sequence[tuple[int, int]], reads: int) -> None:
+    """Lets a graph read the first of inputs that hold the same numbers in the place of the others."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"][reads:]
+    for i, first in same:
+        of, source = placeholders[i], placeholders[first]
+        builder = Builder(gm.graph, source)
+        with gm.graph.inserting_after(placeholders[-1]):
+            shape = of.meta["example_value"].shape
+            made = source if source.meta["example_value"].shape == shape else None
+            made = made or builder.proxy(source).reshape(shape).node
+        of.replace_all_uses_with(made)
+    gm.recompile()
 
 
 def _are_plain(tensors: Iterable[Tensor]) -> bool:
@@ -354,13 +426,19 @@ def _kind(
         recipe,
         _described(logits),
         tuple(_described(t) for t in operands),
-        tree_map(lambda x: _described(x) if isinstance(x, Tensor) else x, (args, tuple(kwargs.items()))),
+        tree_map(_argument, (args, tuple(kwargs.items()))),
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.amp.is_autocast_available(device)
         and torch.is_autocast_enabled(device)
         and torch.get_autocast_dtype(device),
     )
+
+
+def _argument(x: Any) -> Any:
+    if isinstance(x, ByClasses):
+        return x.spread, _described(x.classes)
+    return _described(x) if isinstance(x, Tensor) else x
 
 
 def _described(tensor: Tensor) -> tuple:
@@ -380,12 +458,16 @@ def _of_leading(leading: int, call: Callable, args: Any, kwargs: Any) -> bool:
 
 
 def _in_form(compute: Callable[..., tuple], call: Callable) -> Callable:
-    """`compute`, whose results are those of a graph, as `call` gives them."""
+    """`compute`, whose results are those of a graph, as `call` gives them: tensors that the program may edit."""
+
+    def own(*given: Any) -> tuple:
+        return tuple(t.clone() for t in compute(*given))  # the operator saves its own for the backward, or for others
+
     if call in _MAX:
-        return lambda *given: torch.return_types.max(compute(*given))
+        return lambda *given: torch.return_types.max(own(*given))
     if call in _TOPK:
-        return lambda *given: torch.return_types.topk(compute(*given))
-    return lambda *given: compute(*given)[0]
+        return lambda *given: torch.return_types.topk(own(*given))
+    return lambda *given: own(*given)[0]
 
 
 def _call_graph(
@@ -408,11 +490,21 @@ def _call_graph(
     def node_of(x: Any) -> Any:
         if x is logits:
             return first
-        if not isinstance(x, Tensor):
+        tensor = _tensor(x)
+        if tensor is None:
             return x
-        return placeholder(f"given_{len(inputs)}", mode.from_tensor(x, static_shapes=True))
+        node = placeholder(f"given_{len(inputs)}", mode.from_tensor(tensor, static_shapes=True))
+        return node if x is tensor else (x, node)
+
+    def spread(x: Any) -> Any:
+        """The tensor that a call was given, of its classes."""
+        if not isinstance(x, tuple) or not isinstance(x[0], ByClasses):
+            return x
+        with mode:
+            return x[0].spread(Builder(graph, x[1]).proxy(x[1])).node
 
     new_args, new_kwargs = tree_map(node_of, (args, kwargs))
+    new_args, new_kwargs = tuple(map(spread, new_args)), {k: spread(x) for k, x in new_kwargs.items()}
     if getattr(Tensor, call.__name__, None) is call:
         node = graph.call_method(call.__name__, new_args, new_kwargs)
     else:

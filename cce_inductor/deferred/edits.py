@@ -45,16 +45,38 @@ def _filled(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict
 
 
 def _filled_at(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """A number put into columns by an index: ``z[:, unused] = 0``."""
+    """``z[:, unused] = 0``, a number put into columns by an index; ``z[range(N), t] = x``, one entry of each row."""
     indices, values, *rest = args
     whole = _whole(logits, [*indices, values])
-    number = _number(values)
-    if whole is None or number is None or any(rest) or kwargs or len(indices) != logits.dim():
+    if whole is None or any(rest) or kwargs or len(indices) != logits.dim():
         return NotImplemented
     *others, index = indices
-    if any(i is not None for i in others) or index is None or index.dim() != 1 or not _has_the_same_rows(logits, whole):
+    if index is None or index.dim() != 1:
+        return NotImplemented
+    if logits is whole and len(others) == 1 and others[0] is not None and _are_all_rows(others[0], logits):
+        if index.dtype != torch.int64 or values.shape != index.shape or values.dtype != logits.dtype:
+            return NotImplemented
+        return _put(logits, logits, at_classes, at_classes_, (index, values), {})
+    number = _number(values)
+    if number is None or any(i is not None for i in others) or not _has_the_same_rows(logits, whole):
         return NotImplemented
     return _fill(logits, whole, index, number)
+
+
+def _are_all_rows(index: Tensor, logits: Tensor) -> bool:
+    """Whether an index takes each row of (N, V) logits once, in order."""
+    n = len(logits)
+    return index.shape == (n,) and torch.equal(index, torch.arange(n, device=index.device, dtype=index.dtype))
+
+
+def at_classes(logits: Any, classes: Any, values: Any) -> Any:
+    """(N, V) logits with other entries at one class of each row."""
+    return logits.scatter(-1, classes.unsqueeze(-1), values.unsqueeze(-1))
+
+
+def at_classes_(logits: Tensor, classes: Tensor, values: Tensor) -> Tensor:
+    """The same in place."""
+    return logits.scatter_(-1, classes.unsqueeze(-1), values.unsqueeze(-1))
 
 
 def _filled_along(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -175,6 +197,7 @@ def _in_place_pairs() -> Iterator[tuple[Any, Any]]:
 
 
 _OUT_OF_PLACE: dict[Any, Any] = dict(_in_place_pairs())
+WRITTEN[at_classes] = at_classes
 RULES.lazy |= dict.fromkeys(_OUT_OF_PLACE, _edited)
 RULES.lazy |= {
     aten.fill_.Scalar: _filled,

@@ -35,12 +35,13 @@ class Rules:
     """How an operator on deferred logits is answered.
 
     lazy: without the values, one rule for each operator that has one. entrywise: operators on every entry, for which
-    `record` is one rule. on_values: every other operator, and those that their rule declines. The last two are given
-    the operator, its arguments and its keywords.
+    `record` is one rule. joined: operators on a list of tensors. on_values: every other operator, and those that their
+    rule declines. The last three are given the operator, its arguments and its keywords.
     """
 
     lazy: dict[Any, Rule] = field(default_factory=dict)
     entrywise: frozenset[Any] = frozenset()
+    joined: dict[Any, Callable[[Any, Sequence[Any], dict[str, Any]], Any]] = field(default_factory=dict)
     record: Callable[[Any, Sequence[Any], dict[str, Any]], Any] | None = None
     on_values: Callable[[Any, Sequence[Any], dict[str, Any]], Any] | None = None
 
@@ -296,9 +297,9 @@ class DeferredLogits(torch.Tensor):
             out = rule(args[0], func, args[1:], kwargs)
             if out is not NotImplemented:
                 return out
-        if func in RULES.entrywise:
-            assert RULES.record is not None
-            out = RULES.record(func, args, kwargs)
+        of_several = RULES.record if func in RULES.entrywise else RULES.joined.get(func)
+        if of_several is not None:
+            out = of_several(func, args, kwargs)
             if out is not NotImplemented:
                 return out
         assert RULES.on_values is not None
