@@ -17,6 +17,7 @@ autograd      :func:`defer`, which makes deferred logits, and their ``grad_fn``
 aliases       what in a graph shares memory with deferred logits that it is given
 other_graphs  the loss in another graph: a compiled graph that is given pending logits
 eager_calls   a loss or statistic that is called eagerly on pending logits
+calls         what such calls have in common, and the graph of one
 wrap          a compiled function, with what has to be done to its arguments and results
 
 Autograd sees ordinary operators on a tensor with a ``grad_fn``, so gradients through the logits, in-place edits and

@@ -9,7 +9,6 @@ product was one too many: the next time they are read at once.
 """
 
 import logging
-import operator
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,18 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .. import compat
-from ..graph.builder import Builder
 from ..graph.spellings import FUNCTIONS, METHODS, functions_of
 from ..rewrite.recipe import Logits
 from ..rewrite.result import Rewritten
 from .autograd import Largest, defer
+from .calls import ByClasses, are_plain, by_classes, call_graph, in_form, kind_of, read_as_one, same_classes, tensor_of
 from .entries import Entries
 from .lazy import WRITTEN
-from .mixtures import Spread, spread
+from .mixtures import Spread
 from .other_graphs import Form, usable, with_inlined
 from .pending import Known, Recipe
 from .shared import share
@@ -45,14 +42,6 @@ _MAX, _TOPK = functions_of("max"), functions_of("topk")
 
 # So many graphs that differ in nothing but a number.
 _NUMBERS = 8
-
-
-@dataclass(frozen=True)
-class ByClasses:
-    """An argument of a loss that is as large as its logits, by what it follows from: class probabilities, one-hot."""
-
-    spread: Spread
-    classes: Tensor
 
 
 class _NotTriedError(Exception):
@@ -91,17 +80,18 @@ class EagerCalls:
         head = logits.head()
         trains = logits.requires_grad and torch.is_grad_enabled()
         if not head.large and ((call not in LOSSES and self.reads) or (call in ROWS and not trains)):
+            log.info("deferred logits are read for %s: they are small, and would be read in the end", call.__name__)
             return NotImplemented
         if call in _TOPK and trains:
             return self._largest(logits, call, args, kwargs)
         recipe = usable(logits, torch.is_grad_enabled())
         if call in LOSSES:
-            args, kwargs = tree_map(lambda x: _by_classes(x, logits), (args, kwargs))
-        others = [x for x in map(_tensor, tree_leaves((args, kwargs))) if x is not None and x is not logits]
-        if recipe is None or not _are_plain(others):
+            args, kwargs = tree_map(lambda x: by_classes(x, logits), (args, kwargs))
+        others = [x for x in map(tensor_of, tree_leaves((args, kwargs))) if x is not None and x is not logits]
+        if recipe is None or not are_plain(others):
             return NotImplemented
         operands = logits.operands()  # or an error if they have changed: then the logits could not be read either
-        if not _are_plain(operands):
+        if not are_plain(operands):
             return NotImplemented
         shared = head.shared.of(operands)
         recipe, operands = self._of_rows(recipe, operands, logits.whole_shape()[-1])
@@ -110,8 +100,8 @@ class EagerCalls:
             if index is not None:
                 return self._entries_at(logits, *index)
             return self._taken(logits, recipe, operands, call, args, kwargs)
-        same = _same(operands[recipe.reads :], others)
-        kind = _kind(recipe, logits, operands, call, args, kwargs), same
+        same = same_classes(operands[recipe.reads :], others)
+        kind = kind_of(recipe, logits, operands, call, args, kwargs), same
         try:
             hash(kind)
         except TypeError:  # an argument without a hash, such as a list
@@ -254,12 +244,12 @@ class EagerCalls:
     ) -> Callable | None:
         """The rewritten graph of one call, as a function of the operands and the call's other tensors.
 
-        None, for a reason that has been logged, where it is not fused. same: see :func:`_same`.
+        None, for a reason that has been logged, where it is not fused. same: see :func:`same_classes`.
         """
         mode = FakeTensorMode()
         grad = torch.is_grad_enabled()
         try:
-            gm, inputs = _call_graph(mode, logits, call, args, kwargs)
+            gm, inputs = call_graph(mode, logits, call, args, kwargs)
         except Exception as error:  # what is wrong with the call is for the call to say
             name = call.__name__
             log.info("deferred logits are read for %s, which could not be tried: %s", name, error, exc_info=True)
@@ -271,13 +261,13 @@ class EagerCalls:
         form = with_inlined(gm, inputs, {0: logits}, {0: (recipe, fakes)})
         if form is None:
             return None  # it has logged why
-        _as_one(form.graph_module, same, recipe.reads)
+        read_as_one(form.graph_module, same, recipe.reads)
         result = (self.statistic if call in STATISTICS else self.loss)(form)
         if not form.accepts(result):
             reasons = [site.reason for site in result.sites] or ["it is no statistic of the rows that is served"]
             log.info("deferred logits are read for %s: %s", call.__name__, "; ".join(reasons))
             return None
-        return _in_form(share(result.graph_module).forward, call)
+        return in_form(share(result.graph_module).forward, call)
 
 
 # Functions that give entries of logits as they are.
@@ -363,88 +353,6 @@ def _is_entrywise(step: Step | Joint) -> bool:
     return not of_rows and (step.op in WRITTEN or step.op in (aten.clone.default, aten._to_copy.default))
 
 
-def _tensor(x: Any) -> Tensor | None:
-    """The tensor that an argument of a call is, or follows from."""
-    return x.classes if isinstance(x, ByClasses) else x if isinstance(x, Tensor) else None
-
-
-def _by_classes(x: Any, logits: DeferredLogits) -> Any:
-    """An argument of a loss, by the classes of its rows where it is as large as the logits and follows from those."""
-    if type(x) is not Tensor or x.shape != logits.shape or not x.is_floating_point():
-        return x
-    found = spread(x)
-    return x if found is None else ByClasses(found[0], found[1].tensor)
-
-
-def _same(extras: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
-    """Which of the class indices that the steps read and a call is given hold the same numbers, each with the first.
-
-    By their places, extras before others. A margin at the target is one only where the loss is of that target.
-    """
-    if not any(t.dtype == torch.int64 and t.dim() for t in extras):
-        return ()
-    found: list[tuple[int, Tensor]] = []
-    same: list[tuple[int, int]] = []
-    for i, t in enumerate((*extras, *others)):
-        if t.dtype != torch.int64 or not t.dim():
-            continue
-        flat = t.detach().reshape(-1)
-        first = next((k for k, known in found if known.shape == flat.shape and torch.equal(known, flat)), None)
-        if first is None:
-            found.append((i, flat))
-        else:
-            same.append((i, first))
-    return tuple(same)
-
-
-def _as_one(gm: GraphModule, same: Sequence[tuple[int, int]], reads: int) -> None:
-    """Lets a graph read the first of inputs that hold the same numbers in the place of the others."""
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"][reads:]
-    for i, first in same:
-        of, source = placeholders[i], placeholders[first]
-        builder = Builder(gm.graph, source)
-        with gm.graph.inserting_after(placeholders[-1]):
-            shape = of.meta["example_value"].shape
-            made = source if source.meta["example_value"].shape == shape else None
-            made = made or builder.proxy(source).reshape(shape).node
-        of.replace_all_uses_with(made)
-    gm.recompile()
-
-
-def _are_plain(tensors: Iterable[Tensor]) -> bool:
-    """Whether none of them is of a tensor subclass."""
-    return all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-
-
-def _kind(
-    recipe: Recipe, logits: DeferredLogits, operands: Sequence[Tensor], call: Callable, args: Any, kwargs: Any
-) -> tuple:
-    """What calls have in common that one function computes."""
-    device = logits.device.type
-    return (
-        call,
-        recipe,
-        _described(logits),
-        tuple(_described(t) for t in operands),
-        tree_map(_argument, (args, tuple(kwargs.items()))),
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.amp.is_autocast_available(device)
-        and torch.is_autocast_enabled(device)
-        and torch.get_autocast_dtype(device),
-    )
-
-
-def _argument(x: Any) -> Any:
-    if isinstance(x, ByClasses):
-        return x.spread, _described(x.classes)
-    return _described(x) if isinstance(x, Tensor) else x
-
-
-def _described(tensor: Tensor) -> tuple:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
-
-
 def _of_leading(leading: int, call: Callable, args: Any, kwargs: Any) -> bool:
     """Whether an index with tensors is of the first dimensions only, of which there are `leading`."""
     if call is not Tensor.__getitem__:
@@ -455,68 +363,3 @@ def _of_leading(leading: int, call: Callable, args: Any, kwargs: Any) -> bool:
     plain = all(isinstance(i, (int, slice)) and not isinstance(i, bool) for i in index if not isinstance(i, Tensor))
     taken = sum(i.dim() if isinstance(i, Tensor) and i.dtype == torch.bool else 1 for i in index)
     return bool(tensors) and plain and taken <= leading
-
-
-def _in_form(compute: Callable[..., tuple], call: Callable) -> Callable:
-    """`compute`, whose results are those of a graph, as `call` gives them: tensors that the program may edit."""
-
-    def own(*given: Any) -> tuple:
-        return tuple(t.clone() for t in compute(*given))  # the operator saves its own for the backward, or for others
-
-    if call in _MAX:
-        return lambda *given: torch.return_types.max(own(*given))
-    if call in _TOPK:
-        return lambda *given: torch.return_types.topk(own(*given))
-    return lambda *given: own(*given)[0]
-
-
-def _call_graph(
-    mode: FakeTensorMode, logits: DeferredLogits, call: Callable, args: tuple, kwargs: dict[str, Any]
-) -> tuple[GraphModule, list[Any]]:
-    """``call(*args, **kwargs)`` as a graph of its tensors, the logits first."""
-    graph = Graph()
-    inputs: list[Any] = []
-
-    def placeholder(name: str, fake: Tensor) -> Node:
-        node = graph.placeholder(name)
-        node.meta["example_value"] = fake
-        inputs.append(fake)
-        return node
-
-    with mode:
-        fake = torch.empty_strided(logits.size(), logits.stride(), dtype=logits.dtype, device=logits.device)
-    first = placeholder("logits", fake.requires_grad_(logits.requires_grad and torch.is_grad_enabled()))
-
-    def node_of(x: Any) -> Any:
-        if x is logits:
-            return first
-        tensor = _tensor(x)
-        if tensor is None:
-            return x
-        node = placeholder(f"given_{len(inputs)}", mode.from_tensor(tensor, static_shapes=True))
-        return node if x is tensor else (x, node)
-
-    def spread(x: Any) -> Any:
-        """The tensor that a call was given, of its classes."""
-        if not isinstance(x, tuple) or not isinstance(x[0], ByClasses):
-            return x
-        with mode:
-            return x[0].spread(Builder(graph, x[1]).proxy(x[1])).node
-
-    new_args, new_kwargs = tree_map(node_of, (args, kwargs))
-    new_args, new_kwargs = tuple(map(spread, new_args)), {k: spread(x) for k, x in new_kwargs.items()}
-    if getattr(Tensor, call.__name__, None) is call:
-        node = graph.call_method(call.__name__, new_args, new_kwargs)
-    else:
-        node = graph.call_function(call, new_args, new_kwargs)
-    fake_args, fake_kwargs = torch.fx.node.map_arg((new_args, new_kwargs), lambda n: n.meta["example_value"])
-    with mode:
-        made = node.meta["example_value"] = call(*fake_args, **fake_kwargs)
-    node.meta["stack_trace"] = compat.python_stack()
-    results = [node]
-    if not isinstance(made, Tensor):
-        results = [graph.call_function(operator.getitem, (node, i)) for i in range(len(made))]
-        for result, part in zip(results, made, strict=True):
-            result.meta["example_value"] = part
-    graph.output(tuple(results))
-    return GraphModule(torch.nn.Module(), graph), inputs

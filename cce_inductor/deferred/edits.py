@@ -102,17 +102,17 @@ def _whole(logits: DeferredLogits, beside: Sequence[Any]) -> DeferredLogits | No
     tensors = [x for x in beside if isinstance(x, Tensor)]
     if any(isinstance(x, DeferredLogits) and x._value.memory is value.memory for x in tensors):
         return None
-    holders = list(_holders(logits))
-    needs = {u.requires_grad for u in holders}
-    # Otherwise autograd would have recorded the edit for some of them, or for none.
-    grad = torch.is_grad_enabled()
-    if len(needs) > 1 or (needs == {True} and not grad) or (needs == {False} and any(x.requires_grad for x in tensors)):
-        return None
-    owners = {id(_owner(u)) for u in holders}
-    if needs == {True} and len(owners) > 1:
-        return None
     whole = _owner(logits)
-    return whole if isinstance(whole, DeferredLogits) and not whole._value.steps_from_memory() else None
+    found = isinstance(whole, DeferredLogits) and not whole._value.steps_from_memory()
+    return whole if found and _is_recorded_for_all(list(_holders(logits)), tensors) else None  # type: ignore[return-value]
+
+
+def _is_recorded_for_all(holders: Sequence[DeferredLogits], beside: Sequence[Tensor]) -> bool:
+    """Whether autograd records an edit, which reads what is `beside`, for all tensors in a memory, or needs none."""
+    needs = {u.requires_grad for u in holders}
+    if needs == {True}:
+        return torch.is_grad_enabled() and len({id(_owner(u)) for u in holders}) == 1
+    return needs == {False} and not any(x.requires_grad for x in beside)
 
 
 def _holders(logits: DeferredLogits) -> Iterator[DeferredLogits]:
@@ -123,7 +123,7 @@ def _holders(logits: DeferredLogits) -> Iterator[DeferredLogits]:
 
 def _owner(logits: DeferredLogits) -> Tensor:
     """The tensor that autograd takes `logits` for a view of, or themselves."""
-    base = Tensor._base.__get__(logits)  # type: ignore[attr-defined]
+    base = Tensor._base.__get__(logits)  # type: ignore[union-attr]
     return logits if base is None else base
 
 

@@ -304,8 +304,8 @@ def _entrywise() -> Iterator[tuple[Any, Callable]]:
     for function, (name, _) in FUNCTIONS.items():
         row, called = NAMES[name], getattr(function, "__name__", "")
         packet = getattr(aten, called, None)
-        known = (row.rules and row.facts & Fact.ENTRYWISE and not row.facts & Fact.VIEW) or row.beside
-        known = known or name in _AT_TARGET
+        ruled = row.rules and row.facts & Fact.ENTRYWISE and not row.facts & Fact.VIEW
+        known = ruled or row.beside or name in _AT_TARGET
         if packet is not None and known and getattr(torch, called, None) is function:
             for operator in (getattr(packet, overload) for overload in packet.overloads()):
                 schema = operator._schema

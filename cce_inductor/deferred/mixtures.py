@@ -59,13 +59,13 @@ class Spread:
 class Spreadable:
     """The classes of a tensor that was found to be a :class:`Spread`: an :class:`Extra` without its memory.
 
-    tensor: (rows...) or, where there are two of each row, (2, rows...), int64.
+    tensor, alias: (rows...) or, where there are two of each row, (2, rows...), int64.
     """
 
     unchanged = True
 
     def __init__(self, whole: Tensor, classes: Tensor) -> None:
-        self.tensor = classes
+        self.tensor = self.alias = classes
         self._whole, self._version = weakref.ref(whole), whole._version
 
     @property

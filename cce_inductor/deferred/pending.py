@@ -296,8 +296,7 @@ class PendingValue:
         `old` is of no tensor any more. Its memory is edited when this is read, and what was copied of it is computed
         before, as in eager mode.
         """
-        for value in (old, *self._behind(), *self._parts):
-            value.memory.readers.discard(self)
+        old.memory.readers.discard(self)
         assert self._origin is not None
         step, copies, parts = self._origin.steps[-1], [extra.copy for extra in self._origin.extras], self._parts[1:]
 
@@ -333,7 +332,8 @@ class PendingValue:
             return None
         n, known = len(source.origin.steps), len(source.origin.extras)
         own: list[Extra | Spreadable] = []
-        parts, nodes = [], []
+        parts: list[tuple[Step | Joint, ...]] = []
+        nodes: list[Any] = []
         for origin in origins:
             assert origin is not None
             parts.append(tuple(step.behind(known, len(own)) for step in origin.steps[n:]))

@@ -116,15 +116,17 @@ class Joint(NamedTuple):
 class Extra:
     """A small tensor that a step reads besides the logits: a bias, a mask, a temperature.
 
-    tensor: the program's own. copy: what it held then, which a read of the logits uses whatever becomes of the tensor.
+    tensor: the program's own. alias: it, detached. copy: what it held then, which a read of the logits uses whatever
+    becomes of the tensor.
     """
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
         self._version = None if tensor.is_inference() else tensor._version
         with surroundings(tensor.device, grad=False):
-            self.copy = tensor.detach().clone()
-        self._sample = sample(tensor.detach())  # of the copy, whose strides may be others, it would be another
+            self.alias = tensor.detach()
+            self.copy = self.alias.clone()
+        self._sample = sample(self.alias)  # of the copy, whose strides may be others, it would be another
 
     @property
     def unchanged(self) -> bool:

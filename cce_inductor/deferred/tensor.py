@@ -147,7 +147,7 @@ class DeferredLogits(torch.Tensor):
         origin = self._value.origin
         assert origin is not None
         aliases = origin.head.check()
-        return self._given() or (*aliases, *(extra.tensor.detach() for extra in origin.extras))
+        return self._given() or (*aliases, *(extra.alias for extra in origin.extras))
 
     def _given(self) -> tuple[Tensor, ...] | None:
         """The operands that autograd leads to from here, or None where a gradient must take the way that it leads.
@@ -266,7 +266,7 @@ class DeferredLogits(torch.Tensor):
             i, operands = int(number[1]), [operand.alias for operand in origin.head.operands]
             if i == 0 and not compat.is_tracing():
                 origin.head.check()  # a compiled function of somebody else's takes the operands from here
-            operands += [extra.tensor.detach() for extra in origin.extras]
+            operands += [extra.alias for extra in origin.extras]
             if i < len(operands):
                 return operands[i]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)

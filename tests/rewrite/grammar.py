@@ -78,6 +78,10 @@ class Sizes:
     spare: int
 
 
+# With a vocabulary for which logits are deferred.
+DEFERRED = Sizes(b=2, s=5, d=4, v=40, spare=2)
+
+
 def _normal(*shape: int) -> Callable:
     return lambda g, dtype: torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
 
