@@ -126,12 +126,7 @@ def outcome(
     before = dict(ours)
     with record.collect() as graphs, reads() as why:
         try:
-            if not apart:
-                fn = compiled(program.function())
-            elif not rest_compiled:
-                fn = program.with_head_apart(compiled)
-            else:
-                fn = compiled(program.with_head_apart(lambda head: torch._dynamo.disable(compiled(head))))
+            fn = program.with_head_apart(compiled, rest_compiled) if apart else compiled(program.function())
             got = run(fn, program)
         except DeferredLogitsError:  # the weight was written to in between: a documented error
             return None
@@ -146,7 +141,9 @@ def outcome(
     wrong = wrong or next((reason for reason in reasons if "internal error" in reason), "")
     if apart:
         deferred, read = (ours[name] > before.get(name, 0) for name in ("deferred", "deferred_materialized"))
-        return Outcome(int(deferred and not read), int(read), wrong, tuple(dict.fromkeys(why)) if read else ())
+        return Outcome(
+            int(deferred and not read), int(read), wrong, tuple(dict.fromkeys([*why, *reasons])) if read else ()
+        )
     return Outcome(sum(fused), len(fused) - sum(fused), wrong, reasons)
 
 
