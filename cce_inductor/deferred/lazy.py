@@ -116,7 +116,7 @@ def _step_of(
         return value.copy(Step.of(func, beside, kwargs, at), extras)
     # Steps do not say what has been computed without a gradient.
     mixed = torch.is_grad_enabled() and len({args[i].requires_grad for i in given}) > 1
-    if mixed or kwargs or any(args[i].shape != args[given[0]].shape for i in given):
+    if mixed or kwargs:
         return None
     for part, i in enumerate(given):
         args[i] = Part(part)

@@ -97,20 +97,21 @@ class Joint(NamedTuple):
 
     def of(self, made: Sequence[Any], extras: Sequence[Any], op: Any = None) -> Any:
         """What the operator, or `op` in its place, makes of these tensors."""
-
-        def given(argument: Any) -> Any:
-            if isinstance(argument, tuple):
-                return [given(a) for a in argument]
-            if isinstance(argument, Part):
-                return made[argument.index]
-            return argument.of(extras) if isinstance(argument, Read) else argument
-
-        return (op or self.op)(*map(given, self.args))
+        return (op or self.op)(*(_given(a, made, extras) for a in self.args))
 
     def behind(self, known: int, more: int) -> Joint:
         """As :meth:`Step.behind`."""
         parts = tuple(tuple(step.behind(known, more) for step in steps) for steps in self.parts)
         return Joint(self.op, parts, moved(self.args, known, more))
+
+
+def _given(argument: Any, made: Sequence[Any], extras: Sequence[Any]) -> Any:
+    # Not within `of`: a function that refers to itself lives until the collector finds it, and with it the tensors.
+    if isinstance(argument, tuple):
+        return [_given(a, made, extras) for a in argument]
+    if isinstance(argument, Part):
+        return made[argument.index]
+    return argument.of(extras) if isinstance(argument, Read) else argument
 
 
 class Extra:
