@@ -88,6 +88,19 @@ COPIES = (
     "{v} / {v}.exp().sum(-1, keepdim=True)",
     "{v} * F.one_hot(torch.ones({v}.shape[:-1], dtype=torch.long), {v}.shape[-1])",
     "{v}.topk(2)[0]",
+    "torch.cat({v}.chunk(2), 0)",
+    "torch.stack([{v}, {v} * 0.5])",
+    "{v}.flip(0)",
+    "{v}.roll(1, 0)",
+    "{v}.index_select(-1, torch.arange({v}.shape[-1]).flip(0))",
+    "{v}[..., torch.arange({v}.shape[-1]).flip(0)]",
+    "({v} > 0.5).to({v}.dtype)",
+    "torch.where({v} > 0.5, {v}, {v} * 2.0)",
+    "torch.cos({v})",
+    "torch.where(one_hot({v}).bool(), {v} - 0.3, {v})",
+    "one_hot({v}) * torch.cos({v}) + (1.0 - one_hot({v})) * {v}",
+    "{v}.scatter(-1, ones({v}), {v}.gather(-1, ones({v})) - 0.3)",
+    "{v}.scatter_add(-1, ones({v}), torch.full_like(ones({v}), -0.3, dtype={v}.dtype))",
 )
 # Statements that write into the memory of `{v}`, of any shape.
 EDITS = (
@@ -135,6 +148,16 @@ EDITS = (
     "{v}[1:].add_(1.0)",
     "{v}.t().mul_(1.5)",
     "{v}.cumsum_(-1)",
+    "{v}.masked_fill_(torch.arange({v}.shape[-1]) > 3, -2.0)",
+    "{v}[..., torch.arange({v}.shape[-1]) % 3 == 1] = -2.0",
+    "{v}[..., 2] = -3.0",
+    "{v}.index_fill_(-1, torch.tensor([0, 1]), -4.0)",
+    "{v} += torch.linspace(-1, 1, {v}.shape[-1], dtype={v}.dtype)",
+    "{v} -= {v}.detach().amax(-1, keepdim=True)",
+    "{v}.sub_({v}.logsumexp(-1, keepdim=True).detach())",
+    "{v}.mul_({v}.detach().softmax(-1))",
+    "{v}.scatter_add_(-1, ones({v}), torch.full_like(ones({v}), -0.3, dtype={v}.dtype))",
+    "{v}.mul_(one_hot({v}))",
 )
 MATRIX_EDITS = (
     "{v}.add_(torch.linspace(-1, 1, {v}.shape[-1], dtype={v}.dtype))",
@@ -144,6 +167,9 @@ MATRIX_EDITS = (
     "{v}[torch.arange({v}.shape[0]), 0] = 1.0",
     "{v}.addmm_({v}[:, :2].detach(), {v}[:2].detach())",
     "{v}.fill_diagonal_(0.5)",
+    "{v}[torch.arange({v}.shape[0]), target({v})] -= 0.3",
+    "{v}.view(-1, {v}.shape[-1])[:, torch.arange({v}.shape[-1]) > 20] = -5.0",
+    "{v}.view(1, *{v}.shape).div_(2.0)",
 )
 # Of logits without views: autograd replays those of a tensor subclass on the shape that their base has then.
 SHAPE_EDITS = ("{v}.detach_()", "{v}.unsqueeze_(0)", "{v}.squeeze_(0)", "{v}.t_()", "{v}.transpose_(0, 1)")
@@ -176,6 +202,10 @@ MATRIX_READERS = (
     "out.append({v}.argmax(-1).sum())",
     "out.append(({v} >= {v}.gather(-1, target({v})[:, None])).sum())",
     "out.append({v}.max(-1).values.sum())",
+    "out.append(F.cross_entropy({v}, one_hot({v})))",
+    "out.append(F.cross_entropy({v}, 0.7 * one_hot({v}) + 0.3 * one_hot({v}).roll(1, -1)))",
+    "out.append(-({v}.log_softmax(-1) * one_hot({v})).sum(-1).mean())",
+    "out.append(F.cross_entropy({v} - 0.3 * one_hot({v}), torch.ones({v}.shape[0], dtype=torch.long)))",
 )
 RETURNS = ("", "{v}", "{v}[1:]", "{v}.view({v}.shape)", "({v}, {v} * 2)", "{v}.detach()", "({v}[:1], {v}[1:])")
 BACKENDS = ("cce", "cce", "aot_eager", "eager", "cce fullgraph", "aot_eager fullgraph")
@@ -183,11 +213,15 @@ BACKENDS = ("cce", "cce", "aot_eager", "eager", "cce fullgraph", "aot_eager full
 
 @dataclass
 class Program:
-    """lines of `run(head, h, w, compiled)`; pieces, functions that a line calls: name, arguments, lines, backend."""
+    """lines of `run(head, h, w, compiled)`; pieces, functions that a line calls: name, arguments, lines, backend.
+
+    large: whether the logits are taken for large ones, of which everything is recorded.
+    """
 
     lines: list[str] = field(default_factory=list)
     pieces: list[tuple[str, str, list[str], str]] = field(default_factory=list)
     whole: bool = False  # compiled as one function, with graph breaks
+    large: bool = False
 
     def __str__(self) -> str:
         text = ""
@@ -206,7 +240,7 @@ class Writer:
     def __init__(self, seed: int, kind: str) -> None:
         self.random = random.Random(seed)
         self.kind = kind
-        self.program = Program(whole=kind == "whole")
+        self.program = Program(whole=kind == "whole", large=kind == "large")
         self.known = {"z": 2}  # variables, and their dimensions as far as they are known (0: any)
         self.count = 0
 
@@ -251,7 +285,7 @@ class Writer:
             return self.edit(v, matrix)
         if kind == "read":
             return [self.pick(READERS + MATRIX_READERS * 2 if matrix else READERS).format(v=v)]
-        if self.kind == "eager":
+        if self.kind in ("eager", "large"):
             return self.edit(v, matrix)
         if self.kind == "whole":
             return ["torch._dynamo.graph_break()"]
@@ -306,12 +340,15 @@ _MATRICES = {
         *("{v}.contiguous()", "{v}.to({v}.dtype)", "{v}.clone()", "{v}.float().double()", "{v}.float()", "{v} * 1.5"),
         *("{v} / 1.5", "{v}.log_softmax(-1)", "{v}.softmax(-1)", "{v}.exp()", "{v}.detach().clone()", "{v} + 1.0"),
         *("{v}.clone()[1:]", "{v}.requires_grad_()", "torch.stack({v}.unbind(0))"),
+        *("torch.cat({v}.chunk(2), 0)", "{v}.flip(0)", "{v}.roll(1, 0)", "torch.cos({v})"),
+        *(form for form in COPIES if form.startswith(("torch.where(", "one_hot(", "{v}.scatter", "{v}.index_select"))),
     )
 }
 
 
 def write(seed: int, kind: str) -> Program:
-    """Program number `seed` of a kind: "eager", "pieces" (some of it in compiled functions) or "whole" (all of it)."""
+    """Program number `seed` of a kind: "eager", "large" (the same, of large logits), "pieces" (some of it in compiled
+    functions) or "whole" (all of it)."""
     writer = Writer(seed, kind)
     return writer.write(writer.random.randint(2, 6))
 
@@ -347,6 +384,16 @@ def triple(x: Tensor, by: float) -> None:
 def numpy_edit(x: Tensor) -> None:
     """An edit that only the memory sees."""
     x.detach().numpy()[..., 0] = 0.75
+
+
+def ones(x: Tensor) -> Tensor:
+    """A class of each row, where `x` has the classes last."""
+    return torch.ones(*x.shape[:-1], 1, dtype=torch.long)
+
+
+def one_hot(x: Tensor) -> Tensor:
+    """The same class, in a tensor of the shape of `x`."""
+    return F.one_hot(ones(x)[..., 0], x.shape[-1]).to(x.dtype)
 
 
 def target(x: Tensor) -> Tensor:
@@ -483,7 +530,7 @@ def check(program: Program, number: int = 0) -> tuple[str, Outcome, Outcome]:
         expected = run(program, linear, eager, number)
         if program.whole or program.pieces:
             torch._dynamo.reset()
-        got = run(program, deferring_head(), with_cce, number)
+        got = run(program, deferring_head(program.large), with_cce, number)
         if same(got, expected):
             return ("error" if expected.error else "right"), got, expected
         # What is documented: another shape for logits by `set_` and the like; what AOTAutograd makes of tensor
@@ -511,15 +558,21 @@ def check(program: Program, number: int = 0) -> tuple[str, Outcome, Outcome]:
 _head: list[Callable] = []
 
 
-def deferring_head() -> Callable:
-    """A compiled head whose logits are deferred."""
+def deferring_head(large: bool = False) -> Callable:
+    """A compiled head whose logits are deferred, and are taken for `large` ones."""
     from cce_inductor.deferred import DeferredLogits
 
     if not _head:
         _head.append(torch.compile(linear, backend="cce", options=OPTIONS))
     made = _head[0](torch.zeros(N, D, requires_grad=True), torch.zeros(V, D))
     assert isinstance(made, DeferredLogits), made
-    return _head[0]
+    return _large if large else _head[0]
+
+
+def _large(h: Tensor, w: Tensor) -> Tensor:
+    z: Any = _head[0](h, w)
+    z.head().large = True
+    return z
 
 
 def main() -> None:

@@ -148,6 +148,7 @@ def test_a_question_about_anything_but_values_is_answered_without_them(name: str
 
 
 CLASSES = torch.arange(V)
+FIRST = torch.ones(B, S, dtype=torch.long)
 
 LAZY: dict[str, Callable[[Any], Any]] = {
     "detach": lambda x: x.detach(),
@@ -214,6 +215,18 @@ ARITHMETIC: dict[str, Callable[[Any], Any]] = {
     "tanh": lambda x: 5 * torch.tanh(x / 5),
     "pair_of_both": lambda x: x * x.softmax(-1),
     "pair_minus": lambda x: (x + CLASSES) - (x * 0.5),
+    "cosine": lambda x: torch.cos(x),
+    "where_of_two": lambda x: torch.where(F.one_hot(FIRST, V).bool(), x - 0.5, x),
+    "scatter": lambda x: x.scatter(-1, FIRST[..., None], x.gather(-1, FIRST[..., None]) * 0.5),
+    "scatter_number": lambda x: x.scatter(-1, FIRST[..., None], 0.5),
+    "scatter_add": lambda x: x.scatter_add(-1, FIRST[..., None], torch.ones(B, S, 1, dtype=x.dtype)),
+    "flip": lambda x: x.flip(1),
+    "roll": lambda x: x.roll(1, 1).roll(1),
+    "repeat": lambda x: x.repeat(2, 1, 1),
+    "index_select": lambda x: x.index_select(1, torch.tensor([1, 0, 1])),
+    "index": lambda x: x[..., CLASSES.flip(0)],
+    "cat": lambda x: torch.cat([x[:, :1] * 2, x[:, 1:]], 1),
+    "stack": lambda x: torch.stack([x, x.exp()], 1),
 }
 
 
@@ -287,7 +300,8 @@ def test_every_row_of_the_table_is_tested_above() -> None:
         | set(FROM_SHAPE)
         | {"_to_copy", "_log_softmax", "_softmax", "_unsafe_view", "select", "gather"}
     )
-    assert {op.overloadpacket.__name__ for op in tensor.RULES.lazy} <= tested
+    rules = {op.overloadpacket.__name__ for op in (*tensor.RULES.lazy, *tensor.RULES.joined)}
+    assert {name for name in rules if name.startswith("_") or not name.endswith("_")} <= tested
 
 
 # ------------------------------------------------------------------------------------------------ walks over outputs
@@ -345,10 +359,10 @@ def stack_of_edits(x: Any) -> Tensor:
 
 READS: dict[str, Callable[[Any], Any]] = {
     "argmax": lambda x: x.argmax(-1),
-    "index": lambda x: x[:, torch.tensor([0, 2])],
+    "index_of_two": lambda x: x[torch.tensor([0, 0]), torch.tensor([0, 2])],
     "mask": lambda x: x[x.detach() > 0],
     "iterate": lambda x: [row.sum() for row in x],
-    "cat": lambda x: torch.cat([x, x], 1),
+    "cat_with_another": lambda x: torch.cat([x, torch.zeros(B, 1, V)], 1),
     "arithmetic": lambda x: (2 * x + x.exp()).cumsum(1),
     "product": lambda x: (x * x).cumsum(1),
     "softmax_read": lambda x: x.softmax(-1).cumsum(1),

@@ -362,7 +362,7 @@ READS: dict[str, Callable[[Any], Any]] = {
     "sum_of_rows": lambda z: z.sum(1),
     "scaled_to_nothing": lambda z: (z * 0).logsumexp(-1),
     "as_leaf": lambda z: z.detach().requires_grad_().logsumexp(-1),
-    "edited": lambda z: z.clone().mul_(2).logsumexp(-1),
+    "edited": lambda z: z.clone().mul_(torch.linspace(0, 1, S)[:, None]).cumsum(-1).logsumexp(-1),
     "double": lambda z: z.double().logsumexp(-1),
     "vmap": lambda z: torch.vmap(lambda row: row.argmax(-1))(z),
 }

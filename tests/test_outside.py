@@ -105,6 +105,101 @@ def policy_gradient(z: Tensor, t: Tensor) -> Tensor:
     return -torch.min(ratio * 2, ratio.clamp(0.8, 1.2) * 2).mean()
 
 
+def smoothed_probabilities(z: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(z.flatten(0, 1), (F.one_hot(t, V) * 0.9 + 0.1 / V).flatten(0, 1))
+
+
+def mixup(z: Tensor, t: Tensor) -> Tensor:
+    """As timm has it, of smoothed one-hot tensors; some rows are mixed with their own class."""
+    other = torch.where(torch.arange(S) % 3 == 0, t, t.flip(0))
+    one, two = (torch.full((B, S, V), 0.1 / V).scatter_(-1, x[..., None], 0.9) for x in (t, other))
+    return -(z.log_softmax(-1) * (0.7 * one + 0.3 * two)).sum(-1).mean()
+
+
+def halves(z: Tensor, t: Tensor) -> Tensor:
+    q = 0.5 * F.one_hot(t, V) + 0.5 * F.one_hot(t.flip(1), V)
+    return F.cross_entropy(z.flatten(0, 1), q.to(z.dtype).flatten(0, 1))
+
+
+def margin(z: Tensor, t: Tensor) -> Tensor:
+    return flat(3 * (z - 0.3 * F.one_hot(t, V)), t)
+
+
+def margin_by_where(z: Tensor, t: Tensor) -> Tensor:
+    return flat(torch.where(torch.arange(V) == t[..., None], z - 0.3, z), t)
+
+
+def arcface(z: Tensor, t: Tensor) -> Tensor:
+    cosines, own = z / 10, F.one_hot(t, V).to(z.dtype)
+    return flat(30 * (own * torch.cos(torch.acos(cosines) + 0.3) + (1.0 - own) * cosines), t)
+
+
+def margin_by_scatter(z: Tensor, t: Tensor) -> Tensor:
+    return flat(z.scatter(-1, t[..., None], z.gather(-1, t[..., None]) - 0.3), t)
+
+
+def margin_in_place(z: Tensor, t: Tensor) -> Tensor:
+    y = z.flatten(0, 1) * 2
+    y[ROWS, t.flatten()] -= 0.3
+    return F.cross_entropy(y, t.flatten())
+
+
+def margin_added_in_place(z: Tensor, t: Tensor) -> Tensor:
+    z.scatter_add_(-1, t[..., None], torch.full_like(t[..., None], -0.3, dtype=z.dtype))
+    return flat(z, t)
+
+
+def in_place(edit: Callable[[Tensor], Any]) -> Callable[[Any, Tensor], Tensor]:
+    """A loss of logits that are edited before."""
+
+    def loss(z: Tensor, t: Tensor) -> Tensor:
+        edit(z)
+        return flat(z, t % 900)
+
+    return loss
+
+
+def temperature_in_place(z: Tensor) -> None:
+    z /= 0.7
+
+
+def number_in_columns(z: Tensor) -> None:
+    z[..., 900:] = -1e4
+
+
+def mask_in_columns(z: Tensor) -> None:
+    z[..., PADDED] = -torch.inf
+
+
+def masked_twice(z: Tensor) -> None:
+    z[..., 900:] = -0.5
+    z[..., 950] = -torch.inf
+    z.masked_fill_(PADDED & (torch.arange(V) % 2 == 0), 0.25)
+
+
+def through_a_view(z: Tensor) -> None:
+    y = z.view(-1, V)
+    y /= 0.7
+    y[:, PADDED] = -torch.inf
+
+
+def copied_before(z: Tensor, t: Tensor) -> Tensor:
+    y = z * 0.5
+    z.mul_(3.0)
+    return flat(y, t) + flat(z, t)
+
+
+def above_a_number(z: Tensor, t: Tensor) -> Tensor:
+    worse = (z.flatten(0, 1) > torch.linspace(-1, 1, B * S)[:, None]).sum(-1)
+    return flat(z, t) + worse.float().mean()
+
+
+def of_a_copy(z: Tensor, t: Tensor) -> Tensor:
+    y = z[:, :-1].contiguous().float()
+    y.div_(0.7)
+    return F.cross_entropy(y.view(-1, V), t[:, 1:].flatten())
+
+
 LOSSES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "masked_fill": lambda z, t: flat(z.masked_fill(PADDED, -torch.inf), t % 900),
     "masked_by_where": lambda z, t: flat(torch.where(PADDED, -1e9, z), t % 900),
@@ -139,6 +234,36 @@ LOSSES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "policy_gradient": policy_gradient,
     "rank": lambda z, t: flat(z, t) + (z > z.gather(-1, t[..., None])).sum(-1).float().mean(),
     "hardest": lambda z, t: F.cross_entropy(z.flatten(0, 1), t.flatten(), reduction="none").topk(10).values.mean(),
+    "probabilities": lambda z, t: F.cross_entropy(z.flatten(0, 1), F.one_hot(t, V).to(z.dtype).flatten(0, 1)),
+    "smoothed_probabilities": smoothed_probabilities,
+    "mixup": mixup,
+    "halves": halves,
+    "margin": margin,
+    "margin_by_where": margin_by_where,
+    "arcface": arcface,
+    "margin_by_scatter": margin_by_scatter,
+    "margin_in_place": margin_in_place,
+    "margin_added_in_place": margin_added_in_place,
+    "temperature_in_place": in_place(temperature_in_place),
+    "factor_in_place": in_place(lambda z: z.mul_(torch.tensor(0.5))),
+    "bias_in_place": in_place(lambda z: z.add_(PRIOR)),
+    "negated_in_place": in_place(lambda z: z.neg_()),
+    "centred_in_place": in_place(lambda z: z.sub_(z.detach().amax(-1, keepdim=True))),
+    "softcap_in_place": in_place(lambda z: z.div_(30).tanh_()),
+    "filled_in_place": in_place(lambda z: z.masked_fill_(PADDED, -1e4)),
+    "filled_by_index_in_place": in_place(lambda z: z.index_fill_(-1, torch.arange(900, 1000), -1e4)),
+    "number_in_columns": in_place(number_in_columns),
+    "mask_in_columns": in_place(mask_in_columns),
+    "masked_twice": in_place(masked_twice),
+    "through_a_view": in_place(through_a_view),
+    "copied_before": copied_before,
+    "of_a_copy": of_a_copy,
+    "rows_in_another_order": lambda z, t: flat(torch.cat(z.chunk(2)[::-1]).flip(1).roll(2, 1), t),
+    "rows_repeated": lambda z, t: flat(z.repeat(2, 1, 1), torch.cat([t, t])),
+    "rows_stacked": lambda z, t: flat(torch.stack(z.unbind(1), 1), t),
+    "rows_by_index": lambda z, t: flat(z[..., torch.tensor([3, 0, 3]), :], t[:, [3, 0, 3]]),
+    "classes_in_another_order": lambda z, t: flat(z[..., torch.arange(V).flip(0)], t),
+    "above_a_number": above_a_number,
     "transposed": lambda z, t: flat(z.transpose(0, 1).contiguous(), t.t()),
 }
 
@@ -267,7 +392,72 @@ def rows_and_classes_that_count_from_the_end(z: Any, t: Tensor) -> Tensor:
     return own.mean() + (y.sort(-1).values >= own[:, None]).sum(-1).float().mean()
 
 
+def edit_without_gradients(z: Any, t: Tensor) -> Tensor:
+    with torch.no_grad():
+        z.mul_(3.0)
+    return flat(z, t)
+
+
+def edit_a_detached_alias(z: Any, t: Tensor) -> Tensor:
+    z.detach().mul_(3.0)
+    return flat(z, t)
+
+
+def edit_beside_a_detached_alias(z: Any, t: Tensor) -> Tensor:
+    y = z.detach()
+    z.mul_(3.0)
+    return flat(z, t) + y.logsumexp(-1).mean() * z.mean()
+
+
+def edit_beside_views(z: Any, t: Tensor) -> Tensor:
+    y, rows = z[:, 1:], z.view(-1, V)
+    z.mul_(3.0)
+    y[..., PADDED] = -1.0
+    return flat(y, t[:, 1:]) + F.cross_entropy(rows, t.flatten())
+
+
+def edit_a_few_rows(z: Any, t: Tensor) -> Tensor:
+    z[:, 2:4] *= 2.0
+    return flat(z, t)
+
+
+def edit_all_columns(z: Any, t: Tensor) -> Tensor:
+    y = z * 1
+    z[..., :] = 0.5
+    return flat(z, t) + flat(y, t)
+
+
+def edit_after_the_loss(z: Any, t: Tensor) -> Tensor:
+    loss = F.nll_loss((z * 2).flatten(0, 1).log_softmax(-1), t.flatten())
+    z.mul_(3.0)
+    return loss + z.logsumexp(-1).mean()
+
+
+def edit_the_targets(z: Any, t: Tensor) -> Tensor:
+    t = t.clone()
+    y = z - 0.3 * F.one_hot(t, V)
+    t.add_(1).remainder_(V)
+    return flat(y, t)
+
+
+def ask_again_after_an_edit(z: Any, t: Tensor) -> Tensor:
+    with torch.no_grad():
+        one = z.logsumexp(-1)
+        one += 1.0
+        two = z.logsumexp(-1)
+    own = entry(z, t)
+    own *= 2.0
+    return own.mean() + entry(z, t).mean() + (one * two).mean() * z.mean()
+
+
+def two_margins(z: Any, t: Tensor) -> Tensor:
+    return margin(z, t) + 2 * margin(z, (t + 1) % V)
+
+
 AFTERWARDS = (
+    edit_without_gradients, edit_a_detached_alias, edit_beside_a_detached_alias, edit_beside_views, edit_a_few_rows,
+    edit_all_columns, edit_after_the_loss, edit_the_targets, ask_again_after_an_edit,
+    two_margins,
     edit_the_bias, edit_the_bias_unseen, edit_the_one_hot, edit_the_statistic, edit_the_statistic_in_place,
     edit_the_logits, nearly_one_hot, detached_statistic, entries_that_are_compared, entries_of_rows_that_are_compared,
     entries_of_expanded_rows_that_are_compared, rows_and_classes_that_count_from_the_end,

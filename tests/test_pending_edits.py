@@ -20,7 +20,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from cce_inductor import compat
-from cce_inductor.deferred import DeferredLogits, aliases, on_values
+from cce_inductor.deferred import DeferredLogits, aliases, eager_calls, edits, on_values, shared
+from cce_inductor.deferred.pending import PendingValue
 
 N, D, V = 8, 4, 24
 # What a program may come to. "torch": PyTorch's own compiler does not give eager's numbers either.
@@ -44,6 +45,11 @@ def test_edits_in_eager_mode(start: int) -> None:
     run("eager", range(start, start + 50))
 
 
+@pytest.mark.parametrize("start", range(0, 150, 50))
+def test_edits_of_large_logits(start: int) -> None:
+    run("large", range(start, start + 50))
+
+
 @pytest.mark.parametrize("start", range(0, 100, 20))
 def test_edits_in_compiled_functions(start: int) -> None:
     run("pieces", range(start, start + 20))
@@ -59,7 +65,7 @@ def test_edits_between_graph_breaks(start: int) -> None:
     "kind,start",
     [
         (kind, start)
-        for kind, n in (("eager", 2000), ("pieces", 1000), ("whole", 500))
+        for kind, n in (("eager", 2000), ("large", 1000), ("pieces", 1000), ("whole", 500))
         for start in range(1000, 1000 + n, 100)
     ],
 )
@@ -324,8 +330,55 @@ GUARDS: dict[str, tuple[Any, str, Any, Program]] = {
         "counting_versions",
         contextlib.nullcontext,
         Program(
-            ["z.neg_()", "v = piece0(z)", "z.detach().add_(1.0)", "read(out, v)"],
+            ["z.cumsum_(-1)", "v = piece0(z)", "z.detach().add_(1.0)", "read(out, v)"],
             [("piece0", "a", ["return (a * a).mean()"], "aot_eager")],
+        ),
+    ),
+    "views_see_an_edit": (
+        edits,
+        "_holders",
+        lambda logits: iter([logits]),
+        Program(["v = z[1:]", "z.mul_(3.0)", "read(out, z)", "read(out, v)"]),
+    ),
+    "an_edit_that_autograd_does_not_see_has_no_gradient": (
+        edits,
+        "_is_recorded_for_all",
+        lambda *_: True,
+        Program(["z.detach().mul_(3.0)", "out.append(F.cross_entropy(z, target(z)))"], large=True),
+    ),
+    "copies_are_of_what_was_there_before_an_edit": (
+        PendingValue,
+        "expose",
+        PendingValue.get,
+        Program(["v = z * 1.5", "z.mul_(3.0)", "out += [z.sort(-1).values, v.sort(-1).values]"]),
+    ),
+    "an_edit_that_leaves_no_logits_is_none_of_columns": (
+        edits,
+        "_columns",
+        lambda logits, _: slice(0, logits.shape[-1], 1),
+        Program(["z.fill_(0.5)", "out.append(F.cross_entropy(z, target(z)))"]),
+    ),
+    "a_view_of_other_rows_is_not_all_rows": (
+        edits,
+        "_has_the_same_rows",
+        lambda *_: True,
+        Program(["z[1:].mul_(3.0)", "read(out, z)"]),
+    ),
+    "a_margin_is_one_at_its_own_target": (
+        eager_calls,
+        "same_classes",
+        lambda extras, _: ((1, 0),) if extras else (),
+        Program(["out.append(F.cross_entropy(z - 0.3 * one_hot(z), target(z)))"]),
+    ),
+    "another_target_is_another_rest": (
+        shared,
+        "_OF_TARGET",
+        ("target_logit",),
+        Program(
+            [
+                f"out.append(F.cross_entropy(z - 0.3 * {q}, {t}))"
+                for q, t in (("one_hot(z)", "ones(z)[:, 0]"), ("one_hot(z).roll(1, -1)", "ones(z)[:, 0] + 1"))
+            ]
         ),
     ),
     "views_need_no_base_in_a_graph": (

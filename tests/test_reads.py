@@ -17,8 +17,11 @@ B, S, D, V = 2, 32, 16, 4096
 # Hidden states and their gradient, a hundredth of the logits: autograd may make that before the weight's, or after it.
 SLACK = 2 * B * S * D * 4 + 1024
 # What needs no logits, of any head; and what needs those of a head with a softcap, whose slope is not that of a tanh.
-SERVED = ("label_smoother", "focal", "metric_before", "shifted", "in_pieces", "last_row", "sigmoids")
-READ_IF_CAPPED = ("last_row",)
+SERVED = (
+    *("label_smoother", "focal", "metric_before", "shifted", "in_pieces", "last_row", "sigmoids"),
+    *("temperature_in_place", "temperature_of_a_copy", "forbidden_classes"),
+)
+READ_IF_CAPPED = ("last_row", "forbidden_classes")
 OTHER_HEADS = ("label_smoother", "multi_margin", "metric_before", "forbidden_classes", "in_pieces", "last_row")
 
 

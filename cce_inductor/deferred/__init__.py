@@ -11,11 +11,13 @@ pending       a value that is not computed yet: from which head (``PendingHead``
               and in whose memory. Tensors that share all their elements share one ``PendingValue``
 tensor        ``DeferredLogits``, the tensor subclass
 lazy          the operators that are answered without the values
+edits         edits of pending logits in place, recorded as what they make of them
 on_values     every other operator: it runs on the values, hence on plain tensors
 autograd      :func:`defer`, which makes deferred logits, and their ``grad_fn``
 aliases       what in a graph shares memory with deferred logits that it is given
 other_graphs  the loss in another graph: a compiled graph that is given pending logits
 eager_calls   a loss or statistic that is called eagerly on pending logits
+calls         what such calls have in common, and the graph of one
 wrap          a compiled function, with what has to be done to its arguments and results
 
 Autograd sees ordinary operators on a tensor with a ``grad_fn``, so gradients through the logits, in-place edits and
@@ -26,7 +28,8 @@ computed from the hidden states, by whoever deferred it (``fuse`` of :func:`defe
 compiled graph that it is given to (:meth:`DeferredLogits.recipe`, :meth:`DeferredLogits.operands`).
 """
 
-from . import lazy as lazy  # these two hold the rules of DeferredLogits
+from . import edits as edits
+from . import lazy as lazy  # these three hold the rules of DeferredLogits
 from . import on_values as on_values
 from .autograd import computed as computed
 from .autograd import defer as defer

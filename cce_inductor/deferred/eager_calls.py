@@ -9,7 +9,6 @@ product was one too many: the next time they are read at once.
 """
 
 import logging
-import operator
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,20 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .. import compat
 from ..graph.spellings import FUNCTIONS, METHODS, functions_of
 from ..rewrite.recipe import Logits
 from ..rewrite.result import Rewritten
 from .autograd import Largest, defer
+from .calls import ByClasses, are_plain, by_classes, call_graph, in_form, kind_of, read_as_one, same_classes, tensor_of
 from .entries import Entries
 from .lazy import WRITTEN
+from .mixtures import Spread
 from .other_graphs import Form, usable, with_inlined
 from .pending import Known, Recipe
 from .shared import share
-from .steps import Extra, Pair, Read, Step
+from .steps import Extra, Joint, Read, Step
 from .tensor import LOSSES, ROWS, STATISTICS, DeferredLogits
 
 log = logging.getLogger(__name__)
@@ -81,15 +80,18 @@ class EagerCalls:
         head = logits.head()
         trains = logits.requires_grad and torch.is_grad_enabled()
         if not head.large and ((call not in LOSSES and self.reads) or (call in ROWS and not trains)):
+            log.info("deferred logits are read for %s: they are small, and would be read in the end", call.__name__)
             return NotImplemented
         if call in _TOPK and trains:
             return self._largest(logits, call, args, kwargs)
         recipe = usable(logits, torch.is_grad_enabled())
-        others = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x is not logits]
-        if recipe is None or not _are_plain(others):
+        if call in LOSSES:
+            args, kwargs = tree_map(lambda x: by_classes(x, logits), (args, kwargs))
+        others = [x for x in map(tensor_of, tree_leaves((args, kwargs))) if x is not None and x is not logits]
+        if recipe is None or not are_plain(others):
             return NotImplemented
         operands = logits.operands()  # or an error if they have changed: then the logits could not be read either
-        if not _are_plain(operands):
+        if not are_plain(operands):
             return NotImplemented
         shared = head.shared.of(operands)
         recipe, operands = self._of_rows(recipe, operands, logits.whole_shape()[-1])
@@ -98,16 +100,17 @@ class EagerCalls:
             if index is not None:
                 return self._entries_at(logits, *index)
             return self._taken(logits, recipe, operands, call, args, kwargs)
-        kind = _kind(recipe, logits, operands, call, args, kwargs)
+        same = same_classes(operands[recipe.reads :], others)
+        kind = kind_of(recipe, logits, operands, call, args, kwargs), same
         try:
             hash(kind)
         except TypeError:  # an argument without a hash, such as a list
             return NotImplemented
         if kind not in self.known:
-            if self._has_too_many_numbers(recipe, logits, call):
+            if self._has_too_many_numbers(recipe, logits, call, [x.spread for x in args if isinstance(x, ByClasses)]):
                 return NotImplemented
             try:
-                self.known[kind] = self._make(recipe, logits, operands, call, args, kwargs)
+                self.known[kind] = self._make(recipe, logits, operands, call, args, kwargs, same)
             except _NotTriedError:
                 return NotImplemented  # the next call may be right, or what it lacked may be there
             if len(self.known) > self.capacity:
@@ -123,8 +126,10 @@ class EagerCalls:
             _remember(logits, call, args, kwargs, made)
         return made
 
-    def _has_too_many_numbers(self, recipe: Recipe, logits: DeferredLogits, call: Callable) -> bool:
-        numbers: list[float] = []
+    def _has_too_many_numbers(
+        self, recipe: Recipe, logits: DeferredLogits, call: Callable, spreads: Sequence[Spread]
+    ) -> bool:
+        numbers: list[Any] = [*spreads]
         steps = _without_numbers(recipe.steps, numbers)
         seen = self.numbers[call, steps, logits.shape]
         seen.add(tuple(numbers))
@@ -160,7 +165,7 @@ class EagerCalls:
         for step in recipe.steps:
             if _is_entrywise(step):
                 continue
-            if isinstance(step, Pair):
+            if isinstance(step, Joint):
                 break
             if step.op in (aten.view.default, aten._unsafe_view.default) and step.args[0][-1:] == (classes,):
                 rows = rows.reshape(*step.args[0][:-1], hidden.shape[-1])
@@ -231,16 +236,23 @@ class EagerCalls:
         return taken
 
     def _make(
-        self, recipe: Recipe, logits: DeferredLogits, operands: Sequence[Tensor], call: Callable, args: Any, kwargs: Any
+        self,
+        recipe: Recipe,
+        logits: DeferredLogits,
+        operands: Sequence[Tensor],
+        call: Callable,
+        args: Any,
+        kwargs: Any,
+        same: tuple[tuple[int, int], ...],
     ) -> Callable | None:
         """The rewritten graph of one call, as a function of the operands and the call's other tensors.
 
-        None, for a reason that has been logged, where it is not fused.
+        None, for a reason that has been logged, where it is not fused. same: see :func:`same_classes`.
         """
         mode = FakeTensorMode()
         grad = torch.is_grad_enabled()
         try:
-            gm, inputs = _call_graph(mode, logits, call, args, kwargs)
+            gm, inputs = call_graph(mode, logits, call, args, kwargs)
         except Exception as error:  # what is wrong with the call is for the call to say
             name = call.__name__
             log.info("deferred logits are read for %s, which could not be tried: %s", name, error, exc_info=True)
@@ -252,12 +264,13 @@ class EagerCalls:
         form = with_inlined(gm, inputs, {0: logits}, {0: (recipe, fakes)})
         if form is None:
             return None  # it has logged why
+        read_as_one(form.graph_module, same, recipe.reads)
         result = (self.statistic if call in STATISTICS else self.loss)(form)
         if not form.accepts(result):
             reasons = [site.reason for site in result.sites] or ["it is no statistic of the rows that is served"]
             log.info("deferred logits are read for %s: %s", call.__name__, "; ".join(reasons))
             return None
-        return _in_form(share(result.graph_module).forward, call)
+        return in_form(share(result.graph_module).forward, call)
 
 
 # Functions that give entries of logits as they are.
@@ -315,7 +328,7 @@ def _rows_and_classes(index: Any, logits: Tensor) -> tuple[Tensor, Tensor] | Non
     return (rows, classes) if several or (rows.dim() == 1 and rows.shape == classes.shape) else None
 
 
-def _without_numbers(steps: Iterable[Step | Pair], numbers: list[float]) -> tuple:
+def _without_numbers(steps: Iterable[Step | Joint], numbers: list[float]) -> tuple:
     """Steps with None in the place of each number that an operator on every entry has, which is put into `numbers`."""
 
     def without(argument: Any) -> Any:
@@ -326,49 +339,22 @@ def _without_numbers(steps: Iterable[Step | Pair], numbers: list[float]) -> tupl
 
     made: list[Any] = []
     for step in steps:
-        if isinstance(step, Pair):
-            made.append((step.op, _without_numbers(step.first, numbers), _without_numbers(step.second, numbers)))
+        if isinstance(step, Joint):
+            made.append((step.op, *(_without_numbers(steps, numbers) for steps in step.parts)))
         else:
             made.append((step.op, tuple(map(without, step.args))) if step.op in WRITTEN else step)
     return tuple(made)
 
 
-def _is_entrywise(step: Step | Pair) -> bool:
+def _is_entrywise(step: Step | Joint) -> bool:
     """Whether a step does the same to every row, where what it reads besides has one number for each class, or one."""
-    if isinstance(step, Pair):
-        return all(map(_is_entrywise, (*step.first, *step.second)))
+    if isinstance(step, Joint):
+        plain = step.op in WRITTEN and not any(isinstance(a, Read) for a in step.args)
+        return plain and all(_is_entrywise(own) for steps in step.parts for own in steps)
     if step.op in (aten._softmax.default, aten._log_softmax.default):
         return step.args[0] == -1
     of_rows = any(isinstance(a, Read) and a.spread for a in step.args)
     return not of_rows and (step.op in WRITTEN or step.op in (aten.clone.default, aten._to_copy.default))
-
-
-def _are_plain(tensors: Iterable[Tensor]) -> bool:
-    """Whether none of them is of a tensor subclass."""
-    return all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-
-
-def _kind(
-    recipe: Recipe, logits: DeferredLogits, operands: Sequence[Tensor], call: Callable, args: Any, kwargs: Any
-) -> tuple:
-    """What calls have in common that one function computes."""
-    device = logits.device.type
-    return (
-        call,
-        recipe,
-        _described(logits),
-        tuple(_described(t) for t in operands),
-        tree_map(lambda x: _described(x) if isinstance(x, Tensor) else x, (args, tuple(kwargs.items()))),
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.amp.is_autocast_available(device)
-        and torch.is_autocast_enabled(device)
-        and torch.get_autocast_dtype(device),
-    )
-
-
-def _described(tensor: Tensor) -> tuple:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
 def _of_leading(leading: int, call: Callable, args: Any, kwargs: Any) -> bool:
@@ -381,54 +367,3 @@ def _of_leading(leading: int, call: Callable, args: Any, kwargs: Any) -> bool:
     plain = all(isinstance(i, (int, slice)) and not isinstance(i, bool) for i in index if not isinstance(i, Tensor))
     taken = sum(i.dim() if isinstance(i, Tensor) and i.dtype == torch.bool else 1 for i in index)
     return bool(tensors) and plain and taken <= leading
-
-
-def _in_form(compute: Callable[..., tuple], call: Callable) -> Callable:
-    """`compute`, whose results are those of a graph, as `call` gives them."""
-    if call in _MAX:
-        return lambda *given: torch.return_types.max(compute(*given))
-    if call in _TOPK:
-        return lambda *given: torch.return_types.topk(compute(*given))
-    return lambda *given: compute(*given)[0]
-
-
-def _call_graph(
-    mode: FakeTensorMode, logits: DeferredLogits, call: Callable, args: tuple, kwargs: dict[str, Any]
-) -> tuple[GraphModule, list[Any]]:
-    """``call(*args, **kwargs)`` as a graph of its tensors, the logits first."""
-    graph = Graph()
-    inputs: list[Any] = []
-
-    def placeholder(name: str, fake: Tensor) -> Node:
-        node = graph.placeholder(name)
-        node.meta["example_value"] = fake
-        inputs.append(fake)
-        return node
-
-    with mode:
-        fake = torch.empty_strided(logits.size(), logits.stride(), dtype=logits.dtype, device=logits.device)
-    first = placeholder("logits", fake.requires_grad_(logits.requires_grad and torch.is_grad_enabled()))
-
-    def node_of(x: Any) -> Any:
-        if x is logits:
-            return first
-        if not isinstance(x, Tensor):
-            return x
-        return placeholder(f"given_{len(inputs)}", mode.from_tensor(x, static_shapes=True))
-
-    new_args, new_kwargs = tree_map(node_of, (args, kwargs))
-    if getattr(Tensor, call.__name__, None) is call:
-        node = graph.call_method(call.__name__, new_args, new_kwargs)
-    else:
-        node = graph.call_function(call, new_args, new_kwargs)
-    fake_args, fake_kwargs = torch.fx.node.map_arg((new_args, new_kwargs), lambda n: n.meta["example_value"])
-    with mode:
-        made = node.meta["example_value"] = call(*fake_args, **fake_kwargs)
-    node.meta["stack_trace"] = compat.python_stack()
-    results = [node]
-    if not isinstance(made, Tensor):
-        results = [graph.call_function(operator.getitem, (node, i)) for i in range(len(made))]
-        for result, part in zip(results, made, strict=True):
-            result.meta["example_value"] = part
-    graph.output(tuple(results))
-    return GraphModule(torch.nn.Module(), graph), inputs

@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..graph.spellings import FUNCTIONS, NAMES, Fact
 from .mixtures import Spreadable, spread
-from .steps import Extra, Read, Step
+from .pending import PendingValue
+from .steps import Extra, Part, Read, Step, moved
 from .tensor import RULES, DeferredLogits
 
 aten = torch.ops.aten
@@ -65,52 +66,61 @@ def _record(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     Whether it can be a part of a loss that is fused is for the tracer to say, when there is one.
     """
     given = [i for i, a in enumerate(args) if isinstance(a, DeferredLogits)]
-    if len(given) != 1:
-        return _record_pair(func, *args) if given == [0, 1] and len(args) == 2 and not kwargs else NotImplemented
-    at = given[0]
-    logits, others = args[at], (*args[:at], *args[at + 1 :])
-    value = logits._value
-    tensors = [a for a in tree_leaves((others, kwargs)) if isinstance(a, Tensor)]
+    leaves = tree_leaves((args, kwargs))
+    tensors = [a for a in leaves if isinstance(a, Tensor) and not isinstance(a, DeferredLogits)]
+    if not given or len(given) != sum(isinstance(a, DeferredLogits) for a in leaves):
+        return NotImplemented
+    if any(isinstance(a, Tensor) for a in kwargs.values()):
+        return NotImplemented
+    logits = args[given[0]]
     if not _recordable(logits, *tensors):
         return NotImplemented
-    if len(args) == 2 and len(tensors) == 1 and not kwargs:
+    if len(given) == 1 and len(args) == 2 and len(tensors) == 1 and not kwargs:
         made = _record_with_statistic(func, args, logits, tensors[0])
         if made is not NotImplemented:
             return made
     if not all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors):
         return NotImplemented
-    large = [t for t in tensors if 2 * t.numel() > logits.numel()]
-    spreads = {id(t): spread(t) if t.shape == logits.shape else None for t in large}
+    spreads = {id(t): spread(t) if t.shape == logits.shape else None for t in tensors if 2 * t.numel() > logits.numel()}
     if not all(spreads.values()):
         return NotImplemented
-    meta = func(*args[:at], logits._meta(), *args[at + 1 :], **kwargs) if not tensors else _meta(func, args, kwargs)
-    if meta.shape != logits.shape or not meta.is_floating_point():
+    meta = func(*(a._meta() if a is logits else a for a in args), **kwargs) if not tensors and len(given) == 1 else None
+    meta = _meta(func, args, kwargs) if meta is None else meta
+    if meta.shape != logits.shape or not (meta.is_floating_point() or func in _COMPARISONS):
         return NotImplemented
     extras: list[Extra | Spreadable] = []
 
     def read(argument: Any) -> Any:
-        if not isinstance(argument, Tensor):
+        if not isinstance(argument, Tensor) or isinstance(argument, DeferredLogits):
             return argument
-        if func is aten.where.self and _is_literal(argument):
+        if func is aten.where.self and is_literal(argument):
             return argument.item()
         found = spreads.get(id(argument))
         extras.append(Extra(argument) if found is None else found[1])
-        return Read(len(value.origin.extras) + len(extras) - 1, found and found[0])
+        return Read(len(extras) - 1, found and found[0])
 
-    beside = [read(a) for a in others]
-    if func is aten.where.self and not isinstance(beside[1], Read):
-        func = aten.where.ScalarSelf if at == 2 else aten.where.ScalarOther
-    return DeferredLogits(value.copy(Step.of(func, beside, kwargs, at), extras), meta, logits.device)
+    value = _step_of(func, [read(a) for a in args], kwargs, given, extras)
+    return NotImplemented if value is None else DeferredLogits(value, meta, logits.device)
 
 
-def _record_pair(func: Any, a: DeferredLogits, b: DeferredLogits) -> Any:
-    """An operator on two tensors that follow from the same logits: probabilities times their logarithm."""
+def _step_of(
+    func: Any, args: list[Any], kwargs: dict[str, Any], given: Sequence[int], extras: Sequence[Extra | Spreadable]
+) -> PendingValue | None:
+    """The value that an operator makes of pending logits, which stand at `given` among its arguments."""
+    values = [args[i]._value for i in given]
+    if len(values) == 1:
+        at, value = given[0], values[0]
+        if func is aten.where.self and not all(isinstance(a, (Read, DeferredLogits)) for a in args):
+            func = aten.where.ScalarSelf if at == 2 else aten.where.ScalarOther
+        beside = moved((*args[:at], *args[at + 1 :]), 0, len(value.origin.extras))
+        return value.copy(Step.of(func, beside, kwargs, at), extras)
     # Steps do not say what has been computed without a gradient.
-    if not _recordable(a) or (torch.is_grad_enabled() and a.requires_grad != b.requires_grad):
-        return NotImplemented
-    meta = func(a._meta(), b._meta())
-    value = a._value.pair(func, b._value) if meta.is_floating_point() and meta.shape == a.shape == b.shape else None
-    return NotImplemented if value is None else DeferredLogits(value, meta, a.device)
+    mixed = torch.is_grad_enabled() and len({args[i].requires_grad for i in given}) > 1
+    if mixed or kwargs:
+        return None
+    for part, i in enumerate(given):
+        args[i] = Part(part)
+    return PendingValue.joint(func, values, tuple(args), extras)
 
 
 def _record_with_statistic(func: Any, args: Sequence[Any], logits: DeferredLogits, other: Tensor) -> Any:
@@ -122,7 +132,7 @@ def _record_with_statistic(func: Any, args: Sequence[Any], logits: DeferredLogit
     meta = _meta(func, args, {})
     beside = [get_gradient_edge(other).node] if other.requires_grad else []
     first, second = (value, again) if args[0] is logits else (again, value)
-    made = first.pair(func, second, beside) if meta.shape == logits.shape else None
+    made = PendingValue.joint(func, (first, second), beside=beside) if meta.shape == logits.shape else None
     return NotImplemented if made is None else DeferredLogits(made, meta, logits.device)
 
 
@@ -141,7 +151,7 @@ def _recordable(logits: DeferredLogits, *beside: Tensor) -> bool:
     return _stays(logits, *beside) and not logits._value.fake and not logits._value.functional
 
 
-def _is_literal(tensor: Tensor) -> bool:
+def is_literal(tensor: Tensor) -> bool:
     """Whether a tensor may be a number that the program wrote, which `torch.where` makes a tensor of."""
     return tensor.dim() == 0 and tensor.device.type == "cpu" and not tensor.requires_grad
 
@@ -175,6 +185,45 @@ def _normalised(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: 
         return NotImplemented
     dim, *rest = args
     return _copied(logits, func, (dim - logits.dim() if dim == logits.dim() - 1 else dim, *rest), kwargs)
+
+
+def _rearranged(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The same entries in other places, or several times, in memory of their own."""
+    return _copied(logits, func, args, kwargs) if _recordable(logits) else NotImplemented
+
+
+def _taken(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Rows or classes by one index, of one dimension."""
+    if func is aten.index_select.default:
+        dim, index = args
+    else:
+        found = [(i, index) for i, index in enumerate(args[0]) if index is not None]
+        (dim, index), *more = found
+        if more:
+            return NotImplemented
+    plain = type(index) is Tensor and index.dim() == 1 and index.dtype in (torch.int64, torch.int32)
+    if not plain or not _recordable(logits) or (func is aten.index.Tensor and bool((index < 0).any())):
+        return NotImplemented
+    origin = logits._value.origin
+    assert origin is not None
+    meta = aten.index_select.default(logits._meta(), dim, index.to("meta"))
+    step = Step.of(aten.index_select.default, (dim, Read(len(origin.extras))), {})
+    return DeferredLogits(logits._value.copy(step, [Extra(index)]), meta, logits.device)
+
+
+def _put_together(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Tensors that follow from the same logits, one behind the other or in a new dimension."""
+    tensors, *dim = args
+    if not tensors or kwargs or not all(isinstance(t, DeferredLogits) for t in tensors):
+        return NotImplemented
+    first = tensors[0]
+    mixed = torch.is_grad_enabled() and len({t.requires_grad for t in tensors}) > 1
+    if mixed or len({t.dtype for t in tensors}) > 1 or not all(map(_recordable, tensors)):
+        return NotImplemented
+    meta = func([t._meta() for t in tensors], *dim)
+    values = [t._value for t in tensors]
+    made = PendingValue.joint(func, values, (tuple(map(Part, range(len(values)))), *dim))
+    return NotImplemented if made is None else DeferredLogits(made, meta, first.device)
 
 
 def _gathered(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -212,6 +261,11 @@ RULES.lazy |= {
     aten._log_softmax.default: _normalised,
     aten._softmax.default: _normalised,
     aten.gather.default: _gathered,
+    aten.flip.default: _rearranged,
+    aten.roll.default: _rearranged,
+    aten.repeat.default: _rearranged,
+    aten.index_select.default: _taken,
+    aten.index.Tensor: _taken,
     aten.view.default: _viewed,
     aten._unsafe_view.default: _viewed,
     aten.slice.Tensor: _viewed,
@@ -241,12 +295,17 @@ RULES.lazy |= {
 }
 
 
+# What the tracer has no rule for but where it makes the entry of a target: the cosine of an angle and a margin.
+_AT_TARGET = ("function", "scatter", "scatter_add")
+
+
 def _entrywise() -> Iterator[tuple[Any, Callable]]:
     """The operators on every entry that the tracer has a rule for, each with the function of torch that it is."""
     for function, (name, _) in FUNCTIONS.items():
         row, called = NAMES[name], getattr(function, "__name__", "")
         packet = getattr(aten, called, None)
-        known = (row.rules and row.facts & Fact.ENTRYWISE and not row.facts & Fact.VIEW) or row.beside
+        ruled = row.rules and row.facts & Fact.ENTRYWISE and not row.facts & Fact.VIEW
+        known = ruled or row.beside or name in _AT_TARGET
         if packet is not None and known and getattr(torch, called, None) is function:
             for operator in (getattr(packet, overload) for overload in packet.overloads()):
                 schema = operator._schema
@@ -259,5 +318,8 @@ def _rsub(logits: Any, other: Any, alpha: Any = 1) -> Any:
 
 
 # operator -> the function of torch that a program calls for it. A number less a tensor is an operator of its own.
+_COMPARISONS = {*(getattr(aten, name).Scalar for name in ("gt", "ge", "lt", "le"))}
+_COMPARISONS |= {*(getattr(aten, name).Tensor for name in ("gt", "ge", "lt", "le"))}
 WRITTEN: dict[Any, Callable] = {**dict(_entrywise()), aten.rsub.Scalar: _rsub, aten.rsub.Tensor: _rsub}
 RULES.entrywise, RULES.record = frozenset(WRITTEN), _record
+RULES.joined |= {aten.cat.default: _put_together, aten.stack.default: _put_together}

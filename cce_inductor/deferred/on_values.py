@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from .. import compat
 from .pending import PendingValue
 from .staleness import DeferredLogitsError
 from .tensor import RULES, DeferredLogits
+
+log = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 
@@ -35,6 +38,9 @@ def answer(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         out = func.decompose(*args, **kwargs)
     if out is not NotImplemented:
         return out
+    given = (x._value for x in tree_leaves((args, kwargs)) if isinstance(x, DeferredLogits))
+    if any(value.pending and not value.fake for value in given):
+        log.info("deferred logits are read for %s, which needs their values", func)
     if torch.Tag.inplace_view in func.tags:
         return _change_shape_in_place(func, args, kwargs)
     return _run_on_values(func, args, kwargs)

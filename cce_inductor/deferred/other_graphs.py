@@ -28,7 +28,7 @@ from ..trace.unnamed import GIVEN
 from . import aliases
 from .lazy import WRITTEN
 from .pending import Recipe
-from .steps import Pair, Step
+from .steps import Joint, Step
 from .tensor import DeferredLogits
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,12 @@ _WRITTEN: dict[Any, Callable[..., Any]] = {
     aten.sum.dim_IntList: lambda z, dim, keepdim: z.sum(dim, keepdim),
     aten.amax.default: lambda z, dim, keepdim: z.amax(dim, keepdim),
     aten.gather.default: lambda z, dim, index: z.gather(dim, index),
+    aten.index_select.default: lambda z, dim, index: z.index_select(dim, index),
+    aten.flip.default: lambda z, dims: z.flip(*dims),
+    aten.roll.default: lambda z, shifts, dims=(): z.roll(shifts, dims) if dims else z.roll(*shifts),
+    aten.repeat.default: lambda z, repeats: z.repeat(*repeats),
+    aten.cat.default: torch.cat,
+    aten.stack.default: torch.stack,
     aten.unsqueeze.default: lambda z, dim: z.unsqueeze(dim),
     aten.squeeze.default: lambda z: z.squeeze(),
     aten.squeeze.dim: lambda z, dim: z.squeeze(dim),
@@ -96,12 +102,12 @@ def _record(recipe: Recipe, operands: Sequence[Proxy]) -> Proxy:
     return z if any(recipe.needs) else z.detach()
 
 
-def _written(z: Proxy, steps: Sequence[Step | Pair], extras: Sequence[Proxy]) -> Proxy:
+def _written(z: Proxy, steps: Sequence[Step | Joint], extras: Sequence[Proxy]) -> Proxy:
     for step in steps:
         if step.op not in _WRITTEN:
             raise _NotRecordableError(f"{step.op} lies between the head and the loss")
-        if isinstance(step, Pair):
-            z = _WRITTEN[step.op](_written(z, step.first, extras), _written(z, step.second, extras))
+        if isinstance(step, Joint):
+            z = step.of([_written(z, steps, extras) for steps in step.parts], extras, _WRITTEN[step.op])
         else:
             z = step(z, extras, _WRITTEN[step.op])
     return z

@@ -13,13 +13,14 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import compat
 from .entries import Entries
 from .mixtures import Spreadable
 from .shared import Shared
 from .staleness import Operand
-from .steps import Extra, Pair, Step, surroundings
+from .steps import Extra, Joint, Part, Step, moved, surroundings
 
 Compute = Callable[[Sequence[Tensor]], Tensor]
 # (pending logits, function, args, kwargs) -> what function(*args, **kwargs) gives, or NotImplemented.
@@ -142,7 +143,7 @@ class Recipe:
 
     compute: Compute
     reads: int
-    steps: tuple[Step | Pair, ...]
+    steps: tuple[Step | Joint, ...]
     needs: tuple[bool, ...]
     connected: bool
     dtype: torch.dtype
@@ -164,12 +165,12 @@ class Origin:
     """
 
     head: PendingHead
-    steps: tuple[Step | Pair, ...] = ()
+    steps: tuple[Step | Joint, ...] = ()
     recipe: Recipe | None = None
     extras: tuple[Extra | Spreadable, ...] = ()
     beside: tuple[Any, ...] = ()
 
-    def then(self, step: Step | Pair, extras: Sequence[Extra | Spreadable] = (), beside: Sequence[Any] = ()) -> Origin:
+    def then(self, step: Step | Joint, extras: Sequence[Extra | Spreadable] = (), beside: Sequence[Any] = ()) -> Origin:
         """The origin of what `step` makes of the value, where it reads these besides those known."""
         return Origin(self.head, (*self.steps, step), None, (*self.extras, *extras), (*self.beside, *beside))
 
@@ -181,6 +182,7 @@ class SharedMemory:
     """What values share that are views of each other.
 
     readers: pending values that are to be computed before it is edited. head: whose own value it holds, if any.
+    tensors: all that lie in it.
     entries: what was computed of it without the rest, and must be found in it when it is. edited_in_graph: whether a
     graph edits it that Dynamo may not break: it is compiled for computed logits, and takes pending ones too. piece:
     whether a graph that is traced is given no more than a part of it.
@@ -191,6 +193,7 @@ class SharedMemory:
 
     def __init__(self, head: PendingHead | None = None) -> None:
         self.readers: weakref.WeakSet[PendingValue] = weakref.WeakSet()
+        self.tensors = WeakTensorKeyDictionary()
         self.entries: list[Entries] = []
         self.head = head
 
@@ -212,7 +215,8 @@ class PendingValue:
         self._make: Callable[[], Tensor] | None = make
         self._tensor: Tensor | None = None
         self._origin, self._source = origin, source
-        self._parts: tuple[PendingValue, ...] = ()  # of a pair: the two that it is made from
+        self._parts: tuple[PendingValue, ...] = ()  # of a joint step: those that it is made from
+        self._step: Step | None = None  # of a view: what it is of its source
         self.memory = SharedMemory() if memory is None else memory
         # Of a value in a graph that is traced: what it was made from, which it stays to the graph, computed or not.
         self.given: tuple[Recipe, list[Tensor]] | None = None
@@ -276,35 +280,85 @@ class PendingValue:
     def view(self, step: Step) -> PendingValue:
         """The value ``step`` of this one, in the same memory."""
         origin = self._origin and self._origin.then(step)
-        return PendingValue(self._after(step, origin), origin, self, self.memory)
+        child = PendingValue(self._after(step, origin), origin, self, self.memory)
+        child._step = step
+        return child
 
-    def pair(self, op: Any, other: PendingValue, beside: Sequence[Any] = ()) -> PendingValue | None:
-        """The value ``op`` of this one and another one: pending, where both follow from one value; else None.
+    def steps_from_memory(self) -> tuple[Step, ...]:
+        """The views between what all of its memory holds and this pending value."""
+        if self._step is None or self._source is None:
+            return ()
+        return (*self._source.steps_from_memory(), self._step)
 
-        beside: see :class:`Origin`.
+    def instead_of(self, old: PendingValue, in_place: Any) -> PendingValue:
+        """This value, a step behind `old`, where the program has edited that by the operator `in_place`.
+
+        `old` is of no tensor any more. Its memory is edited when this is read, and what was copied of it is computed
+        before, as in eager mode.
         """
-        if self.origin is None or other.origin is None:
-            return None
-        behind = list(self._behind())
-        source = next((v for v in other._behind() if v in behind), None)
-        if source is None or source.origin is None:
-            return None
-        n, known = len(source.origin.steps), len(source.origin.extras)
-        own, others = self.origin.extras[known:], other.origin.extras[known:]
-        second = tuple(step.behind(known, len(own)) for step in other.origin.steps[n:])
-        step = Pair(op, self.origin.steps[n:], second)
+        old.memory.readers.discard(self)
+        assert self._origin is not None
+        step, copies, parts = self._origin.steps[-1], [extra.copy for extra in self._origin.extras], self._parts[1:]
 
         def make() -> Tensor:
-            a, b = self.get(), other.get()
-            with surroundings(a.device, grad=False), compat.counting_versions():
-                return op(a, b)
+            beside = [part.get() for part in parts]
+            tensor = old.expose()
+            with surroundings(tensor.device, grad=False), compat.counting_versions():
+                if isinstance(step, Joint):
+                    step.of((tensor, *beside), copies, in_place)
+                else:
+                    step(tensor, copies, in_place)
+            return tensor
 
-        nodes = [n for origin in (self.origin, other.origin) for n in origin.beside[len(source.origin.beside) :]]
-        child = PendingValue(make, source.origin.then(step, (*own, *others), (*nodes, *beside)), source)
-        child._parts = (self, other)
-        for value in (source, self, other):
+        self._make = make
+        return self
+
+    @staticmethod
+    def joint(
+        op: Any,
+        values: Sequence[PendingValue],
+        args: tuple | None = None,
+        extras: Sequence[Extra | Spreadable] = (),
+        beside: Sequence[Any] = (),
+    ) -> PendingValue | None:
+        """The value ``op(*args)`` of several: pending, where all follow from one value; else None.
+
+        args: with a :class:`Part` for each value, and a :class:`Read` for each of `extras`; where it is None, op takes
+        the values alone. beside: see :class:`Origin`.
+        """
+        origins = [value.origin for value in values]
+        source = values[0]._common(values[1:])
+        if source is None or source.origin is None or any(origin is None for origin in origins):
+            return None
+        n, known = len(source.origin.steps), len(source.origin.extras)
+        own: list[Extra | Spreadable] = []
+        parts: list[tuple[Step | Joint, ...]] = []
+        nodes: list[Any] = []
+        for origin in origins:
+            assert origin is not None
+            parts.append(tuple(step.behind(known, len(own)) for step in origin.steps[n:]))
+            own += origin.extras[known:]
+            nodes += origin.beside[len(source.origin.beside) :]
+        given = tuple(map(Part, range(len(values)))) if args is None else args
+        step = Joint(op, tuple(parts), moved(given, 0, known + len(own)))
+        origin = source.origin.then(step, (*own, *extras), (*nodes, *beside))
+        copies = [extra.copy for extra in origin.extras]
+
+        def make() -> Tensor:
+            made = [value.get() for value in values]
+            with surroundings(made[0].device, grad=False), compat.counting_versions():
+                return step.of(made, copies)
+
+        child = PendingValue(make, origin, source)
+        child._parts = tuple(values)
+        for value in {source, *values}:
             value.memory.readers.add(child)
         return child
+
+    def _common(self, others: Sequence[PendingValue]) -> PendingValue | None:
+        """The nearest value that this one and all others are made from."""
+        behind = [set(other._behind()) for other in others]
+        return next((v for v in self._behind() if all(v in values for values in behind)), None)
 
     def _behind(self) -> Iterator[PendingValue]:
         """This value, then the one that it is made from, and so on."""

@@ -22,6 +22,8 @@ from ..rewrite.groups import TABLE_ORDER
 # What comes along: it is next to nothing beside the product.
 _ALONG = ("lse", "lse_low", "logit_sum")
 ENTRIES = "entry_logits"
+# What depends on the target; the last two are of a call of their own.
+_OF_TARGET = ("target_logit", "lse_rest", "lse_rest_low")
 
 
 class Shared:
@@ -54,14 +56,14 @@ class Shared:
         for of, classes, made in self._found:
             if of == key:
                 same = target is classes or (target is not None and classes is not None and _same(target, classes))
-                known |= {name: t for name, t in made.items() if name != "target_logit" or same}
+                known |= {name: t for name, t in made.items() if name not in _OF_TARGET or same}
         missing = set(wanted) - known.keys()
         if missing:
             asked = missing | {r for name in missing for r in TABLE[name].requires if r in TABLE}
             names_of = [name for name in TABLE_ORDER if name in asked or (name in _ALONG and name not in known)]
-            if missing == {"target_logit"}:
-                names_of = ["target_logit"]
-            if target is not None and "target_logit" in names_of:
+            if missing <= {*_OF_TARGET}:
+                names_of = [name for name in TABLE_ORDER if name in asked]
+            if target is not None and asked & {*_OF_TARGET}:
                 given["target"] = target
             made = FORWARD(list(given.values()), " ".join(given), None, " ".join(names_of), *rest)
             found = dict(zip(names_of, made, strict=False))

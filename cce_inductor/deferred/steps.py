@@ -65,44 +65,69 @@ class Step(NamedTuple):
 
     def behind(self, known: int, more: int) -> Step:
         """The step where `more` extras stand behind the `known` ones, in front of its own."""
-        moved = (replace(a, index=a.index + more) if isinstance(a, Read) and a.index >= known else a for a in self.args)
-        return self._replace(args=tuple(moved))
+        return self._replace(args=moved(self.args, known, more))
 
 
-class Pair(NamedTuple):
-    """A lazy operator on two tensors that both follow from a pending one, by `first` and `second`: itself a step."""
+@dataclass(frozen=True)
+class Part:
+    """Stands among the arguments of a :class:`Joint` for one of the tensors that it is made from: which of them."""
+
+    index: int
+
+
+class Joint(NamedTuple):
+    """A lazy operator on several tensors that all follow from a pending one, each by steps of `parts`: itself a step.
+
+    args: its arguments, with a :class:`Part` for each of those tensors.
+    """
 
     op: Any
-    first: tuple[Step | Pair, ...]
-    second: tuple[Step | Pair, ...]
+    parts: tuple[tuple[Step | Joint, ...], ...]
+    args: tuple
 
     def __call__(self, tensor: Any, extras: Sequence[Any] = ()) -> Any:
         """What it makes of `tensor`, where its steps read `extras`."""
-        a = b = tensor
-        for step in self.first:
-            a = step(a, extras)
-        for step in self.second:
-            b = step(b, extras)
-        return self.op(a, b)
+        made = []
+        for steps in self.parts:
+            out = tensor
+            for step in steps:
+                out = step(out, extras)
+            made.append(out)
+        return self.of(made, extras)
 
-    def behind(self, known: int, more: int) -> Pair:
+    def of(self, made: Sequence[Any], extras: Sequence[Any], op: Any = None) -> Any:
+        """What the operator, or `op` in its place, makes of these tensors."""
+        return (op or self.op)(*(_given(a, made, extras) for a in self.args))
+
+    def behind(self, known: int, more: int) -> Joint:
         """As :meth:`Step.behind`."""
-        first, second = (tuple(step.behind(known, more) for step in steps) for steps in (self.first, self.second))
-        return Pair(self.op, first, second)
+        parts = tuple(tuple(step.behind(known, more) for step in steps) for steps in self.parts)
+        return Joint(self.op, parts, moved(self.args, known, more))
+
+
+def _given(argument: Any, made: Sequence[Any], extras: Sequence[Any]) -> Any:
+    # Not within `of`: a function that refers to itself lives until the collector finds it, and with it the tensors.
+    if isinstance(argument, tuple):
+        return [_given(a, made, extras) for a in argument]
+    if isinstance(argument, Part):
+        return made[argument.index]
+    return argument.of(extras) if isinstance(argument, Read) else argument
 
 
 class Extra:
     """A small tensor that a step reads besides the logits: a bias, a mask, a temperature.
 
-    tensor: the program's own. copy: what it held then, which a read of the logits uses whatever becomes of the tensor.
+    tensor: the program's own. alias: it, detached. copy: what it held then, which a read of the logits uses whatever
+    becomes of the tensor.
     """
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
         self._version = None if tensor.is_inference() else tensor._version
         with surroundings(tensor.device, grad=False):
-            self.copy = tensor.detach().clone()
-        self._sample = sample(tensor.detach())  # of the copy, whose strides may be others, it would be another
+            self.alias = tensor.detach()
+            self.copy = self.alias.clone()
+        self._sample = sample(self.alias)  # of the copy, whose strides may be others, it would be another
 
     @property
     def unchanged(self) -> bool:
@@ -116,3 +141,8 @@ class Extra:
 
 def _frozen(argument: Any) -> Any:
     return tuple(argument) if isinstance(argument, (list, tuple)) else argument
+
+
+def moved(args: tuple, known: int, more: int) -> tuple:
+    """The arguments of a step where `more` extras stand behind the `known` ones."""
+    return tuple(replace(a, index=a.index + more) if isinstance(a, Read) and a.index >= known else a for a in args)

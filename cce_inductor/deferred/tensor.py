@@ -35,12 +35,13 @@ class Rules:
     """How an operator on deferred logits is answered.
 
     lazy: without the values, one rule for each operator that has one. entrywise: operators on every entry, for which
-    `record` is one rule. on_values: every other operator, and those that their rule declines. The last two are given
-    the operator, its arguments and its keywords.
+    `record` is one rule. joined: operators on a list of tensors. on_values: every other operator, and those that their
+    rule declines. The last three are given the operator, its arguments and its keywords.
     """
 
     lazy: dict[Any, Rule] = field(default_factory=dict)
     entrywise: frozenset[Any] = frozenset()
+    joined: dict[Any, Callable[[Any, Sequence[Any], dict[str, Any]], Any]] = field(default_factory=dict)
     record: Callable[[Any, Sequence[Any], dict[str, Any]], Any] | None = None
     on_values: Callable[[Any, Sequence[Any], dict[str, Any]], Any] | None = None
 
@@ -81,6 +82,7 @@ class DeferredLogits(torch.Tensor):
             cls, meta.size(), strides=meta.stride(), storage_offset=offset, dtype=meta.dtype, device=device
         )
         self._value = value
+        value.memory.tensors[self] = None
         if view_of is not None:
             # A storage without bytes, by whose identity Dynamo and AOTAutograd know what shares memory.
             torch._functionalize_unsafe_set(self, view_of)
@@ -145,7 +147,7 @@ class DeferredLogits(torch.Tensor):
         origin = self._value.origin
         assert origin is not None
         aliases = origin.head.check()
-        return self._given() or (*aliases, *(extra.tensor.detach() for extra in origin.extras))
+        return self._given() or (*aliases, *(extra.alias for extra in origin.extras))
 
     def _given(self) -> tuple[Tensor, ...] | None:
         """The operands that autograd leads to from here, or None where a gradient must take the way that it leads.
@@ -264,7 +266,7 @@ class DeferredLogits(torch.Tensor):
             i, operands = int(number[1]), [operand.alias for operand in origin.head.operands]
             if i == 0 and not compat.is_tracing():
                 origin.head.check()  # a compiled function of somebody else's takes the operands from here
-            operands += [extra.tensor.detach() for extra in origin.extras]
+            operands += [extra.alias for extra in origin.extras]
             if i < len(operands):
                 return operands[i]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
@@ -295,9 +297,9 @@ class DeferredLogits(torch.Tensor):
             out = rule(args[0], func, args[1:], kwargs)
             if out is not NotImplemented:
                 return out
-        if func in RULES.entrywise:
-            assert RULES.record is not None
-            out = RULES.record(func, args, kwargs)
+        of_several = RULES.record if func in RULES.entrywise else RULES.joined.get(func)
+        if of_several is not None:
+            out = of_several(func, args, kwargs)
             if out is not NotImplemented:
                 return out
         assert RULES.on_values is not None

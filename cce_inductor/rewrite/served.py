@@ -50,9 +50,12 @@ class Statistics:
     @property
     def lse(self) -> Any:
         result = self._shifted(self._part("lse"))
-        for mask in self.value.masks:
+        for i, mask in enumerate(self.value.masks):
             if mask.fill != -torch.inf:
-                count = operands.masked(self.builder, mask, self.value).sum()
+                held = operands.masked(self.builder, mask, self.value)
+                for later in self.value.masks[i + 1 :]:  # where two masks overlap, the later one is what is left
+                    held = held & operands.masked(self.builder, later, self.value).logical_not()
+                count = held.sum()
                 other = count.to(example(result.node).dtype).log() + mask.fill
                 result = self.builder.call(torch.logaddexp, result, other)
         return result

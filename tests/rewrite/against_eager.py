@@ -4,7 +4,9 @@ The rewritten graph is run as it is, without a compiler: what is compared is the
 logits.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,11 +99,14 @@ class Outcome:
         return self.fused > 0 and self.declined == 0
 
 
-def outcome(program: Program, dynamic: bool | None = None, apart: bool = False) -> Outcome | None:
+def outcome(
+    program: Program, dynamic: bool | None = None, apart: bool = False, rest_compiled: bool = False
+) -> Outcome | None:
     """Runs a program in eager mode and rewritten; None for one that eager refuses, or makes NaN of.
 
-    apart: whether only its head is compiled, and the rest called on pending logits. `declined` is then 1 if they were
-    read, and else 0.
+    apart: whether its head is compiled alone, and the rest called on pending logits, or, with `rest_compiled`, in
+    graphs of its own. `fused` is then 1 if logits were deferred and not read, `declined` 1 if they were read, and
+    `reasons` say why.
     """
     try:
         want = run(program.function(), program)
@@ -117,10 +122,11 @@ def outcome(program: Program, dynamic: bool | None = None, apart: bool = False) 
     def compiled(fn: Callable) -> Callable:
         return torch.compile(fn, backend=rewriting, dynamic=dynamic)
 
-    before = counters["cce_inductor"]["deferred_materialized"]
-    with record.collect() as graphs:
+    ours = counters["cce_inductor"]
+    before = dict(ours)
+    with record.collect() as graphs, reads() as why:
         try:
-            fn = program.with_head_apart(compiled) if apart else compiled(program.function())
+            fn = program.with_head_apart(compiled, rest_compiled) if apart else compiled(program.function())
             got = run(fn, program)
         except DeferredLogitsError:  # the weight was written to in between: a documented error
             return None
@@ -134,9 +140,33 @@ def outcome(program: Program, dynamic: bool | None = None, apart: bool = False) 
         wrong = "fused, though it cannot be"
     wrong = wrong or next((reason for reason in reasons if "internal error" in reason), "")
     if apart:
-        read = counters["cce_inductor"]["deferred_materialized"] > before
-        return Outcome(int(not read), int(read), wrong, reasons)
+        deferred, read = (ours[name] > before.get(name, 0) for name in ("deferred", "deferred_materialized"))
+        return Outcome(
+            int(deferred and not read), int(read), wrong, tuple(dict.fromkeys([*why, *reasons])) if read else ()
+        )
     return Outcome(sum(fused), len(fused) - sum(fused), wrong, reasons)
+
+
+@contextlib.contextmanager
+def reads() -> Iterator[list[str]]:
+    """Collects why deferred logits are read, from the log."""
+    found: list[str] = []
+
+    class Reasons(logging.Handler):
+        def emit(self, entry: logging.LogRecord) -> None:
+            text = entry.getMessage()
+            if text.startswith("deferred logits are read"):
+                found.append(text.removeprefix("deferred logits are read").lstrip(": "))
+
+    logger, handler = logging.getLogger("cce_inductor.deferred"), Reasons()
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 class Tally:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import productions  # noqa: F401 - fills the grammar
 from against_eager import Outcome, outcome
-from grammar import GRAMMAR, alone
+from grammar import DEFERRED, GRAMMAR, alone
 from peaks import LOGITS, SIZES, peak, program
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "coverage.md"
 FORMS = 3
+OUTSIDE = ("head", "between", "statistic")  # where the loss may be elsewhere than the head
 FUSED = "fused"
 
 HEADINGS = {
@@ -35,37 +36,65 @@ INTRODUCTION = """\
 # What fuses
 
 `make coverage` writes this file: it runs each spelling below in a program that is plain otherwise, and says what the
-pass made of it. The tests compose programs of these spellings at random and compare them with eager mode, fused or not
+pass made of it. Beside it stands what becomes of the same program where only the head is compiled: `outside`, where the
+rest is called on its deferred logits, and `apart`, where it is compiled by itself. "read" means that the logits were
+computed. The tests compose programs of these spellings at random and compare them with eager mode, fused or not
 (`tests/rewrite/test_property.py`). What is declined stays as it was, with eager's results.
 """
 
 
 @dataclass(frozen=True)
 class Spelling:
-    """A production of the grammar, its forms, and what became of it: "fused", or why not."""
+    """A production of the grammar, its forms, and what became of it: "fused", or why not.
+
+    elsewhere: the same where the head is compiled alone, with the rest called on its logits, and compiled apart.
+    """
 
     part: str
     name: str
     forms: tuple[str, ...]
     result: str
+    elsewhere: tuple[str, ...] = ()
 
     def row(self) -> str:
         code = "<br>".join(f"`{form}`".replace("|", "\\|") for form in self.forms)
-        return f"| {self.name} | {code} | {self.result} |"
+        return f"| {self.name} | {code} | {' | '.join((self.result, *self.elsewhere))} |"
 
 
-def spelling(part: str, name: str) -> Spelling:
-    """Runs the forms of one production."""
+def spelling(part: str, name: str, outside: bool = False) -> Spelling:
+    """Runs the forms of one production; outside: in the loop of a compiled head too."""
     results = {text: _verdict(outcome(program)) for text, program in alone(part, name, FORMS).items()}
+    elsewhere: tuple[str, ...] = ()
+    if outside and part in OUTSIDE:
+        programs = alone(part, name, FORMS, sizes=DEFERRED).values()
+        elsewhere = tuple(
+            _numbered([_verdict_outside(outcome(program, apart=True, rest_compiled=compiled)) for program in programs])
+            for compiled in (False, True)
+        )
     if part == "statistic" and set(results.values()) == {NOTHING}:
         beside = {_verdict(outcome(program)) for program in alone(part, name, FORMS, beside_a_loss=True).values()}
         if beside == {FUSED}:
-            return Spelling(part, name, tuple(results), f"{FUSED} beside a loss")
-    kinds = set(results.values())
-    if len(kinds) == 1:
-        return Spelling(part, name, tuple(results), kinds.pop())
-    numbered = [f"{i}. {result}" for i, result in enumerate(results.values(), 1)]
-    return Spelling(part, name, tuple(results), "<br>".join(numbered))
+            return Spelling(part, name, tuple(results), f"{FUSED} beside a loss", elsewhere)
+    return Spelling(part, name, tuple(results), _numbered(list(results.values())), elsewhere)
+
+
+def _numbered(results: list[str]) -> str:
+    """What became of the forms of a production: of each by its number, where it is not the same."""
+    if len(set(results)) == 1:
+        return results[0]
+    return "<br>".join(f"{i}. {result}" for i, result in enumerate(results, 1))
+
+
+def _verdict_outside(result: Outcome | None) -> str:
+    if result is None:
+        return "-"
+    if result.wrong:
+        return f"WRONG: {result.wrong}"
+    if result.whole:
+        return FUSED
+    if not result.declined:
+        return "not deferred"
+    return ": ".join(["read", *result.reasons[:1]])
 
 
 NOTHING = "no loss: nothing is looked for"
@@ -82,11 +111,11 @@ def _verdict(result: Outcome | None) -> str:
     return "declined: " + "; ".join(dict.fromkeys(result.reasons))
 
 
-def spellings() -> Iterator[Spelling]:
+def spellings(outside: bool = False) -> Iterator[Spelling]:
     """Every production, run."""
     for part, named in GRAMMAR.items():
         for name in named:
-            yield spelling(part, name)
+            yield spelling(part, name, outside)
 
 
 def fusing() -> set[tuple[str, str]]:
@@ -97,7 +126,7 @@ def fusing() -> set[tuple[str, str]]:
         if line.startswith("## "):
             part = parts.get(line[3:], "")
         cells = line.strip("| ").split(" | ")
-        if part and cells[-1] == FUSED and cells[0] in GRAMMAR[part]:
+        if part and cells[2:3] == [FUSED] and cells[0] in GRAMMAR[part]:
             found.add((part, cells[0]))
     return found
 
@@ -125,12 +154,17 @@ def document() -> str:
     """The text of docs/coverage.md."""
     import models  # needs transformers, which those who only ask what is fusing may not have
 
-    found = list(spellings())
+    found = list(spellings(outside=True))
     lines = [INTRODUCTION]
     for part, (heading, about) in HEADINGS.items():
         rows = [one for one in found if one.part == part]
         fused = sum(one.result.startswith(FUSED) for one in rows)
-        lines += [f"## {heading}\n", f"{about} {fused} of {len(rows)} fuse.\n", "| | as written | |", "|---|---|---|"]
+        columns = ["", "as written", "", *(("outside", "apart") if part in OUTSIDE else ())]
+        count = f"{fused} of {len(rows)} fuse"
+        for i, where in enumerate(columns[3:]):
+            count += f", {sum(one.elsewhere[i] == FUSED for one in rows)} {where}"
+        lines += [f"## {heading}\n", f"{about} {count}.\n"]
+        lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         lines += [*(one.row() for one in rows), ""]
     lines += memory()
     lines += ["## Hugging Face models\n", FAMILIES, "| family | class | between head and loss | graphs | losses |"]

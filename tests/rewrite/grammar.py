@@ -15,6 +15,7 @@ import linecache
 import math
 import random
 import re
+import textwrap
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,10 @@ class Sizes:
     d: int
     v: int
     spare: int
+
+
+# With a vocabulary for which logits are deferred.
+DEFERRED = Sizes(b=2, s=5, d=4, v=40, spare=2)
 
 
 def _normal(*shape: int) -> Callable:
@@ -168,17 +173,27 @@ class Program:
         exec(compile(self.source, name, "exec"), namespace)
         return namespace[called]
 
-    def with_head_apart(self, compile: Callable) -> Callable:
-        """The function, with the product that gives the logits in one of its own, which ``compile(fn)`` compiles."""
+    def with_head_apart(self, compile: Callable, rest_compiled: bool = False) -> Callable:
+        """The function, with the product that gives the logits in one of its own, which ``compile(fn)`` compiles.
+
+        rest_compiled: whether what follows the product is in another one, which is compiled too.
+        """
         lines = self.source.splitlines()
         at = next(i for i, line in enumerate(lines) if line.strip().startswith("z = "))
         known = {*self.tensors, *names("\n".join(line.strip() for line in lines[1:at]))}
-        read = ", ".join(sorted(names(lines[at].strip()) & known - {"z", *_MODULES}))
-        apart = f"def head({read}):\n    return {lines[at].strip()[4:]}\n"
-        lines[at] = f"    z = head({read})"
-        head = Program(apart, self.choices, {}, self.verdict).function("head")
-        whole = Program("\n".join(lines) + "\n", self.choices, {}, self.verdict)
-        return whole.function(head=compile(head))
+        made, behind = lines[at].strip()[4:], lines[at + 1 :]
+        read = ", ".join(sorted(names(made) & known - {"z", *_MODULES}))
+        beside: dict[str, Any] = {"head": compile(self._part("head", read, [f"    return {made}"]))}
+        if rest_compiled:
+            given = ", ".join(sorted({"z", *names(textwrap.dedent("\n".join(behind)).replace("return ", "")) & known}))
+            beside["rest"] = compile(self._part("rest", given, behind))
+            behind = [f"    return rest({given})"]
+        source = "\n".join([*lines[:at], f"    z = head({read})", *behind]) + "\n"
+        return Program(source, self.choices, {}, self.verdict).function(**beside)
+
+    def _part(self, name: str, parameters: str, lines: list[str]) -> Callable:
+        source = f"def {name}({parameters}):\n" + "\n".join(lines) + "\n"
+        return Program(source, self.choices, {}, self.verdict).function(name)
 
     def arguments(self) -> list[torch.Tensor]:
         """Fresh copies of the tensors: a program may write into what it is given."""

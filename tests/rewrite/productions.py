@@ -571,6 +571,13 @@ def _(d: Draft) -> None:
     d.write(d.pick(f"z[..., {n}:{behind}] = -1e4", f"z.masked_fill_({d.along('pad')}, -1e4)"))
 
 
+@production("between", "columns masked twice")
+def _(d: Draft) -> None:
+    d.need(d.sizes.spare > 0 and d.v == d.sizes.v)
+    odd = d.along(f"(torch.arange({d.v}) % 2 == 1)")
+    d.write(f"z = z.masked_fill({odd}, -0.5).masked_fill({d.along('pad')}, {d.pick('0.25', '-torch.inf')})")
+
+
 @production("between", "rows written in place", verdict="may", weight=0.3)
 def _(d: Draft) -> None:
     d.need(d.last and d.rank > 1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from against_eager import Tally, outcome
 from coverage_table import FUSED, fusing, spellings
-from grammar import Choices, Draft, Program, Sizes, generate, shrink
+from grammar import DEFERRED, Choices, Draft, Program, generate, shrink
 
 
 @pytest.fixture(autouse=True)
@@ -22,10 +22,6 @@ def quiet():
     trace.setLevel(logging.CRITICAL)
     yield
     trace.setLevel(level)
-
-
-# With a vocabulary for which logits are deferred.
-DEFERRED = Sizes(b=2, s=5, d=4, v=40, spare=2)
 
 
 def check(
