@@ -52,8 +52,7 @@ class Expression:
         """The plain logits that a node is, if it is."""
         entry = self.walk.values.get(n) if isinstance(n, Node) else None
         value = entry.values[0] if entry is not None and entry.values and not entry.stale else None
-        plain = value is not None and value.kind == "logits" and value.picked is None and value.edit is None
-        return value if plain else None
+        return value if value is not None and value.whole else None
 
     def _made_of_logits(self, n: Node) -> bool:
         return n is self.root or n in self.walk.values or n in self.walk.open
@@ -150,7 +149,7 @@ class Expression:
         """The entry of a tensor that is not made of logits."""
         found = self._mark(n)
         if found is not None:
-            return found.there(builder, value)
+            return found.there(builder)
         if fake(n).numel() == 1 or is_row_vector(n, value):
             return builder.proxy(n)
         if is_vocabulary_vector(fake(n), value.fake, value.class_dim):

@@ -22,6 +22,7 @@ from ..graph.fakes import example, fake
 from ..graph.refusal import Refused
 from ..graph.spellings import Fact
 from ..ops.losses import cross_entropy, normalizer
+from .one_hot import coefficient
 from .operands import vocab
 from .reduction import Loss, Reduction
 from .reductions import arguments_of, over_rows, reads_the_classes
@@ -43,23 +44,12 @@ def in_dtype_of(p: Any, node: Node) -> Any:
 # ---- mixtures of one-hot tensors
 
 
-def _coefficient(builder: Builder, mixture: Mixture, k: int, class_dim: int) -> Any:
-    """What term `k` is multiplied by: a number, or a tensor that broadcasts against the rows."""
-    factor, weights, _ = mixture.terms[k]
-    result: Any = factor
-    for weight in weights:
-        p = builder.proxy(weight.node)
-        p = p.reshape(()) if fake(weight.node).numel() == 1 else p.squeeze(class_dim)
-        result = result / p if weight.divides else result * p
-    return result
-
-
 def _picked(builder: Builder, z: Any, mixture: Mixture, class_dim: int) -> Any:
     """The sum of the entries of `z` at the targets, each times its coefficient."""
     total: Any = 0.0
-    for k, (_, _, target) in enumerate(mixture.terms):
-        entry = z.gather(class_dim, _in_shape(builder, target, z, class_dim)).squeeze(class_dim)
-        total = total + entry * _coefficient(builder, mixture, k, class_dim)
+    for term in mixture.terms:
+        entry = z.gather(class_dim, _in_shape(builder, term[2], z, class_dim)).squeeze(class_dim)
+        total = total + entry * coefficient(builder, term, class_dim)
     return total
 
 
@@ -89,8 +79,8 @@ def mixed_loss(builder: Builder, value: Value, node: Node, args: dict[str, Any],
         raise Refused("smoothed class probabilities over a vocabulary of symbolic size", "use class indices")
     mixture = mixture.times(1.0 - smoothing).plus(smoothing / classes if smoothing else 0.0)
     coefficients: Any = classes * mixture.constant if mixture.constant else 0.0
-    for k in range(len(mixture.terms)):
-        coefficients = coefficients + _coefficient(builder, mixture, k, c)
+    for term in mixture.terms:
+        coefficients = coefficients + coefficient(builder, term, c)
     rows = z.logsumexp(c) * coefficients - _picked(builder, z, mixture, c)
     if mixture.constant:
         rows = rows - z.sum(c) * mixture.constant

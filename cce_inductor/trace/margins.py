@@ -89,7 +89,7 @@ def _edited(
 def _plain(value: Value, classes: Any) -> None:
     """Refused for what is no logits with the classes last, or for classes that are not one for each row."""
     last = value.class_dim == value.fake.dim() - 1
-    if value.kind != "logits" or value.picked is not None or value.edit is not None or value.members or not last:
+    if not value.whole or value.members or not last:
         raise Refused(*MARGIN)
     if not is_tensor(classes) or fake(classes).dtype != torch.int64 or written_after(classes):
         raise Refused(*MARGIN)
@@ -226,7 +226,7 @@ def _put_in_front(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
     first, second = tensors
     value, dim = entry.values[0], op.args["dim"]
     last = value.class_dim == value.fake.dim() - 1
-    plain = value.kind == "logits" and value.picked is None and value.edit is None and not value.members
+    plain = value.whole and not value.members
     if second is not touched[0] or not plain or not last or not is_tensor(first) or not is_row_vector(first, value):
         return False
     if dim % value.fake.dim() != value.class_dim or fake(first).dtype != value.fake.dtype or written_after(first):

@@ -10,12 +10,14 @@ import torch
 from torch.fx import Node
 
 from ..graph import memory, nodes
+from ..graph.builder import Builder
 from ..graph.fakes import fake, is_number, is_tensor, same
 from ..graph.memory import written_after
 from ..graph.spellings import Fact
 from .affine import Factor
 from .shapes import is_row_vector, same_rows, same_shape
-from .values import Mixture, Value
+from .targets import counts
+from .values import Mixture, OneHot, Value
 
 
 def one_hot_target(node: Node, value: Value) -> Node | None:
@@ -51,7 +53,7 @@ def marks_target(node: Any, value: Value) -> bool:
         name = getattr(node.target, "__name__", str(node.target)).strip("_")
         return name in _OF_MASKS and any(marks_target(n, value) for n in read)
     if op.name in ("eq", "ne") and len(read) == 2:
-        return any(is_row_vector(n, value) for n in read) and any(_counts(n) for n in read)
+        return any(is_row_vector(n, value) for n in read) and any(counts(n) for n in read)
     if op.name == "one_hot":
         return same(fake(node).shape[-1], value.vocab)
     if op.has(Fact.CONSTANT):
@@ -81,13 +83,6 @@ def _is_constant(node: Any) -> bool:
     return op is not None and op.has(Fact.CONSTANT)
 
 
-def _counts(node: Node) -> bool:
-    """Whether a tensor holds the numbers of the classes."""
-    while (op := nodes.read(node)) is not None and (op.has(Fact.VIEW) or op.name == "cast"):
-        node = op.args["input"]
-    return node.op == "call_function" and node.target is torch.arange
-
-
 def mixture(node: Any, value: Value) -> Mixture | None:
     """What a tensor is a mixture of, or None: with the logits' shape, and the classes last as in `value`."""
     if not is_tensor(node) or not same_shape(node, value) or value.class_dim != value.fake.dim() - 1:
@@ -96,6 +91,23 @@ def mixture(node: Any, value: Value) -> Mixture | None:
     if found is None or not found.terms or not all(_as_many(target, value) for _, _, target in found.terms):
         return None
     return found
+
+
+def coefficient(builder: Builder, term: OneHot, class_dim: int | None = None) -> Any:
+    """What a one-hot tensor of a mixture is multiplied by: a number, or a recorded tensor with one for each row.
+
+    class_dim: where that is 1 wide, to be taken out; None: it stays.
+    """
+    factor, weights, _ = term
+    result: Any = factor
+    for weight in weights:
+        p: Any = builder.proxy(weight.node)
+        if fake(weight.node).numel() == 1:
+            p = p.reshape(())
+        elif class_dim is not None:
+            p = p.squeeze(class_dim)
+        result = result / p if weight.divides else result * p
+    return result
 
 
 def _as_many(target: Node, value: Value) -> bool:

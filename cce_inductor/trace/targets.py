@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from ..graph import nodes
@@ -44,3 +45,16 @@ def _broadcast(node: Any, part: Node) -> Node | None:
         return None
     source = op.args["tensors"][taken.args["index"]]
     return source if is_tensor(source) and fake(source).shape == fake(part).shape else None
+
+
+def counts(node: Node) -> bool:
+    """Whether a tensor holds 0, 1, 2, ... in the order of its entries: a torch.arange, viewed, and cast to int64."""
+    while True:
+        node = base(node)
+        op = nodes.read(node)
+        if op is None or op.name != "cast" or fake(node).dtype != torch.int64:
+            break
+        node = op.args["input"]
+    if node.op != "call_function" or node.target is not torch.arange or not set(node.kwargs) <= {"device", "dtype"}:
+        return False
+    return len(node.args) == 1 or (len(node.args) == 2 and bool(node.args[0] == 0))

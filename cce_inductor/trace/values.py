@@ -276,6 +276,11 @@ class Value:
         return self.head
 
     @property
+    def whole(self) -> bool:
+        """Whether these are logits, with all entries as they were."""
+        return self.kind == "logits" and self.picked is None and self.edit is None
+
+    @property
     def words(self) -> str:
         """What a person calls it."""
         return WORDS[self.kind]
@@ -349,15 +354,19 @@ Args = dict[str, Any]
 # ---- mixtures
 
 
+# A one-hot tensor: a number, the tensors that it is multiplied with or divided by (of one element, or one for each
+# row), and the class indices in any shape.
+OneHot = tuple[float, tuple[Factor, ...], Node]
+
+
 @dataclass(frozen=True)
 class Mixture:
     """A tensor of the logits' shape: a constant, and a sum of one-hot tensors.
 
-    terms: for each of them a number, the tensors that it is multiplied with or divided by (of one element, or of one
-    for each row), and the class indices, in any shape. source: the logits that it was multiplied with, if it was.
+    source: the logits that it was multiplied with, if it was.
     """
 
-    terms: tuple[tuple[float, tuple[Factor, ...], Node], ...]
+    terms: tuple[OneHot, ...]
     constant: float
     source: Value | None = None
 
