@@ -24,7 +24,7 @@ from .decompose import widened
 from .marks import Mark, mark
 from .reasons import MARGIN
 from .shapes import is_row_vector, is_vocabulary_vector, same_shape
-from .targets import base
+from .targets import same_classes
 from .values import Value
 from .walk import Walk
 
@@ -69,7 +69,7 @@ class Expression:
         )
         found = mark(n, like) if like is not None else None
         if found is not None:
-            if self.target is not None and base(self.target) is not base(found.target):
+            if self.target is not None and not same_classes(self.target, found.target):
                 raise Refused(*MARGIN)
             self.target = self.target or found.target
             self.partial |= found.partial

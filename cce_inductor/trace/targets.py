@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from ..graph import nodes
 from ..graph.fakes import fake, is_tensor
-from ..graph.memory import parted
+from ..graph.memory import parted, storages, written
 from ..graph.spellings import Fact
 from .indexing import full
 
@@ -57,4 +57,11 @@ def counts(node: Node) -> bool:
         node = op.args["input"]
     if node.op != "call_function" or node.target is not torch.arange or not set(node.kwargs) <= {"device", "dtype"}:
         return False
+    if written(node.graph.nodes, storages(node)):
+        return False
     return len(node.args) == 1 or (len(node.args) == 2 and bool(node.args[0] == 0))
+
+
+def same_classes(a: Node, b: Node) -> bool:
+    """Whether two tensors hold the same class indices, one for each of the same rows."""
+    return base(a) is base(b) or (counts(a) and counts(b))

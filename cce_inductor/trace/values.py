@@ -204,7 +204,8 @@ class Edit:
     target: the tensor that the classes are a view of. classes, entry: the class of each row and its entry, nodes, 1
     wide where the classes are; no target and no classes where it stands in front. logits: the last node of logits.
     start: how many of `Value.rows` there were where the entry was put in, which `classes` and `entry` are in front of.
-    order: `Value.order` there.
+    order: `Value.order` there. partial: whether rows may have no such class, and some other in `classes`: those that
+    the loss ignores.
     """
 
     target: Node | None
@@ -213,6 +214,7 @@ class Edit:
     logits: Node
     start: int
     order: Node | None
+    partial: bool = False
 
 
 @dataclass(frozen=True)
