@@ -25,7 +25,7 @@ from .marks import Mark, mark
 from .reasons import MARGIN
 from .shapes import is_row_vector, is_vocabulary_vector, same_shape
 from .targets import same_classes
-from .values import Value
+from .values import Diagonal, Value
 from .walk import Walk
 
 
@@ -45,7 +45,7 @@ class Expression:
 
     def __init__(self, walk: Walk, root: Node):
         self.walk, self.root = walk, root
-        self.target: Node | None = None
+        self.target: Node | Diagonal | None = None
         self.partial = False
 
     def _leaf(self, n: Any) -> Value | None:

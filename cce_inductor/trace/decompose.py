@@ -26,7 +26,8 @@ from .one_hot import coefficient
 from .operands import vocab
 from .reduction import Loss, Reduction
 from .reductions import arguments_of, over_rows, reads_the_classes
-from .values import Mixture, SeveralHeads, Value
+from .targets import diagonal
+from .values import Diagonal, Mixture, SeveralHeads, Value
 
 _WIDE = (torch.float32, torch.float64)
 
@@ -53,8 +54,10 @@ def _picked(builder: Builder, z: Any, mixture: Mixture, class_dim: int) -> Any:
     return total
 
 
-def _in_shape(builder: Builder, target: Node, z: Any, class_dim: int) -> Any:
+def _in_shape(builder: Builder, target: Node | Diagonal, z: Any, class_dim: int) -> Any:
     """Class indices in the shape of `z`, with one class."""
+    if isinstance(target, Diagonal):
+        return diagonal(builder, z, class_dim)
     t = builder.proxy(target)
     shape = list(example(z.node).shape)
     shape[class_dim] = 1

@@ -312,7 +312,7 @@ class Interpreter(Walk):
 
 
 # Ops that logits with a margin at the target are made with.
-_MARKS = ("one_hot", "scatter", "scatter_add", "setitem", "eq", "ne")
+_MARKS = ("one_hot", "scatter", "scatter_add", "setitem", "eq", "ne", "eye", "fill_diagonal")
 _ATTRIBUTES = ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout")
 
 

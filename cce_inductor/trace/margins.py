@@ -28,13 +28,14 @@ from . import rules
 from .at_target import OUT_OF_PLACE, Expression, is_pointwise, own_entry
 from .decompose import in_dtype_of, widened
 from .indexing import positions
+from .marks import mark
 from .operands import vocab
 from .reasons import MARGIN
 from .reduction import Loss, Reduction
 from .reductions import is_arange
 from .shapes import is_row_vector, same_rows, same_shape
-from .targets import base, same_classes
-from .values import Args, Edit, Value
+from .targets import base, diagonal, same_classes
+from .values import Args, Diagonal, Edit, Value
 from .walk import Entry, Walk
 
 # ---- where they begin
@@ -80,7 +81,9 @@ def _edited(
 
     index, at_target = builder.run(column)
     entry.trace.entries.update(walk.visit_added(before, node))
-    edit = Edit(base(classes), index, at_target, node, len(value.rows), value.order, partial)
+    target = base(classes) if isinstance(classes, Node) else classes
+    logits = node if is_tensor(node) else op.args["input"]  # setitem gives nothing
+    edit = Edit(target, index, at_target, logits, len(value.rows), value.order, partial)
     walk.put_or_edit(node, op, entry, [replace(value, node=node, edit=edit)])
     return True
 
@@ -90,14 +93,18 @@ def _plain(value: Value, classes: Any) -> None:
     last = value.class_dim == value.fake.dim() - 1
     if not value.whole or value.members or not last:
         raise Refused(*MARGIN)
+    if isinstance(classes, Diagonal):
+        return
     if not is_tensor(classes) or fake(classes).dtype != torch.int64 or written_after(classes):
         raise Refused(*MARGIN)
     if not is_row_vector(classes, value) and not same_rows(classes, value):
         raise Refused(*MARGIN)
 
 
-def _column(builder: Builder, classes: Node, value: Value) -> Proxy:
+def _column(builder: Builder, classes: Node | Diagonal, value: Value) -> Proxy:
     """The classes, 1 wide where those of the logits are."""
+    if isinstance(classes, Diagonal):
+        return diagonal(builder, builder.proxy(value.node), value.class_dim)
     p = builder.proxy(classes)
     return p if fake(classes).dim() == value.fake.dim() else p.unsqueeze(value.class_dim)
 
@@ -125,8 +132,13 @@ def _along_classes(value: Value, dim: Any) -> None:
 
 
 def _set(walk: Walk, node: Node, op: Op, entry: Entry) -> bool:
-    """logits[arange(N), target] = a number, or one for each row."""
+    """logits[arange(N), target] or logits[mask] = a number; or, by an index, one for each row."""
     value, given = entry.values[0], op.args["value"]
+    found = mark(op.args["index"], value)
+    if found is not None and fake(op.args["index"]).dtype == torch.bool:
+        if (found.elsewhere, found.at_target) != (False, True) or not is_number(given):
+            raise Refused(*MARGIN)
+        return _edited(walk, node, op, entry, found.target, lambda *_: given, found.partial)
     index = positions(value, op.args["index"])
     classes = next((i for dim, i in index if dim == value.class_dim), None)
     rows = [(dim, i) for dim, i in index if dim != value.class_dim]
@@ -141,7 +153,16 @@ def _set(walk: Walk, node: Node, op: Op, entry: Entry) -> bool:
     return _edited(walk, node, op, entry, classes, record)
 
 
+def _filled(walk: Walk, node: Node, op: Op, entry: Entry) -> bool:
+    """logits.fill_diagonal_(a number)"""
+    value, number = entry.values[0], op.args["fill_value"]
+    if not value.has_diagonal or not is_number(number):
+        raise Refused(*MARGIN)
+    return _edited(walk, node, op, entry, Diagonal(), lambda *_: number)
+
+
 _WRITES: dict[str, Callable[[Walk, Node, Op, Entry], bool]] = {
+    "fill_diagonal": _filled,
     "scatter": _scattered,
     "scatter_add": _scattered,
     "setitem": _set,
@@ -185,6 +206,8 @@ def follows(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
             raise Refused(*MARGIN)
         return False
     value = entry.values[0]
+    if op.name == "diagonal" and value.without is None:
+        return False  # one entry of each row, by another rule
     if len(touched) > 1:
         raise Refused(*MARGIN)
     if value.without is not None:
@@ -376,7 +399,7 @@ def _is_zero(node: Node) -> bool:
         op = nodes.read(node)
     if op is None or not op.has(Fact.CONSTANT) or written(node.graph.nodes, storages(node)):
         return False
-    return op.name == "zeros" or op.args["fill_value"] == 0
+    return op.args["fill_value"] == 0
 
 
 def _loss(builder: Builder, walk: Walk, value: Value, node: Node, args: Args) -> Proxy:

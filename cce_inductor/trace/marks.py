@@ -16,7 +16,7 @@ from ..graph.memory import written_after
 from .one_hot import coefficient, mixture
 from .shapes import is_row_vector, is_vocabulary_vector
 from .targets import counts
-from .values import Mixture, Value
+from .values import Diagonal, Mixture, Value
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Mark:
     partial: whether rows may have no target, such as those that the loss ignores: a comparison finds none.
     """
 
-    target: Node
+    target: Node | Diagonal
     elsewhere: float | bool
     at_target: Mixture | bool
     partial: bool = False
@@ -86,7 +86,8 @@ def _mask(node: Any, value: Value) -> Mark | None:
             and is_tensor(target)
             and is_row_vector(target, value)
         ):
-            return Mark(target, op.name == "ne", op.name == "eq", partial=True)
+            every = value.has_diagonal and counts(target)
+            return Mark(target, op.name == "ne", op.name == "eq", partial=not every)
     return None
 
 

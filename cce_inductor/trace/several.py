@@ -15,7 +15,7 @@ from ..graph.builder import Builder, Proxy
 from ..graph.fakes import example, fake, is_number, same
 from ..graph.nodes import Op
 from ..graph.refusal import Refused
-from . import decompose, layout, merge_heads, pointwise, rsqrt_softcap
+from . import decompose, layout, merge_heads, pointwise, rsqrt_softcap, targets
 from .reasons import product_of_two
 from .trace import Trace
 from .values import SQUARES, Value
@@ -123,6 +123,24 @@ def grouped(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
 
     made = walk.values[walk.decompose(node, entry.trace, record)]
     walk.put(node, made.trace, [v.at(node) for v in made.values])
+    return True
+
+
+def diagonal(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
+    """The entries on the diagonal of (N, M) logits: those of the classes with the rows' numbers."""
+    entry = walk.values.get(touched[0])
+    if entry is None or op.args["offset"] != 0 or not entry.values[0].has_diagonal:
+        return False
+    if sorted(op.args.get(name, i) % 2 for i, name in enumerate(("dim1", "dim2"))) != [0, 1]:
+        return False
+    c = entry.values[0].class_dim
+
+    def record(builder: Builder) -> Proxy:
+        z = builder.proxy(touched[0])
+        made: Proxy = z.gather(c, targets.diagonal(builder, z, c)).squeeze(c)
+        return made
+
+    walk.decompose(node, entry.trace, record)
     return True
 
 

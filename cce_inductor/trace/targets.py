@@ -6,10 +6,12 @@ import torch
 from torch.fx import Node
 
 from ..graph import nodes
-from ..graph.fakes import fake, is_tensor
+from ..graph.builder import Builder
+from ..graph.fakes import example, fake, is_tensor
 from ..graph.memory import parted, storages, written
 from ..graph.spellings import Fact
 from .indexing import full
+from .values import Diagonal
 
 
 def base(target: Node) -> Node:
@@ -62,6 +64,15 @@ def counts(node: Node) -> bool:
     return len(node.args) == 1 or (len(node.args) == 2 and bool(node.args[0] == 0))
 
 
-def same_classes(a: Node, b: Node) -> bool:
-    """Whether two tensors hold the same class indices, one for each of the same rows."""
-    return base(a) is base(b) or (counts(a) and counts(b))
+def same_classes(a: Node | Diagonal, b: Node | Diagonal) -> bool:
+    """Whether class indices are the same, each one for each of the same rows."""
+    if isinstance(a, Node) and isinstance(b, Node) and base(a) is base(b):
+        return True
+    return all(isinstance(classes, Diagonal) or counts(classes) for classes in (a, b))
+
+
+def diagonal(builder: Builder, z: Any, class_dim: int) -> Any:
+    """The numbers of the rows of a recorded matrix `z`, as class indices, recorded: 1 wide where the classes are."""
+    rows, like = 1 - class_dim, example(z.node)
+    count = like.shape[rows] if isinstance(like.shape[rows], int) else z.size(rows)
+    return builder.call(torch.arange, count, device=like.device).unsqueeze(class_dim)
