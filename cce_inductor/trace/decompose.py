@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.fx import Node
 from ..graph import nodes
 from ..graph.builder import Builder, Proxy
 from ..graph.fakes import example, fake
+from ..graph.memory import written_after
 from ..graph.refusal import Refused
 from ..graph.spellings import Fact
 from ..ops.losses import cross_entropy, normalizer
@@ -101,12 +103,30 @@ def mixed_sum(builder: Builder, value: Value, node: Node, args: dict[str, Any], 
         raise Refused("a product with a mixture is rearranged before it is summed", "sum it first")
     factor = value.factor / source.factor
     v = widened(builder.proxy(source.node))
-    rows = _picked(builder, v, mixture, c)
-    if mixture.constant:
-        rows = rows + v.sum(c) * mixture.constant
+    if source.kind == "exp" and mixture.constant and any(number < 0 for number, _, _ in mixture.terms):
+        rows = _exp_of_others(builder, source, mixture)
+    else:
+        rows = _picked(builder, v, mixture, c)
+        rows = rows + v.sum(c) * mixture.constant if mixture.constant else rows
     rows = rows if factor == 1.0 else rows * factor
     rows = rows / vocab(builder, value) if mean else rows
     return in_dtype_of(over_rows(value, args["dim"], bool(args["keepdim"]), mean)(rows), node)
+
+
+def _exp_of_others(builder: Builder, source: Value, mixture: Mixture) -> Any:
+    """The sum of the exponentials of all classes but one of each row, times the mixture's constant.
+
+    Not the sum of all less the one: where that is nearly all, the difference is nothing but rounding.
+    """
+    (number, weights, target), *others = mixture.terms
+    op, c = nodes.read(source.node), source.class_dim
+    if others or weights or number != -mixture.constant or op is None or op.name != "exp" or op.inplace:
+        raise Refused("exponentials of the logits are weighted, and less at a target", "leave the target out whole")
+    if written_after(source.node):
+        raise Refused("logits are edited after their exponentials were taken", "use the out-of-place form")
+    z = widened(builder.proxy(op.args["input"]))
+    rest = builder.call(torch.scatter, z, c, _in_shape(builder, target, z, c), -math.inf)
+    return rest.logsumexp(c).exp() * mixture.constant
 
 
 # ---- several heads in one tensor

@@ -69,6 +69,25 @@ def marks_target(node: Any, value: Value) -> bool:
     return any(marks_target(op.args.get(name), value) for name in ("input", "other", "condition"))
 
 
+def compares_labels(node: Any, value: Value) -> bool:
+    """Whether a tensor of the logits' shape is made from a comparison of one label of each row with one of each class.
+
+    For the words of a reason only.
+    """
+    seen, stack = set(), [node]
+    while stack:
+        made = stack.pop()
+        if made in seen or not is_tensor(made) or not same_shape(made, value):
+            continue
+        seen.add(made)
+        op, read = nodes.read(made), [n for n in made.all_input_nodes if is_tensor(n)]
+        labels = [n for n in read if is_vocabulary_vector(fake(n), value.fake, value.class_dim) and not counts(n)]
+        if op is not None and op.name in ("eq", "ne") and labels and any(is_row_vector(n, value) for n in read):
+            return True
+        stack += read
+    return False
+
+
 # Operations on masks, which logits have no use for.
 _OF_MASKS = ("invert", "bitwise_not", "logical_not", "bool")
 
