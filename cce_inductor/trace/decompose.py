@@ -47,19 +47,21 @@ def in_dtype_of(p: Any, node: Node) -> Any:
 # ---- mixtures of one-hot tensors
 
 
-def _picked(builder: Builder, z: Any, mixture: Mixture, class_dim: int) -> Any:
-    """The sum of the entries of `z` at the targets, each times its coefficient."""
+def _picked(builder: Builder, z: Any, mixture: Mixture, value: Value) -> Any:
+    """The sum of the entries of `z` at the targets, each times its coefficient. value: of the shape of `z`."""
+    class_dim = value.class_dim
     total: Any = 0.0
     for term in mixture.terms:
-        entry = z.gather(class_dim, _in_shape(builder, term[2], z, class_dim)).squeeze(class_dim)
+        entry = z.gather(class_dim, _in_shape(builder, term[2], z, value)).squeeze(class_dim)
         total = total + entry * coefficient(builder, term, class_dim)
     return total
 
 
-def _in_shape(builder: Builder, target: Node | Diagonal, z: Any, class_dim: int) -> Any:
-    """Class indices in the shape of `z`, with one class."""
+def _in_shape(builder: Builder, target: Node | Diagonal, z: Any, value: Value) -> Any:
+    """Class indices in the shape of `z`, with one class. value: of the shape of `z`."""
     if isinstance(target, Diagonal):
-        return diagonal(builder, z, class_dim)
+        return diagonal(builder, value)
+    class_dim = value.class_dim
     t = builder.proxy(target)
     shape = list(example(z.node).shape)
     shape[class_dim] = 1
@@ -86,7 +88,7 @@ def mixed_loss(builder: Builder, value: Value, node: Node, args: dict[str, Any],
     coefficients: Any = classes * mixture.constant if mixture.constant else 0.0
     for term in mixture.terms:
         coefficients = coefficients + coefficient(builder, term, c)
-    rows = z.logsumexp(c) * coefficients - _picked(builder, z, mixture, c)
+    rows = z.logsumexp(c) * coefficients - _picked(builder, z, mixture, value)
     if mixture.constant:
         rows = rows - z.sum(c) * mixture.constant
     return in_dtype_of(rows if arguments.reduction == "none" else getattr(rows, arguments.reduction)(), node)
@@ -106,7 +108,7 @@ def mixed_sum(builder: Builder, value: Value, node: Node, args: dict[str, Any], 
     if source.kind == "exp" and mixture.constant and any(number < 0 for number, _, _ in mixture.terms):
         rows = _exp_of_others(builder, source, mixture)
     else:
-        rows = _picked(builder, v, mixture, c)
+        rows = _picked(builder, v, mixture, source)
         rows = rows + v.sum(c) * mixture.constant if mixture.constant else rows
     rows = rows if factor == 1.0 else rows * factor
     rows = rows / vocab(builder, value) if mean else rows
@@ -125,7 +127,7 @@ def _exp_of_others(builder: Builder, source: Value, mixture: Mixture) -> Any:
     if written_after(source.node):
         raise Refused("logits are edited after their exponentials were taken", "use the out-of-place form")
     z = widened(builder.proxy(op.args["input"]))
-    rest = builder.call(torch.scatter, z, c, _in_shape(builder, target, z, c), -math.inf)
+    rest = builder.call(torch.scatter, z, c, _in_shape(builder, target, z, source), -math.inf)
     return rest.logsumexp(c).exp() * mixture.constant
 
 

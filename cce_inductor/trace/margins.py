@@ -104,7 +104,7 @@ def _plain(value: Value, classes: Any) -> None:
 def _column(builder: Builder, classes: Node | Diagonal, value: Value) -> Proxy:
     """The classes, 1 wide where those of the logits are."""
     if isinstance(classes, Diagonal):
-        return diagonal(builder, builder.proxy(value.node), value.class_dim)
+        return diagonal(builder, value)
     p = builder.proxy(classes)
     return p if fake(classes).dim() == value.fake.dim() else p.unsqueeze(value.class_dim)
 
@@ -307,6 +307,10 @@ def _summed(walk: Walk, node: Node, op: Op, entry: Entry) -> bool:
             raise Refused("logits with a margin are masked with a finite number", "mask them with -inf")
         names, flat = _WITHOUT[op.name]
         made = replace(made, statistics=names, given=without, flat=flat)
+    else:
+        # Of the other classes, the target's entry is one: what is read of it must be what was summed, bit by bit. By
+        # itself it would be a product of two rows, which rounds otherwise; so all classes are asked for something.
+        made = replace(made, statistics=("target_logit", "argmax"))
     entry.trace.reductions.append(made)
     return True
 

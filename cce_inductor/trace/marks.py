@@ -67,7 +67,7 @@ def _mask(node: Any, value: Value) -> Mark | None:
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     source = node.args[0]
     if name.strip("_") in ("invert", "bitwise_not", "logical_not"):
-        found = _mask(source, value)
+        found = mark(source, value) if is_tensor(source) and fake(source).dtype == torch.bool else None
         return found and replace(found, elsewhere=not found.elsewhere, at_target=not found.at_target)
     op = nodes.read(node)
     if name in ("bool", "to", "type"):

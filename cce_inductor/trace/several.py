@@ -129,16 +129,15 @@ def grouped(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
 def diagonal(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
     """The entries on the diagonal of (N, M) logits: those of the classes with the rows' numbers."""
     entry = walk.values.get(touched[0])
-    if entry is None or op.args["offset"] != 0 or not entry.values[0].has_diagonal:
+    value = entry.values[0] if entry is not None else None
+    if entry is None or value is None or op.args["offset"] != 0 or not value.has_diagonal:
         return False
     if sorted(op.args.get(name, i) % 2 for i, name in enumerate(("dim1", "dim2"))) != [0, 1]:
         return False
-    c = entry.values[0].class_dim
 
     def record(builder: Builder) -> Proxy:
-        z = builder.proxy(touched[0])
-        made: Proxy = z.gather(c, targets.diagonal(builder, z, c)).squeeze(c)
-        return made
+        made: Proxy = builder.proxy(touched[0]).gather(value.class_dim, targets.diagonal(builder, value))
+        return made.squeeze(value.class_dim)
 
     walk.decompose(node, entry.trace, record)
     return True

@@ -7,11 +7,12 @@ from torch.fx import Node
 
 from ..graph import nodes
 from ..graph.builder import Builder
-from ..graph.fakes import example, fake, is_tensor
+from ..graph.fakes import fake, is_tensor
 from ..graph.memory import parted, storages, written
 from ..graph.spellings import Fact
 from .indexing import full
-from .values import Diagonal
+from .operands import vocab
+from .values import Diagonal, Value
 
 
 def base(target: Node) -> Node:
@@ -71,8 +72,9 @@ def same_classes(a: Node | Diagonal, b: Node | Diagonal) -> bool:
     return all(isinstance(classes, Diagonal) or counts(classes) for classes in (a, b))
 
 
-def diagonal(builder: Builder, z: Any, class_dim: int) -> Any:
-    """The numbers of the rows of a recorded matrix `z`, as class indices, recorded: 1 wide where the classes are."""
-    rows, like = 1 - class_dim, example(z.node)
-    count = like.shape[rows] if isinstance(like.shape[rows], int) else z.size(rows)
-    return builder.call(torch.arange, count, device=like.device).unsqueeze(class_dim)
+def diagonal(builder: Builder, value: Value) -> Any:
+    """The numbers of the rows of a matrix as class indices, recorded, 1 wide where the classes are."""
+    (rows,) = value.lead_shape
+    # A symbolic number of rows is that of the classes (`Value.has_diagonal`).
+    count = rows if isinstance(rows, int) else vocab(builder, value)
+    return builder.call(torch.arange, count, device=value.fake.device).unsqueeze(value.class_dim)

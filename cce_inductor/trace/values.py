@@ -307,7 +307,9 @@ class Value:
         if self.fake.dim() != 2:
             return False
         rows, classes = *self.lead_shape, self.vocab
-        return same(rows, classes) or (isinstance(rows, int) and isinstance(classes, int) and rows <= classes)
+        if isinstance(rows, int) and isinstance(classes, int):
+            return rows <= classes
+        return bool(same(rows, classes)) and not self.members
 
     @property
     def source(self) -> tuple:

@@ -204,8 +204,8 @@ UNFUSED = {
     ),
     "equal labels are subtracted": (lambda z, t: ce(z - 1e9 * (equal(t).float() - eye())), "where labels are equal"),
     "supervised": (
-        lambda z, t: -(z.masked_fill(bools(), -1e9).log_softmax(-1) * equal(t)).sum() / N + ce(z),
-        "margin",
+        lambda z, t: ce(z) - (z.masked_fill(bools(), -1e9).log_softmax(-1) * equal(t)).sum() / N,
+        "where labels are equal",
     ),
     "supervised, with itself": (
         lambda z, t: -((z.log_softmax(-1) * equal(t).float()).sum(1) / equal(t).sum(1)).mean(),
@@ -234,12 +234,14 @@ UNFUSED = {
     ),
     "all but the diagonal is written": (lambda z, t: ce(written(z.clone(), ~bools(), 0.5)), ""),
     "exponentials, weighted": (
-        lambda z, t: (torch.log((z.exp() * (1 - 0.5 * eye())).sum(1)) - positive(z)).mean(),
+        lambda z, t: ce(z) + torch.log((z.exp() * (1 - 0.5 * eye())).sum(1)).mean(),
         "less at a target",
     ),
     "exponentials of what is edited later": (
-        lambda z, t: (lambda e: (z.mul_(2).sum(), torch.log((e * (1 - eye())).sum(1)).mean())[1])(z.exp()),
-        "",
+        lambda z, t: (lambda y, e: (y.mul_(2), torch.log((e * (1 - eye())).sum(1)).mean() + ce(y))[1])(
+            *(lambda y: (y, y.detach().exp()))(z.clone())
+        ),
+        "edited after their exponentials",
     ),
     "the largest without itself": (
         lambda z, t: (ce(z), z.masked_fill(bools(), -math.inf).amax(-1))[0] + z.masked_fill(bools(), -1.0).amax(),
