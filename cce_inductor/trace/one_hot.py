@@ -77,7 +77,7 @@ def compares_labels(node: Any, value: Value) -> bool:
     seen, stack = set(), [node]
     while stack:
         made = stack.pop()
-        if made in seen or not is_tensor(made) or not same_shape(made, value):
+        if not is_tensor(made) or made in seen or not same_shape(made, value):
             continue
         seen.add(made)
         op, read = nodes.read(made), [n for n in made.all_input_nodes if is_tensor(n)]

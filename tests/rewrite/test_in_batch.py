@@ -13,7 +13,6 @@ import cce_inductor
 from cce_inductor import config
 
 N, D = 12, 6
-T = 0.2
 
 
 @pytest.fixture
@@ -23,7 +22,7 @@ def inputs():
 
 
 def similarities(q, k):
-    return F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).T / T
+    return F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).T / 0.2
 
 
 def partners(n=N):

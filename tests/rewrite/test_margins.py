@@ -293,8 +293,8 @@ UNFUSED = {
         "label smoothing with class weights",
     ),
     "class probabilities": (
-        lambda z, t: F.cross_entropy((z - M * one_hot(t)).view(-1, V), one_hot(t).view(-1, V).float()),
-        "class probabilities",
+        lambda z, t: F.cross_entropy((z - M * one_hot(t)).view(-1, V), one_hot(t.flatten()).float()),
+        "class probabilities for logits with a margin",
     ),
     "masked with a number": (
         lambda z, t: (z.masked_fill(torch.arange(V) > 30, -1e4) - M * one_hot(t % 30)).logsumexp(-1).mean(),
