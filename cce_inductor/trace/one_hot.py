@@ -11,10 +11,11 @@ from torch.fx import Node
 
 from ..graph import memory, nodes
 from ..graph.builder import Builder
-from ..graph.fakes import fake, is_number, is_tensor, same
+from ..graph.fakes import fake, is_number, is_symbolic, is_tensor, same
 from ..graph.memory import written_after
 from ..graph.spellings import Fact
 from .affine import Factor
+from .operands import symbolic
 from .shapes import is_row_vector, is_vocabulary_vector, same_rows, same_shape
 from .targets import counts
 from .values import Diagonal, Mixture, OneHot, Value
@@ -122,7 +123,9 @@ def coefficient(builder: Builder, term: OneHot, class_dim: int | None = None) ->
     result: Any = factor
     for weight in weights:
         p: Any = builder.proxy(weight.node)
-        if fake(weight.node).numel() == 1:
+        if is_symbolic(weight.node):
+            p = symbolic(builder, weight.node)
+        elif fake(weight.node).numel() == 1:
             p = p.reshape(())
         elif class_dim is not None:
             p = p.squeeze(class_dim)
@@ -206,7 +209,7 @@ def _scaled(args: dict[str, Any], value: Value, divides: bool = False) -> Mixtur
     if is_number(b):
         return found.times(1.0 / b if divides else b) if b or not divides else None
     fits = is_tensor(b) and fake(b).is_floating_point() and (fake(b).numel() == 1 or is_row_vector(b, value))
-    if not fits or found.constant:
+    if not (fits or is_symbolic(b)) or found.constant:
         return None
     return Mixture(tuple((f, (*w, Factor(b, divides)), t) for f, w, t in found.terms), 0.0)
 

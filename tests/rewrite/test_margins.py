@@ -204,6 +204,46 @@ def test_a_positive_in_front_of_negatives(name, inputs):
     assert_same_as_eager(lambda x, w, t: POSITIVES[name](F.linear(x, w), x, w, t), inputs, fused=1)
 
 
+class Scheduled(torch.nn.Module):
+    """A scale and a margin that change while it trains: with dynamic=True they are inputs of the graph."""
+
+    def __init__(self, margin):
+        super().__init__()
+        self.scale, self.m, self.margin = 4.0, M, margin
+
+    def forward(self, x, w, t):
+        z = self.margin(F.linear(x, w), t, self.m)
+        return ce(z * self.scale, t) + ce(F.linear(x, w) / (self.scale + 1.0), t)
+
+
+SCHEDULED = {
+    "none": lambda z, t, m: z,
+    "by a one-hot tensor": lambda z, t, m: z - m * one_hot(t),
+    "scaled before": lambda z, t, m: (m * z).masked_fill(one_hot(t).bool(), 0.2),
+    "an angle": lambda z, t, m: torch.where(one_hot(t).bool(), torch.cos(torch.acos(z.clamp(-0.9, 0.9)) + m), z),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_a_scale_and_a_margin_that_are_inputs_of_the_graph(name, inputs):
+    module = Scheduled(SCHEDULED[name])
+    compiled = torch.compile(module, backend="cce", dynamic=True, options=FUSE_ALL)
+    counters.clear()
+    for module.scale, module.m in ((4.0, 0.3), (5.0, 0.1)):
+        want, got = module(*inputs), compiled(*inputs)
+        torch.testing.assert_close(got, want)
+        for a, b in zip(*(torch.autograd.grad(loss, inputs[:2]) for loss in (want, got)), strict=True):
+            torch.testing.assert_close(b, a, atol=1e-6, rtol=1e-4)
+    assert counters["cce_inductor"]["declined"] == 0
+    assert counters["cce_inductor"]["fused"] == 2 * counters["stats"]["unique_graphs"]
+
+
+def test_logits_scaled_by_an_input_of_the_graph_are_returned(inputs):
+    module = Scheduled(SCHEDULED["none"])
+    module.forward = lambda x, w, t: (lambda z: (ce(z, t), z))(F.linear(x, w) * module.scale)
+    assert_same_as_eager(module.forward, inputs, fused=0, dynamic=True)
+
+
 def test_one_pass_over_the_vocabulary(inputs):
     """The entry is picked out of the cosines, the sum is of their multiples: one operator gives both."""
 
