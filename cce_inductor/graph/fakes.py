@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeGuard
 
-from torch import Tensor
+from torch import SymFloat, Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -36,6 +36,11 @@ def same(a: Any, b: Any) -> bool:
 
 def is_number(x: Any) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def is_symbolic(x: Any) -> TypeGuard[Node]:
+    """Whether something is the node of a float that the graph computes, or is given."""
+    return isinstance(x, Node) and isinstance(example(x), SymFloat)
 
 
 def is_tensor(x: Any) -> TypeGuard[Node]:

@@ -227,6 +227,7 @@ SPELLINGS = (
         Fact.IN_PLACE,
         ("masks.scatter",),
     ),
+    Spelling("fill_diagonal", "input fill_value wrap=False", (), ("fill_diagonal",), Fact.IN_PLACE, ("masks.scatter",)),
     Spelling(
         "scatter_add", "input dim index src", (torch.scatter_add,), ("scatter_add",), Fact.IN_PLACE, ("masks.scatter",)
     ),
@@ -348,6 +349,15 @@ SPELLINGS = (
         (_ROWS & ~Fact.EACH_ONCE) | Fact.PICKS,
         ("reductions.gather", "indexing.gather"),
     ),
+    Spelling(
+        "diagonal",
+        "input offset=0 dim1=0 dim2=1",
+        (torch.diagonal,),
+        ("diagonal",),
+        Fact.PICKS,
+        several="several.diagonal",
+    ),
+    Spelling("diagonal", "input offset=0", (torch.diag,), ("diag",)),
     # rows: copies
     Spelling(
         "repeat_interleave",
@@ -404,11 +414,15 @@ SPELLINGS = (
         ("dim", "ndimension", "numel", "nelement", "stride", "is_contiguous"),
         Fact.METADATA,
     ),
+    # A new tensor of one number, its `fill_value`.
     Spelling("full", f"size fill_value {_FACTORY}", (torch.full,), (), Fact.METADATA | Fact.CONSTANT),
     Spelling("full", f"input fill_value {_FACTORY}", (torch.full_like,)),
     Spelling("full", f"input size fill_value {_FACTORY}", (), ("new_full",)),
-    Spelling("zeros", f"*size {_FACTORY}", (torch.zeros,), (), Fact.METADATA | Fact.CONSTANT),
-    Spelling("zeros", f"input *size {_FACTORY}", (torch.zeros_like,), ("new_zeros",)),
+    Spelling("full", f"*size fill_value=0.0 {_FACTORY}", (torch.zeros,)),
+    Spelling("full", f"input *size fill_value=0.0 {_FACTORY}", (torch.zeros_like,), ("new_zeros",)),
+    Spelling("full", f"*size fill_value=1.0 {_FACTORY}", (torch.ones,)),
+    Spelling("full", f"input *size fill_value=1.0 {_FACTORY}", (torch.ones_like,), ("new_ones",)),
+    Spelling("eye", f"n m=None {_FACTORY}", (torch.eye,)),
     # softmax
     Spelling(
         "log_softmax",

@@ -24,8 +24,8 @@ from .decompose import widened
 from .marks import Mark, mark
 from .reasons import MARGIN
 from .shapes import is_row_vector, is_vocabulary_vector, same_shape
-from .targets import base
-from .values import Value
+from .targets import same_classes
+from .values import Diagonal, Value
 from .walk import Walk
 
 
@@ -45,15 +45,14 @@ class Expression:
 
     def __init__(self, walk: Walk, root: Node):
         self.walk, self.root = walk, root
-        self.target: Node | None = None
+        self.target: Node | Diagonal | None = None
         self.partial = False
 
     def _leaf(self, n: Any) -> Value | None:
         """The plain logits that a node is, if it is."""
         entry = self.walk.values.get(n) if isinstance(n, Node) else None
         value = entry.values[0] if entry is not None and entry.values and not entry.stale else None
-        plain = value is not None and value.kind == "logits" and value.picked is None and value.edit is None
-        return value if plain else None
+        return value if value is not None and value.whole else None
 
     def _made_of_logits(self, n: Node) -> bool:
         return n is self.root or n in self.walk.values or n in self.walk.open
@@ -70,7 +69,7 @@ class Expression:
         )
         found = mark(n, like) if like is not None else None
         if found is not None:
-            if self.target is not None and base(self.target) is not base(found.target):
+            if self.target is not None and not same_classes(self.target, found.target):
                 raise Refused(*MARGIN)
             self.target = self.target or found.target
             self.partial |= found.partial
@@ -150,7 +149,7 @@ class Expression:
         """The entry of a tensor that is not made of logits."""
         found = self._mark(n)
         if found is not None:
-            return found.there(builder, value)
+            return found.there(builder)
         if fake(n).numel() == 1 or is_row_vector(n, value):
             return builder.proxy(n)
         if is_vocabulary_vector(fake(n), value.fake, value.class_dim):

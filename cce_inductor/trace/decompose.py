@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,13 +20,16 @@ from torch.fx import Node
 from ..graph import nodes
 from ..graph.builder import Builder, Proxy
 from ..graph.fakes import example, fake
+from ..graph.memory import written_after
 from ..graph.refusal import Refused
 from ..graph.spellings import Fact
 from ..ops.losses import cross_entropy, normalizer
+from .one_hot import coefficient
 from .operands import vocab
 from .reduction import Loss, Reduction
 from .reductions import arguments_of, over_rows, reads_the_classes
-from .values import Mixture, SeveralHeads, Value
+from .targets import diagonal
+from .values import Diagonal, Mixture, SeveralHeads, Value
 
 _WIDE = (torch.float32, torch.float64)
 
@@ -43,28 +47,21 @@ def in_dtype_of(p: Any, node: Node) -> Any:
 # ---- mixtures of one-hot tensors
 
 
-def coefficient(builder: Builder, mixture: Mixture, k: int, class_dim: int) -> Any:
-    """What term `k` is multiplied by: a number, or a tensor that broadcasts against the rows."""
-    factor, weights, _ = mixture.terms[k]
-    result: Any = factor
-    for weight in weights:
-        p = builder.proxy(weight.node)
-        p = p.reshape(()) if fake(weight.node).numel() == 1 else p.squeeze(class_dim)
-        result = result / p if weight.divides else result * p
-    return result
-
-
-def _picked(builder: Builder, z: Any, mixture: Mixture, class_dim: int) -> Any:
-    """The sum of the entries of `z` at the targets, each times its coefficient."""
+def _picked(builder: Builder, z: Any, mixture: Mixture, value: Value) -> Any:
+    """The sum of the entries of `z` at the targets, each times its coefficient. value: of the shape of `z`."""
+    class_dim = value.class_dim
     total: Any = 0.0
-    for k, (_, _, target) in enumerate(mixture.terms):
-        entry = z.gather(class_dim, in_shape(builder, target, z, class_dim)).squeeze(class_dim)
-        total = total + entry * coefficient(builder, mixture, k, class_dim)
+    for term in mixture.terms:
+        entry = z.gather(class_dim, in_shape(builder, term[2], z, value)).squeeze(class_dim)
+        total = total + entry * coefficient(builder, term, class_dim)
     return total
 
 
-def in_shape(builder: Builder, target: Node, z: Any, class_dim: int) -> Any:
-    """Class indices in the shape of `z`, with one class."""
+def in_shape(builder: Builder, target: Node | Diagonal, z: Any, value: Value) -> Any:
+    """Class indices in the shape of `z`, with one class. value: of the shape of `z`."""
+    if isinstance(target, Diagonal):
+        return diagonal(builder, value)
+    class_dim = value.class_dim
     t = builder.proxy(target)
     shape = list(example(z.node).shape)
     shape[class_dim] = 1
@@ -89,9 +86,9 @@ def mixed_loss(builder: Builder, value: Value, node: Node, args: dict[str, Any],
         raise Refused("smoothed class probabilities over a vocabulary of symbolic size", "use class indices")
     mixture = mixture.times(1.0 - smoothing).plus(smoothing / classes if smoothing else 0.0)
     coefficients: Any = classes * mixture.constant if mixture.constant else 0.0
-    for k in range(len(mixture.terms)):
-        coefficients = coefficients + coefficient(builder, mixture, k, c)
-    rows = z.logsumexp(c) * coefficients - _picked(builder, z, mixture, c)
+    for term in mixture.terms:
+        coefficients = coefficients + coefficient(builder, term, c)
+    rows = z.logsumexp(c) * coefficients - _picked(builder, z, mixture, value)
     if mixture.constant:
         rows = rows - z.sum(c) * mixture.constant
     return in_dtype_of(rows if arguments.reduction == "none" else getattr(rows, arguments.reduction)(), node)
@@ -108,12 +105,30 @@ def mixed_sum(builder: Builder, value: Value, node: Node, args: dict[str, Any], 
         raise Refused("a product with a mixture is rearranged before it is summed", "sum it first")
     factor = value.factor / source.factor
     v = widened(builder.proxy(source.node))
-    rows = _picked(builder, v, mixture, c)
-    if mixture.constant:
-        rows = rows + v.sum(c) * mixture.constant
+    if source.kind == "exp" and mixture.constant and any(number < 0 for number, _, _ in mixture.terms):
+        rows = _exp_of_others(builder, source, mixture)
+    else:
+        rows = _picked(builder, v, mixture, source)
+        rows = rows + v.sum(c) * mixture.constant if mixture.constant else rows
     rows = rows if factor == 1.0 else rows * factor
     rows = rows / vocab(builder, value) if mean else rows
     return in_dtype_of(over_rows(value, args["dim"], bool(args["keepdim"]), mean)(rows), node)
+
+
+def _exp_of_others(builder: Builder, source: Value, mixture: Mixture) -> Any:
+    """The sum of the exponentials of all classes but one of each row, times the mixture's constant.
+
+    Not the sum of all less the one: where that is nearly all, the difference is nothing but rounding.
+    """
+    (number, weights, target), *others = mixture.terms
+    op, c = nodes.read(source.node), source.class_dim
+    if others or weights or number != -mixture.constant or op is None or op.name != "exp" or op.inplace:
+        raise Refused("exponentials of the logits are weighted, and less at a target", "leave the target out whole")
+    if written_after(source.node):
+        raise Refused("logits are edited after their exponentials were taken", "use the out-of-place form")
+    z = widened(builder.proxy(op.args["input"]))
+    rest = builder.call(torch.scatter, z, c, in_shape(builder, target, z, source), -math.inf)
+    return rest.logsumexp(c).exp() * mixture.constant
 
 
 # ---- several heads in one tensor

@@ -20,12 +20,12 @@ from ..graph.builder import Builder, Proxy
 from ..graph.fakes import fake, is_number, is_tensor, same
 from ..graph.nodes import Op
 from ..graph.refusal import Refused
-from .decompose import coefficient, in_dtype_of, in_shape
+from .decompose import in_dtype_of, in_shape
 from .functions import comparable, of_two
-from .one_hot import mixture
+from .one_hot import coefficient, mixture
 from .reductions import over_rows
 from .trace import Trace
-from .values import Mixture, Value
+from .values import Diagonal, Mixture, Value
 from .walk import Walk
 
 
@@ -99,7 +99,7 @@ def _begins(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> Weigh
     return _product(walk, node, op, touched[0]) if len(touched) == 1 else None
 
 
-def _target(value: Value) -> Node | None:
+def _target(value: Value) -> Node | Diagonal | None:
     """The class of each row that is all that is left of a softmax; None where it is another part."""
     if isinstance(value.picked, Mixture):
         terms = value.picked.terms
@@ -163,7 +163,7 @@ def _expected(builder: Builder, given: Embedding) -> Any:
     if given.less is not None:
         target = _target(given.less)
         assert target is not None
-        classes = in_shape(builder, target, p, c)
+        classes = in_shape(builder, target, p, value)
         entry = p.gather(c, classes).squeeze(c)
         entry = entry if given.less.fake.requires_grad else entry.detach()
         cost = (builder.call(F.embedding, classes.squeeze(c), matrix) * vectors).sum(-1)
@@ -187,9 +187,10 @@ def _vectors(builder: Builder, node: Node, value: Value) -> Proxy:
 def _rows(builder: Builder, mixed: Mixture, matrix: Node, value: Value) -> Any:
     p, m, c = builder.proxy(value.node), builder.proxy(matrix), value.class_dim
     total: Any = None
-    for k, (_, _, target) in enumerate(mixed.terms):
-        rows = builder.call(F.embedding, in_shape(builder, target, p, c).squeeze(c), m)
-        factor = coefficient(builder, mixed, k, c)
+    for term in mixed.terms:
+        target = term[2]
+        rows = builder.call(F.embedding, in_shape(builder, target, p, value).squeeze(c), m)
+        factor = coefficient(builder, term, c)
         rows = rows * (factor.unsqueeze(c) if isinstance(factor, torch.fx.Proxy) and _has_rows(factor) else factor)
         total = rows if total is None else total + rows
     return total + m.sum(0) * mixed.constant if mixed.constant else total

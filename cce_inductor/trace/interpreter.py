@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from ..graph import memory, nodes
-from ..graph.fakes import example, fake, is_tensor
+from ..graph.builder import Builder
+from ..graph.fakes import example, fake, is_symbolic, is_tensor
 from ..graph.nodes import Op
 from ..graph.refusal import Refusal, Refused
 from ..graph.regions import descendants
@@ -26,6 +28,7 @@ from .affine import Listed
 from .at_target import is_pointwise
 from .heads import subclassed
 from .one_hot import marks_target, mixture, one_hot_target
+from .operands import exact_dtype, symbolic
 from .reasons import MARGIN, dense
 from .reduction import Loss, Reduction
 from .trace import Trace, refused_together
@@ -48,6 +51,7 @@ class Interpreter(Walk):
         self.order = (
             self._part,
             self._metadata,
+            self._number,
             self._margin,
             self._of_a_square,
             self._several,
@@ -169,6 +173,7 @@ class Interpreter(Walk):
             return n
         value = entry.values[0]
         plain = value.picked is None and not value.terms and not value.affine.of_rows and not self.is_edited(n)
+        plain = plain and all(other in self.given for other in value.extra)
         if isinstance(value.head, SeveralHeads) and value.head.stacked_at is not None:
             reason = "the logits of several heads leave the graph in one tensor"
             escapes.append(Refusal(n, reason, "return the logits of each head"))
@@ -216,6 +221,27 @@ class Interpreter(Walk):
         if entry.values[0].members:
             raise Refused("the shape of several heads' logits in one tensor is read", "read that of each of them")
         entry.trace.metadata.append((node, touched[0], entry.values[0]))
+        return True
+
+    def _number(self, node: Node, op: Op, touched: list[Node]) -> bool:
+        """A factor that is a float of the graph: a tensor of one element instead."""
+        factor = op.args.get("other") if op.args.get("input") is touched[0] else op.args.get("input")
+        entry = self.values.get(touched[0])
+        if entry is None or op.name not in ("mul", "div") or op.inplace or not is_symbolic(factor):
+            return False
+        value = entry.values[0]
+
+        def record(builder: Builder) -> Any:
+            z: Any = builder.proxy(touched[0])
+            number = symbolic(builder, factor).to(exact_dtype(value))
+            a, b = (z, number) if op.args["input"] is touched[0] else (number, z)
+            if op.name == "mul":
+                return a * b
+            return builder.call(torch.div, a, b, rounding_mode=op.args["rounding_mode"])
+
+        made = self.values.get(self.decompose(node, entry.trace, record))
+        if made is not None:
+            self.put(node, made.trace, [v.at(node) for v in made.values])
         return True
 
     def _margin(self, node: Node, op: Op, touched: list[Node]) -> bool:
@@ -327,7 +353,7 @@ class Interpreter(Walk):
 
 
 # Ops that logits with a margin at the target are made with.
-_MARKS = ("one_hot", "scatter", "scatter_add", "setitem", "eq", "ne")
+_MARKS = ("one_hot", "scatter", "scatter_add", "setitem", "eq", "ne", "eye", "fill_diagonal")
 _ATTRIBUTES = ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout")
 
 

@@ -10,32 +10,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.fx import Node
 
 from ..graph import nodes
 from ..graph.builder import Builder, Proxy
-from ..graph.fakes import fake, is_number, is_tensor
+from ..graph.fakes import example, fake, is_number, is_tensor
 from ..graph.memory import storages, written, written_after
 from ..graph.nodes import Op
 from ..graph.refusal import Refused
 from ..graph.spellings import Fact
-from ..ops.losses import cross_entropy
+from ..ops.losses import cross_entropy, normalizer
 from . import rules
 from .at_target import OUT_OF_PLACE, Expression, is_pointwise, own_entry
 from .decompose import in_dtype_of, widened
 from .indexing import positions
+from .marks import mark
 from .operands import vocab
 from .reasons import MARGIN
 from .reduction import Loss, Reduction
 from .reductions import is_arange
 from .shapes import is_row_vector, same_rows, same_shape
-from .targets import base
-from .values import Args, Edit, Value
+from .targets import base, diagonal, same_classes
+from .values import Args, Diagonal, Edit, Value
 from .walk import Entry, Walk
 
 # ---- where they begin
@@ -81,7 +81,9 @@ def _edited(
 
     index, at_target = builder.run(column)
     entry.trace.entries.update(walk.visit_added(before, node))
-    edit = Edit(base(classes), index, at_target, node, len(value.rows), value.order)
+    target = base(classes) if isinstance(classes, Node) else classes
+    logits = node if is_tensor(node) else op.args["input"]  # setitem gives nothing
+    edit = Edit(target, index, at_target, logits, len(value.rows), value.order, partial)
     walk.put_or_edit(node, op, entry, [replace(value, node=node, edit=edit)])
     return True
 
@@ -89,16 +91,20 @@ def _edited(
 def _plain(value: Value, classes: Any) -> None:
     """Refused for what is no logits with the classes last, or for classes that are not one for each row."""
     last = value.class_dim == value.fake.dim() - 1
-    if value.kind != "logits" or value.picked is not None or value.edit is not None or value.members or not last:
+    if not value.whole or value.members or not last:
         raise Refused(*MARGIN)
+    if isinstance(classes, Diagonal):
+        return
     if not is_tensor(classes) or fake(classes).dtype != torch.int64 or written_after(classes):
         raise Refused(*MARGIN)
     if not is_row_vector(classes, value) and not same_rows(classes, value):
         raise Refused(*MARGIN)
 
 
-def _column(builder: Builder, classes: Node, value: Value) -> Proxy:
+def _column(builder: Builder, classes: Node | Diagonal, value: Value) -> Proxy:
     """The classes, 1 wide where those of the logits are."""
+    if isinstance(classes, Diagonal):
+        return diagonal(builder, value)
     p = builder.proxy(classes)
     return p if fake(classes).dim() == value.fake.dim() else p.unsqueeze(value.class_dim)
 
@@ -112,8 +118,6 @@ def _scattered(walk: Walk, node: Node, op: Op, entry: Entry) -> bool:
         is_number(number) or (is_tensor(number) and is_row_vector(number, value))
     ):
         raise Refused(*MARGIN)
-    if op.name == "scatter" and number == -math.inf and not op.inplace:
-        return _left_out(walk, node, entry, args["index"])
 
     def record(builder: Builder, index: Proxy, value: Value) -> Any:
         given = builder.proxy(number) if is_tensor(number) else number
@@ -128,8 +132,13 @@ def _along_classes(value: Value, dim: Any) -> None:
 
 
 def _set(walk: Walk, node: Node, op: Op, entry: Entry) -> bool:
-    """logits[arange(N), target] = a number, or one for each row."""
+    """logits[arange(N), target] or logits[mask] = a number; or, by an index, one for each row."""
     value, given = entry.values[0], op.args["value"]
+    found = mark(op.args["index"], value)
+    if found is not None and fake(op.args["index"]).dtype == torch.bool:
+        if (found.elsewhere, found.at_target) != (False, True) or not is_number(given):
+            raise Refused(*MARGIN)
+        return _edited(walk, node, op, entry, found.target, lambda *_: given, found.partial)
     index = positions(value, op.args["index"])
     classes = next((i for dim, i in index if dim == value.class_dim), None)
     rows = [(dim, i) for dim, i in index if dim != value.class_dim]
@@ -144,7 +153,16 @@ def _set(walk: Walk, node: Node, op: Op, entry: Entry) -> bool:
     return _edited(walk, node, op, entry, classes, record)
 
 
+def _filled(walk: Walk, node: Node, op: Op, entry: Entry) -> bool:
+    """logits.fill_diagonal_(a number)"""
+    value, number = entry.values[0], op.args["fill_value"]
+    if not value.has_diagonal or not is_number(number):
+        raise Refused(*MARGIN)
+    return _edited(walk, node, op, entry, Diagonal(), lambda *_: number)
+
+
 _WRITES: dict[str, Callable[[Walk, Node, Op, Entry], bool]] = {
+    "fill_diagonal": _filled,
     "scatter": _scattered,
     "scatter_add": _scattered,
     "setitem": _set,
@@ -188,14 +206,17 @@ def follows(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
             raise Refused(*MARGIN)
         return False
     value = entry.values[0]
+    if op.name == "diagonal" and value.without is None:
+        return False  # one entry of each row, by another rule
     if len(touched) > 1:
         raise Refused(*MARGIN)
     if value.without is not None:
         return _summed(walk, node, op, entry)
     edit = value.edit
     assert edit is not None
-    if op.name == "scatter" and op.args["value"] == -math.inf and not op.inplace:
-        return base(op.args["index"]) is edit.target and _left_out(walk, node, entry, op.args["index"])
+    if node not in walk.given and op.name == "scatter":
+        walk.put(node, entry.trace, [replace(value, node=node, edit=None, without=op.args["index"])])
+        return True
     plain = replace(value, edit=None)
     if edit.classes is None and _takes_the_rest(op, value):
         walk.put(node, entry.trace, [plain.at(node)])
@@ -226,7 +247,7 @@ def _put_in_front(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
     first, second = tensors
     value, dim = entry.values[0], op.args["dim"]
     last = value.class_dim == value.fake.dim() - 1
-    plain = value.kind == "logits" and value.picked is None and value.edit is None and not value.members
+    plain = value.whole and not value.members
     if second is not touched[0] or not plain or not last or not is_tensor(first) or not is_row_vector(first, value):
         return False
     if dim % value.fake.dim() != value.class_dim or fake(first).dtype != value.fake.dtype or written_after(first):
@@ -272,62 +293,106 @@ def _beside(builder: Builder, x: Any, value: Value, edit: Edit) -> Any:
     raise Refused(*MARGIN)
 
 
-def _left_out(walk: Walk, node: Node, entry: Entry, classes: Node) -> bool:
-    """The logits of all classes but one of each row."""
-    (value,) = entry.values[:1]
-    if value.edit is None:
-        _plain(value, classes)
-    walk.put(node, entry.trace, [replace(value, node=node, edit=None, without=classes)])
-    return True
-
-
 def _summed(walk: Walk, node: Node, op: Op, entry: Entry) -> bool:
-    """What may be done to logits that a class is left out of: something is added to the rows, and they are summed."""
+    """What reads logits without the class of each row that was edited: nodes that were added (`_others`)."""
     (value,) = entry.values
     without = value.without
-    made = rules.apply(op, replace(value, without=None), node) if not op.inplace else None
-    if isinstance(made, Value) and made.kind == "logits" and made.affine == value.affine and made.rows == value.rows:
+    made = rules.apply(op, replace(value, without=None), node)
+    if isinstance(made, Value):
         walk.put(node, entry.trace, [replace(made, without=without)])
         return True
-    masked = any(mask.fill != -math.inf for mask in value.masks)
-    if not isinstance(made, Reduction) or op.name != "logsumexp" or masked:
-        raise Refused("the logits of all classes but one are used otherwise than in a log-sum-exp", "use them all")
-    statistics = ("lse_rest", "lse_rest_low", "target_logit")
-    reduction = replace(made, statistics=statistics, given=without, flat=lambda s: s.lse_rest)
-    entry.trace.reductions.append(reduction)
+    assert isinstance(made, Reduction)
+    if made.given is None:
+        if any(mask.fill != -math.inf for mask in value.masks):
+            raise Refused("logits with a margin are masked with a finite number", "mask them with -inf")
+        names, flat = _WITHOUT[op.name]
+        made = replace(made, statistics=names, given=without, flat=flat)
+    else:
+        # Of the other classes, the target's entry is one: what is read of it must be what was summed, bit by bit. By
+        # itself it would be a product of two rows, which rounds otherwise; so all classes are asked for something.
+        made = replace(made, statistics=("target_logit", "argmax"))
+    entry.trace.reductions.append(made)
     return True
+
+
+# The statistics that a sum over all classes but one needs, and the sum.
+_WITHOUT: dict[str, tuple[tuple[str, ...], Callable[[Any], Any]]] = {
+    "logsumexp": (("lse_rest", "lse_rest_low", "target_logit"), lambda s: s.lse_rest),
+    "sum": (("target_logit", "logit_sum"), lambda s: s.logit_sum - s.target_logit),
+}
 
 
 # ---- where they end
 
 
-def _nll(builder: Builder, walk: Walk, value: Value, edit: Edit) -> Proxy:
-    """The cross-entropy of each row, in the shape of `value`, 1 wide where the classes are."""
-    of = walk.values[edit.logits].values[0]
-    z, e = widened(builder.proxy(edit.logits)), _mapped(builder, edit.entry, of, edit.start)
+def _others(builder: Builder, value: Value, edit: Edit) -> Any:
+    """The logits without those entries. value: of `edit.logits`."""
+    z = widened(builder.proxy(edit.logits))
     if edit.classes is None:
-        rest: Any = z[..., 1:] - e
-    else:
+        return z[..., 1:]
+    return builder.call(torch.scatter, z, value.class_dim, _mapped(builder, edit.classes, value, edit.start), -math.inf)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What a loss reads of such logits, recorded, 1 wide where the classes are.
+
+    own: the entry of the row's target, or 0 where that is -inf. lse: the log-sum-exp less `own`. entry: that of the
+    target less `own`: 0, or -inf. total: the sum of all entries, less `own` as often. `own` is subtracted from every
+    term: where the target holds nearly all mass, the loss has all its digits.
+    """
+
+    own: Any
+    lse: Any
+    entry: Any
+    total: Callable[[], Any]
+
+
+def _sums(builder: Builder, walk: Walk, value: Value, edit: Edit, target: Any) -> _Sums:
+    """target: the classes that are read, recorded, 1 wide; None: those of the edit."""
+    of = walk.values[edit.logits].values[0]
+    c = of.class_dim
+    others, e = _others(builder, of, edit), widened(_mapped(builder, edit.entry, of, edit.start))
+    own = e
+    if target is not None:
         index = _mapped(builder, edit.classes, of, edit.start)
-        rest = builder.call(torch.scatter, z, of.class_dim, index, -math.inf) - e
-    nll: Any = builder.call(F.softplus, rest.logsumexp(of.class_dim, True))
-    for _, row_map in value.rows[len(of.rows) :]:
-        nll = row_map(nll, 1)
-    return nll
+        own = builder.call(torch.where, target.eq(index), e, others.gather(c, target))
+    gone = own.eq(-math.inf)
+    own = builder.call(torch.where, gone, 0.0, own)
+    lse = builder.call(torch.logaddexp, (others - own).logsumexp(c, True), e - own)
+    entry = builder.call(torch.where, gone, -math.inf, 0.0).to(example(lse.node).dtype)
+
+    def in_rows(p: Any) -> Any:
+        for _, row_map in value.rows[len(of.rows) :]:
+            p = row_map(p, 1)
+        return p
+
+    def total() -> Any:
+        classes = vocab(builder, value) + (edit.classes is None and not isinstance(value.vocab, int))
+        return in_rows((others.sum(c, True) + e) - own * classes)
+
+    return _Sums(in_rows(own), in_rows(lse), in_rows(entry), total)
 
 
-def _mapped(builder: Builder, n: Node, value: Value, start: int) -> Any:
+def _mapped(builder: Builder, n: Node | None, value: Value, start: int) -> Any:
     """A tensor with one number for each row that the logits had at row map `start`, for those of `value`."""
+    assert n is not None
     p = builder.proxy(n)
     for _, row_map in value.rows[start:]:
         p = row_map(p, 1)
     return p
 
 
-def _check(value: Value, target: Node | None, edit: Edit) -> None:
-    same = target is edit.target if edit.target is not None else target is not None and _is_zero(target)
-    if not same or value.order is not edit.order:
-        raise Refused("logits with a margin at one target are read at another", "use the same class indices in both")
+def _another(walk: Walk, value: Value, target: Node | None, edit: Edit) -> bool:
+    """Whether logits are read at other classes than those of the edit, as far as one can see."""
+    if value.order is edit.order and target is not None:
+        if edit.target is None and _is_zero(target):
+            return False
+        if edit.target is not None and same_classes(target, edit.target):
+            return False
+        if edit.target is not None and not edit.partial and value.rows == walk.values[edit.logits].values[0].rows:
+            return True
+    raise Refused("logits with a margin at one target are read at another", "use the same class indices in both")
 
 
 def _is_zero(node: Node) -> bool:
@@ -338,37 +403,47 @@ def _is_zero(node: Node) -> bool:
         op = nodes.read(node)
     if op is None or not op.has(Fact.CONSTANT) or written(node.graph.nodes, storages(node)):
         return False
-    return op.name == "zeros" or op.args["fill_value"] == 0
+    return op.args["fill_value"] == 0
 
 
 def _loss(builder: Builder, walk: Walk, value: Value, node: Node, args: Args) -> Proxy:
     """A loss over classes."""
     made = rules.apply(nodes.read(node), replace(value, edit=None), node)  # type: ignore[arg-type]
-    edit = value.edit
+    edit, c = value.edit, value.class_dim
     assert isinstance(made, Loss) and edit is not None
-    _check(value, made.target, edit)
-    if made.arguments.label_smoothing or not made.ignores:
-        raise Refused("label smoothing over logits with a margin", "smooth the loss yourself")
-    rows = _nll(builder, walk, value, edit).squeeze(value.class_dim)
+    if not made.ignores:
+        raise Refused("class probabilities for logits with a margin", "use class indices")
+    if made.column_weight is not None:
+        raise Refused("label smoothing with class weights over logits with a margin", "smooth the loss yourself")
+    another = _another(walk, value, made.target, edit)
     target = builder.proxy(args["target"])
-    weight = None if made.weight is None else builder.proxy(made.weight)
-    stats = {"lse": rows, "target_logit": 0.0, "lse_low": 0.0}
     row_mask = target.ne(made.arguments.ignore_index)
+    at = builder.call(torch.where, row_mask, target, 0).unsqueeze(c) if another else None
+    sums = _sums(builder, walk, value, edit, at)
+    weight = None if made.weight is None else builder.proxy(made.weight)
+    stats = {"lse": sums.lse.squeeze(c), "target_logit": sums.entry.squeeze(c), "lse_low": 0.0}
+    if made.arguments.label_smoothing:
+        stats["logit_sum"] = sums.total().squeeze(c)
     return in_dtype_of(cross_entropy(stats, target, row_mask, weight, vocab(builder, value), made.arguments), node)
 
 
 def _read(builder: Builder, walk: Walk, value: Value, made: Reduction) -> Proxy:
     """The entry of the target, its log-probability, or the log-sum-exp."""
-    edit = value.edit
+    edit, c = value.edit, value.class_dim
     assert edit is not None
-    c = value.class_dim
-    if made.given is not None:
-        _check(value, made.target, edit)
-    if made.given is not None and value.kind == "log_softmax" and value.factor == 1.0:
-        return in_dtype_of(made.shape(-_nll(builder, walk, value, edit).squeeze(c)), made.node)  # type: ignore[operator]
-    if value.kind != "logits" or (made.given is None and made.statistics != ("lse", "lse_low")):
+    logarithm = value.kind == "log_softmax" and value.factor == 1.0
+    if not (value.kind == "logits" or logarithm) or (edit.partial and (made.given is None or made.wraps)):
         raise Refused(*MARGIN)
-    e = _mapped(builder, edit.entry, value, edit.start)
-    if made.given is None:
-        e = e + _nll(builder, walk, value, edit)
-    return in_dtype_of(made.shape(e.squeeze(c)), made.node)
+    if made.given is not None:
+        at = _column(builder, made.given, value) if _another(walk, value, made.target, edit) else None
+        if at is not None and made.wraps:
+            at = builder.call(torch.where, at < 0, at + vocab(builder, value), at)
+        sums = _sums(builder, walk, value, edit, at)
+        result = sums.entry - normalizer(sums.lse) if logarithm else sums.entry + sums.own
+    elif value.kind == "logits" and made.statistics == ("lse", "lse_low"):
+        of = walk.values[edit.logits].values[0]
+        e = widened(_mapped(builder, edit.entry, of, edit.start))
+        result = builder.call(torch.logaddexp, _others(builder, of, edit).logsumexp(c, True), e)
+    else:
+        raise Refused(*MARGIN)
+    return in_dtype_of(made.shape(result.squeeze(c)), made.node)

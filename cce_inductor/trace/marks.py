@@ -11,12 +11,12 @@ from torch.fx import Node
 
 from ..graph import nodes
 from ..graph.builder import Builder
-from ..graph.fakes import fake, is_number, is_tensor, same
+from ..graph.fakes import fake, is_number, is_tensor
 from ..graph.memory import written_after
-from .indexing import full
-from .one_hot import mixture
+from .one_hot import coefficient, mixture
 from .shapes import is_row_vector, is_vocabulary_vector
-from .values import Mixture, Value
+from .targets import counts
+from .values import Diagonal, Mixture, Value
 
 
 @dataclass(frozen=True)
@@ -26,21 +26,17 @@ class Mark:
     partial: whether rows may have no target, such as those that the loss ignores: a comparison finds none.
     """
 
-    target: Node
+    target: Node | Diagonal
     elsewhere: float | bool
     at_target: Mixture | bool
     partial: bool = False
 
-    def there(self, builder: Builder, value: Value) -> Any:
+    def there(self, builder: Builder) -> Any:
         """A bool, a number, or a recorded tensor with one number for each row, 1 wide where the classes are."""
         if isinstance(self.at_target, bool):
             return self.at_target
-        ((factor, weights, _),) = self.at_target.terms
-        made: Any = factor
-        for weight in weights:
-            p = builder.proxy(weight.node)
-            p = p.reshape(()) if fake(weight.node).numel() == 1 else p
-            made = made / p if weight.divides else made * p
+        (term,) = self.at_target.terms
+        made = coefficient(builder, term)
         return made + self.at_target.constant if self.at_target.constant else made
 
 
@@ -71,7 +67,7 @@ def _mask(node: Any, value: Value) -> Mark | None:
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     source = node.args[0]
     if name.strip("_") in ("invert", "bitwise_not", "logical_not"):
-        found = _mask(source, value)
+        found = mark(source, value) if is_tensor(source) and fake(source).dtype == torch.bool else None
         return found and replace(found, elsewhere=not found.elsewhere, at_target=not found.at_target)
     op = nodes.read(node)
     if name in ("bool", "to", "type"):
@@ -84,11 +80,14 @@ def _mask(node: Any, value: Value) -> Mark | None:
     for classes, target in ((source, other), (other, source)):
         if (
             op.name in ("eq", "ne")
-            and _are_classes(classes, value)
+            and is_tensor(classes)
+            and is_vocabulary_vector(fake(classes), value.fake, value.class_dim)
+            and counts(classes)
             and is_tensor(target)
             and is_row_vector(target, value)
         ):
-            return Mark(target, op.name == "ne", op.name == "eq", partial=True)
+            every = value.has_diagonal and counts(target)
+            return Mark(target, op.name == "ne", op.name == "eq", partial=not every)
     return None
 
 
@@ -98,20 +97,3 @@ def _truth(source: Any, value: Value, of: Any) -> Mark | None:
         return None
     factor, _, target = mixed.terms[0]
     return Mark(target, bool(of(mixed.constant)), bool(of(mixed.constant + factor)))
-
-
-def _are_classes(node: Any, value: Value) -> bool:
-    """Whether a tensor holds 0, 1, 2, ... along the classes."""
-    if not is_tensor(node) or not is_vocabulary_vector(fake(node), value.fake, value.class_dim):
-        return False
-    while (op := nodes.read(node)) is not None and op.name in ("view", "reshape", "unsqueeze", "getitem"):
-        index = op.args.get("index")
-        if op.name == "getitem" and not all(
-            i is None or full(i) for i in (index if isinstance(index, tuple) else (index,))
-        ):
-            return False
-        node = op.args["input"]
-    if node.target is not torch.arange or not set(node.kwargs) <= {"device", "dtype"} or len(node.args) > 2:
-        return False
-    from_zero = len(node.args) < 2 or node.args[0] == 0
-    return from_zero and fake(node).dtype == torch.int64 and bool(same(fake(node).numel(), value.vocab))

@@ -10,6 +10,8 @@ from torch.fx import Node
 from ..graph.fakes import fake, is_number, is_tensor
 from ..graph.refusal import Refused
 from .indexing import full, positions
+from .one_hot import compares_labels
+from .reasons import LABELS
 from .shapes import is_vocabulary_vector
 from .values import Args, Mask, Value
 
@@ -44,6 +46,8 @@ def masked_fill(value: Value, node: Node, args: Args) -> Value:
 
 def fill(value: Value, node: Node, mask: Node, fill: Any) -> Value:
     number = _number_in(fill)
+    if compares_labels(mask, value):
+        raise Refused(*LABELS)
     if not is_vocabulary_vector(fake(mask), value.fake, value.class_dim):
         raise Refused(
             f"a mask of shape {tuple(fake(mask).shape)} for logits of shape {tuple(value.fake.shape)} is not one for "
@@ -66,6 +70,8 @@ def where(value: Value, node: Node, args: Args) -> Value:
 
 def setitem(value: Value, node: Node, args: Args) -> Value:
     """logits[..., start:stop] = number."""
+    if compares_labels(args["index"], value):
+        raise Refused(*LABELS)
     entries = positions(value, args["index"])
     own = [i for dim, i in entries if dim == value.class_dim]
     number = _number_in(args["value"])

@@ -10,12 +10,15 @@ import torch
 from torch.fx import Node
 
 from ..graph import memory, nodes
-from ..graph.fakes import fake, is_number, is_tensor, same
+from ..graph.builder import Builder
+from ..graph.fakes import fake, is_number, is_symbolic, is_tensor, same
 from ..graph.memory import written_after
 from ..graph.spellings import Fact
 from .affine import Factor
-from .shapes import is_row_vector, same_rows, same_shape
-from .values import Mixture, Value
+from .operands import symbolic
+from .shapes import is_row_vector, is_vocabulary_vector, same_rows, same_shape
+from .targets import counts
+from .values import Diagonal, Mixture, OneHot, Value
 
 
 def one_hot_target(node: Node, value: Value) -> Node | None:
@@ -51,7 +54,8 @@ def marks_target(node: Any, value: Value) -> bool:
         name = getattr(node.target, "__name__", str(node.target)).strip("_")
         return name in _OF_MASKS and any(marks_target(n, value) for n in read)
     if op.name in ("eq", "ne") and len(read) == 2:
-        return any(is_row_vector(n, value) for n in read) and any(_counts(n) for n in read)
+        classes = [n for n in read if is_vocabulary_vector(fake(n), value.fake, value.class_dim) and counts(n)]
+        return bool(classes) and any(is_row_vector(n, value) for n in read)
     if op.name == "one_hot":
         return same(fake(node).shape[-1], value.vocab)
     if op.has(Fact.CONSTANT):
@@ -64,6 +68,25 @@ def marks_target(node: Any, value: Value) -> bool:
     if not op.has(Fact.ENTRYWISE | Fact.IN_ORDER):
         return _scatters_one(op, value) and _is_constant(op.args["input"])
     return any(marks_target(op.args.get(name), value) for name in ("input", "other", "condition"))
+
+
+def compares_labels(node: Any, value: Value) -> bool:
+    """Whether a tensor of the logits' shape is made from a comparison of one label of each row with one of each class.
+
+    For the words of a reason only.
+    """
+    seen, stack = set(), [node]
+    while stack:
+        made = stack.pop()
+        if not is_tensor(made) or made in seen or not same_shape(made, value):
+            continue
+        seen.add(made)
+        op, read = nodes.read(made), [n for n in made.all_input_nodes if is_tensor(n)]
+        labels = [n for n in read if is_vocabulary_vector(fake(n), value.fake, value.class_dim) and not counts(n)]
+        if op is not None and op.name in ("eq", "ne") and labels and any(is_row_vector(n, value) for n in read):
+            return True
+        stack += read
+    return False
 
 
 # Operations on masks, which logits have no use for.
@@ -81,13 +104,6 @@ def _is_constant(node: Any) -> bool:
     return op is not None and op.has(Fact.CONSTANT)
 
 
-def _counts(node: Node) -> bool:
-    """Whether a tensor holds the numbers of the classes."""
-    while (op := nodes.read(node)) is not None and (op.has(Fact.VIEW) or op.name == "cast"):
-        node = op.args["input"]
-    return node.op == "call_function" and node.target is torch.arange
-
-
 def mixture(node: Any, value: Value) -> Mixture | None:
     """What a tensor is a mixture of, or None: with the logits' shape, and the classes last as in `value`."""
     if not is_tensor(node) or not same_shape(node, value) or value.class_dim != value.fake.dim() - 1:
@@ -98,7 +114,28 @@ def mixture(node: Any, value: Value) -> Mixture | None:
     return found
 
 
-def _as_many(target: Node, value: Value) -> bool:
+def coefficient(builder: Builder, term: OneHot, class_dim: int | None = None) -> Any:
+    """What a one-hot tensor of a mixture is multiplied by: a number, or a recorded tensor with one for each row.
+
+    class_dim: where that is 1 wide, to be taken out; None: it stays.
+    """
+    factor, weights, _ = term
+    result: Any = factor
+    for weight in weights:
+        p: Any = builder.proxy(weight.node)
+        if is_symbolic(weight.node):
+            p = symbolic(builder, weight.node)
+        elif fake(weight.node).numel() == 1:
+            p = p.reshape(())
+        elif class_dim is not None:
+            p = p.squeeze(class_dim)
+        result = result / p if weight.divides else result * p
+    return result
+
+
+def _as_many(target: Node | Diagonal, value: Value) -> bool:
+    if isinstance(target, Diagonal):
+        return True  # `_on_diagonal` has seen to it
     rows: Any = 1
     for size in value.lead_shape:
         rows = rows * size
@@ -111,10 +148,12 @@ def _mixed(node: Any, value: Value) -> Mixture | None:
     op = nodes.read(node) if is_tensor(node) else None
     if op is not None and op.name == "one_hot" and same(fake(node).shape[-1], value.vocab) and not written_after(node):
         return Mixture(((1.0, (), op.args["input"]),), 0.0)
+    if op is not None and op.name == "eye":
+        return _on_diagonal(node, value, 1.0, 0.0)
     if op is not None and op.has(Fact.CONSTANT):
-        return _scattered_into(node, value)
+        return _edited_once(node, value)
     rule = _MIXED.get(op.name) if op is not None else None
-    if op is None or rule is None or (op.inplace and op.name != "scatter") or written_after(node):
+    if op is None or rule is None or (op.inplace and op.name not in _WRITES) or written_after(node):
         return None
     made = fake(node).dtype
     if op.name == "cast" and not made.is_floating_point and _is_floating(op.args["input"]):
@@ -130,7 +169,8 @@ def _is_floating(node: Any) -> bool:
 
 def _same(args: dict[str, Any], value: Value) -> Mixture | None:
     source = args["input"]
-    return None if is_tensor(source) and fake(source).dtype == torch.bool else _mixed(source, value)
+    op = nodes.read(source) if is_tensor(source) and fake(source).dtype == torch.bool else None
+    return None if op is not None and op.name != "eye" else _mixed(source, value)
 
 
 def _viewed(args: dict[str, Any], value: Value) -> Mixture | None:
@@ -169,7 +209,7 @@ def _scaled(args: dict[str, Any], value: Value, divides: bool = False) -> Mixtur
     if is_number(b):
         return found.times(1.0 / b if divides else b) if b or not divides else None
     fits = is_tensor(b) and fake(b).is_floating_point() and (fake(b).numel() == 1 or is_row_vector(b, value))
-    if not fits or found.constant:
+    if not (fits or is_symbolic(b)) or found.constant:
         return None
     return Mixture(tuple((f, (*w, Factor(b, divides)), t) for f, w, t in found.terms), 0.0)
 
@@ -178,16 +218,26 @@ def _quotient(args: dict[str, Any], value: Value) -> Mixture | None:
     return _scaled(args, value, divides=True) if args["rounding_mode"] is None else None
 
 
-def _scattered_into(node: Node, value: Value) -> Mixture | None:
-    """A constant into which a number is written once, in place, before anything else reads it."""
+def _on_diagonal(node: Node, value: Value, number: float, elsewhere: float) -> Mixture | None:
+    """A matrix of the logits' shape with one number on its diagonal and another one elsewhere."""
+    if not same_shape(node, value) or not value.has_diagonal or written_after(node):
+        return None
+    return Mixture(((number - elsewhere, (), Diagonal()),), elsewhere)
+
+
+def _edited_once(node: Node, value: Value) -> Mixture | None:
+    """A constant, or one into which a number is written once, in place, before anything else reads it."""
     edits = [user for user in node.users if node in memory.mutated(user)]
+    if not edits and not memory.written(node.graph.nodes, memory.storages(node)):
+        number = _constant(node, shared=True)
+        return None if number is None else Mixture((), number)
     op = nodes.read(edits[0]) if len(edits) == 1 else None
-    if op is None or op.name != "scatter" or memory.written_twice(node):
+    if op is None or op.name not in _WRITES or memory.written_twice(node):
         return None
     before = itertools.takewhile(lambda n: n is not edits[0], node.graph.nodes)
     if any(n in node.users for n in before):
         return None
-    return _scattered(op.args, value, edited=True)
+    return _WRITES[op.name](op.args, value, edited=True)
 
 
 def _scattered(args: dict[str, Any], value: Value, edited: bool = False) -> Mixture | None:
@@ -202,6 +252,15 @@ def _scattered(args: dict[str, Any], value: Value, edited: bool = False) -> Mixt
     return Mixture(((number - constant, (), index),), constant)
 
 
+def _filled(args: dict[str, Any], value: Value, edited: bool = False) -> Mixture | None:
+    """A number put on the diagonal of a constant. `edited`: as of `_scattered`."""
+    base, number = args["input"], args["fill_value"]
+    constant = _constant(base, edited)
+    if constant is None or not isinstance(number, (bool, int, float)) or not same_shape(base, value):
+        return None
+    return Mixture(((number - constant, (), Diagonal()),), constant) if value.has_diagonal else None
+
+
 def _constant(node: Any, shared: bool = False) -> float | None:
     """The number that a tensor is full of, made for what reads it only: an edit in place shows nowhere else.
 
@@ -210,10 +269,12 @@ def _constant(node: Any, shared: bool = False) -> float | None:
     op = nodes.read(node) if is_tensor(node) and (shared or len(node.users) == 1) else None
     if op is None or not op.has(Fact.CONSTANT):
         return None
-    number = op.args.get("fill_value", 0.0)
+    number = op.args["fill_value"]
     return float(number) if isinstance(number, (bool, int, float)) else None
 
 
+# What writes a number into a constant.
+_WRITES: dict[str, Callable[..., Mixture | None]] = {"scatter": _scattered, "fill_diagonal": _filled}
 _MIXED: dict[str, Callable[[dict[str, Any], Value], Mixture | None]] = {
     "cast": _same,
     "copy": _same,
@@ -226,5 +287,5 @@ _MIXED: dict[str, Callable[[dict[str, Any], Value], Mixture | None]] = {
     "sub": _difference,
     "mul": _scaled,
     "div": _quotient,
-    "scatter": _scattered,
+    **_WRITES,
 }

@@ -178,6 +178,14 @@ def exact_dtype(value: Value) -> torch.dtype:
     return torch.float64 if value.head.dtype == torch.float64 else torch.float32
 
 
+def symbolic(builder: Builder, node: Node) -> Proxy:
+    """A float of the graph as a tensor without dimensions, in fp64."""
+    source = node.args[0] if node.target == "item" else None
+    if isinstance(source, Node):  # Dynamo's own input. Other reads of it make AOTAutograd compile for every number.
+        return builder.proxy(source)
+    return builder.call(torch.full, (), builder.proxy(node), dtype=torch.float64)
+
+
 def number(builder: Builder, node: Node, detach: bool) -> Proxy:
     """A tensor of one element without dimensions: it does not change the dtype of what it is multiplied with."""
     f = builder.proxy(node)

@@ -16,8 +16,8 @@ from ..graph.fakes import differentiates, fake, is_number, is_tensor, same
 from ..graph.refusal import Refused
 from . import rsqrt_softcap
 from .affine import Factor, Scale, Shift
-from .one_hot import marks_target, mixture, one_hot_target
-from .reasons import MARGIN
+from .one_hot import compares_labels, marks_target, mixture, one_hot_target
+from .reasons import LABELS, MARGIN
 from .shapes import broadcasts_to_rows, is_row_vector, is_vocabulary_vector, same_shape
 from .values import SQUARES, Args, Function, Term, Value
 
@@ -72,6 +72,8 @@ def _factors(value: Value, other: Node, divides: bool) -> tuple[str, str]:
 
 
 def _tensor_scale(value: Value, node: Node, other: Node, divides: bool) -> Value:
+    if compares_labels(other, value):
+        raise Refused(*LABELS)
     scale = fake(other)
     one = same(scale.numel(), 1) and all(isinstance(s, int) for s in scale.shape) and scale.dim() <= value.fake.dim()
     of_classes = not one and is_vocabulary_vector(scale, value.fake, value.class_dim)
@@ -194,6 +196,8 @@ def add(value: Value, node: Node, args: Args, sign: float = 1.0) -> Value:
     if value.affine.of_rows:
         raise Refused("a bias is added behind a factor for each row", "add it in front of the factor")
     alike = same(fake(other).numel(), 1) or is_vocabulary_vector(fake(other), value.fake, value.class_dim)
+    if compares_labels(other, value):
+        raise Refused(*LABELS)
     if not alike or expanded:
         raise Refused(
             f"a tensor of shape {tuple(fake(other).shape)} is added to logits of shape {tuple(value.fake.shape)}: it "

@@ -15,6 +15,12 @@ MARGIN = (
 )
 
 
+LABELS = (
+    "classes are masked or weighted where labels are equal: they may be any number of each row",
+    "mask one class of each row, such as the diagonal, or compute the loss from the hidden states",
+)
+
+
 def dense(node: Node, words: str) -> Refused:
     """What reads logits that no rule follows, and what to do instead."""
     what, op = nodes.describe(node), nodes.read(node)

@@ -21,7 +21,7 @@ from .pointwise import not_rounded
 from .reduction import SOFTMAX, Loss, Reduction, as_it_is
 from .shapes import same_rows
 from .softmax import over_classes
-from .targets import base
+from .targets import counts
 from .values import Args, Mixture, Value
 
 # ---- losses over classes
@@ -293,19 +293,7 @@ def is_arange(index: Any, lead: tuple, dim: int) -> bool:
     at = dim - (len(lead) - len(shape))  # dimensions are aligned from the right
     if at < 0 or not all(same(s, lead[dim] if i == at else 1) for i, s in enumerate(shape)):
         return False
-    node: Any = index
-    while True:
-        node = base(node)
-        op = nodes.read(node)
-        if op is not None and op.name == "cast" and fake(node).dtype == torch.int64:
-            node = op.args["input"]
-            continue
-        break
-    if node.op != "call_function" or node.target is not torch.arange:
-        return False
-    given = list(node.args)
-    start, step = (given[0], 1) if len(given) == 2 else (0, 1)
-    return len(given) in (1, 2) and start == 0 and step == 1 and set(node.kwargs) <= {"device", "dtype"}
+    return counts(index)
 
 
 def max_and_class(value: Value, node: Node, args: Args) -> list:

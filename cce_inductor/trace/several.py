@@ -15,7 +15,7 @@ from ..graph.builder import Builder, Proxy
 from ..graph.fakes import example, fake, is_number, same
 from ..graph.nodes import Op
 from ..graph.refusal import Refused
-from . import decompose, layout, merge_heads, pointwise, rsqrt_softcap
+from . import decompose, layout, merge_heads, pointwise, rsqrt_softcap, targets
 from .reasons import product_of_two
 from .trace import Trace
 from .values import SQUARES, Value
@@ -123,6 +123,23 @@ def grouped(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
 
     made = walk.values[walk.decompose(node, entry.trace, record)]
     walk.put(node, made.trace, [v.at(node) for v in made.values])
+    return True
+
+
+def diagonal(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
+    """The entries on the diagonal of (N, M) logits: those of the classes with the rows' numbers."""
+    entry = walk.values.get(touched[0])
+    value = entry.values[0] if entry is not None else None
+    if entry is None or value is None or op.args["offset"] != 0 or not value.has_diagonal:
+        return False
+    if sorted(op.args.get(name, i) % 2 for i, name in enumerate(("dim1", "dim2"))) != [0, 1]:
+        return False
+
+    def record(builder: Builder) -> Proxy:
+        made: Proxy = builder.proxy(touched[0]).gather(value.class_dim, targets.diagonal(builder, value))
+        return made.squeeze(value.class_dim)
+
+    walk.decompose(node, entry.trace, record)
     return True
 
 

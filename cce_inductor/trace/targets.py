@@ -2,13 +2,17 @@
 
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from ..graph import nodes
+from ..graph.builder import Builder
 from ..graph.fakes import fake, is_tensor
-from ..graph.memory import parted
+from ..graph.memory import parted, storages, written
 from ..graph.spellings import Fact
 from .indexing import full
+from .operands import vocab
+from .values import Diagonal, Value
 
 
 def base(target: Node) -> Node:
@@ -44,3 +48,33 @@ def _broadcast(node: Any, part: Node) -> Node | None:
         return None
     source = op.args["tensors"][taken.args["index"]]
     return source if is_tensor(source) and fake(source).shape == fake(part).shape else None
+
+
+def counts(node: Node) -> bool:
+    """Whether a tensor holds 0, 1, 2, ... in the order of its entries: a torch.arange, viewed, and cast to int64."""
+    while True:
+        node = base(node)
+        op = nodes.read(node)
+        if op is None or op.name != "cast" or fake(node).dtype != torch.int64:
+            break
+        node = op.args["input"]
+    if node.op != "call_function" or node.target is not torch.arange or not set(node.kwargs) <= {"device", "dtype"}:
+        return False
+    if written(node.graph.nodes, storages(node)):
+        return False
+    return len(node.args) == 1 or (len(node.args) == 2 and bool(node.args[0] == 0))
+
+
+def same_classes(a: Node | Diagonal, b: Node | Diagonal) -> bool:
+    """Whether class indices are the same, each one for each of the same rows."""
+    if isinstance(a, Node) and isinstance(b, Node) and base(a) is base(b):
+        return True
+    return all(isinstance(classes, Diagonal) or counts(classes) for classes in (a, b))
+
+
+def diagonal(builder: Builder, value: Value) -> Any:
+    """The numbers of the rows of a matrix as class indices, recorded, 1 wide where the classes are."""
+    (rows,) = value.lead_shape
+    # A symbolic number of rows is that of the classes (`Value.has_diagonal`).
+    count = rows if isinstance(rows, int) else vocab(builder, value)
+    return builder.call(torch.arange, count, device=value.fake.device).unsqueeze(value.class_dim)

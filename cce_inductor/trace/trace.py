@@ -61,7 +61,9 @@ class Trace:
         for r in sorted(reductions, key=lambda r: not _SUMS & {*r.statistics}):
             if r.classes is not None and r.statistics:
                 picks.setdefault(r.classes, r)
-        return list(picks.values()) or [next(r for r in reductions if _SUMS & {*r.statistics})]
+        # A class that a log-sum-exp leaves out is none that a loss is about, if there are others.
+        own = [r for r in picks.values() if "lse_rest" not in r.statistics]
+        return own or list(picks.values()) or [next(r for r in reductions if _SUMS & {*r.statistics})]
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..graph.fakes import example, fake
+from ..graph.fakes import example, fake, same
 from ..graph.refusal import Refused
 from .affine import IDENTITY, Affine, Columns, Factor, Range
 
@@ -201,18 +201,20 @@ class Comparison(Function):
 class Edit:
     """Another entry at the target of each row (`margins`), or one of its own in front of the others.
 
-    target: the tensor that the classes are a view of. classes, entry: the class of each row and its entry, nodes, 1
-    wide where the classes are; no target and no classes where it stands in front. logits: the last node of logits.
+    target: the classes, or what they are a view of. classes, entry: the class of each row and its entry, 1 wide
+    where the classes are; no target and no classes where it stands in front. logits: the last node of logits.
     start: how many of `Value.rows` there were where the entry was put in, which `classes` and `entry` are in front of.
-    order: `Value.order` there.
+    order: `Value.order` there. partial: whether rows may have no such class, and some other in `classes`: those that
+    the loss ignores.
     """
 
-    target: Node | None
+    target: Node | Diagonal | None
     classes: Node | None
     entry: Node
     logits: Node
     start: int
     order: Node | None
+    partial: bool = False
 
 
 @dataclass(frozen=True)
@@ -276,6 +278,11 @@ class Value:
         return self.head
 
     @property
+    def whole(self) -> bool:
+        """Whether these are logits, with all entries as they were."""
+        return self.kind == "logits" and self.picked is None and self.edit is None
+
+    @property
     def words(self) -> str:
         """What a person calls it."""
         return WORDS[self.kind]
@@ -293,6 +300,16 @@ class Value:
     def lead_shape(self) -> tuple:
         shape = tuple(self.fake.shape)
         return shape[: self.class_dim] + shape[self.class_dim + 1 :]
+
+    @property
+    def has_diagonal(self) -> bool:
+        """Whether it is a matrix with a class of its own number for every row."""
+        if self.fake.dim() != 2:
+            return False
+        rows, classes = *self.lead_shape, self.vocab
+        if isinstance(rows, int) and isinstance(classes, int):
+            return rows <= classes
+        return bool(same(rows, classes)) and not self.members
 
     @property
     def source(self) -> tuple:
@@ -350,14 +367,23 @@ Args = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Diagonal:
+    """Class indices that no tensor holds: 0, 1, 2, ... for the rows of (N, M) logits, N <= M."""
+
+
+# A one-hot tensor: a number, the tensors that it is multiplied with or divided by (of one element, or one for each
+# row), and the class indices in any shape.
+OneHot = tuple[float, tuple[Factor, ...], Node | Diagonal]
+
+
+@dataclass(frozen=True)
 class Mixture:
     """A tensor of the logits' shape: a constant, and a sum of one-hot tensors.
 
-    terms: for each of them a number, the tensors that it is multiplied with or divided by (of one element, or of one
-    for each row), and the class indices, in any shape. source: the logits that it was multiplied with, if it was.
+    source: the logits that it was multiplied with, if it was.
     """
 
-    terms: tuple[tuple[float, tuple[Factor, ...], Node], ...]
+    terms: tuple[OneHot, ...]
     constant: float
     source: Value | None = None
 

@@ -390,6 +390,7 @@ def alone(
         "view with more dimensions": "view(-1, V)",
         "cross_entropy, classes in dimension one": "view(-1, V)",
     }
+    needs |= dict.fromkeys((n for n in GRAMMAR[part] if n.startswith("the diagonal")), "view(-1, V)")
     in_front = [("between", needs[name])] if name in needs else []
     itself = (part, name)
     steps = {

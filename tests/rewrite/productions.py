@@ -552,6 +552,27 @@ for _name, _lines in MARGINS.items():
     _margin(_name, _lines)
 
 
+# ---- between: the diagonal of a matrix, as of similarities in a batch
+
+DIAGONALS = {
+    "the diagonal masked": ("z = z.masked_fill(torch.eye({n}, {v}, dtype=torch.bool), -math.inf)",),
+    "the diagonal less a margin": ("z = z - 0.3 * torch.eye({n}, {v}).to(z.dtype)",),
+    "the diagonal filled": ("z = z.clone()", "z.fill_diagonal_(-0.5)"),
+    "the diagonal written": ("z = z.clone()", "z[torch.arange({n}), torch.arange({n})] = -math.inf"),
+}
+
+
+def _diagonal(name: str, lines: tuple[str, ...]) -> None:
+    @production("between", name, verdict="may", weight=0.1)
+    def write(d: Draft) -> None:
+        d.need(d.last and d.rank == 2 and d.z.shape[0] <= d.v)
+        d.write(*(line.format(n=d.z.shape[0], v=d.v) for line in lines))
+
+
+for _name, _lines in DIAGONALS.items():
+    _diagonal(_name, _lines)
+
+
 # ---- between: in place
 
 
@@ -729,6 +750,13 @@ _of_flat(
     verdict="barrier",
     weight=0.2,
 )
+
+
+@production("statistic", "the diagonal of log_softmax", verdict="may", weight=0.3)
+def _(d: Draft) -> None:
+    d.need(d.rank == 2 and d.z.shape[1 - d.c] <= d.v)
+    logp = f"z.log_softmax({d.c})"
+    d.result(d.pick(f"-{logp}.diagonal().mean()", f"torch.diag({logp})", f"torch.diagonal({logp}, 0, 1, 0).exp()"))
 
 
 @production("statistic", "cross_entropy, classes in dimension one", weight=4.0)

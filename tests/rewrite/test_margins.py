@@ -47,6 +47,16 @@ def set_at(z, t, entry):
     return z
 
 
+def set_rows(z, i, t):
+    z[i, t] = M
+    return z
+
+
+def negated(i):
+    i.neg_()
+    return i
+
+
 def minus_at(z, t):
     z[rows(t), t] -= M
     return z
@@ -122,6 +132,12 @@ LOSSES = {
     "a sum": lambda z, t: ce(z, t, reduction="sum"),
     "weighted, of every row": lambda z, t: (ce(z, t, weight=torch.linspace(0.5, 2, V), reduction="none") * 0.1).sum(),
     "ignoring a class": lambda z, t: ce(z, t, ignore_index=3),
+    "smoothed": lambda z, t: ce(z, t, label_smoothing=0.1),
+    "smoothed, ignoring a class": lambda z, t: ce(z, t, label_smoothing=0.1, ignore_index=3, reduction="sum"),
+    "at another target": lambda z, t: ce(z, t.flip(0)),
+    "smoothed, at another target": lambda z, t: ce(z, t.flip(0), label_smoothing=0.1, ignore_index=3),
+    "log-probabilities of another target": lambda z, t: -z.log_softmax(-1)[rows(t), -t - 1].mean(),
+    "another entry": lambda z, t: (z.logsumexp(-1) - z.gather(-1, t.flip(0)[:, None])[:, 0]).mean(),
     "nll_loss": lambda z, t: F.nll_loss(z.log_softmax(-1), t),
     "log-probabilities": lambda z, t: -(z.log_softmax(-1).gather(-1, t[:, None]).exp()).mean(),
     "written out": lambda z, t: (z.logsumexp(-1) - z.gather(-1, t[:, None])[:, 0]).square().mean(),
@@ -138,6 +154,28 @@ def test_losses_of_a_margin(name, inputs):
     assert_same_as_eager(
         lambda x, w, t: LOSSES[name](MARGINS["ArcFace"](F.linear(x, w), t).float() * 4, t), inputs, fused=1
     )
+
+
+def without(z, t):
+    return z.masked_fill(one_hot(t).bool(), -math.inf)
+
+
+# The class of each row is left out: decoupled losses, and losses that are infinite where it is the target.
+LEFT_OUT = {
+    "masked": lambda z, t: (without(z, t).logsumexp(-1) - z.gather(-1, t[:, None])[:, 0]).mean(),
+    "scattered": lambda z, t: (z.scatter(1, t[:, None], -math.inf).logsumexp(1) - z[rows(t), t]).mean(),
+    "scattered in place": lambda z, t: z.clone().scatter_(1, t[:, None], -math.inf).logsumexp(1).mean(),
+    "a tensor added": lambda z, t: ce(z + torch.zeros_like(z).scatter(1, t[:, None], -math.inf), t.flip(0)),
+    "the target": lambda z, t: ce(without(z, t), t, reduction="none"),
+    "a target of some rows": lambda z, t: ce(without(z, t), torch.where(t % 2 == 0, t, (t + 1) % V), reduction="none"),
+    "smoothed": lambda z, t: ce(without(z, t), t.flip(0), label_smoothing=0.1),
+    "log-probabilities": lambda z, t: without(z, t).log_softmax(-1)[rows(t), t],
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_a_class_of_each_row_is_left_out(name, inputs):
+    assert_same_as_eager(lambda x, w, t: LEFT_OUT[name](5 * F.linear(x, w), t), inputs, fused=1)
 
 
 def in_front(z, x, w):
@@ -164,6 +202,46 @@ POSITIVES = {
 @pytest.mark.parametrize("name", POSITIVES)
 def test_a_positive_in_front_of_negatives(name, inputs):
     assert_same_as_eager(lambda x, w, t: POSITIVES[name](F.linear(x, w), x, w, t), inputs, fused=1)
+
+
+class Scheduled(torch.nn.Module):
+    """A scale and a margin that change while it trains: with dynamic=True they are inputs of the graph."""
+
+    def __init__(self, margin):
+        super().__init__()
+        self.scale, self.m, self.margin = 4.0, M, margin
+
+    def forward(self, x, w, t):
+        z = self.margin(F.linear(x, w), t, self.m)
+        return ce(z * self.scale, t) + ce(F.linear(x, w) / (self.scale + 1.0), t)
+
+
+SCHEDULED = {
+    "none": lambda z, t, m: z,
+    "by a one-hot tensor": lambda z, t, m: z - m * one_hot(t),
+    "scaled before": lambda z, t, m: (m * z).masked_fill(one_hot(t).bool(), 0.2),
+    "an angle": lambda z, t, m: torch.where(one_hot(t).bool(), torch.cos(torch.acos(z.clamp(-0.9, 0.9)) + m), z),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_a_scale_and_a_margin_that_are_inputs_of_the_graph(name, inputs):
+    module = Scheduled(SCHEDULED[name])
+    compiled = torch.compile(module, backend="cce", dynamic=True, options=FUSE_ALL)
+    counters.clear()
+    for module.scale, module.m in ((4.0, 0.3), (5.0, 0.1)):
+        want, got = module(*inputs), compiled(*inputs)
+        torch.testing.assert_close(got, want)
+        for a, b in zip(*(torch.autograd.grad(loss, inputs[:2]) for loss in (want, got)), strict=True):
+            torch.testing.assert_close(b, a, atol=1e-6, rtol=1e-4)
+    assert counters["cce_inductor"]["declined"] == 0
+    assert counters["cce_inductor"]["fused"] == 2 * counters["stats"]["unique_graphs"]
+
+
+def test_logits_scaled_by_an_input_of_the_graph_are_returned(inputs):
+    module = Scheduled(SCHEDULED["none"])
+    module.forward = lambda x, w, t: (lambda z: (ce(z, t), z))(F.linear(x, w) * module.scale)
+    assert_same_as_eager(module.forward, inputs, fused=0, dynamic=True)
 
 
 def test_one_pass_over_the_vocabulary(inputs):
@@ -230,14 +308,37 @@ UNFUSED = {
         "",
     ),
     "a prior": (lambda z, t: ce(z + every_entry(z), t), "not one bias per class"),
-    "read at another target": (lambda z, t: ce(z - M * one_hot(t), t.flip(0)), "read at another"),
+    "read at another target of some rows": (
+        lambda z, t: ce(torch.where(torch.arange(V) == t[..., None], 0.3, z), t.flip(0)),
+        "read at another",
+    ),
+    "read at another target in another shape": (
+        lambda z, t: F.nll_loss((z - M * one_hot(t)).log_softmax(-1).view(-1, V), t.flip(0).flatten()),
+        "read at another",
+    ),
+    "all classes of some rows": (
+        lambda z, t: torch.where(torch.arange(V) == t[..., None], 0.3, z).logsumexp(-1).mean(),
+        "a margin at the target",
+    ),
+    "rows that are counted, and edited": (
+        lambda z, t: (lambda i: ce(set_rows(z.view(-1, V).clone(), i, t.view(-1)), t))(negated(rows(t.view(-1)))),
+        "some rows",
+    ),
     "rows in another order": (
         lambda z, t: ce((z.flatten(0, -2) - M * one_hot(t.flatten())).flip(0), t),
         "read at another",
     ),
-    "smoothed": (
-        lambda z, t: ce(z - M * one_hot(t), t, label_smoothing=0.1),
-        "label smoothing over logits with a margin",
+    "smoothed, with class weights": (
+        lambda z, t: ce(z - M * one_hot(t), t, label_smoothing=0.1, weight=torch.ones(V)),
+        "label smoothing with class weights",
+    ),
+    "class probabilities": (
+        lambda z, t: F.cross_entropy((z - M * one_hot(t)).view(-1, V), one_hot(t.flatten()).float()),
+        "class probabilities for logits with a margin",
+    ),
+    "masked with a number": (
+        lambda z, t: (z.masked_fill(torch.arange(V) > 30, -1e4) - M * one_hot(t % 30)).logsumexp(-1).mean(),
+        "masked with a finite number",
     ),
     "two margins": (lambda z, t: ce((z - M * one_hot(t)) - M * one_hot(t.flip(0)), t), "a margin at the target"),
     "of two targets": (
@@ -258,7 +359,7 @@ UNFUSED = {
     "a sum of both": (lambda z, t: ce(torch.sin(z) + z * one_hot(t), t), "torch.sin reads"),
     "all but the target, otherwise": (
         lambda z, t: ce(z, t) + z.scatter(-1, t[..., None], -math.inf).softmax(-1)[..., 3].mean(),
-        "otherwise than in a log-sum-exp",
+        "a margin at the target",
     ),
     "rounded behind it": (lambda z, t: ce((z.bfloat16() - M * one_hot(t)).float(), t), ""),
     "an entry of every class": (lambda z, t: ce(z - every_entry(z) * one_hot(t), t), ""),

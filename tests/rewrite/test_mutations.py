@@ -17,6 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from capture import graphs_of
+from test_in_batch import UNFUSED as IN_BATCH
+from test_in_batch import similarities
 from test_margins import UNFUSED
 from test_ranking import REFUSED as RANKINGS
 from test_ranking import rank
@@ -130,6 +132,10 @@ def ce(z, t, **kwargs):
 def linear(f):
     """A program over the logits of a head."""
     return lambda h, w, b, t: f(F.linear(h, w), t)
+
+
+def in_batch(f):
+    return lambda h, w, b, t: f(similarities(h.flatten(0, 1), w[: B * S]), t.flatten() % 4)
 
 
 def without_bias(f):
@@ -460,6 +466,7 @@ UNREACHED = {
 PROGRAMS = {
     **{name: linear(f) for name, (f, _, _) in REFUSED.items()},
     **{f"margin: {name}": linear(f) for name, (f, _) in UNFUSED.items()},
+    **{f"in batch: {name}": in_batch(f) for name, (f, _) in IN_BATCH.items()},
     **{f"unnamed: {name}": linear(f) for name, (f, _, _) in LOSSES.items()},
     **{f"nothing: {name}": without_bias(f) for name, f in NOTHING.items()},
     **HEADS,

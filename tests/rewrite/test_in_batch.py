@@ -1,0 +1,263 @@
+"""In-batch negatives: logits are the similarities of two batches, and the diagonal is masked, edited or read."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from capture import FUSE_ALL, assert_same_as_eager
+from head_oracle import error
+from torch._dynamo.utils import counters
+
+import cce_inductor
+from cce_inductor import config
+
+N, D = 12, 6
+
+
+@pytest.fixture
+def inputs():
+    torch.manual_seed(0)
+    return torch.randn(N, D).requires_grad_(), torch.randn(N, D).requires_grad_(), torch.randint(0, 4, (N,))
+
+
+def similarities(q, k):
+    return F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).T / 0.2
+
+
+def partners(n=N):
+    """The other view of each row: of 2N views, the first N and the others in the same order."""
+    return torch.cat([torch.arange(n // 2, n), torch.arange(n // 2)])
+
+
+def ce(z, **kwargs):
+    return F.cross_entropy(z, partners(), **kwargs)
+
+
+def eye(**kwargs):
+    return torch.eye(N, **kwargs)
+
+
+def bools():
+    return torch.eye(N, dtype=torch.bool)
+
+
+def filled(z, number):
+    z.fill_diagonal_(number)
+    return z
+
+
+def written(z, index, number=-math.inf):
+    z[index] = number
+    return z
+
+
+def rows():
+    return torch.arange(N)
+
+
+def positive(z):
+    return z.gather(1, partners()[:, None])[:, 0]
+
+
+# Of similarities: the loss of the partners, with each row's own similarity left out.
+LEFT_OUT = {
+    "masked": lambda z: ce(z.masked_fill(bools(), -math.inf)),
+    "masked in place": lambda z: ce(z.masked_fill_(eye().bool(), -math.inf)),
+    "masked with a number": lambda z: ce(z.masked_fill(eye() > 0, -1e9)),
+    "a mask of all others": lambda z: ce(torch.where(~bools(), z, -math.inf)),
+    "a mask of the diagonal": lambda z: ce(torch.where(eye() == 1, torch.tensor(-math.inf), z)),
+    "fill_diagonal_": lambda z: ce(filled(z.clone(), -math.inf)),
+    "fill_diagonal_ of the head's own": lambda z: ce(filled(z, -math.inf)),
+    "a large number subtracted": lambda z: ce(z - eye() * 1e9),
+    "a large number subtracted in place": lambda z: ce(z.sub_(1e9 * eye(dtype=torch.bool).float())),
+    "a filled matrix added": lambda z: ce(z + filled(torch.zeros_like(z), -math.inf)),
+    "one-hot rows subtracted": lambda z: ce(z - F.one_hot(rows(), N) * 1e9),
+    "numbers compared": lambda z: ce(z.masked_fill(rows() == rows()[:, None], -math.inf)),
+    "numbers compared with others": lambda z: ce(torch.where(rows()[None] != torch.arange(0, N)[:, None], z, -1e4)),
+    "written by a mask": lambda z: ce(written(z.clone(), bools())),
+    "written by indices": lambda z: ce(written(z, (rows(), rows()))),
+    "scattered": lambda z: ce(z.scatter(1, rows()[:, None], -math.inf)),
+    "a mask of ones": lambda z: ce(z.masked_fill(filled(torch.ones(N, N), 0.0) == 0, -math.inf)),
+    "what is left of ones": lambda z: ce(z.masked_fill((torch.ones(N, N) - eye()) < 0.5, -math.inf)),
+    "of every row": lambda z: (ce(z.masked_fill(bools(), -math.inf), reduction="none") * 0.1).sum(),
+    "log-probabilities": lambda z: -z.masked_fill(bools(), -math.inf).log_softmax(-1)[rows(), partners()].mean(),
+    "a log-sum-exp": lambda z: (z.masked_fill(bools(), -math.inf).logsumexp(1) - positive(z)).mean(),
+    "exponentials": lambda z: (torch.log((z.exp() * (1 - eye())).sum(1)) - positive(z)).mean(),
+    "some rows are ignored": lambda z: F.cross_entropy(
+        z.masked_fill(bools(), -math.inf), torch.where(rows() % 3 == 0, -100, partners())
+    ),
+}
+# The diagonal has the positives.
+POSITIVES = {
+    "cross_entropy": lambda z: F.cross_entropy(z, rows()),
+    "both ways": lambda z: F.cross_entropy(z, rows()) + F.cross_entropy(z.T, rows()),
+    "less a margin": lambda z: F.cross_entropy(z - 0.3 * eye(), rows()),
+    "less a margin, smoothed": lambda z: F.cross_entropy(z - 0.3 * eye(), rows(), label_smoothing=0.1),
+    "diagonal": lambda z: (z.logsumexp(1) - z.diagonal()).mean(),
+    "diag": lambda z: -torch.diag(z.log_softmax(-1)).mean(),
+    "diagonal of dimensions": lambda z: -torch.diagonal(z.log_softmax(-1), 0, -1, -2).mean(),
+    "diagonal less a margin": lambda z: -(z - 0.3 * eye()).log_softmax(-1).diagonal().mean(),
+    "a product": lambda z: -(z.log_softmax(-1) * eye()).sum(-1).mean(),
+    "probabilities": lambda z: F.cross_entropy(z, eye()),
+    "not among the negatives": lambda z: (z.masked_fill(bools(), -math.inf).logsumexp(1) - z.diagonal()).mean(),
+}
+BOTH = {**LEFT_OUT, **POSITIVES}
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_the_diagonal(name, inputs):
+    fused = 2 if name == "both ways" else 1
+    assert_same_as_eager(lambda q, k, t: BOTH[name](similarities(q, k)), inputs, fused=fused)
+
+
+@pytest.mark.parametrize("name", ["masked", "fill_diagonal_", "written by a mask", "log-probabilities"])
+def test_the_diagonal_of_a_batch_with_itself(name, inputs):
+    assert_same_as_eager(lambda q, k, t: BOTH[name](similarities(q, q) + k.sum() * 0), inputs, fused=1)
+
+
+def test_the_partner_may_be_the_row_itself(inputs):
+    """Where it is, the loss is infinite, and the gradient is eager's."""
+
+    def fn(q, k, t):
+        target = torch.where(rows() < 2, rows(), partners())
+        return F.cross_entropy(similarities(q, k).masked_fill(bools(), -math.inf), target, reduction="none")
+
+    assert_same_as_eager(fn, inputs, fused=1)
+
+
+def test_more_classes_than_rows(inputs):
+    """Positives first, then negatives of their own: the diagonal is that of the first N columns."""
+
+    def fn(q, k, t):
+        z = similarities(q, torch.cat([k, k.flip(0) * 0.5]))
+        z = z.masked_fill(torch.eye(N, 2 * N).bool(), -math.inf)
+        return F.cross_entropy(z, partners()) - z.log_softmax(-1).gather(1, partners()[:, None]).mean()
+
+    assert_same_as_eager(fn, inputs, fused=2)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_symbolic_sizes(same, inputs):
+    """A batch of a symbolic size has a diagonal where both are of that size; no size is guarded on."""
+
+    def fn(q, k, t):
+        n = q.shape[0]
+        z = similarities(q, k if same else torch.cat([k, k]))
+        own = torch.eye(n, dtype=torch.bool, device=z.device) if same else torch.eye(n, 2 * n, dtype=torch.bool)
+        target = torch.arange(n).roll(n // 2)
+        return F.cross_entropy(z.masked_fill(own, -math.inf), target)
+
+    assert_same_as_eager(fn, inputs, fused=int(same), dynamic=True)
+    counters.clear()
+    compiled = torch.compile(fn, backend="cce", dynamic=True, options=FUSE_ALL)
+    for n in (N, N + 4):
+        q, k = torch.randn(n, D), torch.randn(n, D)
+        torch.testing.assert_close(compiled(q, k, None), fn(q, k, None))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_error_rule_where_a_row_is_most_like_itself(dtype):
+    """At a temperature of 0.05 the similarity of a row with itself, which is left out, is nearly all the mass."""
+    n, d = 256, 32
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    x = (x + x.roll(n // 2, 0)) / 2 + 0.5 * torch.randn(n, d, generator=generator, dtype=torch.float64)
+
+    def nt_xent(x):
+        z = F.normalize(x, dim=-1)
+        z = z @ z.T / 0.05
+        z = z.masked_fill(torch.eye(n, dtype=torch.bool), -math.inf)
+        return F.cross_entropy(z, partners(n), reduction="none")
+
+    def results(fn, dtype):
+        leaf = x.to(dtype).requires_grad_()
+        loss = fn(leaf)
+        return [loss.detach(), *torch.autograd.grad(loss.mean(), leaf)]
+
+    counters.clear()
+    fused = results(torch.compile(nt_xent, backend="cce", options=FUSE_ALL), dtype)
+    assert counters["cce_inductor"]["fused"] == 1
+    for ours, eager, exact in zip(fused, results(nt_xent, dtype), results(nt_xent, torch.float64), strict=True):
+        assert error(ours, exact) <= 1.25 * error(eager, exact) + 2 * torch.finfo(dtype).eps
+
+
+def equal(t):
+    return t[:, None] == t
+
+
+# What has no statistic, or is no diagonal: with a part of the reason.
+UNFUSED = {
+    "equal labels are masked": (
+        lambda z, t: ce(z.masked_fill(equal(t) & ~bools(), -math.inf)),
+        "where labels are equal",
+    ),
+    "equal labels are masked by where": (
+        lambda z, t: F.cross_entropy(torch.where(equal(t) & ~bools(), -1e4, z), rows()),
+        "where labels are equal",
+    ),
+    "equal labels are written to": (
+        lambda z, t: F.cross_entropy(written(z.clone(), equal(t) & ~bools()), rows()),
+        "where labels are equal",
+    ),
+    "equal labels are subtracted": (lambda z, t: ce(z - 1e9 * (equal(t).float() - eye())), "where labels are equal"),
+    "supervised": (
+        lambda z, t: ce(z) - (z.masked_fill(bools(), -1e9).log_softmax(-1) * equal(t)).sum() / N,
+        "where labels are equal",
+    ),
+    "supervised, with itself": (
+        lambda z, t: -((z.log_softmax(-1) * equal(t).float()).sum(1) / equal(t).sum(1)).mean(),
+        "where labels are equal",
+    ),
+    "another diagonal": (lambda z, t: (z.logsumexp(1)[2:] - z.diagonal(-2)).mean(), "diagonal reads the logits"),
+    "the diagonal of fewer classes": (
+        lambda z, t: (z[:, :5].logsumexp(1)[:5] - z[:, :5].diagonal()).mean(),
+        "diagonal reads the logits",
+    ),
+    "a diagonal of fewer classes is filled": (
+        lambda z, t: F.cross_entropy(filled(z[:, :5].clone(), -1.0), partners() % 5),
+        "by an index",
+    ),
+    "a diagonal filled with a tensor": (
+        lambda z, t: ce(filled(z.clone(), z.detach()[0, 0])),
+        "",
+    ),
+    "a diagonal that is written to": (
+        lambda z, t: ce(z - written(eye(), (0,), 1.0) * 1e9),
+        "not one bias per class",
+    ),
+    "the mask is written with numbers of its own": (
+        lambda z, t: ce(written(z.clone(), bools(), z.detach().diagonal() * 2)),
+        "",
+    ),
+    "all but the diagonal is written": (lambda z, t: ce(written(z.clone(), ~bools(), 0.5)), ""),
+    "exponentials, weighted": (
+        lambda z, t: ce(z) + torch.log((z.exp() * (1 - 0.5 * eye())).sum(1)).mean(),
+        "less at a target",
+    ),
+    "exponentials of what is edited later": (
+        lambda z, t: (lambda y, e: (y.mul_(2), torch.log((e * (1 - eye())).sum(1)).mean() + ce(y))[1])(
+            *(lambda y: (y, y.detach().exp()))(z.clone())
+        ),
+        "edited after their exponentials",
+    ),
+    "the largest without itself": (
+        lambda z, t: (ce(z), z.masked_fill(bools(), -math.inf).amax(-1))[0] + z.masked_fill(bools(), -1.0).amax(),
+        "margin",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNFUSED)
+def test_what_is_no_diagonal_is_left_alone(name, inputs):
+    loss, reason = UNFUSED[name]
+
+    def fn(q, k, t):
+        return loss(similarities(q, k), t)
+
+    assert_same_as_eager(fn, inputs, fused=0)
+    with config.patch(min_vocab=0):
+        sites = cce_inductor.explain(fn, *inputs).sites
+    assert sites and not any(site.fused for site in sites)
+    assert any(reason in site.reason for site in sites), [site.reason for site in sites]
