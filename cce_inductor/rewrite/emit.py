@@ -152,7 +152,7 @@ class _Arguments:
 
     def _take_entries(self, builder: Builder, bundle: Bundle) -> None:
         """The classes of each row besides the target: (N, K), those of each reduction side by side."""
-        rows = [[operands.classes(builder, r) for r in g.entries] for g in bundle.groups]
+        rows = [[_classes(builder, r) for r in g.entries] for g in bundle.groups]
         if rows[0]:
             blocks = [builder.call(torch.cat, parts, 1) if len(parts) > 1 else parts[0] for parts in rows]
             self.operands["entries"] = builder.call(torch.cat, blocks) if len(blocks) > 1 else blocks[0]
@@ -185,6 +185,19 @@ def codes_read(bundle: Bundle, attributes: Attributes) -> Codes | None:
     """The codes that the weight is made of, where they are read in its place: a filter needs logits without factors."""
     made = codes(bundle.first.value.one)
     return None if made is not None and made.scales and bundle.filter(attributes) != EXACT else made
+
+
+def _classes(builder: Builder, reduction: Reduction) -> Proxy:
+    """(N, K): the classes that a reduction reads of each row, and class 0 in rows that it ignores."""
+    value = reduction.value
+    if reduction.entries is not None:
+        p = operands.flat_rows(builder.proxy(reduction.entries), value.fake.dim(), value.class_dim)
+    else:
+        assert reduction.target is not None
+        p = operands.flat(builder, reduction.target).unsqueeze(-1)
+    if isinstance(reduction, Loss) and reduction.ignores:
+        return builder.call(torch.where, p.ne(reduction.arguments.ignore_index), p, 0)
+    return builder.call(torch.where, p < 0, p + operands.vocab(builder, value), p) if reduction.wraps else p
 
 
 def _scales(builder: Builder, bundle: Bundle, detach: bool, made: Codes | None) -> dict[str, Proxy]:

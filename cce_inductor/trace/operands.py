@@ -11,7 +11,6 @@ from ..graph.builder import Builder, Proxy
 from ..graph.fakes import fake, same
 from .affine import Listed, Range, Scale, Shift
 from .codes import Codes, Times
-from .reduction import Loss, Reduction
 from .values import Head, Mask, Value
 
 
@@ -86,19 +85,6 @@ def last(builder: Builder, node: Node, dim: int) -> Proxy:
     """A tensor with one of its dimensions moved to the end."""
     p = builder.proxy(node)
     return p if dim == fake(node).dim() - 1 else p.movedim(dim, -1)
-
-
-def classes(builder: Builder, reduction: Reduction) -> Proxy:
-    """(N, K): the classes that a reduction reads of each row, and class 0 in rows that it ignores."""
-    value = reduction.value
-    if reduction.entries is not None:
-        p = flat_rows(builder.proxy(reduction.entries), value.fake.dim(), value.class_dim)
-    else:
-        assert reduction.target is not None
-        p = flat(builder, reduction.target).unsqueeze(-1)
-    if isinstance(reduction, Loss) and reduction.ignores:
-        return builder.call(torch.where, p.ne(reduction.arguments.ignore_index), p, 0)
-    return builder.call(torch.where, p < 0, p + vocab(builder, value), p) if reduction.wraps else p
 
 
 def input_rows(builder: Builder, value: Value, detach: bool) -> Proxy:
