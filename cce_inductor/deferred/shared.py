@@ -60,7 +60,9 @@ class Shared:
         missing = set(wanted) - known.keys()
         if missing:
             asked = missing | {r for name in missing for r in TABLE[name].requires if r in TABLE}
-            names_of = [name for name in TABLE_ORDER if name in asked or (name in _ALONG and name not in known)]
+            # No call has the sum with the target and the one without.
+            along = {*_ALONG} - known.keys() - ({"lse", "lse_low"} if "lse_rest" in asked else set())
+            names_of = [name for name in TABLE_ORDER if name in asked | along]
             if missing <= {*_OF_TARGET}:
                 names_of = [name for name in TABLE_ORDER if name in asked]
             if target is not None and asked & {*_OF_TARGET}:

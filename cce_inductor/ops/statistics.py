@@ -69,8 +69,8 @@ class Tile:
     start: int
     target: Tensor | None  # (rows,) class indices over the whole vocabulary
     column_weight: Tensor | None  # (columns,)
-    other: Tensor | None = None  # (rows, columns), the other head's logits
     entries: Tensor | None = None  # (rows, K) class indices over the whole vocabulary
+    other: Tensor | None = None  # (rows, columns), the other head's logits
 
     def position(self, classes: Tensor | None) -> tuple[Tensor, Tensor]:
         """For each class, whether it lies in this tile, and its column in the tile (0 where it does not)."""

@@ -250,12 +250,12 @@ def product(a: Value, b: Value, node: Node) -> Value:
     if a.kind != "softmax":
         a, b = b, a
     kinds = {"log_softmax": "p log p", "logits": "p z"}
-    if a.kind != "softmax" or b.kind not in kinds or a.picked is not None or b.picked is not None:
+    picked = a.picked is not None or b.picked is not None
+    # Of other logits, and of detached ones, it is a product of two heads' functions (two_heads.py).
+    same_logits = a.source == b.source and a.affine == b.affine and differentiates(node, a.node, b.node)
+    same_place = a.class_dim == b.class_dim and fake(node).shape == a.fake.shape
+    if a.kind != "softmax" or b.kind not in kinds or picked or not (same_logits and same_place):
         raise Refused("the logits are multiplied by themselves", "compute it from the hidden states")
-    if a.source != b.source or a.affine != b.affine or a.class_dim != b.class_dim or fake(node).shape != a.fake.shape:
-        raise Refused("the softmax of some logits is multiplied by others", "use the same logits in both")
-    if not differentiates(node, a.node, b.node):
-        raise Refused("a softmax is multiplied by detached logits, or a detached one by logits", "detach both, or none")
     if a.masks or a.terms or b.terms:
         raise Refused("the entropy of masked or shifted logits", "slice the weight instead of masking")
     factor = a.factor * b.factor

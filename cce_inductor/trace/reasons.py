@@ -43,11 +43,6 @@ def dense(node: Node, words: str) -> Refused:
 
 def product_of_two(a: Value, b: Value) -> tuple[str, str]:
     """Why the entries of two products with a matrix are not multiplied, and what to do instead."""
-    costs = next((v for v in (a, b) if v.kind == "logits" and not v.fake.requires_grad), None)
-    if costs is not None and {a.kind, b.kind} != {"logits"}:
-        words = (a if costs is b else b).words
-        reason = f"the {words} are multiplied class by class with another product of two matrices, such as costs"
-        return reason, "compute the expected cost from the hidden states, or outside the compiled region"
     reason = f"the {a.words} of a head are multiplied with the {b.words} of another: a loss over two heads"
     return reason, "compute a loss of each"
 

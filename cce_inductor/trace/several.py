@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from ..graph.builder import Builder, Proxy
 from ..graph.fakes import example, fake, is_number, same
+from ..graph.memory import written_after
 from ..graph.nodes import Op
 from ..graph.refusal import Refused
 from . import decompose, layout, merge_heads, pointwise, rsqrt_softcap, targets
@@ -134,6 +135,8 @@ def diagonal(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
         return False
     if sorted(op.args.get(name, i) % 2 for i, name in enumerate(("dim1", "dim2"))) != [0, 1]:
         return False
+    if written_after(node):
+        raise Refused("the diagonal of the logits is edited, or they are after it was read", "use fill_diagonal_")
 
     def record(builder: Builder) -> Proxy:
         made: Proxy = builder.proxy(touched[0]).gather(value.class_dim, targets.diagonal(builder, value))

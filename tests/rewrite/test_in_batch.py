@@ -211,6 +211,14 @@ UNFUSED = {
         "where labels are equal",
     ),
     "another diagonal": (lambda z, t: (z.logsumexp(1)[2:] - z.diagonal(-2)).mean(), "diagonal reads the logits"),
+    "the diagonal is written to": (
+        lambda z, t: (lambda y: (y.diagonal().fill_(-1e4), ce(y))[1])(z.clone()),
+        "the diagonal of the logits is edited",
+    ),
+    "edited after the diagonal was read": (
+        lambda z, t: (lambda y, d: (y.mul_(2), ce(y) - d.mean())[1])(*(lambda y: (y, y.diagonal()))(z.clone())),
+        "the diagonal of the logits is edited",
+    ),
     "the diagonal of fewer classes": (
         lambda z, t: (z[:, :5].logsumexp(1)[:5] - z[:, :5].diagonal()).mean(),
         "diagonal reads the logits",

@@ -140,23 +140,18 @@ REFUSED = {
     ),
     "probabilities of one head added": (
         lambda z, t: -(z.softmax(-1) + z.flip(0).softmax(-1)).log().gather(-1, t[..., None]).mean(),
-        "probabilities of one head are added",
-        "add what is read of them",
-    ),
-    "an expected cost": (
-        lambda z, t: ce(z, t) + (z.softmax(-1) * (torch.ones(B, S, D) @ torch.ones(D, V))).sum(-1).mean(),
-        "another product of two matrices, such as costs",
-        "hidden states",
+        "products of two heads' probabilities",
+        "sum them over the classes",
     ),
     "an expected embedding": (
         lambda z, t: ce(z, t) + (z.softmax(-1) @ torch.ones(V, D)).square().mean(),
-        "multiplies the probabilities of all classes with something else",
-        "hidden states",
+        "an expected embedding: it needs every probability",
+        "a vector for each row",
     ),
-    "the softmax of a head as target": (
-        lambda z, t: F.cross_entropy(z.flatten(0, 1), F.linear(torch.ones(B * S, D), torch.ones(V, D)).softmax(-1)),
-        "probabilities of a head are the target",
-        "class indices",
+    "another head's logits as a factor": (
+        lambda z, t: ce(z * F.linear(torch.ones(B, S, D), torch.ones(V, D)), t),
+        "multiplied with the logits of another",
+        "a loss of each",
     ),
     "a keyword that is not known": (
         lambda z, t: ce(z, t) + z.max(axis=-1).values.mean(),
@@ -190,16 +185,6 @@ REFUSED = {
         "softcap",
     ),
     "a detached root": (lambda z, t: ce(z * torch.rsqrt(z.detach().square() + 4), t), "detached", "softcap"),
-    "a detached softmax times logits": (
-        lambda z, t: ce(z, t) + (z.softmax(-1).detach() * z.log_softmax(-1)).sum(-1).mean(),
-        "detached",
-        "detach both",
-    ),
-    "a softmax times detached logits": (
-        lambda z, t: ce(z, t) + (z.softmax(-1) * z.detach()).sum(-1).mean(),
-        "detached",
-        "detach both",
-    ),
     "detached logits minus their log-sum-exp": (
         lambda z, t: ce(z, t) + (z.detach() - z.logsumexp(-1, keepdim=True)).gather(-1, t[..., None]).square().mean(),
         "detached",

@@ -393,7 +393,7 @@ def test_logits_of_another_graph(edit, inputs):
         torch.compile(loss, backend="cce", options=FUSE_ALL)(model(h, w), t)
     (site,) = graphs[-1].sites
     assert site.loss.endswith("kl_div") and "test_unnamed.py:" in site.location
-    assert ("another graph" if edit else "kl_div reads") in site.reason
+    assert "kl_div reads" in site.reason
 
 
 def test_a_fault_in_the_search_costs_nothing(inputs, monkeypatch, caplog):
