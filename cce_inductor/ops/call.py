@@ -69,8 +69,10 @@ class Attributes:
     other_compute_dtype: torch.dtype | None = None
 
     def args(self) -> tuple:
-        """In the order of the schema."""
-        return tuple(getattr(self, f.name) for f in fields(self))
+        """In the order of the schema; without those of a second head where they are the schema's defaults."""
+        of_one = sum(not f.name.startswith(OTHER) for f in fields(self))
+        given = [f for f in fields(self)[of_one:] if getattr(self, f.name) != f.default]
+        return tuple(getattr(self, f.name) for f in (fields(self) if given else fields(self)[:of_one]))
 
     @property
     def of_other(self) -> "Attributes":
