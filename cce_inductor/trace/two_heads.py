@@ -325,7 +325,7 @@ def _is_zero(other: Any) -> bool:
     if is_number(other):
         return other == 0
     op = nodes.read(other) if isinstance(other, Node) else None
-    return op is not None and (op.name == "zeros" or (op.name == "full" and op.args["fill_value"] == 0))
+    return op is not None and op.name == "full" and op.args["fill_value"] == 0
 
 
 def _rearranged(walk: Walk, node: Node, op: Op) -> Sum:

@@ -289,7 +289,6 @@ ENTRIES = {
     "computed columns set": lambda z, t: (z.__setitem__((..., torch.arange(3)), -1.0), ce(z, t))[1],
     "columns set to a tensor": lambda z, t: (z.__setitem__((..., slice(3)), torch.ones(3)), ce(z, t))[1],
     "logits times logits": lambda z, t: ce(z * z.tanh(), t),
-    "softmax times other logits": lambda z, t: ce(z, t) + (z.softmax(-1) * (2 * z)).sum(-1).mean(),
     "softmax times masked logits": lambda z, t: (lambda m: ce(m, t) + (m.softmax(-1) * m).sum(-1).mean())(
         z.masked_fill(EVEN, -3.0)
     ),
