@@ -88,6 +88,8 @@ _CROSS_ENTROPY = (
     "input target weight=None size_average=None ignore_index=-100 reduce=None reduction='mean' label_smoothing=0.0"
 )
 _NLL = "input target weight=None size_average=None ignore_index=-100 reduce=None reduction='mean'"
+_DIAGONAL = "input offset=0 dim1=0 dim2=1"
+_KL_DIV = "input target size_average=None reduce=None reduction='mean' log_target=False"
 _REDUCE = "input dim=None keepdim=False dtype=None"
 _FACTORY = "dtype=None layout=None device=None requires_grad=False memory_format=None pin_memory=False out=None"
 _PARTS = Fact.PURE
@@ -265,13 +267,7 @@ SPELLINGS = (
         beside="ranking.compared",
     ),
     Spelling("isinf", "input", (torch.isinf,), ("isinf",), _EXACT),
-    Spelling(
-        "or",
-        "input other",
-        (operator.or_, torch.bitwise_or, torch.logical_or),
-        ("bitwise_or", "logical_or", "__or__"),
-        _EXACT,
-    ),
+    Spelling("or", "input other", (operator.or_, torch.bitwise_or, torch.logical_or), ("logical_or",), _EXACT),
     Spelling("eq", "input other", (operator.eq, torch.eq), ("eq", "__eq__"), _EXACT),
     Spelling("ne", "input other", (operator.ne, torch.ne, torch.not_equal), ("ne", "not_equal", "__ne__"), _EXACT),
     # rows: views
@@ -349,14 +345,7 @@ SPELLINGS = (
         (_ROWS & ~Fact.EACH_ONCE) | Fact.PICKS,
         ("reductions.gather", "indexing.gather"),
     ),
-    Spelling(
-        "diagonal",
-        "input offset=0 dim1=0 dim2=1",
-        (torch.diagonal,),
-        ("diagonal",),
-        Fact.PICKS,
-        several="several.diagonal",
-    ),
+    Spelling("diagonal", _DIAGONAL, (torch.diagonal,), ("diagonal",), Fact.PICKS, several="several.diagonal"),
     Spelling("diagonal", "input offset=0", (torch.diag,), ("diag",)),
     # rows: copies
     Spelling(
@@ -472,11 +461,7 @@ SPELLINGS = (
     ),
     Spelling("one_hot", "input num_classes=-1", (F.one_hot, torch._C._nn.one_hot)),
     Spelling("cross_entropy", _CROSS_ENTROPY, (F.cross_entropy,), (), Fact.LOSS, ("reductions.cross_entropy",)),
-    Spelling(
-        "kl_div",
-        "input target size_average=None reduce=None reduction='mean' log_target=False",
-        (F.kl_div,),
-    ),
+    Spelling("kl_div", _KL_DIV, (F.kl_div,)),
     Spelling("nll_loss", _NLL, (F.nll_loss,), (), Fact.LOSS, ("reductions.nll_loss",)),
 )
 

@@ -41,7 +41,7 @@ def emo_loss(
         weight: the head, (V, D).
         target: class indices, (...), int64 in [0, V) or equal to `ignore_index`.
         bias: (V,), added before `scale`. scale, softcap: as in `linear_cross_entropy`.
-        ignore_index: target of rows that do not count. reduction: "mean" over the others, "sum" or "none".
+        ignore_index: target of rows that do not count. reduction: "mean" over the others, "sum", "none".
         mode: "emo" alone; "adaptive", the mean ``(ratio * emo + mle) / 2`` with the ratio ``mle / emo``, no gradient
             through it and no more than `limit` (None for no limit, as in the paper); or "sum",
             ``(emo / mle) * mle + emo`` with no gradient through the quotient.
@@ -56,10 +56,9 @@ def emo_loss(
         ValueError, TypeError: shapes, dtypes or options that do not fit. IndexError: a target outside the vocabulary
         (CPU). RuntimeError: on a second derivative in compiled code.
     """
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode must be one of {', '.join(map(repr, get_args(Mode)))}, got {mode!r}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+    for name, value, known in (("mode", mode, get_args(Mode)), ("reduction", reduction, REDUCTIONS)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
     x, t = flatten(input, weight, target)
     cost = (weight if cost is None else cost).detach()
     if cost.dim() != 2 or cost.shape[0] != weight.shape[0]:
@@ -77,14 +76,20 @@ def emo_loss(
     mle = torch.where(row_mask, -log_p, 0)
     emo = 1 - stats["expected_other"]
     emo = torch.where(row_mask, emo + log_p.exp().detach() if detach_target else emo, 0)
-    if mode == "adaptive":
-        ratio = (mle / (emo + _TINY)).detach()
-        rows = ((ratio if limit is None else ratio.clamp(max=limit)) * emo + mle) / 2
-    else:
-        rows = emo if mode == "emo" else (emo / (mle + _TINY)).detach() * mle + emo
+    rows = _combined(emo, mle, mode, limit)
     if reduction == "none":
         return rows.reshape(target.shape)
     return rows.sum() if reduction == "sum" else rows.sum() / row_mask.sum().clamp(min=1)
+
+
+def _combined(emo: Tensor, mle: Tensor, mode: Mode, limit: float | None) -> Tensor:
+    """What a row contributes, (N,): see `mode` above."""
+    if mode == "emo":
+        return emo
+    if mode == "sum":
+        return (emo / (mle + _TINY)).detach() * mle + emo
+    ratio = (mle / (emo + _TINY)).detach()
+    return ((ratio if limit is None else ratio.clamp(max=limit)) * emo + mle) / 2
 
 
 def _inverse_norms(matrix: Tensor) -> Tensor:

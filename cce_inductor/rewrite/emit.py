@@ -121,13 +121,17 @@ class _Arguments:
         )
         if group.other is not None:
             self._add_other(builder, group.other)
+        self._add_for_filter(builder, bundle, attributes, diagnostics)
+
+    def _add_for_filter(self, builder: Builder, bundle: Bundle, attributes: Attributes, diagnostics: bool) -> None:
+        """The seed of a filter that draws a sample, and the slot for its numbers."""
+        group, device = bundle.first, fake(bundle.first.value.one.input).device
         differentiated = group.members[0].differentiated
         if differentiated and sampled(" ".join(self.names), self.attributes):
-            device = fake(head.input).device
             self.operands["seed"] = builder.call(torch.randint, SEEDS, (1,), device=device)
         applied = bundle.filter(attributes)
         if diagnostics and differentiated and applied.kind != "exact":
-            slot = meter(bundle.name, str(applied), fake(head.input).device).slot()
+            slot = meter(bundle.name, str(applied), device).slot()
             self.operands["diagnostics"] = builder.parameter("cce_inductor_diagnostics", slot)
 
     def _add_other(self, builder: Builder, value: Value) -> None:
