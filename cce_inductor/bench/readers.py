@@ -51,10 +51,6 @@ def multi_margin(z: Tensor, t: Tensor) -> Tensor:
     return F.multi_margin_loss(z.float().view(-1, z.shape[-1]), t.view(-1))
 
 
-def topk_only(z: Tensor, t: Tensor) -> Tensor:
-    return torch.logsumexp(z.topk(8, -1).values, -1).mean()
-
-
 def topk_masked(z: Tensor, t: Tensor) -> Tensor:
     least = z.topk(8, -1).values[..., -1:]
     return F.cross_entropy(z.masked_fill(z < least, -1e4).flatten(0, 1), t.flatten())
@@ -152,7 +148,6 @@ READERS: dict[str, Reader] = {
         soft_targets,
         bce,
         multi_margin,
-        topk_only,
         topk_masked,
         entropy_in_fp32,
         metric_before,

@@ -37,11 +37,7 @@ def emo_loss(
     cross-entropy. One pass over the vocabulary gives both.
 
     Args:
-        input: hidden states, (..., D), any floating dtype.
-        weight: the head, (V, D).
-        target: class indices, (...), int64 in [0, V) or equal to `ignore_index`.
-        bias: (V,), added before `scale`. scale, softcap: as in `linear_cross_entropy`.
-        ignore_index: target of rows that do not count. reduction: "mean" over the others, "sum", "none".
+        input, weight, target, bias, ignore_index, reduction, scale, softcap: as in `linear_cross_entropy`.
         mode: "emo" alone; "adaptive", the mean ``(ratio * emo + mle) / 2`` with the ratio ``mle / emo``, no gradient
             through it and no more than `limit` (None for no limit, as in the paper); or "sum",
             ``(emo / mle) * mle + emo`` with no gradient through the quotient.
@@ -53,8 +49,7 @@ def emo_loss(
         A scalar, or (...) for reduction "none"; fp32 (fp64 for fp64 inputs). Without a row that counts the mean is 0.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or options that do not fit. IndexError: a target outside the vocabulary
-        (CPU). RuntimeError: on a second derivative in compiled code.
+        ValueError, TypeError, IndexError, RuntimeError: as `linear_cross_entropy`, and for options that do not fit.
     """
     for name, value, known in (("mode", mode, get_args(Mode)), ("reduction", reduction, REDUCTIONS)):
         if value not in known:
