@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from ..graph import nodes
 from ..graph.builder import Builder, Proxy
-from ..graph.fakes import fake, is_number, is_tensor, same
+from ..graph.fakes import example, fake, is_number, is_tensor, same
 from ..graph.nodes import Op
 from ..graph.refusal import Refused
 from .decompose import in_dtype_of, in_shape
@@ -65,14 +65,14 @@ def follows(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
         made = _begins(walk, node, op, touched)
         if made is None:
             return False
-        _put(walk, node, made)
+        walk.put_sum(node, made)
         return True
     # What it is multiplied with is a product with a matrix as well, and may be read as logits.
     plain = [n for n, k in zip(touched, known, strict=True) if k is None and walk.values[n].values[0].kind == "logits"]
     if op is not None and not op.inplace and len(touched) == 1 + len(plain):
         source, given = next((n, k) for n, k in zip(touched, known, strict=True) if k is not None)
         if isinstance(given, Weights) and (embedding := _product(walk, node, op, source)) is not None:
-            _put(walk, node, embedding)
+            walk.put_sum(node, embedding)
             return True
         if isinstance(given, Embedding) and _used(walk, node, op, given):
             return True
@@ -80,12 +80,6 @@ def follows(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
     raise Refused(
         f"{nodes.describe(node)} of {words}: it needs every probability", "multiply it with a vector for each row"
     )
-
-
-def _put(walk: Walk, node: Node, made: Weights | Embedding) -> None:
-    walk.sums[node] = made
-    for trace in made.traces:
-        trace.values.setdefault(node, [])
 
 
 def _begins(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> Weights | Embedding | None:
@@ -130,13 +124,13 @@ def _product(walk: Walk, node: Node, op: Op, source: Node) -> Embedding | None:
 def _used(walk: Walk, node: Node, op: Op, given: Embedding) -> bool:
     """What is done to an expected embedding; False if there is no rule for it."""
     if op.name == "cast" and fake(node).dtype in (torch.float32, fake(given.node).dtype):
-        _put(walk, node, replace(given, node=node))
+        walk.put_sum(node, replace(given, node=node))
     elif op.name == "mul":
         other = op.args["other"] if op.args["input"] is given.node else op.args["input"]
         if is_number(other):
-            _put(walk, node, replace(given, node=node, factor=given.factor * other))
+            walk.put_sum(node, replace(given, node=node, factor=given.factor * other))
         elif is_tensor(other) and given.vectors is None and fake(other).shape == fake(given.node).shape:
-            _put(walk, node, replace(given, node=node, vectors=other))
+            walk.put_sum(node, replace(given, node=node, vectors=other))
         else:
             return False
     elif op.name == "sum" and given.vectors is not None and fake(node).shape[:-1] == fake(given.node).shape[:-2]:
@@ -152,9 +146,7 @@ def _expected(builder: Builder, given: Embedding) -> Any:
     """The sum over the width, in the leading shape of the logits."""
     assert given.vectors is not None
     value, matrix = given.softmax, builder.proxy(given.matrix)
-    vectors = _vectors(builder, given.vectors, value)
-    own = fake(given.matrix).dtype
-    vectors = vectors if vectors.node.meta["example_value"].dtype == own else vectors.to(own)
+    vectors = in_dtype_of(_vectors(builder, given.vectors, value), given.matrix)
     if given.transposed:
         matrix = matrix.t()
     r = builder.call(F.linear, vectors, matrix)
@@ -188,13 +180,9 @@ def _rows(builder: Builder, mixed: Mixture, matrix: Node, value: Value) -> Any:
     p, m, c = builder.proxy(value.node), builder.proxy(matrix), value.class_dim
     total: Any = None
     for term in mixed.terms:
-        target = term[2]
-        rows = builder.call(F.embedding, in_shape(builder, target, p, value).squeeze(c), m)
+        rows = builder.call(F.embedding, in_shape(builder, term[2], p, value).squeeze(c), m)
         factor = coefficient(builder, term, c)
-        rows = rows * (factor.unsqueeze(c) if isinstance(factor, torch.fx.Proxy) and _has_rows(factor) else factor)
+        of_rows = isinstance(factor, torch.fx.Proxy) and example(factor.node).dim() > 0
+        rows = rows * (factor.unsqueeze(c) if of_rows else factor)
         total = rows if total is None else total + rows
     return total + m.sum(0) * mixed.constant if mixed.constant else total
-
-
-def _has_rows(p: Any) -> bool:
-    return p.node.meta["example_value"].dim() > 0

@@ -137,10 +137,10 @@ def follows(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
     if not any(n in walk.sums for n in touched) and not _begins(walk, node, op, touched):
         return False
     if op is not None and op.name in ("isinf", "or"):
-        walk.sums[node] = _infinite(walk, op)
+        walk.put_sum(node, _infinite(walk, op))
         return True
     if op is not None and op.name in ("eq", "expand_as") and (zeros := _zeros(walk, op)) is not None:
-        walk.sums[node] = zeros
+        walk.put_sum(node, zeros)
         return True
     rule = _RULES.get(op.name) if op is not None else None
     layout_rule = op is not None and op.has(Fact.VIEW | Fact.HANDS_ON) and op.args.get("input") is touched[0]
@@ -161,9 +161,7 @@ def put(walk: Walk, node: Node, made: Sum, edited: Node | None) -> None:
             if memory.storages(other) & own:
                 walk.sums[other] = Stale(made.traces)
         walk.sums[edited] = replace(made, node=edited)
-    walk.sums[node] = made
-    for trace in made.traces:
-        trace.values.setdefault(node, [])
+    walk.put_sum(node, made)
 
 
 def _infinite(walk: Walk, op: Op) -> Infinite:

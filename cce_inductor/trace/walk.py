@@ -73,6 +73,12 @@ class Walk(abc.ABC):
         self.values[node] = Entry(trace, values)
         trace.values[node] = values
 
+    def put_sum(self, node: Node, made: Any) -> None:
+        """Notes what a node is that is made of two heads, or for them."""
+        self.sums[node] = made
+        for trace in made.traces:
+            trace.values.setdefault(node, [])
+
     def put_parts(self, node: Node, trace: Trace, makers: list) -> None:
         """Notes what the parts of a node are."""
         self.parts[node] = Parts(trace, makers)

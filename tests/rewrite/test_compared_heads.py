@@ -171,6 +171,12 @@ def test_a_product_with_one_hot_tensors_looks_rows_up():
     assert not [n for n in out.graph.nodes if n.target is F.one_hot]
 
 
+def test_masks_of_infinite_logits_do_not_keep_the_logits():
+    (gm,) = graphs_of(heads(FUSED["with the infinite left out"]), *operands())
+    out = rewrite(gm, config.Settings(min_vocab=0), "v").graph_module
+    assert not [n for n in out.graph.nodes if "linear" in str(n.target) and "statistics" not in str(n.target)]
+
+
 def aliased(z, r, keep):
     d = kl(z, r)
     view = d[:]
