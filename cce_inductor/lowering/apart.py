@@ -7,12 +7,12 @@ The gradients of the two are added up, which in 16 bits rounds them twice more t
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..ops.call import saved_names
+from ..ops.call import OF_HEAD, saved_names
 from .buffers import op
 
 ENTRIES = "entry_logits"
 # What their own call reads: no target, and nothing that is for a filter.
-_READ = ("input", "weight", "bias", "row_scale", "column_scale", "entries")
+_READ = (*OF_HEAD, "entries")
 
 Run = Callable[..., Sequence[Any]]
 

@@ -97,12 +97,12 @@ class Side:
 
 
 def gradient_of_values(a: Side, b: Side, function: Function) -> Tensor:
-    """d value / d a, (rows, columns), in memory of its own."""
-    return b.p.clone() if function == "expected" else a.p - b.p
+    """d value / d a, (rows, columns), which nobody may edit."""
+    return b.p if function == "expected" else a.p - b.p
 
 
 def gradient_of_weights(a: Side, b: Side, value: Tensor, function: Function) -> Tensor:
-    """d value / d b, (rows, columns), in memory of its own. value: (rows,), the finished statistic."""
+    """d value / d b, (rows, columns). value: (rows,), the finished statistic."""
     mean = value[:, None]
     if function == "expected":
         inner = a.z - mean

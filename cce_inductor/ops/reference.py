@@ -413,8 +413,10 @@ def dlogits_of_both(
                 function, by_other = row.pair
                 a, b = sides if by_other else reversed(sides)
                 averages = i == (0 if by_other else 1)
-                term = gradient_of_values(a, b, function) if averages else None
-                term = gradient_of_weights(a, b, known[row.name], function) if term is None else term
+                if averages:
+                    term = gradient_of_values(a, b, function)
+                else:
+                    term = gradient_of_weights(a, b, known[row.name], function)
                 dz.addcmul_(term, tangent[:, None])
             elif i == 0:
                 assert row.add_gradient is not None

@@ -51,7 +51,7 @@ import torch
 from torch import Tensor
 
 from . import pairs
-from .pairs import Function, RunningPair, shift
+from .pairs import Function, Running, RunningPair, shift
 
 Kind = Literal["dense", "sparse", "linear", "signed", "none"]
 Filtered = Literal["yes", "without softcap", "no"]
@@ -85,11 +85,9 @@ class Tile:
 
 
 @dataclass
-class RunningExp:
-    """The online log-sum-exp of the rows seen so far, and beside it the sum of z weighted by exp z."""
+class RunningExp(Running):
+    """The online log-sum-exp, and beside it the sum of z weighted by exp z."""
 
-    maximum: Tensor  # (rows,)
-    total: Tensor  # sum exp(z - maximum)
     weighted: Tensor | None  # sum (z - maximum) exp(z - maximum)
 
 
@@ -137,8 +135,8 @@ def _update_exp(state: RunningExp | None, tile: Tile, weighted: bool) -> Running
     # z exp z tends to 0 where z is -inf; 0 * -inf would be NaN.
     product = exp.mul_(below).masked_fill_(z == -torch.inf, 0).sum(1) if weighted else None
     if state is not None:
-        change = shift(state.maximum) - shift(maximum)
-        rescale = torch.exp(torch.where(state.maximum == -torch.inf, -torch.inf, change))
+        change = state.shift - shift(maximum)
+        rescale = state.rescale(shift(maximum))
         total += state.total * rescale
         if product is not None and state.weighted is not None:
             product += (state.weighted + change * state.total) * rescale
@@ -146,12 +144,12 @@ def _update_exp(state: RunningExp | None, tile: Tile, weighted: bool) -> Running
 
 
 def finish_lse(state: RunningExp) -> Tensor:
-    return state.total.log() + shift(state.maximum)
+    return state.total.log() + state.shift
 
 
 def _finish_lse_low(state: RunningExp) -> Tensor:
     """What is left of the sum in `finish_lse` (Knuth's TwoSum)."""
-    log, largest = state.total.log(), shift(state.maximum)
+    log, largest = state.total.log(), state.shift
     lse = log + largest
     of_largest = lse - log
     low = (log - (lse - of_largest)) + (largest - of_largest)

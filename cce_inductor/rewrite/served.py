@@ -153,7 +153,7 @@ class Statistics:
         return self.builder.call(torch.where, lse.isfinite(), self._part("entropy"), normalizer(lse))
 
     def of_both(self, name: str) -> Any:
-        """A statistic of two heads. NaN where the log-probabilities are, as its gradient is too."""
+        """A statistic of two heads, by its name in the table."""
         return self._part(name)
 
     @property

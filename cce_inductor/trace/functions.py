@@ -172,8 +172,8 @@ def put_function(walk: Walk, node: Node) -> None:
         return
     _fit(a, b)
     order = [a.fake.requires_grad, b.fake.requires_grad]
-    before = {n: i for i, n in enumerate(walk.graph.nodes)}
-    by_other = order[0] > order[1] if order[0] != order[1] else before[a.head.node] <= before[b.head.node]
+    earlier = next(n for n in walk.graph.nodes if n in (a.head.node, b.head.node))
+    by_other = order[0] > order[1] if order[0] != order[1] else earlier is a.head.node
     own, other = (a, b) if by_other else (b, a)
     trace = entries[0 if by_other else 1].trace
     statistics, flat = _statistics(function, by_other, a)  # type: ignore[arg-type]

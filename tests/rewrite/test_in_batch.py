@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from against_eager import assert_error_rule
 from capture import FUSE_ALL, assert_same_as_eager
-from head_oracle import error
 from torch._dynamo.utils import counters
 
 import cce_inductor
@@ -171,16 +171,7 @@ def test_the_error_rule_where_a_row_is_most_like_itself(dtype):
         z = z.masked_fill(torch.eye(n, dtype=torch.bool), -math.inf)
         return F.cross_entropy(z, partners(n), reduction="none")
 
-    def results(fn, dtype):
-        leaf = x.to(dtype).requires_grad_()
-        loss = fn(leaf)
-        return [loss.detach(), *torch.autograd.grad(loss.mean(), leaf)]
-
-    counters.clear()
-    fused = results(torch.compile(nt_xent, backend="cce", options=FUSE_ALL), dtype)
-    assert counters["cce_inductor"]["fused"] == 1
-    for ours, eager, exact in zip(fused, results(nt_xent, dtype), results(nt_xent, torch.float64), strict=True):
-        assert error(ours, exact) <= 1.25 * error(eager, exact) + 2 * torch.finfo(dtype).eps
+    assert_error_rule(nt_xent, (x,), dtype)
 
 
 def equal(t):
