@@ -23,7 +23,7 @@ LARGE_LOGITS = 1 / 8
 
 def choose(problem: Problem) -> Choice:
     """The answer of the lowerings to `Problem`."""
-    if problem.two_heads:
+    if problem.device == "cuda" and problem.two_heads:
         return _without_kernel(problem, "a loss over two heads", "")
     if problem.device == "cuda" and not unsupported_dtype([*problem.dtypes, problem.compute_dtype]):
         return Choice("Triton kernels", gradients_in_forward=problem.filter == "exact" and _keeps_all_logits(problem))
@@ -37,7 +37,7 @@ def choose(problem: Problem) -> Choice:
         cure = "compute the head and the loss in float32 or bfloat16" if dtype else "let Inductor use vector code"
         return _without_kernel(problem, reason, cure)
     element = element_dtype(problem.compute_dtype)
-    return Choice("C++ kernel", gradients_in_forward=_keeps_logits(problem, element))
+    return Choice("C++ kernel", gradients_in_forward=not problem.two_heads and _keeps_logits(problem, element))
 
 
 def _without_kernel(problem: Problem, reason: str, cure: str) -> Choice:

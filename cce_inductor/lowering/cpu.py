@@ -28,15 +28,15 @@ def forward(
 ) -> Sequence[Any]:
     if "entries" in operands and rest:
         raise Apart("the target is left out of the tiles that entries would be read from")
-    element, compute = _dtypes(operands, attributes)
-    given = _realize(operands | _mask(row_mask))
-    layouts = _statistics_layouts(operands, statistics)
-    constants = _constants(attributes, compute) | {"statistics": statistics, "bounded": bounded, "rest": rest}
+    element, compute = dtypes(operands, attributes)
+    given = realize(operands | mask(row_mask))
+    layouts = statistics_layouts(operands, statistics)
+    constants = constants(attributes, compute) | {"statistics": statistics, "bounded": bounded, "rest": rest}
     if bounded:
         (n, _), (v, _) = operands["input"].get_size(), operands["weight"].get_size()
         size = [CeilDiv(n, bound.BLOCK), CeilDiv(v, Filter.read(attributes.grad_filter).group)]
-        layouts["bound"] = _contiguous(operands["input"].get_device(), torch.uint8, size)
-    spec = Spec("linear_statistics", element, compute, given, _ABSENT, layouts, constants)
+        layouts["bound"] = contiguous(operands["input"].get_device(), torch.uint8, size)
+    spec = Spec("linear_statistics", element, compute, given, ABSENT, layouts, constants)
     return list(launch(spec, operands["input"].get_device()).values())
 
 
@@ -55,21 +55,21 @@ def backward(
         raise Apart("a backward that computes some columns only has no entries")
     if "entry_logits" not in tangents:
         operands = {name: t for name, t in operands.items() if name != "entries"}
-    element, compute = _dtypes(operands, attributes)
+    element, compute = dtypes(operands, attributes)
     needed = {"target_logit"} if rest else {"target_logit"} & set(tangents)
     needed |= {"entry_logits"} & set(tangents) if attributes.softcap else set()
     if "lse" in tangents or "entropy" in tangents:
         needed |= {"lse", "entropy"}
     if filtered:
         needed |= {"bound", "target_logit"}
-    given = operands | _mask(row_mask) | {name: t for name, t in saved.items() if name in needed} | _prefixed(tangents)
-    constants = _constants(attributes, compute) | {"tangents": list(tangents), "needs": needs, "rest": rest}
+    given = operands | mask(row_mask) | {name: t for name, t in saved.items() if name in needed} | prefixed(tangents)
+    constants = constants(attributes, compute) | {"tangents": list(tangents), "needs": needs, "rest": rest}
     if filtered:
         constants |= _filter(tangents, attributes)
-    absent = _ABSENT | dict.fromkeys(("lse", "target_logit", "entropy", *_prefixed(table.TABLE)), torch.float32)
-    layouts = _gradient_layouts(operands, needs)
+    absent = ABSENT | dict.fromkeys(("lse", "target_logit", "entropy", *prefixed(table.TABLE)), torch.float32)
+    layouts = gradient_layouts(operands, needs)
     template = "linear_statistics_filtered_backward" if filtered else "linear_statistics_backward"
-    spec = Spec(template, element, compute, _realize(given), absent, layouts, constants)
+    spec = Spec(template, element, compute, realize(given), absent, layouts, constants)
     return list(launch(spec, operands["input"].get_device()).values())
 
 
@@ -99,9 +99,9 @@ def with_gradients(
     attributes: Attributes,
     bounded: bool,
 ) -> Sequence[Any]:
-    element, compute = _dtypes(operands, attributes)
+    element, compute = dtypes(operands, attributes)
     bounded = bounded and "lse" in tangents
-    constants = _constants(attributes, compute) | {
+    constants = constants(attributes, compute) | {
         "statistics": statistics,
         "tangents": list(tangents),
         "needs": needs,
@@ -112,23 +112,23 @@ def with_gradients(
     }
     if bounded:
         constants |= _filter(tangents, attributes)
-    given = _realize(operands | _mask(row_mask) | _prefixed(tangents))
-    absent = _ABSENT | dict.fromkeys(_prefixed(table.TABLE), torch.float32)
-    layouts = _statistics_layouts(operands, statistics) | _gradient_layouts(operands, needs)
+    given = realize(operands | mask(row_mask) | prefixed(tangents))
+    absent = ABSENT | dict.fromkeys(prefixed(table.TABLE), torch.float32)
+    layouts = statistics_layouts(operands, statistics) | gradient_layouts(operands, needs)
     spec = Spec("linear_statistics_with_gradients", element, compute, given, absent, layouts, constants)
     return list(launch(spec, operands["input"].get_device()).values())
 
 
-def _prefixed(tangents: Mapping[str, Any]) -> dict[str, Any]:
+def prefixed(tangents: Mapping[str, Any]) -> dict[str, Any]:
     """Tangents by the names the templates know them by."""
     return {f"g_{name}": tangent for name, tangent in tangents.items()}
 
 
-def _mask(row_mask: Any) -> dict[str, Any]:
+def mask(row_mask: Any) -> dict[str, Any]:
     return {} if row_mask is None else {"row_mask": row_mask}
 
 
-def _constants(attributes: Attributes, compute: torch.dtype) -> dict[str, Any]:
+def constants(attributes: Attributes, compute: torch.dtype) -> dict[str, Any]:
     return {
         "scale": attributes.scale,
         "softcap": attributes.softcap,
@@ -146,26 +146,26 @@ def _constants(attributes: Attributes, compute: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _statistics_layouts(operands: dict[str, Any], statistics: list[str]) -> dict[str, ir.Layout]:
+def statistics_layouts(operands: dict[str, Any], statistics: list[str]) -> dict[str, ir.Layout]:
     n, device = operands["input"].get_size()[0], operands["input"].get_device()
     dtypes = {name: torch.int64 if table.TABLE[name].integer else torch.float32 for name in statistics}
     sizes = {name: operands["entries"].get_size() for name in statistics if name == "entry_logits"}
-    return {name: _contiguous(device, dtype, sizes.get(name, [n])) for name, dtype in dtypes.items()}
+    return {name: contiguous(device, dtype, sizes.get(name, [n])) for name, dtype in dtypes.items()}
 
 
-def _gradient_layouts(operands: dict[str, Any], needs: list[str]) -> dict[str, ir.Layout]:
+def gradient_layouts(operands: dict[str, Any], needs: list[str]) -> dict[str, ir.Layout]:
     device = operands["input"].get_device()
-    numbers = _contiguous(device, torch.float32, [len(diagnostics.NAMES)])
+    numbers = contiguous(device, torch.float32, [len(diagnostics.NAMES)])
     return {
         name: numbers
         if name == diagnostics.OPERAND
-        else _contiguous(device, operands[name].get_dtype(), operands[name].get_size())
+        else contiguous(device, operands[name].get_dtype(), operands[name].get_size())
         for name in needs
     }
 
 
 # Operands that a call may leave out. The templates mention them all.
-_ABSENT = {
+ABSENT = {
     "bias": torch.float32,
     "target": torch.int64,
     "column_weight": torch.float32,
@@ -175,7 +175,7 @@ _ABSENT = {
 }
 
 
-def _dtypes(operands: dict[str, Any], attributes: Attributes) -> tuple[torch.dtype, torch.dtype]:
+def dtypes(operands: dict[str, Any], attributes: Attributes) -> tuple[torch.dtype, torch.dtype]:
     """(element, compute): the dtype of the GEMMs' operands, and the one that operands are rounded to before."""
     x, weight = operands["input"], operands["weight"]
     compute = attributes.compute_dtype or x.get_dtype()
@@ -208,11 +208,11 @@ def multiplies_bfloat16() -> bool:
     return native and cpu_vec_isa.pick_vec_isa().bit_width() == 512
 
 
-def _contiguous(device: torch.device, dtype: torch.dtype, size: Sequence[Any]) -> ir.FixedLayout:
+def contiguous(device: torch.device, dtype: torch.dtype, size: Sequence[Any]) -> ir.FixedLayout:
     return ir.FixedLayout(device, dtype, list(size), ir.FlexibleLayout.contiguous_strides(size))
 
 
-def _realize(operands: dict[str, Any]) -> dict[str, Any]:
+def realize(operands: dict[str, Any]) -> dict[str, Any]:
     """The operands as buffers or strided views of buffers, in memory before the kernel runs."""
     nodes = {}
     for name, operand in operands.items():

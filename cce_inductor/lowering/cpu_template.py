@@ -1,7 +1,7 @@
 """C++ templates as Inductor buffers: one kernel with several outputs of any shapes and dtypes."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch._inductor.utils import Placeholder, parallel_num_threads
 from torch._inductor.virtualized import V
 
 from .. import record, version
+from ..ops.call import OTHER
 
 # The GEMM of the templates where the CPU has AVX-512. Tests put a plain loop in its place to run that path anywhere.
 BRGEMM = "at::native::cpublas::brgemm"
@@ -27,6 +28,7 @@ class Spec:
     template: file name without ".cpp.jinja". element: dtype of the GEMMs' operands. compute: dtype the operands are
     rounded to. operands: tensors by the name the template knows them by; `absent` names, with dtypes, those it must
     be able to mention though they were not given. outputs: their layouts by name. constants: more template variables.
+    other: for a loss over two heads, the variables that the other head's pieces have in place of these.
     """
 
     template: str
@@ -36,6 +38,7 @@ class Spec:
     absent: dict[str, torch.dtype]
     outputs: dict[str, ir.Layout]
     constants: dict[str, Any] = field(default_factory=dict)
+    other: dict[str, Any] = field(default_factory=dict)
 
 
 def number(value: float) -> str:
@@ -103,28 +106,45 @@ class _Template(CppTemplate):
             extra_sizevars=self._symbols(),
         )
         variables = {
-            "element": DTYPE_TO_CPP[spec.element],
-            "compute": DTYPE_TO_CPP[spec.compute],
-            "namespace": f"{Placeholder.KERNEL_NAME}_tiles",
+            "element": spec.element,
+            "compute": spec.compute,
             "brgemm": BRGEMM,
             "number": number,
-            "operands": spec.operands,
-            "has_bias": "bias" in spec.operands,
-            "type": lambda name: DTYPE_TO_CPP[spec.operands[name].get_dtype()],
             "header": self.header().getvalue(),
             "signature": signature,
             "profile": kernel.maybe_codegen_profile(),
             "declarations": self._declarations(kernel, argument_of),
-            "output": lambda name: f"out_{name}" if name in outputs else "nullptr",
+            "two_heads": bool(spec.other),
+            "other_namespace": _namespace(OTHER),
             **spec.constants,
         }
-        text = self._render(spec.template, piece=lambda name: self._render(name, **variables), **variables)
+        heads = {prefix: variables | self._of_head(prefix, outputs) for prefix in ("", OTHER)}
+        heads[OTHER] |= spec.other
+        for head in heads.values():
+            head |= {name: DTYPE_TO_CPP[head[name]] for name in ("element", "compute")}
+
+        def piece(name: str, prefix: str = "", **instead: Any) -> str:
+            return self._render(name, **heads[prefix] | instead)
+
+        text = self._render(spec.template, piece=piece, **heads[""])
         record.kernel(f"{spec.template}.cpp", text)
         return text
 
     def _render(self, template: str, **variables: Any) -> str:
         path = version.templates_dir() / f"{template}.cpp.jinja"
         return self._template_from_string(path.read_text()).render(**variables)
+
+    def _of_head(self, prefix: str, outputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What the pieces of one head call its own: names without the prefix."""
+        operands = {n.removeprefix(prefix): t for n, t in self.spec.operands.items() if n.startswith(prefix)}
+        return {
+            "prefix": prefix,
+            "namespace": _namespace(prefix),
+            "operands": operands,
+            "has_bias": "bias" in operands,
+            "type": lambda name: DTYPE_TO_CPP[operands[name].get_dtype()],
+            "output": lambda name: f"out_{prefix}{name}" if prefix + name in outputs else "nullptr",
+        }
 
     def _symbols(self) -> list[Any]:
         """Sizes, strides and offsets that the declarations mention: of two views of one buffer, one is no argument."""
@@ -137,6 +157,7 @@ class _Template(CppTemplate):
         weight, rows = spec.operands["weight"], spec.operands["input"]
         sizes = [("N", rows, 0), ("D", rows, 1), ("V", weight, 0)]
         sizes += [("K", spec.operands["entries"], 1)] if "entries" in spec.operands else []
+        sizes += [("other_D", spec.operands["other_input"], 1)] if spec.other else []
         for letter, node, dim in sizes:
             lines.append(f"const int64_t {letter} = {kernel.size(node, dim)};")
         for name, node in spec.operands.items():
@@ -157,3 +178,8 @@ class _Template(CppTemplate):
 
 def _cexpr(kernel: CppTemplateKernel, expr: Any) -> str:
     return cexpr_index(kernel.rename_indexing(expr))
+
+
+def _namespace(prefix: str) -> str:
+    """C++ namespace of a head's pieces."""
+    return f"{Placeholder.KERNEL_NAME}_{prefix}tiles"

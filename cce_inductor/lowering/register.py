@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..ops.call import Attributes, bounded, filtered, saved_names
+from ..ops.call import OTHER, Attributes, bounded, filtered, saved_names
 from . import apart
 from .unsupported import Apart, Unsupported, as_lse, check_picked, check_statistics, differentiable
 
@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 # device type -> module of this package with `forward`, `backward` and `with_gradients`
 DEVICES = {"cpu": "cpu", "cuda": "cuda"}
+# The same of a loss over two heads.
+DEVICES_OF_TWO = {"cpu": "cpu_two_heads"}
 
 
 @functools.cache
@@ -40,9 +42,11 @@ def _lower(operator: Any, read: Callable, *call: Any) -> Sequence[Any]:
     try:
         name, operands, arguments = read(*call)
         device = operands["input"].get_device().type
-        if device not in DEVICES:
-            raise Unsupported(f"there is no template for {device}")
-        module = importlib.import_module(f".{DEVICES[device]}", __package__)
+        two_heads = OTHER + "input" in operands
+        modules = DEVICES_OF_TWO if two_heads else DEVICES
+        if device not in modules:
+            raise Unsupported(f"there is no template for {device}" + " that compares two heads" * two_heads)
+        module = importlib.import_module(f".{modules[device]}", __package__)
         return getattr(module, name)(**arguments)
     except Apart as reason:
         log.info("%s computes its entries apart: %s", operator, reason)

@@ -9,10 +9,12 @@ from ..ops import statistics as table
 
 # Of a weight, int8 too (`check` in ops/call.py): all its numbers are exact in each of the others.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
-# The rows of `ops/statistics.py` that the templates of every device compute.
+# The rows of `ops/statistics.py` that templates compute: of one head, those of every device.
 STATISTICS = (
     *("lse", "lse_low", "lse_rest", "lse_rest_low"),
     *("target_logit", "entry_logits", "logit_sum", "entropy", "argmax"),
+    *("other_lse", "other_lse_low", "expected_other", "cross_entropy", "other_cross_entropy"),
+    *("divergence", "other_divergence"),
 )
 
 

@@ -1,5 +1,6 @@
 """What the fused operators must agree with: plain PyTorch on all logits, and the rule that says how closely."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -156,10 +157,12 @@ def error(result: Tensor, exact: Tensor) -> float:
 def check_error_rule(case: str, result: dict, eager: dict, exact: dict, dtype: torch.dtype) -> None:
     """At most 1.25 times eager's error in the same dtype, plus two units in the last place.
 
-    In float64 eager is its own yardstick and its error 0; the sums run in another order here.
+    In float64 eager is its own yardstick and its error 0; the sums run in another order here. Where eager has NaN and
+    float64 has not (oneDNN's bfloat16 products read a row of NaN into the one before it), only the units are allowed.
     """
     for name in exact:
         ours, theirs = error(result[name], exact[name]), error(eager[name], exact[name])
+        theirs = 0.0 if math.isnan(theirs) else theirs
         bound = 1.25 * theirs + (64 if dtype == torch.float64 else 2) * torch.finfo(dtype).eps
         assert ours <= bound, f"{case}: {name} is off by {ours:.2e}, allowed {bound:.2e} (eager: {theirs:.2e})"
 

@@ -1,0 +1,89 @@
+"""Lowerings for the CPU of a loss over two heads: as cpu.py, with the other head's operands beside."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..ops.call import OF_HEAD, OTHER, Attributes
+from ..ops.statistics import TABLE
+from . import cpu
+from .cpu_template import Spec, launch
+from .unsupported import Unsupported
+
+PAIRS = [name for name, row in TABLE.items() if row.pair]
+# Statistics of the first head that need no exponential: the others are formed together with the other head's.
+OF_ONE = ("target_logit", "entry_logits", "logit_sum", "argmax")
+LSE = ("lse", "lse_low", "other_lse", "other_lse_low")
+
+
+def forward(
+    operands: dict[str, Any],
+    row_mask: Any,
+    statistics: list[str],
+    attributes: Attributes,
+    bounded: bool,
+    rest: bool = False,
+) -> Sequence[Any]:
+    if rest:
+        raise Unsupported("the target is left out of a log-sum-exp beside a second head")
+    constants = {"statistics": statistics, "of_one": [name for name in statistics if name in OF_ONE]}
+    layouts = cpu.statistics_layouts(operands, statistics)
+    return _launch("two_heads", operands, {}, row_mask, attributes, constants, layouts)
+
+
+def backward(
+    tangents: dict[str, Any],
+    saved: dict[str, Any],
+    operands: dict[str, Any],
+    row_mask: Any,
+    needs: list[str],
+    attributes: Attributes,
+    rest: bool = False,
+) -> Sequence[Any]:
+    pairs = [name for name in PAIRS if name in tangents]
+    if rest or not pairs:
+        raise Unsupported("no tangent of a function of both heads, or one beside a log-sum-exp without the target")
+    if "entry_logits" not in tangents:
+        operands = {name: t for name, t in operands.items() if name != "entries"}
+    needed = {*LSE, *pairs} | ({"entropy", "target_logit"} & {*tangents})
+    needed |= {"entry_logits"} & {*tangents} if attributes.softcap else set()
+    beside = {name: t for name, t in saved.items() if name in needed} | cpu.prefixed(tangents)
+    constants = {"tangents": list(tangents), "needs": needs, "of_rows": [*LSE, *PAIRS, *(f"g_{name}" for name in PAIRS)]}
+    layouts = cpu.gradient_layouts(operands, needs)
+    return _launch("two_heads_backward", operands, beside, row_mask, attributes, constants, layouts)
+
+
+def _launch(
+    template: str,
+    operands: dict[str, Any],
+    beside: dict[str, Any],
+    row_mask: Any,
+    attributes: Attributes,
+    constants: dict[str, Any],
+    layouts: dict[str, Any],
+) -> Sequence[Any]:
+    """The results of one kernel. beside: what it reads besides the operands, by name."""
+    theirs, of_other = _of_other(operands), attributes.of_other
+    element, compute = cpu.dtypes({n: t for n, t in operands.items() if not n.startswith(OTHER)}, attributes)
+    other_element, other_compute = cpu.dtypes(theirs, of_other)
+    other = {
+        "element": other_element,
+        "compute": other_compute,
+        **{name: getattr(of_other, name) for name in ("scale", "softcap", "softcap_form")},
+        **{name: [] for name in ("statistics", "tangents", "needs")},
+    }
+    constants = cpu.constants(replace(attributes, grad_filter="exact"), compute) | constants
+    constants |= {"bounded": False, "rest": False}
+    given = cpu.realize(operands | cpu.mask(row_mask) | beside)
+    absent = cpu.ABSENT | {OTHER + name: torch.float32 for name in OF_HEAD}
+    if beside:
+        absent |= dict.fromkeys([*TABLE, *cpu.prefixed(TABLE)], torch.float32)
+    spec = Spec(template, element, compute, given, absent, layouts, constants, other)
+    return list(launch(spec, operands["input"].get_device()).values())
+
+
+def _of_other(operands: dict[str, Any]) -> dict[str, Any]:
+    """The other head's operands by the names of a head's own."""
+    return {name.removeprefix(OTHER): t for name, t in operands.items() if name.startswith(OTHER)}
