@@ -31,7 +31,7 @@ def forward(
     element, compute = dtypes(operands, attributes)
     given = realize(operands | mask(row_mask))
     layouts = statistics_layouts(operands, statistics)
-    constants = constants(attributes, compute) | {"statistics": statistics, "bounded": bounded, "rest": rest}
+    constants = constants_of(attributes, compute) | {"statistics": statistics, "bounded": bounded, "rest": rest}
     if bounded:
         (n, _), (v, _) = operands["input"].get_size(), operands["weight"].get_size()
         size = [CeilDiv(n, bound.BLOCK), CeilDiv(v, Filter.read(attributes.grad_filter).group)]
@@ -63,7 +63,7 @@ def backward(
     if filtered:
         needed |= {"bound", "target_logit"}
     given = operands | mask(row_mask) | {name: t for name, t in saved.items() if name in needed} | prefixed(tangents)
-    constants = constants(attributes, compute) | {"tangents": list(tangents), "needs": needs, "rest": rest}
+    constants = constants_of(attributes, compute) | {"tangents": list(tangents), "needs": needs, "rest": rest}
     if filtered:
         constants |= _filter(tangents, attributes)
     absent = ABSENT | dict.fromkeys(("lse", "target_logit", "entropy", *prefixed(table.TABLE)), torch.float32)
@@ -101,7 +101,7 @@ def with_gradients(
 ) -> Sequence[Any]:
     element, compute = dtypes(operands, attributes)
     bounded = bounded and "lse" in tangents
-    constants = constants(attributes, compute) | {
+    constants = constants_of(attributes, compute) | {
         "statistics": statistics,
         "tangents": list(tangents),
         "needs": needs,
@@ -128,7 +128,7 @@ def mask(row_mask: Any) -> dict[str, Any]:
     return {} if row_mask is None else {"row_mask": row_mask}
 
 
-def constants(attributes: Attributes, compute: torch.dtype) -> dict[str, Any]:
+def constants_of(attributes: Attributes, compute: torch.dtype) -> dict[str, Any]:
     return {
         "scale": attributes.scale,
         "softcap": attributes.softcap,

@@ -74,7 +74,7 @@ def _launch(
         **{name: getattr(of_other, name) for name in ("scale", "softcap", "softcap_form")},
         **{name: [] for name in ("statistics", "tangents", "needs")},
     }
-    constants = cpu.constants(replace(attributes, grad_filter="exact"), compute) | constants
+    constants = cpu.constants_of(replace(attributes, grad_filter="exact"), compute) | constants
     constants |= {"bounded": False, "rest": False}
     given = cpu.realize(operands | cpu.mask(row_mask) | beside)
     absent = cpu.ABSENT | {OTHER + name: torch.float32 for name in OF_HEAD}
