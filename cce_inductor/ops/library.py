@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import filtered, reference, twice
 from .bound import blocks, groups
 from .call import DIFFERENTIABLE_OPERANDS, OTHER, Attributes, Call, check, saved_names
-from .statistics import with_all_digits
+from .statistics import TABLE, with_all_digits
 
 ATTRIBUTES = (
     "float scale, float softcap, str softcap_form, ScalarType? compute_dtype, str grad_filter, int workspace, "
@@ -188,10 +188,12 @@ class _LinearStatistics(torch.autograd.Function):
         named = {name: t for name, t in zip(statistics, tangents, strict=False) if t is not None}
         named, saved = with_all_digits(named, dict(zip(saved_names(ctx.statistics, rest), rest, strict=True)))
         names = ctx.names.split()
+        # The other head's logits have a gradient from statistics of both alone.
+        both = any(TABLE[name].pair for name in named)
         needs = [
             name
             for name, wanted in zip(names, ctx.needs_input_grad[4:], strict=True)
-            if wanted and name in DIFFERENTIABLE_OPERANDS
+            if wanted and name in DIFFERENTIABLE_OPERANDS and (both or not name.startswith(OTHER))
         ]
         if not named or not {*needs} - {"diagnostics"}:
             return (None,) * (4 + len(operands))

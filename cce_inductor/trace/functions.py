@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..graph.builder import Builder, Proxy
-from ..graph.fakes import same
 from ..graph.refusal import Refused
 from ..ops.pairs import Function
 from .pointwise import not_rounded
@@ -162,15 +161,14 @@ def put_function(walk: Walk, node: Node) -> None:
     assert isinstance(first, Node) and isinstance(second, Node) and isinstance(dim, int)
     entries = [walk.values[n] for n in (first, second)]
     a, b = (read_with(e, dim) for e in entries)
-    if any(e.stale for e in entries):
-        raise Refused("an alias of the logits was edited in place", "use the out-of-place form")
     for value in (a, b):
         comparable(value)
     if _key(a) == _key(b) and function == "cross_entropy":
         made = Reduction(node, a, (*SOFTMAX, "entropy"), flat=lambda s: s.entropy)
         entries[0].trace.reductions.append(made)
         return
-    _fit(a, b)
+    if (a.head.dtype == torch.float64) != (b.head.dtype == torch.float64):
+        raise Refused("logits in float64 are compared with others in a narrower dtype", "compute both in one dtype")
     order = [a.fake.requires_grad, b.fake.requires_grad]
     earlier = next(n for n in walk.graph.nodes if n in (a.head.node, b.head.node))
     by_other = order[0] > order[1] if order[0] != order[1] else earlier is a.head.node
@@ -178,16 +176,6 @@ def put_function(walk: Walk, node: Node) -> None:
     trace = entries[0 if by_other else 1].trace
     statistics, flat = _statistics(function, by_other, a)  # type: ignore[arg-type]
     trace.reductions.append(Reduction(node, own, statistics, flat=flat, other=other))
-
-
-def _fit(a: Value, b: Value) -> None:
-    """Refused for two heads that one operator cannot take."""
-    if not same(a.vocab, b.vocab) or a.class_dim != b.class_dim:
-        raise Refused("two heads over vocabularies of different sizes are compared", "give both the same classes")
-    if len(a.lead_shape) != len(b.lead_shape) or not all(map(same, a.lead_shape, b.lead_shape)):
-        raise Refused("two heads are compared whose logits differ in shape", "give both the same rows and classes")
-    if (a.head.dtype == torch.float64) != (b.head.dtype == torch.float64):
-        raise Refused("logits in float64 are compared with others in a narrower dtype", "compute both in one dtype")
 
 
 BOTH = (*SOFTMAX, "other_lse", "other_lse_low")

@@ -101,7 +101,7 @@ def _lifted(entry: Entry, class_dim: int | None) -> Sum:
 
 
 def _sum(walk: Walk, node: Node, class_dim: int | None = None) -> Sum:
-    """What a node is, with the classes there if it can be read so; Refused for one that was edited since."""
+    """What a node is, with the classes there if it can be read so; Refused for what is no such sum."""
     if node in walk.sums:
         found = walk.sums[node]
         if isinstance(found, (Infinite, Zeros)):
@@ -111,8 +111,6 @@ def _sum(walk: Walk, node: Node, class_dim: int | None = None) -> Sum:
         return found
     if node not in walk.values:
         raise Refused("parts of the logits are compared with another head's", "compare the logits")
-    if walk.values[node].stale:
-        raise Refused("an alias of the logits was edited in place", "use the out-of-place form")
     return _lifted(walk.values[node], class_dim)
 
 
@@ -231,8 +229,6 @@ def _beside(sum_: Sum, node: Node, other: Any, how: str) -> Sum:
     one = is_tensor(other) and same(fake(other).numel(), 1) and fake(other).dim() <= shaped.fake.dim()
     if not is_tensor(other) or not (one or is_row_vector(other, shaped) or broadcasts_to_rows(fake(other), shaped)):
         raise Refused("the products of two heads' probabilities are weighed by class", "weigh the rows")
-    if fake(node).shape != shaped.fake.shape:
-        raise Refused("the products of two heads' probabilities are expanded", "sum them over the classes first")
     return sum_.changed(node, Change(how, other))
 
 

@@ -752,6 +752,37 @@ _of_flat(
 )
 
 
+# Of the logits and of a second head's, `r`, with as many rows and classes.
+TWO_HEADS = {
+    "kl_div": "F.kl_div({z}.log_softmax(-1), r.softmax(-1), reduction='batchmean')",
+    "kl_div of logarithms": "F.kl_div(F.log_softmax({z}, -1), r.log_softmax(-1), reduction='none', log_target=True).sum(-1)",
+    "kl_div from a frozen teacher, cooler": "4 * F.kl_div(({z} / 2).log_softmax(-1), (r.detach() / 2).softmax(-1), reduction='batchmean')",
+    "the reverse divergence": "({z}.softmax(-1) * ({z}.log_softmax(-1) - r.log_softmax(-1))).sum(-1).mean()",
+    "both divergences": "(({z}.softmax(-1) - r.softmax(-1)) * ({z}.log_softmax(-1) - r.log_softmax(-1))).sum(-1).mean()",
+    "a teacher's probabilities": "F.cross_entropy({z}, r.detach().softmax(-1))",
+    "a teacher's probabilities, written out": "-(r.softmax(-1) * {z}.log_softmax(-1)).sum(-1)",
+    "an expected value": "({z}.softmax(-1) * r).sum(-1).mean()",
+    "kl_divergence": "torch.distributions.kl_divergence(torch.distributions.Categorical(logits=r, validate_args=False), torch.distributions.Categorical(logits={z}, validate_args=False)).sum()",
+    "sharper itself": "F.kl_div({z}.log_softmax(-1), (3 * {z}.detach()).softmax(-1), reduction='sum')",
+    "beside the label's": "F.cross_entropy({z}, {t}) + F.kl_div({z}.log_softmax(-1), r.detach().softmax(-1), reduction='batchmean')",
+}  # fmt: skip
+
+
+def _of_two_heads(name: str, template: str) -> None:
+    @production("statistic", f"two heads: {name}", weight=0.5)
+    def write(d: Draft) -> None:
+        z, t = flat(d)
+        n, v = d.env[z].shape
+        d.need(n == d.sizes.b * d.sizes.s and v == d.sizes.v)
+        if "r" in names(template.format(z=z, t=t)):
+            d.write(f"r = F.linear(h2.flatten(0, 1), {d.pick('w2', 'w')})")
+        d.result(template.format(z=z, t=t))
+
+
+for _name, _template in TWO_HEADS.items():
+    _of_two_heads(_name, _template)
+
+
 @production("statistic", "the diagonal of log_softmax", verdict="may", weight=0.3)
 def _(d: Draft) -> None:
     d.need(d.rank == 2 and d.z.shape[1 - d.c] <= d.v)

@@ -189,6 +189,29 @@ def set_where(d, where, number):
     return d
 
 
+def edited_alias(z, r):
+    alias = z[:]
+    z.mul_(2.0)
+    return kl(alias, r, "sum")
+
+
+def edited_since(z, r):
+    products = z.detach().softmax(-1) * r[:]
+    r.mul_(2.0)
+    return products.sum(-1).mean()
+
+
+def many_products(z, r):
+    total = z.softmax(-1) * r.log_softmax(-1)
+    for k in range(8):
+        total = total + (k + 2) * (z.softmax(-1) * r.log_softmax(-1))
+    return total.sum()
+
+
+def in_float64(w):
+    return F.linear(torch.ones(N, D, dtype=torch.float64), w.double())
+
+
 # The loss, and a part of the reason.
 REFUSED: dict[str, tuple[Callable, str]] = {
     "weighed by class": (lambda z, r, keep, w, t: (kl(z, r) * torch.rand(V)).sum(), "weighed by class"),
@@ -254,6 +277,37 @@ REFUSED: dict[str, tuple[Callable, str]] = {
         lambda z, r, keep, w, t: set_where(kl(z, r), z.softmax(-1) == 0, 0.0).sum(),
         "masked by class",
     ),
+    "where logits are infinite": (
+        lambda z, r, keep, w, t: (z.softmax(-1) * r.log_softmax(-1) * torch.isinf(z)).sum(),
+        "where logits are infinite is asked",
+    ),
+    "of scaled log-probabilities": (
+        lambda z, r, keep, w, t: F.cross_entropy(2 * z.log_softmax(-1), r.softmax(-1)),
+        "scaled log-probabilities",
+    ),
+    "another mask where they are": (
+        lambda z, r, keep, w, t: torch.ones(N, V).masked_fill(torch.isinf(z), 0.0).sum(),
+        "parts of the logits",
+    ),
+    "of other rows": (lambda z, r, keep, w, t: (z.softmax(-1) * r[:1].log_softmax(-1)).sum(), "differ in shape"),
+    "with a deprecated argument": (
+        lambda z, r, keep, w, t: F.kl_div(z.log_softmax(-1), r.softmax(-1), size_average=False),
+        "deprecated arguments",
+    ),
+    "of products": (
+        lambda z, r, keep, w, t: F.kl_div(z.softmax(-1) * r.log_softmax(-1), r.softmax(-1)),
+        "no function of one head's logits",
+    ),
+    "weighed in another dimension": (lambda z, r, keep, w, t: (kl(z, r) * keep[None].float()).sum(), "heads"),
+    "an alias of edited logits": (lambda z, r, keep, w, t: edited_alias(z, r), "an alias of the logits was edited"),
+    "logits edited since": (lambda z, r, keep, w, t: edited_since(z, r), "edited in place"),
+    "exponentials": (lambda z, r, keep, w, t: F.kl_div(z.exp(), r.softmax(-1)), "are compared with those of another"),
+    "nine products": (
+        lambda z, r, keep, w, t: many_products(z, r),
+        "more than eight products",
+    ),
+    "with a margin": (lambda z, r, keep, w, t: kl(z - 0.5 * F.one_hot(t, V), r, "sum"), "edited logits"),
+    "a head in float64": (lambda z, r, keep, w, t: kl(z, in_float64(w), "sum"), "logits in float64"),
     "zeros set to 1": (lambda z, r, keep, w, t: set_where(kl(z, r), r.softmax(-1) == 0, 1.0).sum(), "masked by class"),
 }
 
@@ -289,7 +343,7 @@ def test_kl_divergence_of_distributions():
 
 
 def test_without_a_kernel_it_is_left_to_the_compiler():
-    x, w, y, u, keep, t = operands()
+    x, w, y, u, keep, t = operands(torch.float64)
     from cce_inductor.lowering.choose import choose
 
     (gm,) = graphs_of(heads(FUSED["kl_div, batchmean"]), x, w, y, u, keep, t)

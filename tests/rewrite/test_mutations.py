@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from capture import graphs_of
+from test_compared_heads import REFUSED as COMPARED
 from test_in_batch import UNFUSED as IN_BATCH
 from test_in_batch import similarities
 from test_margins import UNFUSED
@@ -30,6 +31,8 @@ from cce_inductor.rewrite.run import rewrite
 from cce_inductor.trace import (
     at_target,
     decompose,
+    embeddings,
+    functions,
     heads,
     indexing,
     interpreter,
@@ -43,6 +46,7 @@ from cce_inductor.trace import (
     rsqrt_softcap,
     several,
     softmax,
+    two_heads,
     unnamed,
 )
 
@@ -51,7 +55,7 @@ pytestmark = pytest.mark.xdist_group("mutations")  # one worker captures the pro
 B, S, D, V = 2, 6, 8, 40
 MODULES = (
     *(heads, layout, indexing, pointwise, masks, margins, at_target, softmax, rsqrt_softcap, reductions, ranking),
-    *(several, merge_heads, decompose, interpreter, unnamed),
+    *(several, merge_heads, decompose, interpreter, unnamed, two_heads, functions, embeddings),
 )
 
 
@@ -136,6 +140,17 @@ def linear(f):
 
 def in_batch(f):
     return lambda h, w, b, t: f(similarities(h.flatten(0, 1), w[: B * S]), t.flatten() % 4)
+
+
+def compared(f):
+    """A program over the logits of two heads, the first of which has a loss besides."""
+
+    def program(h, w, b, t):
+        x, t = h.flatten(0, 1), t.flatten()
+        z, keep = F.linear(x, w), torch.arange(B * S)[:, None] % 3 != 0
+        return f(z, F.linear(x.tanh(), w), keep, w, t), F.cross_entropy(z, t)
+
+    return program
 
 
 def without_bias(f):
@@ -466,6 +481,7 @@ PROGRAMS = {
     **{name: linear(f) for name, (f, _, _) in REFUSED.items()},
     **{f"margin: {name}": linear(f) for name, (f, _) in UNFUSED.items()},
     **{f"in batch: {name}": in_batch(f) for name, (f, _) in IN_BATCH.items()},
+    **{f"two heads: {name}": compared(f) for name, (f, _) in COMPARED.items()},
     **{f"unnamed: {name}": linear(f) for name, (f, _, _) in LOSSES.items()},
     **{f"nothing: {name}": without_bias(f) for name, f in NOTHING.items()},
     **HEADS,
