@@ -27,7 +27,7 @@ from cce_inductor.bench import (
     sweep,
 )
 from cce_inductor.bench.cases import HEADS, IGNORE_INDEX, Case, cases, parse_shape
-from cce_inductor.bench.factored import FACTORED, LOOPS
+from cce_inductor.bench.factored import FACTORED, LOOPS, TWO_HEADS
 from cce_inductor.bench.inputs import make_inputs
 from cce_inductor.bench.main import RUN, main
 from cce_inductor.bench.readers import READERS
@@ -339,6 +339,14 @@ class TestRun:
         for one in found:
             assert set(one["seconds"]) == {"eager", "compile", "ours", *(["base"] if one["base"] else [])}
         assert "| ArcFace |" in capsys.readouterr().out
+
+    @pytest.mark.slow
+    def test_two_heads(self, tmp_path, capsys):
+        assert main(["two-heads", "--quick", "--out", str(tmp_path)]) == 0
+        found = json.loads((tmp_path / "cpu-two-heads.json").read_text())["two-heads"]
+        assert [one["loss"] for one in found] == [*TWO_HEADS]
+        assert all({*one["seconds"]} == {*one["peak"]} == {"eager", "compile", "ours"} for one in found)
+        assert "| EMO, D = 576, bf16 |" in capsys.readouterr().out
 
     def test_from_arguments_to_report(self, tmp_path, monkeypatch, capsys):
         preset = replace(arguments.PRESETS["table"], repeat=2)

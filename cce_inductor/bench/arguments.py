@@ -82,6 +82,7 @@ PRESETS = {
     ),
     "compile-time": Preset("what the pass takes of the time to compile a model", repeat=1),
     "factors": Preset("losses with factors and margins, in the graph and in the training loop", repeat=3),
+    "two-heads": Preset("losses over two heads: divergences from a frozen one, and EMO", repeat=3),
     "reads": Preset("losses that have to read deferred logits, against plain torch.compile"),
 }
 

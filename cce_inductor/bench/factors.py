@@ -1,13 +1,15 @@
-"""Losses with factors, margins or several classes a row: time and memory, against eager mode and torch.compile."""
+"""Losses with factors, margins, several classes a row or two heads: time and memory, beside eager and torch.compile."""
 
 from __future__ import annotations
 
+import math
+import statistics
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 
 from . import report
 from .docs import Section
-from .factored import FACTORED, LOOPS, QUICK, Shape
+from .factored import FACTORED, LOOPS, QUICK, TWO_HEADS, Shape
 from .measure import speedup
 from .rounds import Options, say
 
@@ -25,11 +27,14 @@ class Factored:
     peak: dict[str, int] = field(default_factory=dict)
 
 
-def run(options: Options, quick: bool = False) -> Section:
-    """The contenders of a loss take turns in processes of their own, and with them ours without the factor."""
+def run(options: Options, quick: bool = False, two_heads: bool = False) -> Section:
+    """The contenders of a loss take turns in processes of their own, and with them ours without the factor.
+
+    two_heads: the losses of two heads.
+    """
     found = []
-    for loss, base, shape in _cases(quick):
-        say(f"factors: {loss}")
+    for loss, base, shape in _cases(quick, two_heads):
+        say(f"{'two heads' if two_heads else 'factors'}: {loss}")
         made = Factored(loss, base, shape)
         jobs = {name: (name, loss) for name in CONTENDERS} | ({"base": ("ours", base)} if base else {})
         with ExitStack() as stack:
@@ -48,10 +53,12 @@ def run(options: Options, quick: bool = False) -> Section:
                         made.seconds.setdefault(key, []).append(seconds)
             made.peak = {key: child.ask("peak", 10 * options.timeout)["above"] for key, child in children.items()}
         found.append(made)
-    return conclude(found)
+    return of_two_heads(found) if two_heads else conclude(found)
 
 
-def _cases(quick: bool) -> list[tuple[str, str, Shape]]:
+def _cases(quick: bool, two_heads: bool) -> list[tuple[str, str, Shape]]:
+    if two_heads:
+        return [(name, base, QUICK if quick else shape) for name, (_, base, shape) in TWO_HEADS.items()]
     listed = [(name, base, shape) for name, (_, base, shape) in FACTORED.items()]
     listed += [(name, "cross_entropy", FACTORED["cross_entropy"][2]) for name in LOOPS]
     return [(name, base, QUICK if quick else shape) for name, base, shape in listed]
@@ -72,6 +79,25 @@ def conclude(found: list[Factored]) -> Section:
     )
     header = ("loss", "N, D, V", "eager", "compile", "ours", "ours / compile", "ours / without")
     return Section("factors", f"{text}\n\n{report.markdown(header, rows)}", [asdict(one) for one in found])
+
+
+def of_two_heads(found: list[Factored]) -> Section:
+    """The measurements of losses over two heads as a section."""
+    rows = []
+    for one in found:
+        cells = [f"{report.milliseconds(one.seconds[c])}, {one.peak[c] / 2**20:,.0f}" for c in CONTENDERS]
+        # Two products forward and the two of the gradients of the first head; EMO has as many, of other shapes.
+        flops = 8 * math.prod(one.shape)
+        rate = flops / statistics.median(one.seconds["ours"]) / 1e9
+        ratio = _ratio(one.seconds["compile"], one.seconds["ours"])
+        rows.append([one.loss, ", ".join(map(str, one.shape)), *cells, ratio, f"{flops / 1e9:,.0f}", f"{rate:,.0f}"])
+    text = (
+        "A loss over a head and a frozen one of the same size, with the first one's gradients: the time in ms with "
+        "least and most, and the peak above operands and gradients in MiB. GFLOP are those of the products that have "
+        "to be computed, 8 NVD, and the rate is ours."
+    )
+    header = ("loss", "N, D, V", "eager", "compile", "ours", "ours / compile", "GFLOP", "GFLOP/s")
+    return Section("two-heads", f"{text}\n\n{report.markdown(header, rows)}", [asdict(one) for one in found])
 
 
 def _ratio(base: list[float], own: list[float]) -> str:

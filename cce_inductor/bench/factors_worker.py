@@ -13,7 +13,7 @@ def handlers(job: dict[str, Any]) -> Handlers:
     import torch
 
     from .. import config
-    from .factored import FACTORED, LOOPS, Loss, dtype_of, in_the_loop
+    from .factored import LOOPS, Loss, dtype_of, in_the_loop
     from .measure import Head
 
     n, d, v = job["shape"]
@@ -25,8 +25,7 @@ def handlers(job: dict[str, Any]) -> Handlers:
     if job["loss"] in LOOPS:
         call = in_the_loop(backend, LOOPS[job["loss"]])
     else:
-        assert job["loss"] in FACTORED
-        made = Loss(job["loss"], n, v)
+        made = Loss(job["loss"], (n, d, v), dtype_of(job["loss"]))
         call = made if backend is None else torch.compile(made, backend=backend)
     head = Head(call, x, weight, target)
     return {

@@ -71,7 +71,7 @@ def _reads(args: argparse.Namespace, options: Options) -> Sections:
 
 
 def _factors(args: argparse.Namespace, options: Options) -> Sections:
-    yield factors.run(options, args.quick)
+    yield factors.run(options, args.quick, two_heads=args.preset == "two-heads")
 
 
 RUN: dict[str, Callable[[argparse.Namespace, Options], Sections]] = {
@@ -84,6 +84,7 @@ RUN: dict[str, Callable[[argparse.Namespace, Options], Sections]] = {
     "sweep-budget": _sweep_budget,
     "compile-time": _compile_time,
     "factors": _factors,
+    "two-heads": _factors,
     "reads": _reads,
 }
 

@@ -50,7 +50,11 @@ def backward(
     needed = {*LSE, *pairs} | ({"entropy", "target_logit"} & {*tangents})
     needed |= {"entry_logits"} & {*tangents} if attributes.softcap else set()
     beside = {name: t for name, t in saved.items() if name in needed} | cpu.prefixed(tangents)
-    constants = {"tangents": list(tangents), "needs": needs, "of_rows": [*LSE, *PAIRS, *(f"g_{name}" for name in PAIRS)]}
+    constants = {
+        "tangents": list(tangents),
+        "needs": needs,
+        "of_rows": [*LSE, *PAIRS, *(f"g_{name}" for name in PAIRS)],
+    }
     layouts = cpu.gradient_layouts(operands, needs)
     return _launch("two_heads_backward", operands, beside, row_mask, attributes, constants, layouts)
 

@@ -264,14 +264,25 @@ def test_logits_far_apart_behind_a_wide_softcap_in_16_bits(as_on_avx512):
         operator.check(form, head, row_mask=some_rows(133))
 
 
-def test_factors_of_rows_and_of_classes():
-    """In one block and slab and in many; a weight and hidden states that are frozen; both passes in one kernel."""
-    mask = some_rows(300)
-    for dtype, bias, softcap in ((torch.float32, True, 5.0), (torch.bfloat16, False, 0.0)):
-        head = Head.make(300, 90, 1003, dtype, bias=bias).with_factors()
-        for workspace, at_once in ((64 << 20, False), (1 << 20, False), (4 << 20, True)):
-            operator = Operator(EVERY, at_once, scale=0.7, softcap=softcap, workspace=workspace)
-            operator.check(f"{dtype}, {workspace} bytes, {at_once=}", head, row_mask=mask)
+@pytest.mark.parametrize(
+    "dtype,workspace,at_once",
+    [
+        (torch.float32, 1 << 20, False),  # many blocks and slabs
+        (torch.bfloat16, 4 << 20, True),
+        pytest.param(torch.float32, 64 << 20, False, marks=pytest.mark.slow),  # one of each
+        pytest.param(torch.float32, 4 << 20, True, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, 64 << 20, False, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, 1 << 20, False, marks=pytest.mark.slow),
+    ],
+)
+def test_factors_of_rows_and_of_classes(dtype, workspace, at_once):
+    wide = dtype == torch.float32
+    head = Head.make(300, 90, 1003, dtype, bias=wide).with_factors()
+    operator = Operator(EVERY, at_once, scale=0.7, softcap=5.0 if wide else 0.0, workspace=workspace)
+    operator.check("factors", head, row_mask=some_rows(300))
+
+
+def test_factors_and_frozen_operands():
     operator = Operator(LOSS)
     head = Head.make(300, 90, 1003).with_factors()
     every, some = operator.run(head), operator.run(head, "drow_scale dcolumn_scale")

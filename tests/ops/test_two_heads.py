@@ -76,7 +76,9 @@ def run(given: dict[str, Tensor], names: str, attributes: Attributes, mask: Tens
         return dict(zip(names.split(), out, strict=True))
     z, r = both_logits(given, attributes)
     found = {n: plain(n, z, r, given) for n in names.split() if not n.endswith("_low")}
-    return found if mask is None else {n: torch.where(mask.view(-1, *[1] * (t.dim() - 1)), t, 0) for n, t in found.items()}
+    return (
+        found if mask is None else {n: torch.where(mask.view(-1, *[1] * (t.dim() - 1)), t, 0) for n, t in found.items()}
+    )
 
 
 def differentiate(given, names, attributes, mask=None, operator=FORWARD, wanted=None):

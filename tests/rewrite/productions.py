@@ -753,19 +753,20 @@ _of_flat(
 
 
 # Of the logits and of a second head's, `r`, with as many rows and classes.
+_LOG, _TO = "{z}.log_softmax(-1)", "r.softmax(-1)"
 TWO_HEADS = {
-    "kl_div": "F.kl_div({z}.log_softmax(-1), r.softmax(-1), reduction='batchmean')",
-    "kl_div of logarithms": "F.kl_div(F.log_softmax({z}, -1), r.log_softmax(-1), reduction='none', log_target=True).sum(-1)",
-    "kl_div from a frozen teacher, cooler": "4 * F.kl_div(({z} / 2).log_softmax(-1), (r.detach() / 2).softmax(-1), reduction='batchmean')",
-    "the reverse divergence": "({z}.softmax(-1) * ({z}.log_softmax(-1) - r.log_softmax(-1))).sum(-1).mean()",
-    "both divergences": "(({z}.softmax(-1) - r.softmax(-1)) * ({z}.log_softmax(-1) - r.log_softmax(-1))).sum(-1).mean()",
+    "kl_div": f"F.kl_div({_LOG}, {_TO}, reduction='batchmean')",
+    "kl_div of logarithms": f"F.kl_div({_LOG}, r.log_softmax(-1), reduction='none', log_target=True).sum(-1)",
+    "kl_div from a frozen teacher": f"F.kl_div({_LOG}, r.detach().softmax(-1), reduction='batchmean')",
+    "kl_div, cooler": "4 * F.kl_div(({z} / 2).log_softmax(-1), (r / 2).softmax(-1), reduction='batchmean')",
+    "the reverse divergence": f"({{z}}.softmax(-1) * ({_LOG} - r.log_softmax(-1))).sum(-1).mean()",
+    "both divergences": f"(({{z}}.softmax(-1) - {_TO}) * ({_LOG} - r.log_softmax(-1))).sum(-1).mean()",
     "a teacher's probabilities": "F.cross_entropy({z}, r.detach().softmax(-1))",
-    "a teacher's probabilities, written out": "-(r.softmax(-1) * {z}.log_softmax(-1)).sum(-1)",
+    "a teacher's probabilities, written out": f"-({_TO} * {_LOG}).sum(-1)",
     "an expected value": "({z}.softmax(-1) * r).sum(-1).mean()",
-    "kl_divergence": "torch.distributions.kl_divergence(torch.distributions.Categorical(logits=r, validate_args=False), torch.distributions.Categorical(logits={z}, validate_args=False)).sum()",
-    "sharper itself": "F.kl_div({z}.log_softmax(-1), (3 * {z}.detach()).softmax(-1), reduction='sum')",
-    "beside the label's": "F.cross_entropy({z}, {t}) + F.kl_div({z}.log_softmax(-1), r.detach().softmax(-1), reduction='batchmean')",
-}  # fmt: skip
+    "sharper itself": f"F.kl_div({_LOG}, (3 * {{z}}.detach()).softmax(-1), reduction='sum')",
+    "beside the label's": f"F.cross_entropy({{z}}, {{t}}) + F.kl_div({_LOG}, {_TO}, reduction='batchmean')",
+}
 
 
 def _of_two_heads(name: str, template: str) -> None:
