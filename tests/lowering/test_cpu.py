@@ -59,6 +59,7 @@ def test_float16_frozen_trunk_and_strided_rows():
     assert kernels() == 2
 
 
+@pytest.mark.slow
 def test_float32_weights_in_bfloat16():
     """What autocast asks for: rounded operands, and a gradient of the weight in fp32."""
     head = Head.make(64, 48, 500, bias=True)
@@ -76,9 +77,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize(
-    "kind", [kind if kind in ("any", "of one row") else pytest.param(kind, marks=pytest.mark.slow) for kind in SHAPES]
-)
+@pytest.mark.parametrize("kind", [k if k == "any" else pytest.param(k, marks=pytest.mark.slow) for k in SHAPES])
 def test_shapes(kind):
     operator = Operator(LOSS, dynamic=True)
     with torch._dynamo.config.patch(specialize_int=False, assume_static_by_default=False):
@@ -231,7 +230,7 @@ def as_on_avx512(edit_template, monkeypatch):
     monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 def test_the_kernels_of_avx512_on_any_cpu(dtype, as_on_avx512):
     operator = Operator(LOSS, scale=1.5, softcap=20.0, workspace=1 << 18)
     head = Head.make(133, 71, 1001, dtype, bias=True)
@@ -255,6 +254,7 @@ def test_cpp_wrapper_and_max_autotune():
             Operator(LOSS).run(head)
 
 
+@pytest.mark.slow
 def test_logits_far_apart_behind_a_wide_softcap_in_16_bits(as_on_avx512):
     """What is kept for the second pass says of a logit 64 or more below the largest only that: its slope is lost."""
     for form, names in (("tanh", LOSS), ("rsqrt", f"{LOSS} logit_sum")):
@@ -282,6 +282,7 @@ def test_factors_of_rows_and_of_classes(dtype, workspace, at_once):
     operator.check("factors", head, row_mask=some_rows(300))
 
 
+@pytest.mark.slow
 def test_factors_and_frozen_operands():
     operator = Operator(LOSS)
     head = Head.make(300, 90, 1003).with_factors()

@@ -19,6 +19,7 @@ def test_every_option_in_many_blocks_and_slabs():
     assert kernels() == 2
 
 
+@pytest.mark.slow
 def test_bfloat16_transposed_and_strided():
     head = quantised(torch.bfloat16, n=130, d=71, v=2500)
     head.w = head.w.t().contiguous().t()
@@ -27,6 +28,7 @@ def test_bfloat16_transposed_and_strided():
     assert kernels() == 2
 
 
+@pytest.mark.slow
 def test_gradients_in_the_forward():
     """In one chunk, and in several."""
     for dtype, workspace in ((torch.float32, 1 << 20), (torch.bfloat16, 64 << 20)):
@@ -36,7 +38,7 @@ def test_gradients_in_the_forward():
     assert kernels() == 2
 
 
-@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("at_once", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_compiled_program_with_a_budget(at_once):
     """What it drops is within the budget."""
     head = quantised(classes=False, n=300, d=40, v=1500, bias=True)

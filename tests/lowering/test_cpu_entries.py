@@ -29,6 +29,7 @@ def test_bfloat16_beside_the_target_itself():
     assert kernels() == 4
 
 
+@pytest.mark.slow
 def test_factors_and_a_frozen_weight():
     head = Head.make(96, 33, 300, bias=True).with_factors()
     operator = Operator("lse entry_logits", scale=0.7)
@@ -36,6 +37,7 @@ def test_factors_and_a_frozen_weight():
     operator.check("no weight", head, needs="dx db drow_scale", entries=some_entries(96, 7, 300))
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_who_computes_them(three_threads):
     head, entries = Head.make(700, 40, 3000), some_entries(700, 16, 3000)
     operator = Operator("lse entry_logits", workspace=1 << 20)
@@ -56,6 +58,7 @@ def test_entries_alone_need_no_product(names):
     assert kernels() == 0
 
 
+@pytest.mark.slow
 def test_a_backward_of_the_entries_alone_needs_no_product():
     head, entries = Head.make(64, 32, 2000), some_entries(64, 6, 2000)
     tangents = [torch.zeros(64), torch.ones(64)]
@@ -66,7 +69,7 @@ def test_a_backward_of_the_entries_alone_needs_no_product():
         torch.testing.assert_close(ours[name], plain[name])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 def test_a_filter_keeps_every_entry(dtype):
     """Kernels for all but the entries: a budget of almost nothing leaves the gradient what it is."""
     head, entries = Head.make(300, 40, 2000, dtype, bias=True), some_entries(300, 6, 2000)
@@ -75,6 +78,7 @@ def test_a_filter_keeps_every_entry(dtype):
     assert kernels() == 2
 
 
+@pytest.mark.slow
 def test_beside_a_log_sum_exp_without_the_target():
     head, entries = Head.make(200, 40, 1000), some_entries(200, 6, 1000)
     Operator("lse_rest target_logit entry_logits").check("rest", head, entries=entries)

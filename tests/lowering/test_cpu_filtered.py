@@ -99,7 +99,12 @@ CONFIGURATIONS = {
     "float32, unbiased": SAMPLED,
     "bfloat16, 1 MiB, unbiased": SAMPLED_SMALL,
 }
-every_configuration = pytest.mark.parametrize("configuration", CONFIGURATIONS.values(), ids=list(CONFIGURATIONS))
+# One of each dtype and of each filter; the others are slow tests.
+OFTEN = ("float32", "bfloat16, 1 MiB, unbiased")
+every_configuration = pytest.mark.parametrize(
+    "configuration",
+    [pytest.param(c, id=name, marks=() if name in OFTEN else pytest.mark.slow) for name, c in CONFIGURATIONS.items()],
+)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -49,8 +49,8 @@ COMPILED = {
 }
 
 
-# Three that have every part of the kernels; the others are slow tests.
-OFTEN = ("gradients in the forward, bfloat16", "every statistic", "budget")
+# Two that have every part of the kernels that compute all columns; the others are slow tests.
+OFTEN = ("gradients in the forward, bfloat16", "every statistic")
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in OFTEN else pytest.mark.slow) for c in COMPILED])

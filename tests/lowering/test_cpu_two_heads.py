@@ -49,6 +49,7 @@ def test_sixteen_bits_beside_what_is_of_one_head(dtype):
     assert kernels() == 2
 
 
+@pytest.mark.slow
 def test_heads_of_two_dtypes():
     given = heads(n=100, d=64, other_d=48, v=700)
     given |= {name: t.bfloat16() for name, t in heads(n=100, d=64, other_d=48, v=700).items() if "other" in name}
@@ -58,6 +59,7 @@ def test_heads_of_two_dtypes():
     assert kernels() == 2
 
 
+@pytest.mark.slow
 def test_factors_of_both_heads():
     generator = torch.Generator().manual_seed(2)
     given = heads(n=96, d=33, other_d=20, v=300)
@@ -93,6 +95,7 @@ def test_close_and_equal_heads():
     assert kernels() == 4
 
 
+@pytest.mark.slow
 def test_classes_without_mass():
     given = heads(n=40, v=400)
     given["bias"][:7] = given["other_bias"][:7] = -torch.inf
@@ -103,6 +106,7 @@ def test_classes_without_mass():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_who_computes_them(three_threads):
     given, operator = heads(n=700, d=40, v=3000), compiled()
     options = attributes(workspace=1 << 20)

@@ -45,6 +45,7 @@ def test_bfloat16_kept_in_part():
         assert all(torch.equal(ours[name], again[name]) for name in again)  # deterministic
 
 
+@pytest.mark.slow
 def test_float32_weights_in_bfloat16_and_masked_columns():
     """Autocast's kind, in chunks; columns of -inf keep no trace in what is stored between the passes."""
     head = Head.make(700, 48, 1200, bias=True)
@@ -91,7 +92,7 @@ def test_a_filter_computes_the_same_columns_from_kept_logits(kind, compute):
         assert error(one, other.double()) < 0.1 * error(other, all_of_it.double()) < 0.01
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
 def test_an_infinite_logit_is_not_lost_between_the_passes(dtype):
     """Its row has a gradient of NaN, as log_softmax gives it, and no other row has: the operator is for a loss."""
     head = Head.make(130, 16, 300, dtype)
@@ -131,6 +132,7 @@ def test_confident_rows_keep_the_digits_of_their_gradient():
     assert (off / rows).max() < 3e-2
 
 
+@pytest.mark.slow
 def test_three_threads(three_threads):
     """In chunks, and with nothing kept between the passes."""
     head = Head.make(500, 71, 1003, bias=True)

@@ -296,7 +296,7 @@ def test_large_bounds_are_grouped(rows, vocab, workspace, expected):
     assert columns == -(-vocab // expected) and -(-vocab // columns) == expected
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_compiled_step_groups_where_the_number_of_rows_is_known(dynamic, monkeypatch):
     """The shape of a bound is that of the graph, whoever runs it: with symbolic rows nothing is grouped."""
     torch._dynamo.reset()

@@ -34,14 +34,16 @@ def test_values_and_gradients(dtype, small_tiles):
         compare(f"{dtype}, {softcap}, {masked}", ours, head, NAMES, attributes, row_mask=mask)
 
 
-def test_compiled():
+@pytest.mark.parametrize(
+    "dtype,softcap", [(torch.float32, 5.0), pytest.param(torch.bfloat16, 0.0, marks=pytest.mark.slow)]
+)
+def test_compiled(dtype, softcap):
     register()
     torch._dynamo.reset()
     counters.clear()
-    for dtype, softcap in ((torch.float32, 5.0), (torch.bfloat16, 0.0)):
-        operator = Operator(NAMES, scale=0.7, softcap=softcap, workspace=1 << 18)
-        operator.check(f"{dtype}", confident(dtype), row_mask=some_rows(150))
-    assert counters["inductor"]["cpp_templated_kernel_counter"] == 4
+    operator = Operator(NAMES, scale=0.7, softcap=softcap, workspace=1 << 18)
+    operator.check(f"{dtype}", confident(dtype), row_mask=some_rows(150))
+    assert counters["inductor"]["cpp_templated_kernel_counter"] == 2
 
 
 def test_low_is_what_rounding_left():
