@@ -12,8 +12,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 def pytest_collection_finish():
-    """A fifth of the time of a test that captures a graph: what stays is not looked through again and again for garbage,
-    and freed memory is not handed back to the system in between."""
+    """A fifth of the time of a test that captures a graph.
+
+    What stays is not looked through again and again for garbage, and freed memory is not handed back in between.
+    """
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
