@@ -56,7 +56,7 @@ def findings(walk: Walk, settings: Settings, statistics: bool = False) -> list[F
             found.append(Finding(source(walk, made.node), trace, None))
     found = list({finding.loss: finding for finding in reversed(found)}.values())
     known = {finding.loss for finding in found} | _of_entries(walk)
-    found += [Finding(node, *why(walk, node)) for node in losses(walk.graph) if node not in known]
+    found += [Finding(node, *why(walk, node)) for node in losses(walk.graph) if node in order and node not in known]
     return sorted(found, key=lambda finding: order[finding.loss])
 
 

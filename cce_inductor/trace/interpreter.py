@@ -23,7 +23,7 @@ from ..graph.nodes import Op
 from ..graph.refusal import Refusal, Refused
 from ..graph.regions import descendants
 from ..graph.spellings import Fact
-from . import decompose, embeddings, margins, ranking, rsqrt_softcap, rules, two_heads
+from . import decompose, embeddings, inner, margins, ranking, rsqrt_softcap, rules, two_heads
 from .affine import Listed
 from .at_target import is_pointwise
 from .heads import subclassed
@@ -78,7 +78,7 @@ class Interpreter(Walk):
         touched = [n for n in node.all_input_nodes if any(n in nodes_ for nodes_ in made_of)]
         if touched:
             self._use(node, op, touched)
-        if op is not None and op.is_head and node not in self.sums:
+        if op is not None and op.is_head and node not in self.sums and all(d.node is not node for d in self.decomposed):
             self._head(node, op)
 
     def _head(self, node: Node, op: Op) -> None:
@@ -190,7 +190,7 @@ class Interpreter(Walk):
         if not into_logits and memory.mutated(node):
             what = f"{nodes.describe(node)} works in place on a tensor of the logits' graph"
             raise Refused(what, "use the out-of-place form")
-        if embeddings.follows(self, node, op, touched) or two_heads.follows(self, node, op, touched):
+        if any(follows(self, node, op, touched) for follows in _OF_SEVERAL):
             return
         known = op is not None and rules.follows(op)
         if op is None or not known or not any(take(node, op, touched) for take in self.order):
@@ -352,6 +352,8 @@ class Interpreter(Walk):
         self.decompose(node, entry.trace, lambda b: decompose.of_members(b, reduction))
 
 
+# What reads functions of one head or two, entry by entry, in this order.
+_OF_SEVERAL = (inner.follows, embeddings.follows, two_heads.follows)
 # Ops that logits with a margin at the target are made with.
 _MARKS = ("one_hot", "scatter", "scatter_add", "setitem", "eq", "ne", "eye", "fill_diagonal")
 _ATTRIBUTES = ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout")

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from ..graph import nodes
 from ..graph.fakes import fake, is_tensor, same
 from .values import Value
 
@@ -37,6 +38,18 @@ def broadcasts_to_rows(other: Any, value: Value) -> bool:
     own = z.dim() - 1 - value.class_dim  # the place of the classes, from the right
     fits = all(same(size, 1) or (i != own and same(size, whole)) for i, (size, whole) in enumerate(sizes))
     return other.dim() <= z.dim() and fits and other.dim() > own + 1
+
+
+def per_row(node: Any, value: Value) -> Node | None:
+    """The tensor of one number for each row of `value`, or for several, that a node is, or is expanded from."""
+    while is_tensor(node):
+        if is_row_vector(node, value) or broadcasts_to_rows(fake(node), value):
+            return node
+        op = nodes.read(node)
+        if op is None or op.inplace or op.name not in ("expand", "expand_as"):
+            return None
+        node = op.args["input"]
+    return None
 
 
 def same_shape(node: Node, value: Value) -> bool:

@@ -22,11 +22,11 @@ from ..graph.nodes import Op
 from ..graph.refusal import Refused
 from ..graph.spellings import Fact
 from . import rules
-from .decompose import in_dtype_of
+from .decompose import in_dtype_of, widened
 from .functions import Change, Product, comparable, in_functions, of_two, put_function, read_with
 from .operands import vocab
-from .reductions import over_rows, reads_the_classes
-from .shapes import broadcasts_to_rows, is_row_vector
+from .reductions import arguments_of, over_rows, reads_the_classes
+from .shapes import per_row
 from .trace import Trace
 from .values import Function as Kind
 from .values import Value
@@ -68,11 +68,20 @@ class Infinite:
 
 @dataclass(frozen=True)
 class Zeros:
-    """A mask of where the probabilities of `value` are 0."""
+    """A mask of where the probabilities of `value` are 0; or are not, if `other`."""
 
     value: Value
     traces: tuple[Trace, ...]
+    other: bool = False
     what = "masks of probabilities"
+
+
+@dataclass(frozen=True)
+class Expanded:
+    """A tensor of one number for each row, in the shape of the logits: nothing but that is read of them."""
+
+    traces: tuple[Trace, ...]
+    what = "masks of the logits' shape"
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,8 @@ class Stale:
     what = "aliases of edited products"
 
 
+# Probabilities are 0, or they are not.
+_COMPARED = ("eq", "ne", "gt")
 # More products than any loss is written with.
 _MOST = 8
 
@@ -100,12 +111,17 @@ def _lifted(entry: Entry, class_dim: int | None) -> Sum:
     return Sum(value.node, value.class_dim, (product,), tuple(entry.trace.with_parts))
 
 
+def factor_in(walk: Walk, part: Value) -> float:
+    """The factor that the node of a product's part has already."""
+    return read_with(walk.values[part.node], part.class_dim).factor
+
+
 def _sum(walk: Walk, node: Node, class_dim: int | None = None) -> Sum:
     """What a node is, with the classes there if it can be read so; Refused for what is no such sum."""
     if node in walk.sums:
         found = walk.sums[node]
-        if isinstance(found, (Infinite, Zeros)):
-            raise Refused("where logits are infinite is asked", "compute the loss without that mask")
+        if isinstance(found, (Infinite, Zeros, Expanded)):
+            raise Refused(f"{found.what} are read as numbers", "mask the products with them")
         if isinstance(found, Stale):
             raise Refused("an alias of what two heads are compared by was edited in place", "use the out-of-place form")
         return found
@@ -137,8 +153,8 @@ def follows(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
     if op is not None and op.name in ("isinf", "or"):
         walk.put_sum(node, _infinite(walk, op))
         return True
-    if op is not None and op.name in ("eq", "expand_as") and (zeros := _zeros(walk, op)) is not None:
-        walk.put_sum(node, zeros)
+    if op is not None and op.name in (*_COMPARED, "expand_as") and (mask := _mask(walk, op)) is not None:
+        walk.put_sum(node, mask)
         return True
     rule = _RULES.get(op.name) if op is not None else None
     layout_rule = op is not None and op.has(Fact.VIEW | Fact.HANDS_ON) and op.args.get("input") is touched[0]
@@ -178,18 +194,22 @@ def _infinite(walk: Walk, op: Op) -> Infinite:
     return Infinite(tuple(distinct(found)))
 
 
-def _zeros(walk: Walk, op: Op) -> Zeros | None:
-    """Where probabilities are 0, as torch.distributions asks; or that in the shape of another tensor."""
+def _mask(walk: Walk, op: Op) -> Zeros | Expanded | None:
+    """Where probabilities are 0, as torch.distributions asks; that, or one for each row, in another tensor's shape."""
     source = op.args["input"]
     if op.name == "expand_as":
-        made = walk.sums.get(source)
-        same_shape = made is not None and fake(source).shape == fake(op.args["other"]).shape
+        made, other = walk.sums.get(source), op.args["other"]
+        if other in walk.values and source not in walk.values and made is None:
+            entry = walk.values[other]
+            of_rows = per_row(source, entry.values[0]) is not None
+            return Expanded(tuple(entry.trace.with_parts)) if of_rows else None
+        same_shape = made is not None and fake(source).shape == fake(other).shape
         return made if same_shape and isinstance(made, Zeros) else None
     value = walk.values[source].values[0] if source in walk.values else None
     if value is None or value.kind != "softmax" or value.factor != 1.0 or op.args["other"] != 0:
         return None
     comparable(value)
-    return Zeros(value, tuple(walk.values[source].trace.with_parts))
+    return Zeros(value, tuple(walk.values[source].trace.with_parts), op.name != "eq")
 
 
 def _set(walk: Walk, node: Node, op: Op) -> Sum:
@@ -197,7 +217,8 @@ def _set(walk: Walk, node: Node, op: Op) -> Sum:
     sum_, mask, number = _sum(walk, op.args["input"]), op.args["index"], op.args["value"]
     zeros = walk.sums.get(mask) if isinstance(mask, Node) else None
     of = [p.weights if number == 0 else p.values for p in sum_.products]
-    own = [isinstance(zeros, Zeros) and v is not None and v.source == zeros.value.source for v in of]
+    source = zeros.value.source if isinstance(zeros, Zeros) and not zeros.other else None
+    own = [v is not None and v.source == source for v in of]
     if number not in (0, float("inf")) or not (all(own) if number == 0 else any(own)):
         raise Refused("the products of two heads' probabilities are masked by class", "mask whole rows, with 0")
     return replace(sum_, node=node)
@@ -205,8 +226,8 @@ def _set(walk: Walk, node: Node, op: Op) -> Sum:
 
 def _begins(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
     """Whether a node puts functions of two heads together that nothing else takes."""
-    if op is not None and op.name in ("isinf", "eq"):
-        return op.name == "isinf" or _zeros(walk, op) is not None
+    if op is not None and op.name in ("isinf", "expand_as", *_COMPARED):
+        return op.name == "isinf" or _mask(walk, op) is not None
     if op is None or op.inplace or len(touched) != 2 or not all(n in walk.values for n in touched):
         return False
     if op.name in ("cross_entropy", "kl_div"):
@@ -227,9 +248,10 @@ def _beside(sum_: Sum, node: Node, other: Any, how: str) -> Sum:
         return sum_.times(node, float(other) if how == "mul" else 1.0 / other)
     shaped = sum_.shaped
     one = is_tensor(other) and same(fake(other).numel(), 1) and fake(other).dim() <= shaped.fake.dim()
-    if not is_tensor(other) or not (one or is_row_vector(other, shaped) or broadcasts_to_rows(fake(other), shaped)):
+    by = other if one else per_row(other, shaped)
+    if by is None:
         raise Refused("the products of two heads' probabilities are weighed by class", "weigh the rows")
-    return sum_.changed(node, Change(how, other))
+    return sum_.changed(node, Change(how, by))
 
 
 def _mul(walk: Walk, node: Node, op: Op) -> Sum:
@@ -304,15 +326,22 @@ def _where(walk: Walk, node: Node, op: Op) -> Sum:
     condition, first, second = op.args["condition"], op.args["input"], op.args["other"]
     keeps = isinstance(first, Node) and first in walk.sums
     sum_, other = (_sum(walk, first), second) if keeps else (_sum(walk, second), first)
+    mass = walk.sums.get(condition)
+    if isinstance(mass, Zeros) and mass.other == keeps and _is_zero(other) and _weighed_by(sum_, mass.value):
+        return replace(sum_, node=node)
     return _with_zeros(sum_, node, condition, other, "keep" if keeps else "fill")
+
+
+def _weighed_by(sum_: Sum, value: Value) -> bool:
+    return all(p.weights is not None and p.weights.source == value.source for p in sum_.products)
 
 
 def _with_zeros(sum_: Sum, node: Node, mask: Any, other: Any, how: str) -> Sum:
     shaped = sum_.shaped
-    of_rows = is_tensor(mask) and (is_row_vector(mask, shaped) or broadcasts_to_rows(fake(mask), shaped))
-    if not of_rows or not _is_zero(other) or fake(node).shape != shaped.fake.shape:
+    of_rows = per_row(mask, shaped)
+    if of_rows is None or not _is_zero(other) or fake(node).shape != shaped.fake.shape:
         raise Refused("the products of two heads' probabilities are masked by class", "mask whole rows, with 0")
-    return sum_.changed(node, Change(how, mask))
+    return sum_.changed(node, Change(how, of_rows))
 
 
 def _is_zero(other: Any) -> bool:
@@ -371,8 +400,9 @@ def _kl_div(walk: Walk, node: Node, op: Op) -> Sum | None:
 def _cross_entropy(walk: Walk, node: Node, op: Op) -> None:
     """-target · log_softmax(input), summed over the classes."""
     args = op.args
-    if args["weight"] is not None or args["label_smoothing"] or args["size_average"] is not None or args["reduce"]:
-        raise Refused("cross_entropy with probabilities, and class weights or smoothing", "leave them out")
+    smoothing = arguments_of(args).label_smoothing
+    if args["weight"] is not None:
+        raise Refused("cross_entropy with probabilities, and class weights", "leave them out")
     values, target = _input_and_target(walk, op)
     (first,), (second,) = values.products, target.products
     value = first.values
@@ -383,12 +413,15 @@ def _cross_entropy(walk: Walk, node: Node, op: Op) -> None:
     reads_the_classes("cross_entropy", value)
     _alike(args["input"], values, target)
     log = replace(value, function=Kind("log_softmax"))
-    made = Sum(
-        args["input"], values.class_dim, (Product(-second.factor, second.weights, log),), _of_both(values, target)
-    )
+    product = Product(-second.factor * (1.0 - smoothing), second.weights, log)
+    made = Sum(args["input"], values.class_dim, (product,), _of_both(values, target))
 
     def record(builder: Builder) -> Proxy:
         rows = in_functions(builder, made.products, made.class_dim)
+        if smoothing:
+            z, c = widened(builder.proxy(args["input"])), made.class_dim
+            lse = z.logsumexp(c) if value.kind == "logits" else 0.0
+            rows = rows + (lse - z.mean(c)) * smoothing
         reduced = rows if args["reduction"] == "none" else getattr(rows, args["reduction"])()
         return in_dtype_of(reduced, node)
 
@@ -406,6 +439,24 @@ def _input_and_target(walk: Walk, op: Op) -> tuple[Sum, Sum]:
     class_dim = _class_dim(walk, given)
     first, second = (_sum(walk, node, class_dim) for node in given)
     return first, second
+
+
+def _gather(walk: Walk, node: Node, op: Op) -> None:
+    """The entries at some classes of log-probabilities that were added up."""
+    sum_ = _sum(walk, op.args["input"])
+    along = op.args["dim"] % fake(node).dim() == sum_.class_dim
+    if not along or any(p.weights or p.values is None or p.changes for p in sum_.products):
+        raise Refused("the products of two heads' probabilities are cut by class", "sum them over the classes first")
+
+    def record(builder: Builder) -> Proxy:
+        total: Any = 0.0
+        for p in sum_.products:
+            assert p.values is not None
+            entry = builder.proxy(p.values.node).gather(op.args["dim"], builder.proxy(op.args["index"]))
+            total = total + entry * (p.factor / factor_in(walk, p.values))
+        return in_dtype_of(total, node)
+
+    walk.decompose(node, sum_.traces, record)
 
 
 def _total(walk: Walk, node: Node, op: Op) -> None:
@@ -433,6 +484,7 @@ _RULES: dict[str, Callable[[Walk, Node, Op], Sum | None]] = {
     "setitem": _set,
     "kl_div": _kl_div,
     "cross_entropy": _cross_entropy,
+    "gather": _gather,
     "sum": _total,
     "mean": _total,
 }

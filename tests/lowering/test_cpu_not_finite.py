@@ -36,6 +36,12 @@ def large(rows: int, offset: float) -> list[Tensor]:
     return [x, w, b, t]
 
 
+def in_eager(fn, tensors: list[Tensor]) -> dict[str, Tensor]:
+    """In fp32 for bfloat16, whose products read a row of NaN into the one before it in some of oneDNN's versions."""
+    narrow = tensors[0].dtype == torch.bfloat16
+    return run(fn, [t.float() if narrow and t.is_floating_point() else t for t in tensors])
+
+
 # Programs and settings, and how many kernels they are.
 COMPILED = {
     "gradients in the forward": ("in the logits' dtype", torch.float32, {}, 1),
@@ -67,7 +73,7 @@ def test_compiled(case):
         if not infinite and not differs("entropy" if fn is with_entropy else str(program), trouble, dtype):
             tensors = data(dtype, rows)
             change(tensors)
-            wrong = compare(run(compiled, tensors), run(fn, tensors), 0.05 if filtered else TOLERANCE[dtype])
+            wrong = compare(run(compiled, tensors), in_eager(fn, tensors), 0.05 if filtered else TOLERANCE[dtype])
             assert wrong == [], trouble
     assert kernels() == count
     in_float64 = fn in (with_entropy, smoothed, PROGRAMS["in the logits' dtype"])  # if the logits are

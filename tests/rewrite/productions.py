@@ -764,6 +764,11 @@ TWO_HEADS = {
     "a teacher's probabilities": "F.cross_entropy({z}, r.detach().softmax(-1))",
     "a teacher's probabilities, written out": f"-({_TO} * {_LOG}).sum(-1)",
     "an expected value": "({z}.softmax(-1) * r).sum(-1).mean()",
+    "einsum": f"-torch.einsum('nv,nv->n', {_TO}, {_LOG}).mean()",
+    "xlogy": f"(torch.xlogy({_TO}, {_TO}) - torch.xlogy({_TO}, {{z}}.softmax(-1))).sum(-1).mean()",
+    "one-hot and probabilities": f"-((0.3 * F.one_hot({{t}}.clamp(min=0), {{v}}) + 0.7 * {_TO}) * {_LOG}).sum()",
+    "their mixture": f"F.nll_loss((0.4 * {{z}}.softmax(-1) + 0.6 * {_TO}).log(), {{t}})",
+    "differences at the target": f"({_LOG} - r.log_softmax(-1)).gather(-1, {{t}}.clamp(min=0)[:, None]).square().sum()",
     "sharper itself": f"F.kl_div({_LOG}, (3 * {{z}}.detach()).softmax(-1), reduction='sum')",
     "beside the label's": f"F.cross_entropy({{z}}, {{t}}) + F.kl_div({_LOG}, {_TO}, reduction='batchmean')",
 }
@@ -775,9 +780,9 @@ def _of_two_heads(name: str, template: str) -> None:
         z, t = flat(d)
         n, v = d.env[z].shape
         d.need(n == d.sizes.b * d.sizes.s and v == d.sizes.v)
-        if "r" in names(template.format(z=z, t=t)):
+        if "r" in names(template.format(z=z, t=t, v=v)):
             d.write(f"r = F.linear(h2.flatten(0, 1), {d.pick('w2', 'w')})")
-        d.result(template.format(z=z, t=t))
+        d.result(template.format(z=z, t=t, v=v))
 
 
 for _name, _template in TWO_HEADS.items():

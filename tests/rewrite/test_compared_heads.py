@@ -42,6 +42,11 @@ def without_infinite(z, r):
     return -torch.masked_fill(z.softmax(-1) * r.log_softmax(-1), bad, 0).sum(-1).mean()
 
 
+def with_mass(z, r):
+    q = r.softmax(-1)
+    return torch.where(q > 0, q * (q.log() - z.log_softmax(-1)), 0.0).sum(-1).mean()
+
+
 def emo(z, r, w, t):
     e = F.normalize(w.detach(), dim=-1)
     return (1 - ((F.one_hot(t, V).to(z.dtype) @ e) * (z.softmax(-1) @ e)).sum(-1)).mean()
@@ -66,6 +71,13 @@ FUSED: dict[str, Callable] = {
     "rows set to 0 in place": lambda z, r, keep, w, t: zeroed_in_place(z, r, keep),
     "rows chosen": lambda z, r, keep, w, t: torch.where(keep, kl(z, r), torch.zeros_like(z)).sum(),
     "rows chosen by what is left out": lambda z, r, keep, w, t: torch.where(~keep, 0.0, kl(z, r)).sum(),
+    "rows that count, expanded": lambda z, r, keep, w, t: (kl(z, r) * keep.expand(-1, V)).sum() / keep.sum(),
+    "rows set to 0, expanded": lambda z, r, keep, w, t: kl(z, r).masked_fill((~keep).expand_as(z), 0.0).sum(),
+    "where there is mass": lambda z, r, keep, w, t: with_mass(z, r),
+    "smoothed": lambda z, r, keep, w, t: F.cross_entropy(z, r.softmax(-1), label_smoothing=0.1),
+    "smoothed log-probabilities": lambda z, r, keep, w, t: F.cross_entropy(
+        z.log_softmax(-1), r.softmax(-1), label_smoothing=0.2, reduction="sum"
+    ),
     "probabilities as targets": lambda z, r, keep, w, t: F.cross_entropy(z, (r / 2).softmax(-1)),
     "one a row": lambda z, r, keep, w, t: (F.cross_entropy(z, r.softmax(-1), reduction="none") * keep[:, 0]).sum(),
     "written out": lambda z, r, keep, w, t: -(r.softmax(-1) * z.log_softmax(-1)).sum(-1).mean(),
@@ -229,8 +241,9 @@ REFUSED: dict[str, tuple[Callable, str]] = {
     ),
     "of a mixture": (
         lambda z, r, keep, w, t: kl(z, r, "sum") + (0.5 * (z.softmax(-1) + r.softmax(-1))).log().mean(),
-        "products of two heads",
+        "the logarithm of a mixture",
     ),
+    "an entry": (lambda z, r, keep, w, t: kl(z, r).gather(-1, t[:, None]).sum(), "cut by class"),
     "divided by": (lambda z, r, keep, w, t: (1.0 / (z.softmax(-1) * r.log_softmax(-1))).sum(), "divided by"),
     "something added": (lambda z, r, keep, w, t: (kl(z, r) + torch.rand(N, 1)).sum(), "something is added"),
     "a sum over rows": (lambda z, r, keep, w, t: kl(z, r).sum(0).square().mean(), "summed over rows"),
@@ -245,9 +258,13 @@ REFUSED: dict[str, tuple[Callable, str]] = {
     ),
     "an alias that was edited": (lambda z, r, keep, w, t: aliased(z, r, keep), "an alias of what two heads"),
     "left": (lambda z, r, keep, w, t: kl(z, r), "leave the graph"),
-    "smoothed": (
-        lambda z, r, keep, w, t: F.cross_entropy(z, r.softmax(-1), label_smoothing=0.1),
-        "class weights or smoothing",
+    "weights of the classes": (
+        lambda z, r, keep, w, t: F.cross_entropy(z, r.softmax(-1), weight=torch.rand(V)),
+        "and class weights",
+    ),
+    "where another has mass": (
+        lambda z, r, keep, w, t: torch.where(z.softmax(-1) > 0, kl(z, r), 0.0).sum(),
+        "masked by class",
     ),
     "logits as a target": (lambda z, r, keep, w, t: F.cross_entropy(z, r), "and another head's logits"),
     "probabilities as an input": (
@@ -279,7 +296,7 @@ REFUSED: dict[str, tuple[Callable, str]] = {
     ),
     "where logits are infinite": (
         lambda z, r, keep, w, t: (z.softmax(-1) * r.log_softmax(-1) * torch.isinf(z)).sum(),
-        "where logits are infinite is asked",
+        "are read as numbers",
     ),
     "of scaled log-probabilities": (
         lambda z, r, keep, w, t: F.cross_entropy(2 * z.log_softmax(-1), r.softmax(-1)),

@@ -139,9 +139,9 @@ REFUSED = {
         "weigh the loss",
     ),
     "probabilities of one head added": (
-        lambda z, t: -(z.softmax(-1) + z.flip(0).softmax(-1)).log().gather(-1, t[..., None]).mean(),
-        "products of two heads' probabilities",
-        "sum them over the classes",
+        lambda z, t: -(z.softmax(-1) + z.flip(0).softmax(-1)).log().mean(),
+        "the logarithm of a mixture",
+        "the entry of a target",
     ),
     "an expected embedding": (
         lambda z, t: ce(z, t) + (z.softmax(-1) @ torch.ones(V, D)).square().mean(),

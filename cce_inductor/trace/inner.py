@@ -1,0 +1,299 @@
+"""Sums over the classes of products of logits' functions, written in fewer ops: decomposed into products and sums.
+
+`einsum`, `vecdot` and `bmm` of two tensors of the logits' shape, `xlogy` and `entr` of probabilities, and the logarithm
+of a quotient of them. A target that is made of one-hot tensors and of probabilities gives a sum of products with each.
+The target's entry of the logarithm of a mixture of two heads' probabilities asks for no more than the target's entries
+of those. The nodes are put into the graph in front of what they replace, and followed like the program's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..graph import nodes
+from ..graph.builder import Builder, Proxy
+from ..graph.fakes import fake, is_number, is_tensor, same
+from ..graph.nodes import Op
+from ..graph.refusal import Refused
+from .decompose import in_dtype_of
+from .one_hot import mixture
+from .reductions import arguments_of
+from .trace import Trace
+from .two_heads import Sum, factor_in
+from .values import Value
+from .walk import Walk, distinct
+
+Record = Callable[[Builder], Proxy]
+
+
+@dataclass(frozen=True)
+class Quotient:
+    """The probabilities `above` over the probabilities `below`."""
+
+    above: Node
+    below: Node
+    traces: tuple[Trace, ...]
+    what = "probabilities over probabilities"
+
+
+@dataclass(frozen=True)
+class Terms:
+    """A sum of products of the logits' shape: for each a number, and the tensors that are multiplied.
+
+    detached: whether no gradient goes through it.
+    """
+
+    node: Node
+    products: tuple[tuple[float, tuple[Node, ...]], ...]
+    traces: tuple[Trace, ...]
+    detached: bool = False
+    what = "one-hot tensors and probabilities, added up"
+
+    def times(self, node: Node, by: float | Node) -> Terms:
+        made = [(n * by, of) if isinstance(by, (int, float)) else (n, (*of, by)) for n, of in self.products]
+        return replace(self, node=node, products=tuple(made))
+
+    def record(self, builder: Builder) -> list[Proxy]:
+        """Each product, as a tensor."""
+        found = []
+        for number, of in self.products:
+            parts = [p.detach() if self.detached else p for p in map(builder.proxy, of)]
+            product = functools.reduce(operator.mul, parts)
+            found.append(product if number == 1.0 else product * number)
+        return found
+
+
+@dataclass(frozen=True)
+class LogOfMixture:
+    """The logarithm of a sum of heads' probabilities, each times a number."""
+
+    node: Node
+    parts: tuple[tuple[float, Node], ...]
+    class_dim: int
+    traces: tuple[Trace, ...]
+    what = "the logarithm of a mixture of two heads' probabilities"
+
+
+def follows(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
+    """Whether a node is one of these; Refused for a use of what it began that has no rule."""
+    if op is None:
+        return False
+    known: Any = next((k for n in touched if isinstance(k := walk.sums.get(n), tuple(_USES))), None)
+    if known is None:
+        begun = _begins(walk, node, op, touched)
+        if begun is not None:
+            walk.put_sum(node, begun)
+            return True
+        rule = _RULES.get(op.name) if not op.inplace else None
+        record = rule(walk, node, op) if rule is not None and all(n in walk.values for n in touched) else None
+        if record is None:
+            return False
+    else:
+        use = _USES[type(known)].get(op.name) if not op.inplace else None
+        record = use(walk, node, op, known) if use is not None else None
+        if record is None:
+            raise Refused(f"{nodes.describe(node)} of {known.what}", _CURES[type(known)])
+        if isinstance(record, Terms):
+            walk.put_sum(node, record)
+            return True
+    result = walk.decompose(node, _traces(walk, touched), lambda b: in_dtype_of(record(b), node))
+    # What is as large as the logits is followed further under its own name.
+    if result in walk.values:
+        entry = walk.values[result]
+        walk.put(node, entry.trace, [v.at(node) for v in entry.values])
+    elif result in walk.sums:
+        walk.put_sum(node, replace(walk.sums[result], node=node))
+    return True
+
+
+def _traces(walk: Walk, touched: list[Node]) -> list[Trace]:
+    of_values = [walk.values[n].trace for n in touched if n in walk.values]
+    return distinct([*of_values, *(t for n in touched if n in walk.sums for t in walk.sums[n].traces)])
+
+
+# ---- what is begun
+
+
+def _begins(walk: Walk, node: Node, op: Op, touched: list[Node]) -> Quotient | Terms | LogOfMixture | None:
+    if op.inplace:
+        return None
+    if op.name == "log" and isinstance(mixed := walk.sums.get(op.args["input"]), Sum):
+        weights = [(p.factor, p.weights) for p in mixed.products if p.weights and not p.values and not p.changes]
+        parts = tuple((number / factor_in(walk, of), of.node) for number, of in weights)
+        return LogOfMixture(node, parts, mixed.class_dim, mixed.traces) if len(parts) == len(mixed.products) else None
+    if not all(n in walk.values for n in touched):
+        return None
+    probabilities = [n for n in touched if (v := walk.values[n].values[0]).kind == "softmax" and v.picked is None]
+    if op.name == "div" and len(probabilities) == 2 and op.args["rounding_mode"] is None:
+        return Quotient(op.args["input"], op.args["other"], tuple(_traces(walk, touched)))
+    if op.name != "add" or len(touched) != 1 or len(probabilities) != 1 or op.args["alpha"] != 1:
+        return None
+    hot = op.args["other"] if op.args["input"] is touched[0] else op.args["input"]
+    value: Value = walk.values[touched[0]].values[0]
+    if not is_tensor(hot) or fake(hot).shape != value.fake.shape or mixture(hot, value) is None:
+        return None
+    return Terms(node, ((1.0, (hot,)), (1.0, (touched[0],))), tuple(_traces(walk, touched)))
+
+
+# ---- one op that is several
+
+
+def _einsum(walk: Walk, node: Node, op: Op) -> Record | None:
+    given = op.args["operands"]
+    given = given[0] if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
+    inputs, arrow, output = str(op.args["equation"]).replace(" ", "").partition("->")
+    letters, _, others = inputs.partition(",")
+    if len(given) != 2 or not arrow or letters != others or len(letters) != len(output) + 1:
+        return None
+    at = next((i for i, letter in enumerate(letters) if letter not in output), None)
+    if at is None or letters.replace(letters[at], "") != output or "..." in letters[at:]:
+        return None
+    return _summed(walk, given[0], given[1], at - len(letters))
+
+
+def _vecdot(walk: Walk, node: Node, op: Op) -> Record | None:
+    return _summed(walk, op.args["input"], op.args["other"], op.args["dim"])
+
+
+def _summed(walk: Walk, a: Any, b: Any, dim: int) -> Record | None:
+    """The sum of a · b over `dim`, if that has the classes."""
+    if not is_tensor(a) or not is_tensor(b) or fake(a).shape != fake(b).shape or not _classes(walk, (a, b), dim):
+        return None
+    return lambda builder: (builder.proxy(a) * builder.proxy(b)).sum(dim)
+
+
+def _matmul(walk: Walk, node: Node, op: Op) -> Record | None:
+    """(..., 1, V) @ (..., V, 1)."""
+    a, b = op.args["input"], op.args["other"]
+    if not is_tensor(a) or not is_tensor(b) or fake(a).dim() != fake(b).dim() or fake(a).dim() < 3:
+        return None
+    x, y = fake(a).shape, fake(b).shape
+    if not (same(x[-2], 1) and same(y[-1], 1) and all(map(same, x[:-2], y[:-2]))):
+        return None
+    if not _classes(walk, (a,), -1) and not _classes(walk, (b,), -2):
+        return None
+    return lambda builder: (builder.proxy(a) * builder.proxy(b).transpose(-1, -2)).sum(-1, keepdim=True)
+
+
+def _classes(walk: Walk, of: tuple[Node, ...], dim: int) -> bool:
+    """Whether the classes of one of these can be read in a dimension."""
+    ways = [v for n in of if n in walk.values for v in walk.values[n].values]
+    return any(v.class_dim == dim % v.fake.dim() for v in ways)
+
+
+def _xlogy(walk: Walk, node: Node, op: Op) -> Record | None:
+    a, b = op.args["input"], op.args["other"]
+    if not all(n in walk.values and walk.values[n].values[0].kind == "softmax" for n in (a, b)):
+        return None
+    return lambda builder: builder.proxy(a) * builder.proxy(b).log()
+
+
+def _entr(walk: Walk, node: Node, op: Op) -> Record | None:
+    p = op.args["input"]
+    return lambda builder: -(builder.proxy(p) * builder.proxy(p).log())
+
+
+_RULES: dict[str, Callable[[Walk, Node, Op], Record | None]] = {
+    "einsum": _einsum,
+    "vecdot": _vecdot,
+    "matmul": _matmul,
+    "xlogy": _xlogy,
+    "entr": _entr,
+}
+
+
+# ---- what is done to what was begun
+
+
+def _log(walk: Walk, node: Node, op: Op, known: Quotient) -> Record:
+    return lambda builder: builder.proxy(known.above).log() - builder.proxy(known.below).log()
+
+
+def _scaled(walk: Walk, node: Node, op: Op, known: Terms) -> Terms | None:
+    other = op.args["other"] if op.args["input"] is known.node else op.args["input"]
+    if is_number(other):
+        return known.times(node, float(other) if op.name == "mul" else 1.0 / other)
+    if op.name == "div" or not is_tensor(other) or fake(node).shape != fake(known.node).shape or known.detached:
+        return None
+    return known.times(node, other)
+
+
+def _negated(walk: Walk, node: Node, op: Op, known: Terms) -> Terms:
+    return known.times(node, -1.0)
+
+
+def _detached(walk: Walk, node: Node, op: Op, known: Terms) -> Terms:
+    return replace(known, node=node, detached=True)
+
+
+def _total(walk: Walk, node: Node, op: Op, known: Terms) -> Record | None:
+    if known.detached:
+        return None
+    args = [op.args["dim"], bool(op.args["keepdim"])] if op.args["dim"] is not None else []
+    return lambda builder: functools.reduce(operator.add, [getattr(p, op.name)(*args) for p in known.record(builder)])
+
+
+def _as_target(walk: Walk, node: Node, op: Op, known: Terms) -> Record | None:
+    """cross_entropy is linear in its target."""
+    if op.args["target"] is not known.node or op.args["label_smoothing"]:
+        return None
+    rest = {name: value for name, value in op.args.items() if name not in ("input", "target") and value is not None}
+
+    def record(builder: Builder) -> Proxy:
+        z = builder.proxy(op.args["input"])
+        losses = [builder.call(torch.nn.functional.cross_entropy, z, p, **rest) for p in known.record(builder)]
+        return functools.reduce(operator.add, losses)
+
+    return record
+
+
+def _gathered(walk: Walk, node: Node, op: Op, known: LogOfMixture) -> Record | None:
+    index = op.args["index"]
+    if op.args["dim"] % fake(node).dim() != known.class_dim or not is_tensor(index):
+        return None
+    return lambda builder: _entries(builder, known, builder.proxy(index)).log()
+
+
+def _entries(builder: Builder, known: LogOfMixture, index: Any) -> Any:
+    """The mixture's entries at some classes."""
+    entries = [builder.proxy(p).gather(known.class_dim, index) * number for number, p in known.parts]
+    return functools.reduce(operator.add, entries)
+
+
+def _nll_loss(walk: Walk, node: Node, op: Op, known: LogOfMixture) -> Record | None:
+    arguments, target = arguments_of(op.args), op.args["target"]
+    if op.args["weight"] is not None or fake(known.node).dim() != 2 or known.class_dim != 1 or not is_tensor(target):
+        return None
+
+    def record(builder: Builder) -> Proxy:
+        t: Any = builder.proxy(target)
+        counts = t.ne(arguments.ignore_index)
+        own = _entries(builder, known, builder.call(torch.where, counts, t, 0).unsqueeze(1)).squeeze(1)
+        rows: Any = builder.call(torch.where, counts, -own.log(), 0.0)
+        if arguments.reduction == "none":
+            return rows
+        return rows.sum() / counts.sum() if arguments.reduction == "mean" else rows.sum()
+
+    return record
+
+
+_USES: dict[type, dict[str, Callable[..., Any]]] = {
+    Quotient: {"log": _log},
+    LogOfMixture: {"gather": _gathered, "nll_loss": _nll_loss},
+    Terms: {
+        **{"mul": _scaled, "div": _scaled, "neg": _negated, "detach": _detached},
+        **{"sum": _total, "mean": _total, "cross_entropy": _as_target},
+    },
+}
+_CURES = {
+    Quotient: "take its logarithm",
+    LogOfMixture: "take the entry of a target, or use a divergence of the two",
+    Terms: "multiply them with log-probabilities, and sum",
+}
