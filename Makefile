@@ -110,7 +110,7 @@ kernels: $(STAMP)
 	PYTHONPATH=tests:tests/ops:tests/lowering $(BIN)/python -W ignore tests/lowering/ahead_of_time.py > docs/kernels.md
 
 coverage: $(STAMP)
-	PYTHONPATH=.:tests:tests/rewrite $(TEST_ENV) $(BIN)/python -W ignore tests/rewrite/coverage_table.py > docs/coverage.tmp
+	PYTHONPATH=.:tests:tests/ops:tests/rewrite $(TEST_ENV) $(BIN)/python -W ignore tests/rewrite/coverage_table.py > docs/coverage.tmp
 	mv docs/coverage.tmp docs/coverage.md
 
 # In every environment that `make setup TORCH=...` has made; what was run for these sources is not run again.
