@@ -21,9 +21,10 @@ from ..graph.fakes import fake, is_number, is_tensor, same
 from ..graph.nodes import Op
 from ..graph.refusal import Refused
 from ..graph.spellings import Fact
-from . import rules
+from . import masks_of_two, rules
 from .decompose import in_dtype_of, widened
 from .functions import Change, Product, comparable, in_functions, of_two, put_function, read_with
+from .masks_of_two import Expanded, Infinite, Zeros
 from .operands import vocab
 from .reductions import arguments_of, over_rows, reads_the_classes
 from .shapes import per_row
@@ -59,32 +60,6 @@ class Sum:
 
 
 @dataclass(frozen=True)
-class Infinite:
-    """A mask of where logits are infinite: in none of the classes of a head without a bias."""
-
-    traces: tuple[Trace, ...]
-    what = "masks of infinite logits"
-
-
-@dataclass(frozen=True)
-class Zeros:
-    """A mask of where the probabilities of `value` are 0; or are not, if `other`."""
-
-    value: Value
-    traces: tuple[Trace, ...]
-    other: bool = False
-    what = "masks of probabilities"
-
-
-@dataclass(frozen=True)
-class Expanded:
-    """A tensor of one number for each row, in the shape of the logits: nothing but that is read of them."""
-
-    traces: tuple[Trace, ...]
-    what = "masks of the logits' shape"
-
-
-@dataclass(frozen=True)
 class Stale:
     """What shares memory with products that were edited in place."""
 
@@ -92,8 +67,6 @@ class Stale:
     what = "aliases of edited products"
 
 
-# Probabilities are 0, or they are not.
-_COMPARED = ("eq", "ne", "gt")
 # More products than any loss is written with.
 _MOST = 8
 
@@ -150,10 +123,7 @@ def follows(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
         return True
     if not any(n in walk.sums for n in touched) and not _begins(walk, node, op, touched):
         return False
-    if op is not None and op.name in ("isinf", "or"):
-        walk.put_sum(node, _infinite(walk, op))
-        return True
-    if op is not None and op.name in (*_COMPARED, "expand_as") and (mask := _mask(walk, op)) is not None:
+    if op is not None and (mask := masks_of_two.made(walk, op)) is not None:
         walk.put_sum(node, mask)
         return True
     rule = _RULES.get(op.name) if op is not None else None
@@ -178,40 +148,6 @@ def put(walk: Walk, node: Node, made: Sum, edited: Node | None) -> None:
     walk.put_sum(node, made)
 
 
-def _infinite(walk: Walk, op: Op) -> Infinite:
-    """isinf of logits, and one such mask or another."""
-    found: list[Trace] = []
-    for node in op.args.values():
-        made = walk.sums.get(node)
-        if isinstance(made, Infinite):
-            found += made.traces
-            continue
-        value = walk.values[node].values[0] if op.name == "isinf" and node in walk.values else None
-        if value is None or value.kind != "logits" or value.affine.shifts or value.masks or value.edit:
-            raise Refused("where logits with a bias or a mask are infinite is asked", "compute the loss without that")
-        comparable(value)
-        found += walk.values[node].trace.with_parts
-    return Infinite(tuple(distinct(found)))
-
-
-def _mask(walk: Walk, op: Op) -> Zeros | Expanded | None:
-    """Where probabilities are 0, as torch.distributions asks; that, or one for each row, in another tensor's shape."""
-    source = op.args["input"]
-    if op.name == "expand_as":
-        made, other = walk.sums.get(source), op.args["other"]
-        if other in walk.values and source not in walk.values and made is None:
-            entry = walk.values[other]
-            of_rows = per_row(source, entry.values[0]) is not None
-            return Expanded(tuple(entry.trace.with_parts)) if of_rows else None
-        same_shape = made is not None and fake(source).shape == fake(other).shape
-        return made if same_shape and isinstance(made, Zeros) else None
-    value = walk.values[source].values[0] if source in walk.values else None
-    if value is None or value.kind != "softmax" or value.factor != 1.0 or op.args["other"] != 0:
-        return None
-    comparable(value)
-    return Zeros(value, tuple(walk.values[source].trace.with_parts), op.name != "eq")
-
-
 def _set(walk: Walk, node: Node, op: Op) -> Sum:
     """0 where what weighs is 0, and infinity where what is averaged is the logarithm of 0: as it is anyway."""
     sum_, mask, number = _sum(walk, op.args["input"]), op.args["index"], op.args["value"]
@@ -226,8 +162,8 @@ def _set(walk: Walk, node: Node, op: Op) -> Sum:
 
 def _begins(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
     """Whether a node puts functions of two heads together that nothing else takes."""
-    if op is not None and op.name in ("isinf", "expand_as", *_COMPARED):
-        return op.name == "isinf" or _mask(walk, op) is not None
+    if op is not None and op.name in masks_of_two.BEGIN:
+        return op.name == "isinf" or masks_of_two.made(walk, op) is not None
     if op is None or op.inplace or len(touched) != 2 or not all(n in walk.values for n in touched):
         return False
     if op.name in ("cross_entropy", "kl_div"):

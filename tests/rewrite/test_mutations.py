@@ -39,6 +39,7 @@ from cce_inductor.trace import (
     layout,
     margins,
     masks,
+    masks_of_two,
     merge_heads,
     pointwise,
     ranking,
@@ -55,7 +56,7 @@ pytestmark = pytest.mark.xdist_group("mutations")  # one worker captures the pro
 B, S, D, V = 2, 6, 8, 40
 MODULES = (
     *(heads, layout, indexing, pointwise, masks, margins, at_target, softmax, rsqrt_softcap, reductions, ranking),
-    *(several, merge_heads, decompose, interpreter, unnamed, two_heads, functions, embeddings),
+    *(several, merge_heads, decompose, interpreter, unnamed, two_heads, functions, embeddings, masks_of_two),
 )
 
 
