@@ -38,7 +38,8 @@ def test_gradients_in_the_forward():
     assert kernels() == 2
 
 
-@pytest.mark.parametrize("at_once", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("at_once", [False, True])
 def test_a_compiled_program_with_a_budget(at_once):
     """What it drops is within the budget."""
     head = quantised(classes=False, n=300, d=40, v=1500, bias=True)

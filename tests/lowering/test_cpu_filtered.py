@@ -411,6 +411,7 @@ def test_autocast_strided_operands_a_frozen_trunk_and_the_sum_of_logits():
         check("autocast", AUTOCAST, case, tangents, saved)
 
 
+@pytest.mark.slow
 def test_float16_with_a_softcap_and_a_frozen_head():
     case = Case.of(peaked(300, 40, 3000), two_thirds(300))
     case.head = replace(case.head.to(torch.float16), bias=None)
@@ -420,6 +421,7 @@ def test_float16_with_a_softcap_and_a_frozen_head():
     check("float16", CAPPED, case, loss_tangents(torch.rand(300)), saved)
 
 
+@pytest.mark.slow
 def test_the_softcap_by_a_root():
     case = Case.of(peaked(300, 40, 3000), two_thirds(300))
     case.head = replace(case.head, x=case.head.x * 2)

@@ -116,7 +116,8 @@ def test_results_do_not_depend_on_who_computes_them(three_threads):
     compare(given, f"{LOWS} divergence", options, operator=operator)
 
 
-@pytest.mark.parametrize("frozen", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", [False, True])
 def test_scratch_is_bounded(frozen):
     n, d, v = 2000, 96, 6000
     given = {"input": torch.randn(n, d), "weight": torch.randn(v, d) * 0.1}

@@ -60,7 +60,7 @@ def test_float32_weights_in_bfloat16_and_masked_columns():
     [
         pytest.param("budget", torch.bfloat16, marks=pytest.mark.slow),
         pytest.param("budget", torch.float32, marks=pytest.mark.slow),
-        ("unbiased", torch.bfloat16),
+        pytest.param("unbiased", torch.bfloat16, marks=pytest.mark.slow),
         pytest.param("unbiased", torch.float32, marks=pytest.mark.slow),
     ],
 )

@@ -42,8 +42,8 @@ NO_PRODUCT = {"linear_statistics_dlogits, kept", "linear_statistics_early"} | {
 # One of each kind of kernel, operand and statistic. All others are variants of these, and slow tests: interpreting one
 # takes some seconds.
 OFTEN = [
-    *("float32", "bfloat16", "softcap, scale and smoothing", "any number of rows"),
-    *("TMA", "gradients in the forward, bfloat16", "factors, blocks", "codes, bfloat16, blocks", "budget, NaN"),
+    *("float32", "softcap, scale and smoothing", "any number of rows"),
+    *("TMA", "gradients in the forward, bfloat16", "factors, blocks", "budget, NaN"),
 ]
 VARIANTS = [name for name in CASES if name not in OFTEN]
 

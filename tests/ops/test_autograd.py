@@ -150,7 +150,7 @@ CASES = {
 @pytest.mark.parametrize(
     "backend,case,dynamic",
     [("aot_eager", case, dynamic) for case in CASES for dynamic in (False, True)]
-    + [("inductor", "everything", False), pytest.param("inductor", "plain", True, marks=pytest.mark.slow)],
+    + [pytest.param("inductor", *case, marks=pytest.mark.slow) for case in (("everything", False), ("plain", True))],
 )
 def test_compiled_agrees_with_eager(case, dynamic, backend):
     torch._dynamo.reset()

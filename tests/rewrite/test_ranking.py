@@ -259,7 +259,8 @@ def test_a_log_probability_is_the_site_and_not_the_rank():
     assert [(site.fused, site.loss) for site in result.sites] == [(True, "Tensor.gather")]
 
 
-@pytest.mark.parametrize("dynamic", [pytest.param(None, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [None, True])
 def test_under_inductor(dynamic):
     def fn(h, w, b, t):
         z = F.linear(h, w, b)
