@@ -754,6 +754,7 @@ _of_flat(
 
 # Of the logits and of a second head's, `r`, with as many rows and classes.
 _LOG, _TO = "{z}.log_softmax(-1)", "r.softmax(-1)"
+_HOT = "F.one_hot({t}.clamp(min=0), {v}).to(r.dtype)"
 TWO_HEADS = {
     "kl_div": f"F.kl_div({_LOG}, {_TO}, reduction='batchmean')",
     "kl_div of logarithms": f"F.kl_div({_LOG}, r.log_softmax(-1), reduction='none', log_target=True).sum(-1)",
@@ -766,7 +767,7 @@ TWO_HEADS = {
     "an expected value": "({z}.softmax(-1) * r).sum(-1).mean()",
     "einsum": f"-torch.einsum('nv,nv->n', {_TO}, {_LOG}).mean()",
     "xlogy": f"(torch.xlogy({_TO}, {_TO}) - torch.xlogy({_TO}, {{z}}.softmax(-1))).sum(-1).mean()",
-    "one-hot and probabilities": f"-((0.3 * F.one_hot({{t}}.clamp(min=0), {{v}}).to(r) + 0.7 * {_TO}) * {_LOG}).sum()",
+    "one-hot and probabilities": f"-((0.3 * {_HOT} + 0.7 * {_TO}) * {_LOG}).sum()",
     "their mixture": f"F.nll_loss((0.4 * {{z}}.softmax(-1) + 0.6 * {_TO}).log(), {{t}})",
     "differences at the target": f"({_LOG} - r.log_softmax(-1)).gather(-1, {{t}}.clamp(min=0)[:, None]).square().sum()",
     "sharper itself": f"F.kl_div({_LOG}, (3 * {{z}}.detach()).softmax(-1), reduction='sum')",
