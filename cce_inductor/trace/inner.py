@@ -41,6 +41,7 @@ class Quotient:
     below: Node
     traces: tuple[Trace, ...]
     what = "probabilities over probabilities"
+    cure = "take its logarithm"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Terms:
     traces: tuple[Trace, ...]
     detached: bool = False
     what = "one-hot tensors and probabilities, added up"
+    cure = "multiply them with log-probabilities, and sum"
 
     def times(self, node: Node, by: float | Node) -> Terms:
         made = [(n * by, of) if isinstance(by, (int, float)) else (n, (*of, by)) for n, of in self.products]
@@ -79,6 +81,7 @@ class LogOfMixture:
     class_dim: int
     traces: tuple[Trace, ...]
     what = "the logarithm of a mixture of two heads' probabilities"
+    cure = "take the entry of a target, or use a divergence of the two"
 
 
 def follows(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
@@ -99,7 +102,7 @@ def follows(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
         use = _USES[type(known)].get(op.name) if not op.inplace else None
         record = use(walk, node, op, known) if use is not None else None
         if record is None:
-            raise Refused(f"{nodes.describe(node)} of {known.what}", _CURES[type(known)])
+            raise Refused(f"{nodes.describe(node)} of {known.what}", known.cure)
         if isinstance(record, Terms):
             walk.put_sum(node, record)
             return True
@@ -291,9 +294,4 @@ _USES: dict[type, dict[str, Callable[..., Any]]] = {
         **{"mul": _scaled, "div": _scaled, "neg": _negated, "detach": _detached},
         **{"sum": _total, "mean": _total, "cross_entropy": _as_target},
     },
-}
-_CURES = {
-    Quotient: "take its logarithm",
-    LogOfMixture: "take the entry of a target, or use a divergence of the two",
-    Terms: "multiply them with log-probabilities, and sum",
 }
