@@ -69,8 +69,8 @@ def fresh(monkeypatch):
     counters.clear()
 
 
-# Every third family; the others are slow tests.
-SOME = [name if i % 3 == 0 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(FAMILIES)]
+# Every fourth family; the others are slow tests.
+SOME = [name if i % 4 == 0 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(FAMILIES)]
 
 
 @pytest.mark.parametrize("name", SOME)

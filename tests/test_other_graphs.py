@@ -261,7 +261,7 @@ def test_graph_breaks_all_the_way() -> None:
     assert (c.fused, c.reads) == (1, 0)
 
 
-@pytest.mark.parametrize("family", ["GPT2LMHeadModel", "BertLMHeadModel"])
+@pytest.mark.parametrize("family", ["GPT2LMHeadModel", pytest.param("BertLMHeadModel", marks=pytest.mark.slow)])
 def test_models_that_warn_between_head_and_loss(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their graph breaks at a logged warning; the backend cures that by itself, so it is told not to here."""
     transformers = pytest.importorskip("transformers")

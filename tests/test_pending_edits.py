@@ -50,12 +50,12 @@ def test_edits_of_large_logits(start: int) -> None:
     run("large", range(start, start + 50))
 
 
-@pytest.mark.parametrize("start", range(0, 100, 20))
+@pytest.mark.parametrize("start", [*(pytest.param(i, marks=pytest.mark.slow) for i in (0, 20)), 40, 60, 80])
 def test_edits_in_compiled_functions(start: int) -> None:
     run("pieces", range(start, start + 20))
 
 
-@pytest.mark.parametrize("start", range(0, 30, 10))
+@pytest.mark.parametrize("start", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (10, 20))])
 def test_edits_between_graph_breaks(start: int) -> None:
     run("whole", range(start, start + 10))
 

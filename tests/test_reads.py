@@ -90,7 +90,7 @@ def test_a_loss(name):
 
 
 @pytest.mark.parametrize("name", OTHER_HEADS)
-@pytest.mark.parametrize("head", HEADS[1:])
+@pytest.mark.parametrize("head", [HEADS[1], *(pytest.param(head, marks=pytest.mark.slow) for head in HEADS[2:])])
 def test_a_loss_of_another_head(head, name):
     reads = name not in SERVED or (head == "capped" and name in READ_IF_CAPPED)
     check(head, READERS[name], reads=reads)
