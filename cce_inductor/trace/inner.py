@@ -1,7 +1,8 @@
 """Sums over the classes of products of logits' functions, written in fewer ops: decomposed into products and sums.
 
 `einsum`, `vecdot` and `bmm` of two tensors of the logits' shape, `xlogy` and `entr` of probabilities, and the logarithm
-of a quotient of them. A target that is made of one-hot tensors and of probabilities gives a sum of products with each.
+of a quotient of them; `einsum` of them, a matrix and vectors; `lerp`. A target that is made of one-hot tensors and of
+probabilities gives a sum of products with each.
 The target's entry of the logarithm of a mixture of two heads' probabilities asks for no more than the target's entries
 of those. The nodes are put into the graph in front of what they replace, and followed like the program's own.
 """
@@ -152,6 +153,8 @@ def _einsum(walk: Walk, node: Node, op: Op) -> Record | None:
     given = op.args["operands"]
     given = given[0] if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
     inputs, arrow, output = str(op.args["equation"]).replace(" ", "").partition("->")
+    if len(given) == 3 and arrow:
+        return _chain(walk, node, given, inputs.split(","), output)
     letters, _, others = inputs.partition(",")
     if len(given) != 2 or not arrow or letters != others or len(letters) != len(output) + 1:
         return None
@@ -159,6 +162,25 @@ def _einsum(walk: Walk, node: Node, op: Op) -> Record | None:
     if at is None or letters.replace(letters[at], "") != output or "..." in letters[at:]:
         return None
     return _summed(walk, given[0], given[1], at - len(letters))
+
+
+def _chain(walk: Walk, node: Node, given: Any, letters: list[str], rows: str) -> Record | None:
+    """``...v, vd, ...d -> ...`` in any order: a product with a matrix, and its inner products with vectors."""
+    named = dict(zip(letters, given, strict=True))
+    ours = next((of for of, n in named.items() if n in walk.values), "")
+    matrix = next((of for of in letters if len(of) == 2 and of[0] != of[1] and len({*of} & {*rows}) == 0), "")
+    vectors = next((of for of in letters if of not in (ours, matrix)), "")
+    v, d = ours[len(rows) :], vectors[len(rows) :]
+    if len(named) != 3 or ours != rows + v or vectors != rows + d or matrix not in (v + d, d + v) or "." in rows:
+        return None
+    if v == d or not all(map(is_tensor, given)) or not _classes(walk, (named[ours],), -1):
+        return None
+
+    def record(builder: Builder) -> Proxy:
+        p, m, x = (builder.proxy(named[of]) for of in (ours, matrix, vectors))
+        return ((p @ m if matrix == v + d else builder.call(torch.nn.functional.linear, p, m)) * x).sum(-1)
+
+    return record
 
 
 def _vecdot(walk: Walk, node: Node, op: Op) -> Record | None:
@@ -203,8 +225,16 @@ def _entr(walk: Walk, node: Node, op: Op) -> Record | None:
     return lambda builder: -(builder.proxy(p) * builder.proxy(p).log())
 
 
+def _lerp(walk: Walk, node: Node, op: Op) -> Record | None:
+    start, end, weight = op.args["input"], op.args["end"], op.args["weight"]
+    if not is_number(weight) or not is_tensor(start) or not is_tensor(end):
+        return None
+    return lambda builder: builder.proxy(start) * (1.0 - weight) + builder.proxy(end) * weight
+
+
 _RULES: dict[str, Callable[[Walk, Node, Op], Record | None]] = {
     "einsum": _einsum,
+    "lerp": _lerp,
     "vecdot": _vecdot,
     "matmul": _matmul,
     "xlogy": _xlogy,

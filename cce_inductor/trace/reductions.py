@@ -110,10 +110,14 @@ def _single(dim: Any) -> Any:
 
 def argmax(value: Value, node: Node, args: Args) -> Reduction:
     over_classes(value, "argmax", args["dim"])
-    if value.picked is not None or value.kind not in ("logits", "log_softmax", "softmax") or value.factor <= 0:
-        raise Refused("argmax of something that does not grow with the logits", "take it of the logits")
+    _grows(value)
     _no_finite_mask(value)
     return Reduction(node, value, ("argmax",), flat=lambda s: s.argmax, shape=_keep(value, args["keepdim"]))
+
+
+def _grows(value: Value) -> None:
+    if value.picked is not None or value.kind not in ("logits", "log_softmax", "softmax") or value.factor <= 0:
+        raise Refused("argmax of something that does not grow with the logits", "take it of the logits")
 
 
 def _no_finite_mask(value: Value) -> None:
@@ -122,7 +126,10 @@ def _no_finite_mask(value: Value) -> None:
 
 
 def _entry(value: Value, name: str = "target_logit") -> tuple[tuple[str, ...], Callable[[Any], Any]]:
-    """The statistics that the entry of a row's target needs, and the entry; or, as "entry_logits", of K classes."""
+    """The statistics that an entry of each row needs, and the entry.
+
+    name: "target_logit"; or "entry_logits", of K classes; or "maximum".
+    """
     factor = value.factor
     if value.kind == "logits":
         return (name,), lambda s: _times(getattr(s, name), factor)
@@ -305,11 +312,13 @@ def max_and_class(value: Value, node: Node, args: Args) -> list:
 
 
 def maximum(value: Value, node: Node, keepdim: bool) -> Reduction:
-    """The largest logit: that of the class that argmax finds."""
-    value.need("logits", "the largest probability", "take it of the logits")
+    """The largest logit, that of the class that argmax finds; or its probability, or the logarithm of that."""
     _reducible(value, node)
+    _grows(value)
     _no_finite_mask(value)
-    return Reduction(node, value, ("argmax",), flat=lambda s: s.maximum, shape=_keep(value, keepdim))
+    statistics, entry = _entry(value, "maximum")
+    read = tuple("argmax" if name == "maximum" else name for name in statistics)
+    return Reduction(node, value, read, flat=entry, shape=_keep(value, keepdim))
 
 
 def amax(value: Value, node: Node, args: Args) -> Reduction:

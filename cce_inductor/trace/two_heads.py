@@ -171,7 +171,9 @@ def _begins(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
     a, b = (walk.values[n].values[0] for n in touched)
     kinds = {a.kind, b.kind}
     if op.name in ("add", "sub"):
-        return kinds <= {"softmax", "log_softmax", "p log p"} and (a.kind, b.kind) != ("logits", "logits")
+        # Two heads' logits are those of one wider head.
+        alike = {"softmax", "log_softmax", "p log p"} | ({"logits"} if a.source != b.source else set())
+        return kinds <= alike and kinds != {"logits"}
     if op.name != "mul" or "softmax" not in kinds or not kinds & {"log_softmax", "logits"}:
         return False
     gradients = {v.fake.requires_grad for v in (a, b)}

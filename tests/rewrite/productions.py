@@ -768,6 +768,8 @@ TWO_HEADS = {
     "einsum": f"-torch.einsum('nv,nv->n', {_TO}, {_LOG}).mean()",
     "xlogy": f"(torch.xlogy({_TO}, {_TO}) - torch.xlogy({_TO}, {{z}}.softmax(-1))).sum(-1).mean()",
     "one-hot and probabilities": f"-((0.3 * {_HOT} + 0.7 * {_TO}) * {_LOG}).sum()",
+    "one-hot and probabilities by lerp": f"-(torch.lerp({_TO}, {_HOT}, 0.3) * {_LOG}).sum()",
+    "log-probabilities less a value": f"({{z}}.softmax(-1) * (0.2 * {_LOG} - r.detach())).sum(-1).mean()",
     "their mixture": f"F.nll_loss((0.4 * {{z}}.softmax(-1) + 0.6 * {_TO}).log(), {{t}})",
     "differences at the target": f"({_LOG} - r.log_softmax(-1)).gather(-1, {{t}}.clamp(min=0)[:, None]).square().sum()",
     "sharper itself": f"F.kl_div({_LOG}, (3 * {{z}}.detach()).softmax(-1), reduction='sum')",
@@ -954,6 +956,8 @@ _of_rows("accuracy", "{z}.argmax(-1).eq(t).sum()")
 _of_rows("accuracy of max", "best, at = {z}.max(dim=-1)", "(at == t).to(torch.float32).mean()")
 _of_rows("largest logit", "{z}.detach().amax(-1)")
 _of_rows("largest logit with a gradient", "{z}.max(-1).values.mean()", verdict="may")
+_of_rows("largest probability", "{z}.softmax(-1).max(-1).values")
+_of_rows("largest log-probability", "{z}.log_softmax(-1).amax(-1, keepdim=True).exp().mean()")
 _of_rows("top-k accuracy", "({z}.topk(2, dim=-1).indices == t.unsqueeze(-1)).any(-1).sum()")
 _of_rows("rank of the target", "with torch.no_grad(): q = ({z} > {z}.gather(-1, s[..., None])).sum(-1)", "q")
 _of_flat(

@@ -57,6 +57,14 @@ def emo_without_target(z, w, t):
     return (1 - ((hot @ e) * ((q - (q * hot).detach()) @ e)).sum(-1)).mean()
 
 
+def sure(z, r):
+    """FixMatch (arXiv 2001.07685) with soft labels: rows count whose largest probability is above a threshold."""
+    with torch.no_grad():
+        q = r.softmax(-1)
+        keep = (q.max(-1).values > 1.5 / V).float()
+    return (-(q * z.log_softmax(-1)).sum(-1) * keep).mean()
+
+
 # Of the logits z and r (N, V), a mask of rows (N, 1), the weight of z, and classes (N,).
 FUSED: dict[str, Callable] = {
     "kl_div, mean": lambda z, r, keep, w, t: kl(z, r, "mean"),
@@ -66,6 +74,9 @@ FUSED: dict[str, Callable] = {
     "reverse": lambda z, r, keep, w, t: kl(r, z, log_target=True).sum(-1).mean(),
     "of the detached": lambda z, r, keep, w, t: kl(z, r.detach(), "batchmean"),
     "of detached probabilities": lambda z, r, keep, w, t: F.cross_entropy(z, r.softmax(-1).detach()),
+    "log-probabilities less a value": lambda z, r, keep, w, t: (
+        (lp := z.log_softmax(-1)).exp() * (0.2 * lp - r.detach())
+    ).sum(-1).mean(),
     "rows that count": lambda z, r, keep, w, t: (kl(z, r) * keep).sum() / keep.sum(),
     "rows set to 0": lambda z, r, keep, w, t: kl(z, r).masked_fill(~keep, 0.0).sum(),
     "rows set to 0 in place": lambda z, r, keep, w, t: zeroed_in_place(z, r, keep),
@@ -138,6 +149,11 @@ def test_same_as_eager(name, dtype):
 @pytest.mark.parametrize("name", ["kl_div, batchmean", "reverse", "both ways", "of two sums", "rows that count"])
 def test_a_frozen_head(name):
     assert_same_as_eager(heads(FUSED[name], frozen=True), operands(), fused=1, tolerance=2e-5)
+
+
+def test_rows_that_the_other_head_is_sure_of():
+    """Its largest probabilities are statistics of that head alone: a site of their own."""
+    assert_same_as_eager(heads(lambda z, r, *_: sure(z, r)), operands(), fused=2, tolerance=2e-5)
 
 
 @pytest.mark.parametrize("name", ["kl_div, batchmean", "one a row", "both ways", "expected embeddings"])

@@ -50,9 +50,13 @@ FUSED = {
     "a mixture": lambda z, r, t: -mixture(z, r).log().gather(-1, t[:, None]).mean(),
     "a mixture, nll_loss": lambda z, r, t: F.nll_loss(mixture(z, r).log(), torch.where(t % 3 == 0, -100, t)),
     "a mixture, of every row": lambda z, r, t: F.nll_loss(mixture(z, r).log(), t, reduction="none"),
+    "... by lerp": lambda z, r, t: F.cross_entropy(z, torch.lerp(r.softmax(-1), F.one_hot(t, V).to(z.dtype), 0.3)),
+    "lerp of two": lambda z, r, t: -(z.softmax(-1).lerp(r.softmax(-1), 0.2) * r.log_softmax(-1)).sum(-1).mean(),
     "... a mean": lambda z, r, t: -(z.log_softmax(-1) * mixed(r, t)).mean(-1).sum(),
 }
 ALONE = {
+    "the largest probability": lambda z, t: z.softmax(-1).max(-1).values.mean(),
+    "the largest logarithm of a probability": lambda z, t: (0.5 * z.log_softmax(-1)).amax(-1, keepdim=True).sum(),
     "entropy by entr": lambda z, t: torch.special.entr(z.softmax(-1)).sum(-1).mean(),
     "entropy by xlogy": lambda z, t: -torch.xlogy(p := z.softmax(-1), p).sum(-1).mean(),
     "entropy by einsum": lambda z, t: -torch.einsum("nv,nv->n", z.softmax(-1), z.log_softmax(-1)).mean(),
@@ -101,6 +105,14 @@ REFUSED = {
     "a product of probabilities": (
         lambda z, r, t: torch.einsum("nv,nv->n", z.softmax(-1), r.softmax(-1)).mean(),
         "",
+    ),
+    "a mixture by tensors": (
+        lambda z, r, t: z.softmax(-1).lerp(r.softmax(-1), torch.rand(N, V)).log().mean(),
+        "lerp",
+    ),
+    "a chain that sums rows": (
+        lambda z, r, t: torch.einsum("nv,vd,nd->d", z.softmax(-1), torch.rand(V, 3), torch.rand(N, 3)).mean(),
+        "einsum",
     ),
     "over the rows": (lambda z, r, t: torch.einsum("nv,nv->v", z.softmax(-1), r.log_softmax(-1)).mean(), "einsum"),
 }

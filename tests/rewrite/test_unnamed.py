@@ -163,10 +163,10 @@ LOSSES = {
         "getitem",
         "classes are taken out of the logits",
     ),
-    "confidence beside the logits": (
-        lambda z, t: (z.softmax(-1).max(-1).values, z),
+    "the largest of negated probabilities": (
+        lambda z, t: (-z.softmax(-1)).max(-1).values,
         "max",
-        "the largest probability",
+        "does not grow with the logits",
     ),
     "one log-sum-exp of all rows": (lambda z, t: z.logsumexp((1, 2)).mean(), "logsumexp", "logsumexp over dimension"),
     "a softmax that leaves": (lambda z, t: z.softmax(-1), "softmax", "the softmax leaves the graph"),
@@ -276,7 +276,7 @@ NOTHING = {
     "log-probabilities": lambda h, w, t: F.linear(h, w).log_softmax(-1),
     "generation": generated,
     "sampling": lambda h, w, t: torch.multinomial(F.linear(h, w).flatten(0, 1).softmax(-1), 1),
-    "metrics": lambda h, w, t: (lambda z: (z, z.argmax(-1), z.detach().softmax(-1).amax(-1)))(F.linear(h, w)),
+    "metrics": lambda h, w, t: (lambda z: (z, z.argmax(-1), z.detach().softmax(-1).amin(-1)))(F.linear(h, w)),
     "nearest": lambda h, w, t: F.mse_loss(w[(h.detach() @ w.t()).argmax(-1)], h.detach()),
 }
 
@@ -384,7 +384,7 @@ def test_logits_of_another_graph(edit, inputs):
         return LOSSES["KL alone"][0](z, t)
 
     def metric(z, t):
-        return z.detach().softmax(-1).amax(-1)
+        return z.detach().softmax(-1).amin(-1)
 
     torch._dynamo.reset()
     with record.collect() as graphs:
