@@ -117,8 +117,9 @@ KNOBS: dict[str, Knob] = {
     ),
     "defer_without_loss": Knob(
         _boolean,
-        "do so too in a graph without a loss, where the logits require grad and have more than four times as many "
-        "classes as the hidden states have columns: a loss outside of the graph can then be fused",
+        "do so too in a graph without a loss, where there are more than four times as many classes as the hidden "
+        "states have columns, and the logits require grad or are larger than `workspace_mb`: a loss outside of the "
+        "graph can then be fused",
     ),
     "workspace_mb": Knob(
         _integer(1),

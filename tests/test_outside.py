@@ -237,6 +237,12 @@ LOSSES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "probabilities": lambda z, t: F.cross_entropy(z.flatten(0, 1), F.one_hot(t, V).to(z.dtype).flatten(0, 1)),
     "smoothed_probabilities": smoothed_probabilities,
     "mixup": mixup,
+    "kl_div of smoothed targets": lambda z, t: F.kl_div(
+        z.log_softmax(-1), F.one_hot(t, V).to(z.dtype) * 0.9 + 0.1 / V, reduction="batchmean"
+    ),
+    "kl_div of filled targets": lambda z, t: F.kl_div(
+        z.log_softmax(-1), torch.zeros_like(z).fill_(0.1 / V).scatter_(-1, t[..., None], 0.9), reduction="sum"
+    ),
     "halves": halves,
     "margin": margin,
     "margin_by_where": margin_by_where,

@@ -14,6 +14,7 @@ from .pending import Compute, Fuse, Origin, PendingHead, PendingValue, SharedMem
 from .staleness import check_allocated, operand_name
 from .steps import surroundings
 from .tensor import DeferredLogits
+from .without_gradient import keep
 
 
 def defer(
@@ -43,14 +44,16 @@ def defer(
     shape = torch.Size(shape)
     head = PendingHead(compute, operands, shape, dtype, fuse, large)
     if not requires_grad:
-        return root(head, shape)
+        logits = root(head, shape)
+        keep(logits._value)
+        return logits
     with torch.enable_grad():  # the caller may have left a no_grad region that the logits were not computed in
         return DeferLogits.apply(head, compute, shape, *operands)
 
 
-def computed(compute: Compute, operands: Sequence[Tensor]) -> Tensor:
-    """What :func:`defer` stands for, at once: a plain tensor, differentiable by ordinary autograd."""
-    with surroundings(operands[0].device, grad=True):
+def computed(compute: Compute, operands: Sequence[Tensor], requires_grad: bool) -> Tensor:
+    """What :func:`defer` stands for, at once: a plain tensor, differentiable by ordinary autograd if it is to be."""
+    with surroundings(operands[0].device, grad=requires_grad):
         return compute(operands).contiguous()
 
 

@@ -86,16 +86,21 @@ def are_plain(tensors: Iterable[Tensor]) -> bool:
     return all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
-def kind_of(
-    recipe: Recipe, logits: DeferredLogits, operands: Sequence[Tensor], call: Callable, args: Any, kwargs: Any
-) -> tuple:
+@dataclass(frozen=True)
+class Pending:
+    """Pending logits that a call is given, and what they follow from."""
+
+    logits: DeferredLogits
+    recipe: Recipe
+    operands: tuple[Tensor, ...]
+
+
+def kind_of(pending: Sequence[Pending], call: Callable, args: Any, kwargs: Any) -> tuple:
     """What calls have in common that one function computes."""
-    device = logits.device.type
+    device = pending[0].logits.device.type
     return (
         call,
-        recipe,
-        _described(logits),
-        tuple(_described(t) for t in operands),
+        tuple((p.recipe, _described(p.logits), tuple(map(_described, p.operands))) for p in pending),
         tree_map(_argument, (args, tuple(kwargs.items()))),
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -129,9 +134,9 @@ def in_form(compute: Callable[..., tuple], call: Callable) -> Callable:
 
 
 def call_graph(
-    mode: FakeTensorMode, logits: DeferredLogits, call: Callable, args: tuple, kwargs: dict[str, Any]
+    mode: FakeTensorMode, pending: Sequence[DeferredLogits], call: Callable, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[GraphModule, list[Any]]:
-    """``call(*args, **kwargs)`` as a graph of its tensors, the logits first."""
+    """``call(*args, **kwargs)`` as a graph of its tensors, the pending ones first."""
     graph = Graph()
     inputs: list[Any] = []
 
@@ -141,13 +146,18 @@ def call_graph(
         inputs.append(fake)
         return node
 
-    with mode:
-        fake = torch.empty_strided(logits.size(), logits.stride(), dtype=logits.dtype, device=logits.device)
-    first = placeholder("logits", fake.requires_grad_(logits.requires_grad and torch.is_grad_enabled()))
+    first = []
+    for z in pending:
+        with mode:
+            fake = torch.empty_strided(z.size(), z.stride(), dtype=z.dtype, device=z.device)
+        first.append(
+            placeholder(f"logits_{len(inputs)}", fake.requires_grad_(z.requires_grad and torch.is_grad_enabled()))
+        )
 
     def node_of(x: Any) -> Any:
-        if x is logits:
-            return first
+        own = next((node for node, z in zip(first, pending, strict=True) if x is z), None)
+        if own is not None:
+            return own
         tensor = tensor_of(x)
         if tensor is None:
             return x

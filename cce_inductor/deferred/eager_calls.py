@@ -23,7 +23,18 @@ from ..graph.spellings import FUNCTIONS, METHODS, functions_of
 from ..rewrite.recipe import Logits
 from ..rewrite.result import Rewritten
 from .autograd import Largest, defer
-from .calls import ByClasses, are_plain, by_classes, call_graph, in_form, kind_of, read_as_one, same_classes, tensor_of
+from .calls import (
+    ByClasses,
+    Pending,
+    are_plain,
+    by_classes,
+    call_graph,
+    in_form,
+    kind_of,
+    read_as_one,
+    same_classes,
+    tensor_of,
+)
 from .entries import Entries
 from .lazy import WRITTEN
 from .mixtures import Spread
@@ -31,13 +42,13 @@ from .other_graphs import Form, usable, with_inlined
 from .pending import Known, Recipe
 from .shared import share
 from .steps import Extra, Joint, Read, Step
-from .tensor import LOSSES, ROWS, STATISTICS, DeferredLogits
+from .tensor import COMPARISONS, LOSSES, ROWS, STATISTICS, DeferredLogits
 
 log = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 
-_MAX, _TOPK = functions_of("max"), functions_of("topk")
+_MAX, _TOPK, _KL_DIV = functions_of("max"), functions_of("topk"), functions_of("kl_div")
 
 
 # So many graphs that differ in nothing but a number.
@@ -85,10 +96,14 @@ class EagerCalls:
         if call in _TOPK and trains:
             return self._largest(logits, call, args, kwargs)
         recipe = usable(logits, torch.is_grad_enabled())
-        if call in LOSSES:
+        if call in COMPARISONS or call in LOSSES:
             args, kwargs = tree_map(lambda x: by_classes(x, logits), (args, kwargs))
         others = [x for x in map(tensor_of, tree_leaves((args, kwargs))) if x is not None and x is not logits]
+        second = next((x for x in others if call in COMPARISONS and isinstance(x, DeferredLogits)), None)
+        others = [x for x in others if x is not second]
         if recipe is None or not are_plain(others):
+            return NotImplemented
+        if call in _KL_DIV and not _has_pending_target(call, args, kwargs):
             return NotImplemented
         operands = logits.operands()  # or an error if they have changed: then the logits could not be read either
         if not are_plain(operands):
@@ -100,31 +115,52 @@ class EagerCalls:
             if index is not None:
                 return self._entries_at(logits, *index)
             return self._taken(logits, recipe, operands, call, args, kwargs)
-        same = same_classes(operands[recipe.reads :], others)
-        kind = kind_of(recipe, logits, operands, call, args, kwargs), same
+        pending = [Pending(logits, recipe, operands)]
+        if second is not None:
+            beside = self._second(second)
+            if beside is None:
+                return NotImplemented
+            pending.append(beside)
+        same = same_classes(operands[recipe.reads :], others) if second is None else ()
+        compute = self._function(pending, call, args, kwargs, same)
+        if compute is None:
+            return NotImplemented
+        if call in STATISTICS and not head.large:
+            head.on_read = self._was_read
+        made = compute(shared, *(t for p in pending for t in p.operands), *others)
+        if call in STATISTICS:
+            _remember(logits, call, args, kwargs, made)
+        return made
+
+    def _function(
+        self, pending: Sequence[Pending], call: Callable, args: tuple, kwargs: dict[str, Any], same: tuple
+    ) -> Callable | None:
+        """What computes calls of this kind, known or made now; None where they are not fused."""
+        kind = kind_of(pending, call, args, kwargs), same
         try:
             hash(kind)
         except TypeError:  # an argument without a hash, such as a list
-            return NotImplemented
+            return None
         if kind not in self.known:
-            if self._has_too_many_numbers(recipe, logits, call, [x.spread for x in args if isinstance(x, ByClasses)]):
-                return NotImplemented
+            first, spreads = pending[0], [x.spread for x in args if isinstance(x, ByClasses)]
+            if self._has_too_many_numbers(first.recipe, first.logits, call, spreads):
+                return None
             try:
-                self.known[kind] = self._make(recipe, logits, operands, call, args, kwargs, same)
+                self.known[kind] = self._make(pending, call, args, kwargs, same)
             except _NotTriedError:
-                return NotImplemented  # the next call may be right, or what it lacked may be there
+                return None  # the next call may be right, or what it lacked may be there
             if len(self.known) > self.capacity:
                 self.known.popitem(last=False)
         self.known.move_to_end(kind)
-        compute = self.known[kind]
-        if compute is None:
-            return NotImplemented
-        if call not in LOSSES and not head.large:
-            head.on_read = self._was_read
-        made = compute(shared, *operands, *others)
-        if call not in LOSSES:
-            _remember(logits, call, args, kwargs, made)
-        return made
+        return self.known[kind]
+
+    def _second(self, logits: DeferredLogits) -> Pending | None:
+        """The logits that others are compared with, if these can be put into a graph as well."""
+        recipe = usable(logits, torch.is_grad_enabled())
+        operands = () if recipe is None else logits.operands()
+        if recipe is None or not are_plain(operands):
+            return None
+        return Pending(logits, *self._of_rows(recipe, operands, logits.whole_shape()[-1]))
 
     def _has_too_many_numbers(
         self, recipe: Recipe, logits: DeferredLogits, call: Callable, spreads: Sequence[Spread]
@@ -237,9 +273,7 @@ class EagerCalls:
 
     def _make(
         self,
-        recipe: Recipe,
-        logits: DeferredLogits,
-        operands: Sequence[Tensor],
+        pending: Sequence[Pending],
         call: Callable,
         args: Any,
         kwargs: Any,
@@ -252,25 +286,37 @@ class EagerCalls:
         mode = FakeTensorMode()
         grad = torch.is_grad_enabled()
         try:
-            gm, inputs = call_graph(mode, logits, call, args, kwargs)
+            gm, inputs = call_graph(mode, [p.logits for p in pending], call, args, kwargs)
         except Exception as error:  # what is wrong with the call is for the call to say
             name = call.__name__
             log.info("deferred logits are read for %s, which could not be tried: %s", name, error, exc_info=True)
             raise _NotTriedError from error
-        fakes = [
-            mode.from_tensor(t.detach(), static_shapes=True).requires_grad_(need and grad)
-            for t, need in zip(operands, recipe.needs, strict=True)
-        ]
-        form = with_inlined(gm, inputs, {0: logits}, {0: (recipe, fakes)})
+        heads = {
+            i: (p.recipe, [_fake(mode, t, n and grad) for t, n in zip(p.operands, p.recipe.needs, strict=True)])
+            for i, p in enumerate(pending)
+        }
+        form = with_inlined(gm, inputs, {i: p.logits for i, p in enumerate(pending)}, heads)
         if form is None:
             return None  # it has logged why
-        read_as_one(form.graph_module, same, recipe.reads)
+        read_as_one(form.graph_module, same, pending[0].recipe.reads)
         result = (self.statistic if call in STATISTICS else self.loss)(form)
         if not form.accepts(result):
             reasons = [site.reason for site in result.sites] or ["it is no statistic of the rows that is served"]
             log.info("deferred logits are read for %s: %s", call.__name__, "; ".join(reasons))
             return None
         return in_form(share(result.graph_module).forward, call)
+
+
+def _has_pending_target(call: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a divergence is one number, of logits from others, pending too, or from the classes of rows."""
+    given = FUNCTIONS[call][1].bind(*args, **kwargs)
+    given.apply_defaults()
+    target = given.arguments["target"]
+    return given.arguments["reduction"] != "none" and isinstance(target, (DeferredLogits, ByClasses))
+
+
+def _fake(mode: FakeTensorMode, tensor: Tensor, needs: bool) -> Tensor:
+    return mode.from_tensor(tensor.detach(), static_shapes=True).requires_grad_(needs)
 
 
 # Functions that give entries of logits as they are.

@@ -410,11 +410,13 @@ for _name in _THROUGH_VALUE:
 
 # Functions of torch that may be computed without the logits, above autograd, where the operands can be reached.
 LOSSES = functions_of(*(name for name, row in NAMES.items() if row.facts & Fact.LOSS))
+# Functions that compare logits with others, which may be pending too: another model's.
+COMPARISONS = functions_of("cross_entropy", "kl_div")
 # Those that the tracer ends at.
 STATISTICS = functions_of(*(n for n, row in NAMES.items() if any(r.startswith(REDUCING) for r in row.rules))) - LOSSES
 # Functions that take rows by a tensor: of the hidden states instead.
 ROWS = functions_of("getitem", "index_select")
-_FUSED = LOSSES | STATISTICS | ROWS
+_FUSED = LOSSES | COMPARISONS | STATISTICS | ROWS
 # What waits for a gradient that would go around the logits then: hooks, also on the node of the autograd graph.
 _WATCHING = frozenset((Tensor.register_hook, Tensor.retain_grad, Tensor.grad_fn.__get__))  # type: ignore[union-attr]
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import compat
@@ -42,10 +43,14 @@ def with_deferred(compiled: Callable, result: Rewritten, fuse: Fuse, workspace_b
     positions = {deferral.position for deferral in deferrals}
 
     def make(deferral: Deferral, operands: Sequence[Tensor]) -> Tensor:
-        # A weight that may be gone when the loss comes is of no use for a loss in another graph.
-        if not result.fused and any(map(compat.is_freed_after_forward, operands[1:])):
-            return computed(deferral.compute, operands)
         shape = deferral.shape(operands)
+        large = math.prod(shape) * deferral.dtype.itemsize > workspace_bytes
+        # A weight that may be gone when the loss comes is of no use for a loss in another graph.
+        freed = any(map(compat.is_freed_after_forward, operands[1:]))
+        # So are, without a gradient, a few rows, and tensors that do not say when they are changed.
+        kept = deferral.requires_grad or (large and not torch.is_inference_mode_enabled())
+        if not result.fused and (freed or not kept):
+            return computed(deferral.compute, operands, deferral.requires_grad)
         return defer(
             deferral.compute,
             operands,
@@ -53,7 +58,7 @@ def with_deferred(compiled: Callable, result: Rewritten, fuse: Fuse, workspace_b
             dtype=deferral.dtype,
             requires_grad=deferral.requires_grad,
             fuse=fuse,
-            large=math.prod(shape) * deferral.dtype.itemsize > workspace_bytes,
+            large=large,
         )
 
     def run(*args: Any) -> tuple:

@@ -6,10 +6,13 @@ fused where it stands (`deferred.other_graphs`), and any other use computes them
 """
 
 import logging
+import math
 
+import torch
 from torch.fx import Graph, GraphModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .. import compat
 from ..config import Settings
 from ..graph.fakes import fake
 from ..graph.memory import written_between
@@ -17,7 +20,7 @@ from ..graph.regions import copy_graph, differentiated_again
 from ..trace.heads import large
 from ..trace.interpreter import Interpreter
 from ..trace.trace import Trace
-from ..trace.values import SeveralHeads
+from ..trace.values import SeveralHeads, Value
 from . import cleanup
 from .outputs import Outputs
 from .result import Rewritten
@@ -57,6 +60,17 @@ def _defer_heads(gm: GraphModule, settings: Settings) -> Rewritten:
     return Rewritten(copy, [], deferrals, user_outputs)
 
 
+def _may_be_a_teacher(value: Value, settings: Settings) -> bool:
+    """Whether logits without a gradient may be what those of another model are compared with, and are worth it.
+
+    Of a few rows, as in generation, nobody trains; and tensors of inference mode do not say when they are changed.
+    """
+    if torch.is_inference_mode_enabled():
+        return False
+    size = math.prod(map(compat.size_hint, value.fake.shape)) * value.fake.dtype.itemsize
+    return size > settings.workspace_bytes
+
+
 def _only_leaves(graph: Graph, trace: Trace, settings: Settings) -> bool:
     """Whether the logits of a head have no other use than to leave the graph."""
     head = trace.head
@@ -64,7 +78,7 @@ def _only_leaves(graph: Graph, trace: Trace, settings: Settings) -> bool:
         return False
     if not trace.outputs or trace.escapes or trace.reductions or not large(head.vocab, head.width, settings):
         return False
-    if not all(value.fake.requires_grad for value in trace.outputs):
+    if not all(value.fake.requires_grad or _may_be_a_teacher(value, settings) for value in trace.outputs):
         return False
     if any(is_traceable_wrapper_subclass(fake(n)) for h in (head, *trace.heads) for n in h.operands()):
         return False

@@ -1,0 +1,135 @@
+"""Another model's logits, without a gradient, from a graph of its own: no loss outside needs any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import cce_inductor
+from cce_inductor.deferred import DeferredLogits
+
+N, D, V = 1024, 16, 512
+# Logits of more than a MiB are large.
+OPTIONS = {"min_vocab": 0, "compiler": "aot_eager", "workspace_mb": 1}
+
+
+class Model(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(width)
+        self.trunk, self.head = nn.Linear(width, width), nn.Linear(width, V, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.trunk(x)))
+
+
+def compiled(fn: Any, **options: Any) -> Any:
+    return torch.compile(fn, backend="cce", options={**OPTIONS, **options})
+
+
+def data(rows: int = N) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(rows, D), torch.randn(rows, 24), torch.randint(0, V, (rows,))
+
+
+# Of the student's logits, the teacher's, and classes.
+LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "kl_div": lambda z, r, t: 4 * F.kl_div(F.log_softmax(z / 2, -1), F.softmax(r / 2, -1), reduction="batchmean"),
+    "kl_div of logarithms": lambda z, r, t: F.kl_div(z.log_softmax(-1), r.log_softmax(-1), log_target=True),
+    "probabilities": lambda z, r, t: F.cross_entropy(z, r.float().softmax(dim=-1)),
+    "beside the label's": lambda z, r, t: (
+        F.cross_entropy(z, t) + F.kl_div(z.log_softmax(-1), r.softmax(-1), reduction="sum") / N
+    ),
+}
+WRITTEN_OUT: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "a difference": lambda z, r, t: ((q := r.softmax(-1)) * (q.log() - z.log_softmax(-1))).sum(-1).mean(),
+    "rows that count": lambda z, r, t: (
+        F.kl_div(z.log_softmax(-1), r.softmax(-1), reduction="none").sum(-1)[t % 3 > 0].mean()
+    ),
+}
+
+
+def step(student: Any, teacher: Any, loss: Any, inputs: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
+    x, y, t = inputs
+    with torch.no_grad():
+        r = teacher(y)
+    return [made := loss(student(x), r, t), *torch.autograd.grad(made, list(student.parameters()))]
+
+
+@pytest.mark.filterwarnings("ignore:reduction")
+@pytest.mark.parametrize("where", ["compiled", "eager"])
+@pytest.mark.parametrize("name", [*LOSSES, *WRITTEN_OUT])
+def test_a_loss_outside_of_both_models(name: str, where: str) -> None:
+    torch._dynamo.reset()
+    loss = (LOSSES | WRITTEN_OUT)[name]
+    student, teacher, inputs = Model(D), Model(24), data()
+    expected = step(student, teacher, loss, inputs)
+    ours = compiled(student), compiled(teacher), compiled(loss) if where == "compiled" else loss
+    counters["cce_inductor"].clear()
+    for _ in range(2):
+        for got, want in zip(step(*ours, inputs), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    reads = counters["cce_inductor"]["deferred_materialized"]
+    # What is written out in eager mode is a tensor as large as the logits.
+    assert reads == (4 if name in WRITTEN_OUT and where == "eager" else 0)
+
+
+def test_logits_of_few_rows_or_of_inference_mode_are_plain() -> None:
+    torch._dynamo.reset()
+    model = compiled(Model(D))
+    x, _, _ = data()
+    with torch.no_grad():
+        assert isinstance(model(x), DeferredLogits)
+        assert type(model(x[:64])) is Tensor  # in the same graph, or one for other sizes
+        assert type(compiled(Model(D), defer_without_loss=False)(x)) is Tensor
+    with torch.inference_mode():
+        assert type(model(x)) is Tensor
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        assert type(compiled(Model(D))(x)) is Tensor
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_logits_that_are_kept_while_their_weight_is_trained(make: Any) -> None:
+    """Those of an old policy: computed before the optimizer changes it."""
+    torch._dynamo.reset()
+    model, (x, _, t) = Model(D), data()
+    ours, optimizer = compiled(model), make(model.parameters(), lr=0.1)
+    with torch.no_grad():
+        old, want = ours(x), model(x)
+    counters["cce_inductor"].clear()
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(ours(x), t).backward()
+        optimizer.step()
+    assert counters["cce_inductor"]["deferred_materialized"] == 1
+    torch.testing.assert_close(old + 0, want)
+
+
+def test_the_teacher_is_not_computed_for_the_students_optimizer() -> None:
+    torch._dynamo.reset()
+    student, teacher, (x, y, t) = Model(D), Model(24), data()
+    ours, optimizer = compiled(student), torch.optim.SGD(student.parameters(), lr=0.1)
+    with torch.no_grad():
+        kept = compiled(teacher)(y)
+    counters["cce_inductor"].clear()
+    F.cross_entropy(ours(x), t).backward()
+    optimizer.step()
+    assert isinstance(kept, DeferredLogits) and not kept.is_materialized
+
+
+def test_an_edit_of_the_weight_is_noticed() -> None:
+    """As of an average of the student's weights, between the teacher's forward and a read."""
+    torch._dynamo.reset()
+    teacher, (_, y, _) = Model(24), data()
+    with torch.no_grad():
+        logits = compiled(teacher)(y)
+        teacher.head.weight.mul_(0.9)
+    with pytest.raises(cce_inductor.DeferredLogitsError, match="modified in place"):
+        logits.sum()
