@@ -142,6 +142,10 @@ _ATTRIBUTES: dict[Any, str] = {
 }
 
 
+# A read of ``z.data``, as Dynamo captures it.
+DATA: Any = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
+
+
 def copy_node_attributes(old: Node, new: Node) -> None:
     """What Dynamo keeps on a node outside its `meta`: where a placeholder came from, which AOTAutograd reads."""
     for name in ("_dynamo_source",):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -11,9 +11,9 @@ from torch.fx import Graph, GraphModule, Node
 from .. import compat
 
 
-def descendants(node: Node) -> Iterator[Node]:
-    """Every node that depends on `node`."""
-    seen, stack = set(), [node]
+def descendants(node: Node, past: Iterable[Node] = ()) -> Iterator[Node]:
+    """Every node that depends on `node`, but for those of `past` and what depends on it through them."""
+    seen, stack = set(past), [node]
     while stack:
         for user in stack.pop().users:
             if user not in seen:

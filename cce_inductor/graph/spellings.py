@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .. import compat
+
 
 class Fact(enum.Flag):
     """What is known of an op whatever it is given. `SPELLINGS` has it beside the name; nothing else lists names."""
@@ -42,6 +44,8 @@ _VIEW = _ROWS | Fact.VIEW
 _RESHAPE = _VIEW | Fact.IN_ORDER
 _EXPAND = (_VIEW & ~Fact.EACH_ONCE) | Fact.REPEATS
 _EXACT = Fact.PURE | Fact.ENTRYWISE
+_EDIT = _EXACT | Fact.IN_PLACE
+_SHARED = _EXACT | Fact.VIEW | Fact.HANDS_ON
 _INTO = Fact.IN_PLACE | Fact.ENTRYWISE
 
 
@@ -178,7 +182,7 @@ SPELLINGS = (
         "input",
         (operator.neg, torch.neg, torch.negative),
         ("neg", "negative", "__neg__"),
-        _EXACT | Fact.IN_PLACE,
+        _EDIT,
         ("pointwise.neg",),
     ),
     Spelling("tanh", "input", (torch.tanh, F.tanh), ("tanh",), _INTO, ("pointwise.tanh",)),
@@ -211,18 +215,9 @@ SPELLINGS = (
     Spelling(
         "clamp", "input min=None max=None", (torch.clamp, torch.clip), ("clamp", "clip"), _EXACT, ("softmax.clamp",)
     ),
-    Spelling(
-        "detach", "input", (torch.detach,), ("detach",), _EXACT | Fact.VIEW | Fact.HANDS_ON, ("pointwise.detach",)
-    ),
+    Spelling("detach", "input", (torch.detach, compat.DATA), ("detach",), _SHARED, ("pointwise.detach",)),
     # masks over the vocabulary
-    Spelling(
-        "masked_fill",
-        "input mask value",
-        (torch.masked_fill,),
-        ("masked_fill",),
-        _EXACT | Fact.IN_PLACE,
-        ("masks.masked_fill",),
-    ),
+    Spelling("masked_fill", "input mask value", (torch.masked_fill,), ("masked_fill",), _EDIT, ("masks.masked_fill",)),
     Spelling("where", "condition input other", (torch.where,), (), _EXACT | Fact.ANY_PLACE, ("masks.where",)),
     Spelling("setitem", "input index value", (operator.setitem,), ("__setitem__",), Fact.IN_PLACE, ("masks.setitem",)),
     Spelling(
@@ -233,6 +228,7 @@ SPELLINGS = (
         Fact.IN_PLACE,
         ("masks.scatter",),
     ),
+    Spelling("fill", "input value", (), ("fill",), Fact.IN_PLACE),
     Spelling("fill_diagonal", "input fill_value wrap=False", (), ("fill_diagonal",), Fact.IN_PLACE, ("masks.scatter",)),
     Spelling(
         "scatter_add", "input dim index src", (torch.scatter_add,), ("scatter_add",), Fact.IN_PLACE, ("masks.scatter",)

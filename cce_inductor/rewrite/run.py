@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch.fx import Graph, GraphModule, Node
 
 from ..config import Settings
+from ..graph import simplify
 from ..graph.hoist import Hoist
 from ..graph.refusal import Refusal
 from ..graph.regions import checkpointed, copy_graph, differentiated_again
@@ -76,6 +77,8 @@ def _rewrite_graph(
 ) -> Rewritten:
     copy = copy_graph(gm)
     graph = copy.graph
+    simplify.made_full(graph)
+    simplify.broadcast(graph)
     interpreter = Interpreter(graph)
     interpreter.run()
     found = findings(interpreter, settings, statistics)

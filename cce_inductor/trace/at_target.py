@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.fx import Node
 
 from ..graph import nodes
@@ -20,6 +22,7 @@ from ..graph.memory import storages, written
 from ..graph.nodes import Op
 from ..graph.refusal import Refused
 from ..graph.spellings import Fact
+from .affine import IDENTITY
 from .decompose import widened
 from .marks import Mark, mark
 from .reasons import MARGIN
@@ -52,10 +55,14 @@ class Expression:
         """The plain logits that a node is, if it is."""
         entry = self.walk.values.get(n) if isinstance(n, Node) else None
         value = entry.values[0] if entry is not None and entry.values and not entry.stale else None
+        if value is not None and not self._made_of_logits(n):
+            return None
         return value if value is not None and value.whole else None
 
     def _made_of_logits(self, n: Node) -> bool:
-        return n is self.root or n in self.walk.values or n in self.walk.open
+        """What is broadcast to them is none of them, even if it is a product of matrices itself."""
+        known = n in self.walk.values or n in self.walk.open
+        return n is self.root or (known and fake(n).shape == fake(self.root).shape)
 
     def _mark(self, n: Any) -> Mark | None:
         """What a tensor holds at the target and elsewhere; Refused for two targets."""
@@ -88,9 +95,22 @@ class Expression:
         if self._leaf(n) is not None:
             return n
         op = nodes.read(n)
-        if op is None or op.name not in _SIMPLIFIED:
+        name = "" if op is None else _called(n) if op.name == "function" else op.name
+        if op is None or name not in _SIMPLIFIED:
             raise Refused(*MARGIN)
-        return _SIMPLIFIED[op.name](*(self._lazily(op, name) for name in _BRANCHES.get(op.name, ("input", "other"))))
+        made = _SIMPLIFIED[name](*(self._lazily(op, a) for a in _ARGUMENTS.get(name, ("input", "other"))))
+        if isinstance(made, _Angles) and (op.inplace or not self._are_cosines(made.of)):
+            raise Refused(*MARGIN)
+        return made
+
+    def _are_cosines(self, n: Node) -> bool:
+        """Whether logits are products of rows of length 1 as they are."""
+        leaf = self._leaf(n)
+        if leaf is None or leaf.affine != IDENTITY:
+            return False
+        head = leaf.one
+        of_weight = _of_length_one(head.weight, 0 if head.transposed else 1)
+        return of_weight and _of_length_one(head.input, head.width_dim)
 
     def _lazily(self, op: Op, name: str) -> Callable[[], Any]:
         if op.args.get("alpha", 1) != 1 or op.args.get("rounding_mode") is not None:
@@ -157,8 +177,53 @@ class Expression:
         raise Refused(*MARGIN)
 
 
+@dataclass(frozen=True)
+class _Cosines:
+    """Logits between -1 and 1, cut off there perhaps."""
+
+    node: Node
+
+
+@dataclass(frozen=True)
+class _Angles:
+    """The angles whose cosines logits are."""
+
+    of: Node
+
+
+def _called(node: Node) -> str:
+    """What torch calls a function of one number."""
+    name = getattr(node.target, "__name__", str(node.target)).rstrip("_")
+    return {"arccos": "acos"}.get(name, name)
+
+
+def _of_length_one(node: Node, dim: int) -> bool:
+    """Whether a tensor was divided by its length along a dimension."""
+    op = nodes.read(node)
+    while op is not None and op.name in ("cast", "copy", "detach") and not op.inplace:
+        node = op.args["input"]
+        op = nodes.read(node)
+    rank = fake(node).dim()
+    if node.target is F.normalize:
+        given = dict(zip(("p", "dim"), node.args[1:3], strict=False)) | node.kwargs
+        along = given.get("dim", 1)
+        return bool(given.get("p", 2.0) == 2 and isinstance(along, int) and along % rank == dim % rank)
+    if op is None or op.name != "div" or op.inplace or not is_tensor(length := op.args["other"]):
+        return False
+    name = getattr(length.target, "__name__", str(length.target)).split(".")[0]
+    shape: list[Any] = [*fake(node).shape]
+    shape[dim] = 1
+    own = bool(length.args) and length.args[0] is op.args["input"]
+    order = length.kwargs.get("p", length.kwargs.get("ord", length.args[1] if len(length.args) > 1 else 2))
+    return name in _LENGTHS and shape == [*fake(length).shape] and own and order in (2, None)
+
+
+_LENGTHS = ("norm", "linalg_norm", "linalg_vector_norm")
+
+
 # The condition of a choice between two, what holds where it is true, and where it is not.
 _BRANCHES = {"where": ("condition", "input", "other"), "masked_fill": ("mask", "value", "input")}
+_ARGUMENTS = _BRANCHES | {"clamp": ("input", "min", "max"), "acos": ("input",), "cos": ("input",)}
 OUT_OF_PLACE: dict[str, Callable[[Any, Any], Any]] = {
     "mul": lambda a, b: a * b,
     "div": lambda a, b: a / b,
@@ -195,6 +260,24 @@ def _branch(condition: Callable[[], Any], a: Callable[[], Any], b: Callable[[], 
     return (a if holds else b)() if isinstance(holds, bool) else _unknown()
 
 
+def _clamped(a: Callable[[], Any], low: Callable[[], Any], high: Callable[[], Any]) -> Any:
+    """To what cosines are anyway, or a rounding error less: their arccosine has a finite slope then."""
+    z, ends = a(), (low(), high())
+    if not isinstance(z, Node) or not all(is_number(end) and 0 <= 1 - abs(end) <= 1e-5 for end in ends):
+        return _unknown()
+    return _Cosines(z) if ends[0] < 0 < ends[1] else _unknown()
+
+
+def _angles(a: Callable[[], Any]) -> Any:
+    z = a()
+    return _Angles(z.node) if isinstance(z, _Cosines) else _Angles(z) if isinstance(z, Node) else _unknown()
+
+
+def _cosines(a: Callable[[], Any]) -> Any:
+    angles = a()
+    return angles.of if isinstance(angles, _Angles) else _unknown()
+
+
 def _unknown() -> Any:
     raise Refused(*MARGIN)
 
@@ -206,4 +289,7 @@ _SIMPLIFIED: dict[str, Callable[..., Any]] = {
     "sub": lambda a, b: _sum(a, b, -1.0),
     "where": _branch,
     "masked_fill": _branch,
+    "clamp": _clamped,
+    "acos": _angles,
+    "cos": _cosines,
 }

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .. import compat
 from ..config import Settings
 from ..graph import nodes
-from ..graph.fakes import example, fake, same
+from ..graph.fakes import example, fake, is_tensor, same
 from ..graph.memory import storages, written
 from ..graph.refusal import Refusal, Refused
 from ..graph.spellings import Fact
@@ -65,11 +65,20 @@ def _value(
         raise Refused(f"the head computes in {fake(node).dtype}", "use a floating dtype")
     while fake(w).dim() == 2 and (source := _transpose_of(w)) is not None:
         w, transposed = source, not transposed
+    if _are_marks(w):
+        raise Refused("a product with zeros and ones: it picks columns or adds them up", "index with the classes")
     head = Head(node, x, w, bias, transposed, width_dim)
     class_dim = fake(node).dim() - 1 if class_dim is None else class_dim
     affine = Affine() if bias is None else Affine(shifts=(Shift(bias, 1.0),))
     rows = () if row_map is None else ((node, row_map),)
     return Value(head, node, class_dim, affine=affine, rows=rows)
+
+
+def _are_marks(node: Node) -> bool:
+    """Whether a tensor is made of truth values or class indices, as one-hot tensors are."""
+    op = nodes.read(node)
+    of = op.args["input"] if op is not None and op.name == "cast" else node
+    return is_tensor(of) and fake(of).dtype in (torch.bool, torch.int64)
 
 
 def _transpose_of(w: Node) -> Node | None:

@@ -10,6 +10,7 @@ of those. The nodes are put into the graph in front of what they replace, and fo
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,8 +24,9 @@ from ..graph.builder import Builder, Proxy
 from ..graph.fakes import fake, is_number, is_tensor, same
 from ..graph.nodes import Op
 from ..graph.refusal import Refused
-from .decompose import in_dtype_of
-from .one_hot import mixture
+from .decompose import in_dtype_of, widened
+from .one_hot import coefficient, mixture
+from .operands import vocab
 from .reductions import arguments_of
 from .trace import Trace
 from .two_heads import Sum, factor_in
@@ -178,7 +180,7 @@ def _chain(walk: Walk, node: Node, given: Any, letters: list[str], rows: str) ->
 
     def record(builder: Builder) -> Proxy:
         p, m, x = (builder.proxy(named[of]) for of in (ours, matrix, vectors))
-        return ((p @ m if matrix == v + d else builder.call(torch.nn.functional.linear, p, m)) * x).sum(-1)
+        return ((p.matmul(m) if matrix == v + d else builder.call(torch.nn.functional.linear, p, m)) * x).sum(-1)
 
     return record
 
@@ -232,8 +234,42 @@ def _lerp(walk: Walk, node: Node, op: Op) -> Record | None:
     return lambda builder: builder.proxy(start) * (1.0 - weight) + builder.proxy(end) * weight
 
 
+def _kl_div(walk: Walk, node: Node, op: Op) -> Record | None:
+    """kl_div against one one-hot tensor, smoothed perhaps: its logarithms are those of two numbers a row."""
+    args, reduction = op.args, op.args["reduction"]
+    entry = walk.values.get(args["input"])
+    value: Value | None = entry.values[0] if entry is not None else None
+    if value is None or value.kind != "log_softmax" or value.factor != 1.0 or args["log_target"]:
+        return None
+    mixed = mixture(args["target"], value) if is_tensor(args["target"]) else None
+    if mixed is None or len(mixed.terms) != 1 or reduction not in ("sum", "mean", "batchmean"):
+        return None
+    if args["size_average"] is not None or args["reduce"] is not None:
+        return None
+
+    def record(builder: Builder) -> Proxy:
+        z, target = builder.proxy(value.node), builder.proxy(args["target"])
+        own: Any = coefficient(builder, mixed.terms[0], value.class_dim) + mixed.constant
+        rows: Any = _times_its_logarithm(builder, own) - (widened(z) * target).sum(value.class_dim)
+        if mixed.constant:
+            rows = rows + (vocab(builder, value) - 1) * _times_its_logarithm(builder, mixed.constant)
+        total = rows.sum()
+        if reduction == "sum":
+            return total
+        return total / (z.size(0) if reduction == "batchmean" else z.numel())
+
+    return record
+
+
+def _times_its_logarithm(builder: Builder, p: Any) -> Any:
+    if isinstance(p, torch.fx.Proxy):
+        return builder.call(torch.xlogy, p, p)
+    return p * math.log(p) if p > 0 else 0.0 if p == 0 else math.nan
+
+
 _RULES: dict[str, Callable[[Walk, Node, Op], Record | None]] = {
     "einsum": _einsum,
+    "kl_div": _kl_div,
     "lerp": _lerp,
     "vecdot": _vecdot,
     "matmul": _matmul,

@@ -18,7 +18,7 @@ from torch.fx.node import map_arg
 
 from ..graph import memory, nodes
 from ..graph.builder import Builder
-from ..graph.fakes import example, fake, is_symbolic, is_tensor
+from ..graph.fakes import example, fake, is_symbolic, is_tensor, same
 from ..graph.nodes import Op
 from ..graph.refusal import Refusal, Refused
 from ..graph.regions import descendants
@@ -84,9 +84,12 @@ class Interpreter(Walk):
     def _head(self, node: Node, op: Op) -> None:
         try:
             self._check_gradient(node)
-            values = rules.HEADS[op.name](node, op.args)
+            # A product with one vector is a number for each row: no logits.
+            values = [v for v in rules.HEADS[op.name](node, op.args) if not same(v.vocab, 1)]
         except Refused as refused:
             self.refused.setdefault(node, (Refusal(node, refused.reason, refused.cure), None))
+            return
+        if not values:
             return
         trace = self.traces[node] = Trace(values[0])
         self.put(node, trace, values)
@@ -134,6 +137,8 @@ class Interpreter(Walk):
             return
         try:
             if any(n in self.open for n in touched):
+                if self._shape_of_open(node, op, touched):
+                    return
                 raise _OpenError
             if any(e.stale for e in entries):
                 raise Refused("an alias of the logits was edited in place", "use the out-of-place form")
@@ -215,12 +220,25 @@ class Interpreter(Walk):
 
     def _metadata(self, node: Node, op: Op, touched: list[Node]) -> bool:
         """A read of a shape or a dtype."""
-        if not op.has(Fact.METADATA) and not (op.name == "getattr" and op.args["name"] in _ATTRIBUTES):
+        attribute = op.name == "getattr" and op.args["name"] in _ATTRIBUTES
+        like_these = op.name == "cast" and op.args["input"] not in touched  # something else, in their dtype
+        if not op.has(Fact.METADATA) and not attribute and not like_these:
             return False
         entry = self.values[touched[0]]
         if entry.values[0].members:
             raise Refused("the shape of several heads' logits in one tensor is read", "read that of each of them")
         entry.trace.metadata.append((node, touched[0], entry.values[0]))
+        return True
+
+    def _shape_of_open(self, node: Node, op: Op | None, touched: list[Node]) -> bool:
+        """A read of the shape of what is made of logits and may become a margin: it is theirs."""
+        (first, *others), value = touched, self.open[touched[0]][1][0].first if touched[0] in self.open else None
+        if op is None or not op.has(Fact.METADATA) or others or value is None:
+            return False
+        own = fake(first)
+        if own.shape != value.fake.shape or own.dtype != value.fake.dtype:
+            return False
+        self.open[first][1][0].metadata.append((node, first, value))
         return True
 
     def _number(self, node: Node, op: Op, touched: list[Node]) -> bool:
@@ -384,7 +402,8 @@ def _check_independence(trace: Trace) -> None:
     """An operand made from the logits themselves (z + z.mean(0), pseudo-labels) is no operand."""
     if not trace.reductions:
         return
-    behind = {n for part in trace.with_parts for n in descendants(part.first.node)}
+    shapes = {node for part in trace.with_parts for node, _, _ in part.metadata}
+    behind = {n for part in trace.with_parts for n in descendants(part.first.node, shapes)}
     for r in trace.reductions:
         others: list[Any] = [r.classes, *r.value.affine.nodes]
         others += [*(m.node for m in r.value.masks), *r.others, *(r.other.operands() if r.other else ())]

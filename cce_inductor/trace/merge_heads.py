@@ -16,18 +16,18 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..graph.builder import Builder, Proxy
-from ..graph.fakes import fake, same
+from ..graph.fakes import example, fake, same
 from ..graph.refusal import Refused
 from . import operands
-from .affine import Affine, Factor, Shift
+from .affine import Affine, Scale, Shift
 from .reasons import MARGIN
 from .values import Head, Step, SumOfHeads, Value
 
 
 def _plain(value: Value) -> None:
-    """Refused for logits that more was done to than a scale and a bias."""
+    """Refused for logits that more was done to than a scale, of each class perhaps, and a bias."""
     value.need("logits", f"the {value.words} of a head are added to those of another", "compute a loss of each")
-    if value.masks or value.terms or value.affine.capped or value.affine.scales or value.members:
+    if value.masks or value.terms or value.affine.capped or value.affine.of_rows or value.members:
         raise Refused("capped, masked or shifted logits are combined with others", "combine them before")
     if value.rounded:
         raise Refused("logits that were rounded to a narrower dtype are combined with others", "leave the cast out")
@@ -63,17 +63,17 @@ def added(builder: Builder, a: Value, b: Value, node: Node, factor: float) -> Va
             f"logits computed in {a.head.dtype} and in {b.head.dtype} are added", "compute both heads in one dtype"
         )
     if _same_logits(a, b):
-        return _twice(a, b, node, factor)
+        return _twice(builder, a, b, node, factor)
     return builder.run(_one_head, builder, a, b, node, factor)
 
 
 def _same_logits(a: Value, b: Value) -> bool:
-    """Whether two values are the same rows of the same product, but for a scale and biases."""
+    """Whether two values are the same rows of the same product, but for scales and biases."""
     alike = (a.head, a.order, a.columns, a.affine.factors) == (b.head, b.order, b.columns, b.affine.factors)
     return alike and a.fake.requires_grad == b.fake.requires_grad
 
 
-def _twice(a: Value, b: Value, node: Node, factor: float) -> Value:
+def _twice(builder: Builder, a: Value, b: Value, node: Node, factor: float) -> Value:
     other = b.affine.scaled(factor)
     affine = replace(
         a.affine,
@@ -81,6 +81,9 @@ def _twice(a: Value, b: Value, node: Node, factor: float) -> Value:
         shifts=(*a.affine.shifts, *other.shifts),
         inner=a.affine.inner + other.inner,
     )
+    if a.affine.scales != b.affine.scales:
+        total = builder.run(_times_of_classes, builder, ((1.0, a), (factor, b)), _detached(a))
+        affine = replace(affine, scale=1.0, scales=(Scale(total.node, False, False),))
     count = len(a.extra)
 
     def step(z: Tensor, extra: list[Tensor]) -> Tensor:
@@ -96,18 +99,48 @@ def _through(steps: Sequence[Step], z: Tensor, extra: list[Tensor]) -> Tensor:
     return z
 
 
+def _times_of_classes(builder: Builder, terms: Sequence[tuple[float, Value]], detach: bool) -> Any:
+    """What the products of one head are multiplied with, added up: (V,), or a number where it is the same for all."""
+    total: Any = 0.0
+    for times, value in terms:
+        own = operands.column_scale(builder, value, detach)
+        number = times * value.affine.scale
+        total = total + (number if own is None else own * number)
+    return total
+
+
+def _leaves(value: Value, times: float) -> list[tuple[float, Value]]:
+    """The heads that logits are a sum of, and what each is multiplied with."""
+    head, affine = value.head, value.affine
+    if isinstance(head, SumOfHeads) and not (value.rows or value.columns or affine.factors or affine.scales):
+        return [leaf for factor, part in head.parts for leaf in _leaves(part, factor * times * affine.scale)]
+    return [(times, value)]
+
+
 def _one_head(builder: Builder, a: Value, b: Value, node: Node, factor: float) -> Value:
+    alike: list[list[tuple[float, Value]]] = []
+    for leaf in (*_leaves(a, 1.0), *_leaves(b, factor)):
+        group = next((g for g in alike if _same_logits(g[0][1], leaf[1])), None)
+        if group is None:
+            alike.append(group := [])
+        group.append(leaf)
     inputs, weights = [], []
+    for group in alike:
+        first = group[0][1]
+        detach = _detached(first)
+        x: Any = operands.scaled(builder, first, operands.hidden(builder, first, detach), detach)
+        w: Any = operands.weight(builder, first, detach)
+        times = _times_of_classes(builder, group, detach)
+        if isinstance(times, torch.fx.Proxy):
+            w = (w * times.unsqueeze(1)).to(example(w.node).dtype)
+        elif times != 1.0:
+            x = x * times
+        inputs.append(x)
+        weights.append(w)
     shifts: list[Shift] = []
-    inner = 0.0
     for value, times in ((a, 1.0), (b, factor)):
-        detach = _detached(value)
-        affine = value.affine.scaled(times)
-        x: Any = operands.scaled(builder, value, operands.hidden(builder, value, detach), detach)
-        inputs.append(x if affine.scale == 1.0 else x * affine.scale)
-        weights.append(operands.weight(builder, value, detach))
-        shifts += [_without_gradient(builder, s) for s in affine.shifts] if detach else affine.shifts
-        inner += affine.inner
+        own = value.affine.scaled(times).shifts
+        shifts += [_without_gradient(builder, s) for s in own] if _detached(value) else own
     x, w = builder.call(torch.cat, inputs, a.class_dim), builder.call(torch.cat, weights, 1)
     head = SumOfHeads(
         node,
@@ -120,6 +153,7 @@ def _one_head(builder: Builder, a: Value, b: Value, node: Node, factor: float) -
         parts=((1.0, a), (factor, b)),
     )
     rounded = (fake(node).dtype,) * 2  # eager rounds each term, and their sum
+    inner = a.affine.inner + b.affine.scaled(factor).inner
     return Value(head, node, a.class_dim, affine=Affine(shifts=tuple(shifts), inner=inner), arithmetic=rounded)
 
 
@@ -127,7 +161,7 @@ def _without_gradient(builder: Builder, shift: Shift) -> Shift:
     def detached(node: Node) -> Node:
         return builder.proxy(node).detach().node
 
-    factors = tuple(Factor(detached(f.node), f.divides) for f in shift.factors)
+    factors = tuple(replace(f, node=detached(f.node)) for f in shift.factors)
     return replace(shift, node=detached(shift.node), factors=factors)
 
 

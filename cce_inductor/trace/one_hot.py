@@ -198,6 +198,14 @@ def _difference(args: dict[str, Any], value: Value) -> Mixture | None:
     return _sum(args, value, -1.0)
 
 
+def _interpolated(args: dict[str, Any], value: Value) -> Mixture | None:
+    a, b, weight = _mixed(args["input"], value), _mixed(args["end"], value), args["weight"]
+    if a is None or b is None or not is_number(weight):
+        return None
+    a, b = a.times(1.0 - weight), b.times(weight)
+    return Mixture((*a.terms, *b.terms), a.constant + b.constant)
+
+
 def _scaled(args: dict[str, Any], value: Value, divides: bool = False) -> Mixture | None:
     """A mixture times something else: a number, or a tensor that is the same for all classes."""
     a, b = args["input"], args["other"]
@@ -285,6 +293,7 @@ _MIXED: dict[str, Callable[[dict[str, Any], Value], Mixture | None]] = {
     "neg": _negative,
     "add": _sum,
     "sub": _difference,
+    "lerp": _interpolated,
     "mul": _scaled,
     "div": _quotient,
     **_WRITES,

@@ -99,6 +99,7 @@ HEADS = {
     "@ of one row": ("w @ h[0, 0]", "v"),
     "linear of one row": ("F.linear(h[0, 0], w, b)", "v"),
     "LoRA": ("F.linear(h, w) + F.linear(F.linear(h, down), up) * 0.5", "bsv"),
+    "DoRA": ("F.linear(h, w) + ((b.exp() - 1) * F.linear(h, w) + b.exp() * F.linear(F.linear(h, down), up))", "bsv"),
     "two heads added": ("F.linear(h, w) + F.linear(h2, w2, b)", "bsv"),
     "difference of heads": ("2.0 * F.linear(h, w) - F.linear(h2, w2)", "bsv"),
     "concatenated vocabularies": ("torch.cat([F.linear(h, w), F.linear(h, few)], dim=-1)", "bsv"),
@@ -445,6 +446,7 @@ def _along(name: str, *templates: str) -> None:
 
 
 _along("bias", "z + {b}", "{b} + z", "torch.add(z, {b})", "z.add({b})")
+_along("expanded bias", "z + {b}.expand_as(z)", "z - torch.broadcast_to({b}, z.shape).tanh()", "z + {b}.to(z)")
 _along("subtracted bias", "z - {b}", "z.sub({b2})", "{b} - z")
 _along("scaled bias", "z + 0.3 * {b}", "torch.add(z, {b}, alpha=2.0)")
 _along("log-prior", "z + b.log_softmax(0).view({b}.shape)", "z - 0.5 * b.detach().log_softmax(0).view({b}.shape)")
@@ -534,6 +536,10 @@ MARGINS = {
     "a margin by scatter": ("z = z.scatter(-1, t[..., None], z.gather(-1, t[..., None]) - 0.3)",),
     "a margin by parts": ("m = F.one_hot(t, {v}).to(z.dtype)", "z = m * torch.cos(z) + (1.0 - m) * z"),
     "a margin for each class": ("z = z - F.one_hot(t, {v}) * torch.linspace(0.1, 0.5, {v}).to(z.dtype)[t][..., None]",),
+    "a margin looked up by a product": (
+        "i = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, t[..., None], True)",
+        "z = torch.where(i, z - torch.matmul(i.float(), torch.linspace(0.1, 0.5, {v})[:, None]).to(z.dtype), z)",
+    ),
     "a margin in place": (
         "z = z.clone()",
         "z.scatter_add_(-1, t[..., None], torch.full_like(t[..., None], -0.3, dtype=z.dtype))",
@@ -920,6 +926,11 @@ _of_flat(
     "ce + 0.01 * (torch.logsumexp({z}, -1) ** 2).mean()",
     weight=2.0,
 )
+_of_flat(
+    "filled and scattered targets",
+    "q = {z}.detach().clone().fill_(0.1 / {v}).scatter_(1, {t}.clamp(min=0)[:, None], 0.9)",
+    "F.kl_div({z}.log_softmax(-1), q, reduction='batchmean')",
+)
 _of_rows("entropy", "lp = F.log_softmax({z}, dim=-1)", "-(lp.exp() * lp).sum(-1)")
 _of_rows("entropy of softmax", "q = torch.softmax({z}, -1)", "(torch.logsumexp({z}, -1) - (q * {z}).sum(-1)).mean()")
 _of_rows("entropy of Categorical", "torch.distributions.Categorical(logits={z}, validate_args=False).entropy().mean()")
@@ -938,7 +949,7 @@ _of_flat(
 )
 _of_rows(
     "one-hot mixture times log_softmax",
-    "one, two = F.one_hot(s, {v}).to({z}.dtype), F.one_hot((s + 1) % {v}, {v}).to({z}.dtype)",
+    "one, two = F.one_hot(s, {v}).to({z}), F.one_hot((s + 1) % {v}, {v}).type_as({z})",
     "-((0.6 * one + two * 0.4) * {z}.log_softmax(-1)).sum(-1).mean()",
 )
 _of_rows("K classes", "e = torch.stack([s, (s + 1) % {v}, s], -1)", "-{z}.log_softmax(-1).gather(-1, e)")

@@ -54,6 +54,12 @@ def timm_mixup(a, b, lam, smoothing):
     return one(a) * lam + one(b) * (1.0 - lam)
 
 
+def filled(q, logp, t):
+    q.fill_(0.1 / (V - 1))
+    q.scatter_(1, t.unsqueeze(1), 0.9)
+    return -(q * logp).sum(dim=1).mean()
+
+
 def smoothed_in_place(z, t, r):
     q = torch.zeros_like(z).scatter_(1, t.unsqueeze(1), 1.0)
     return -(q * z.log_softmax(-1)).sum(dim=1).mean()
@@ -78,6 +84,13 @@ MIXTURES = {
         z.logsumexp(-1) - (z * (0.2 * hot(a) + 0.8 * hot(b))).sum(-1)
     ).mean(),
     "scattered": lambda z, a, b, r: smoothed_in_place(z, a, r),
+    "a filled tensor": lambda z, a, b, r: filled(torch.zeros_like(z := z.log_softmax(-1)), z, a),
+    "a filled copy": lambda z, a, b, r: filled(z.data.clone(), z.log_softmax(-1), a),
+    "kl_div": lambda z, a, b, r: F.kl_div(z.log_softmax(-1), 0.9 * hot(a) + 0.1 / V, reduction="batchmean"),
+    "kl_div, of every row": lambda z, a, b, r: F.kl_div(z.log_softmax(-1), r.detach() * hot(a), reduction="sum"),
+    "kl_div, plain": lambda z, a, b, r: F.kl_div(z.log_softmax(-1), hot(a).type_as(z), reduction="mean"),
+    "lerp": lambda z, a, b, r: F.cross_entropy(z, torch.lerp(hot(a).float(), hot(b).float(), 0.3).to(z.dtype)),
+    "in their dtype": lambda z, a, b, r: -((0.3 * hot(a) + 0.7 * hot(b)).to(z) * z.log_softmax(-1)).sum(-1).mean(),
     "cutmix": lambda z, a, b, r: F.cross_entropy(
         3 * torch.tanh(z / 3), (m := r.mean().detach()) * hot(a) + (1 - m) * hot(b)
     ),
@@ -111,6 +124,11 @@ def edited(a, b):
     return q
 
 
+def read_before_filled(q, z, t):
+    best = q.amax(-1, keepdim=True)
+    return F.cross_entropy(z, q.fill_(0.1).scatter_(1, t[:, None], 0.9)) + (best * q).sum()
+
+
 def edited_weights(a, b, r):
     q = r * hot(a) + hot(b)
     r.mul_(2)
@@ -120,6 +138,11 @@ def edited_weights(a, b, r):
 NO_MIXTURES = {
     "written into": lambda z, a, b, r: F.cross_entropy(z, edited(a, b)),
     "of weights that are written into": lambda z, a, b, r: F.cross_entropy(z, edited_weights(a, b, r.detach() * 1)),
+    "filled after it was read": lambda z, a, b, r: read_before_filled(z.data.clone(), z, a),
+    "kl_div of two": lambda z, a, b, r: F.kl_div(z.log_softmax(-1), 0.4 * hot(a) + 0.6 * hot(b), reduction="sum"),
+    "kl_div of logarithms": lambda z, a, b, r: F.kl_div(
+        z.log_softmax(-1), 0.9 * hot(a) + 0.1, reduction="sum", log_target=True
+    ),
     "times a column": lambda z, a, b, r: F.cross_entropy(z, hot(a) * torch.linspace(0, 1, V)),
     "a product of two": lambda z, a, b, r: F.cross_entropy(z, 0.5 * hot(a) * hot(b).float()),
     "with noise": lambda z, a, b, r: F.cross_entropy(z, 0.5 * hot(a) + torch.linspace(0, 1, N * V).view(N, V)),

@@ -149,6 +149,62 @@ def test_a_margin_at_the_target_fuses(name, inputs):
     assert_same_as_eager(lambda x, w, t: ce(4 * MARGINS[name](F.linear(x, w), t), t), inputs, fused=1)
 
 
+def of_all_angles(z, t):
+    return torch.cos(torch.acos(z.clamp(-1.0 + 1e-7, 1.0 - 1e-7)) + M * one_hot(t))
+
+
+def with_scattered_angles(z, t):
+    theta = torch.acos(z)
+    return torch.cos(theta + torch.zeros_like(theta).scatter_(1, t[:, None], M))
+
+
+# The cosine of the arccosine of every class, which is what it was, but for the target's. Fused, or not.
+ANGLES = {
+    "clamped": (of_all_angles, True),
+    "scattered": (with_scattered_angles, True),
+    "where": (lambda z, t: torch.where(one_hot(t).bool(), torch.cos(torch.arccos(z) + M), torch.cos(z.acos())), True),
+    "clamped to less": (lambda z, t: torch.cos(torch.acos(z.clamp(-0.5, 0.5)) + M * one_hot(t)), False),
+    "of other than cosines": (lambda z, t: of_all_angles(0.5 * z, t), False),
+}
+
+
+@pytest.mark.parametrize("name", ANGLES)
+@pytest.mark.parametrize("lengths", [True, False], ids=["normalized", "divided by their lengths"])
+def test_angles_of_all_classes(name, lengths):
+    torch.manual_seed(0)
+    x, w = (torch.randn(n, D).requires_grad_() for n in (B * S, V))
+    margin, fused = ANGLES[name]
+
+    def fn(x, w, t):
+        x = F.normalize(x) if lengths else x / x.norm(dim=-1, keepdim=True)
+        w = F.normalize(w.t(), dim=0).t() if lengths else w / torch.linalg.vector_norm(w, dim=1, keepdim=True)
+        return ce(4 * margin(F.linear(x, w), t), t)
+
+    assert_same_as_eager(fn, (x, w, torch.randint(0, V, (B * S,))), fused=fused, tolerance=2e-5)
+
+
+def test_products_of_rows_that_were_not_normalized_are_no_cosines():
+    x, w = (0.1 * torch.randn(n, D) for n in (B * S, V))
+
+    def fn(x, w, t):
+        return ce(4 * of_all_angles(F.linear(x, w), t), t)
+
+    inputs = x.requires_grad_(), w.requires_grad_(), torch.randint(0, V, (B * S,))
+    assert_same_as_eager(fn, inputs, fused=0)
+
+
+def test_margins_looked_up_by_a_product_with_one_hot_tensors(inputs):
+    """LDAM (arXiv 1906.07413), as its authors wrote it."""
+
+    def fn(x, w, t):
+        z = F.linear(x, w)
+        index = scattered(torch.zeros_like(z, dtype=torch.bool), t)
+        margin = torch.matmul(torch.linspace(0.1, 0.5, V)[None, :], index.float().transpose(0, 1)).view(-1, 1)
+        return ce(4 * torch.where(index, z - margin, z), t)
+
+    assert_same_as_eager(fn, inputs, fused=1)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_of_a_margin(name, inputs):
     assert_same_as_eager(
@@ -293,6 +349,7 @@ def test_rows_that_have_no_target(ignored, inputs):
 
 # What is no margin, or one that is used otherwise: with a part of the reason.
 UNFUSED = {
+    "angles of products that are no cosines": (lambda z, t: ce(of_all_angles(z, t), t), "the logits are clamped"),
     "several classes of each row": (lambda z, t: ce(z.scatter(-1, torch.stack([t, t * 0], -1), 0.5), t), "by an index"),
     "a mask of all that is likely": (
         lambda z, t: ce(z.masked_fill((z.detach() > 0).scatter(-1, t[..., None], False), -1e4), t),

@@ -41,6 +41,11 @@ def added_in_place(x, w, u, v, b):
     return z
 
 
+def dora(base, low_rank, magnitude):
+    """DoRA (arXiv 2402.09353), as peft adds it to the result of the layer it is for."""
+    return base + ((magnitude.abs() - 1) * base + magnitude.abs() * low_rank)
+
+
 COMBINED = {
     "LoRA": lambda x, w, u, v, b: F.linear(x, w) + F.linear(u, v) * 0.5,
     "LoRA, biases": lambda x, w, u, v, b: F.linear(x, w, b) * 2 + (u @ v.t() - 0.1 * b),
@@ -56,6 +61,11 @@ COMBINED = {
     "neighbouring rows": lambda x, w, u, v, b: (z := F.linear(x, w, b)) + 0.5 * z.roll(1, 1),
     "twice": lambda x, w, u, v, b: (z := F.linear(x, w, b) * 0.5) + z,
     "itself, scaled": lambda x, w, u, v, b: (z := F.linear(x, w, b)) - 0.3 * z,
+    "itself, scaled by class": lambda x, w, u, v, b: (z := F.linear(x, w, b)) + (b.exp() - 1) * z,
+    "DoRA": lambda x, w, u, v, b: dora(F.linear(x, w), F.linear(u, v), b),
+    "DoRA, a bias": lambda x, w, u, v, b: b + dora(F.linear(x, w), 2 * F.linear(u, v), b),
+    "classes of their own weight": lambda x, w, u, v, b: b * F.linear(x, w, b) - F.linear(u, v) / b.exp(),
+    "the same one in two sums": lambda x, w, u, v, b: (z := x @ w.t()) + (0.5 * z + u @ v.t()) * 2,
     "itself, detached": lambda x, w, u, v, b: (z := F.linear(x, w, b)) + 0.5 * z.detach(),
     "rows": lambda x, w, u, v, b: torch.cat([F.linear(p, w, b) for p in x.chunk(2, 1)], 1),
     "rows, transposed": lambda x, w, u, v, b: torch.cat([(p @ w.t()).mT for p in x.split([1, 2, 3], 1)], -1).mT,
