@@ -2,8 +2,13 @@
 
 import argparse
 import atexit
+import os
 import runpy
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .report import Report
 
 
 def _demo(arguments: list[str]) -> int:
@@ -28,20 +33,32 @@ def _doctor(arguments: list[str]) -> int:
 
 def _explain(arguments: list[str]) -> int:
     """Runs a script with the pass on for plain torch.compile, then prints what became of every loss it compiled."""
-    parser = argparse.ArgumentParser(prog="python -m cce_inductor explain", description=_explain.__doc__)
-    parser.add_argument("script", help="a Python script that uses torch.compile")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
-    args = parser.parse_args(arguments)
-    from . import record, report
+    ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    ours.add_argument("--html", metavar="PATH", help="write the report as a page too, with the graphs")
+    usage = argparse.ArgumentParser("python -m cce_inductor explain", description=_explain.__doc__, parents=[ours])
+    usage.add_argument("script", help="a Python script that uses torch.compile")
+    usage.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments; --html may stand among them")
+    args = usage.parse_args(arguments)
+    behind, own = ours.parse_known_args(args.arguments)
+    html = behind.html or args.html
+    from . import record
     from .backend import enable
+    from .report import Report
 
     enable()
     with record.collect() as graphs:
         # The script may end by sys.exit or an exception: what was compiled until then is reported all the same.
-        atexit.register(lambda: print(report.of(graphs)))
-        sys.argv = [args.script, *args.arguments]
+        atexit.register(_write_report, Report(args.script, graphs), html and os.path.abspath(html))
+        sys.argv = [args.script, *own]
         runpy.run_path(args.script, run_name="__main__")
     return 0
+
+
+def _write_report(report: "Report", html: str | None) -> None:
+    print(report)
+    if html is not None:
+        report.html(html)
+        print(f"\n{html} written")
 
 
 COMMANDS = {"demo": _demo, "bench": _bench, "explain": _explain, "doctor": _doctor}

@@ -6,30 +6,22 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from torch.fx import GraphModule
 
 from . import compat
 from .config import Settings
+from .page.graphs import GraphRecord, Pair, pairs
 from .rewrite.result import Rewritten
-from .rewrite.site import Site
 
 log = logging.getLogger("cce_inductor")
 
-_collectors: list[list["GraphRecord"]] = []
+_collectors: list[list[GraphRecord]] = []
 _numbers = itertools.count()
-_folders: list[Path] = []  # where the graph that was recorded last is dumped
-
-
-@dataclass(frozen=True)
-class GraphRecord:
-    """One compiled graph: its number in the process, its sites, and how many outputs were deferred."""
-
-    number: int
-    sites: list[Site]
-    deferred: int
+_latest: GraphRecord | None = None  # the graph that was recorded last
+_folders: list[Path] = []  # where it is dumped
 
 
 @contextlib.contextmanager
@@ -45,35 +37,61 @@ def collect() -> Iterator[list[GraphRecord]]:
 
 def record(gm: GraphModule, result: Rewritten, settings: Settings) -> None:
     """Writes down what the pass did to `gm`."""
-    number = next(_numbers)
-    entry = GraphRecord(number, result.sites, len(result.deferrals))
+    global _latest
+    entry = _latest = GraphRecord(next(_numbers), result.sites, len(result.deferrals))
+    folders = [Path(folder) for folder in (settings.dump_dir, compat.debug_folder()) if folder is not None]
+    if _collectors or folders:
+        entry.pairs = _pairs(gm, result)
     for collector in _collectors:
         collector.append(entry)
     for site in result.sites:
         log.info("%s", site)
     if not result.sites:
-        log.debug("graph %d: no loss over a vocabulary", number)
-        return
+        log.debug("graph %d: no loss over a vocabulary", entry.number)
     artifacts = {
         "before.py": lambda: compat.readable(gm),
         "after.py": lambda: compat.readable(result.graph_module),
         "sites.json": lambda: json.dumps([asdict(site) for site in result.sites], indent=1),
     }
-    for name, text in artifacts.items():
+    for name, text in artifacts.items() if result.sites else ():
         compat.trace_artifact(f"cce_inductor_{name}", text)
-    _folders.clear()
-    for folder in (settings.dump_dir, compat.debug_folder()):
-        if folder is not None:
-            # Several processes (ranks) may share a dump folder.
-            target = Path(folder, "cce_inductor", f"graph_{number}_pid_{os.getpid()}")
-            target.mkdir(parents=True, exist_ok=True)
-            _folders.append(target)
-            for name, text in artifacts.items():
-                (target / name).write_text(text())
+    # Several processes (ranks) may share a dump folder.
+    _folders[:] = [folder / "cce_inductor" / f"graph_{entry.number}_pid_{os.getpid()}" for folder in folders]
+    for target in _folders:
+        target.mkdir(parents=True, exist_ok=True)
+        for name, text in artifacts.items():
+            (target / name).write_text(text())
+    _write_page()
 
 
 def kernel(name: str, text: str) -> None:
     """Writes a rendered kernel beside the graph that is being compiled. A warm cache renders none."""
     compat.trace_artifact(f"cce_inductor_{name}", lambda: text)
+    if _latest is not None:
+        _latest.kernels[name] = text
     for folder in _folders:
         (folder / name).write_text(text)
+    _write_page()
+
+
+def _pairs(gm: GraphModule, result: Rewritten) -> list[Pair]:
+    """The graph before and after for the page. A fault of ours in drawing one must not cost the compilation."""
+    try:
+        return pairs(gm, result.graph_module)
+    except Exception:
+        log.exception("cce_inductor could not draw a graph")
+        return []
+
+
+def _write_page() -> None:
+    """The page of the graph that was recorded last, with what is known of it by now, into its folders."""
+    if not _folders or _latest is None:
+        return
+    from .page import html
+
+    try:
+        page = html.render([_latest], f"graph {_latest.number}")
+        for folder in _folders:
+            (folder / "report.html").write_text(page)
+    except Exception:
+        log.exception("cce_inductor could not write the page of a graph")

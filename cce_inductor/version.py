@@ -2,7 +2,8 @@
 
 Inductor's and AOTAutograd's caches are keyed by the graph, not by the source of our lowerings. An operator argument is
 part of the graph, so a hash of our files in it makes an edited template or lowering miss the cache on every supported
-torch version. The folders of `TOOLS` are left out: they run the library and measure it, and no graph depends on them.
+torch version. The folders of `TOOLS` are left out: they run the library, measure it or show what it did, and no graph
+depends on them.
 """
 
 import functools
@@ -11,7 +12,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent
 SOURCES = ("*.py", "*.jinja")
-TOOLS = ("bench", "demo", "instruments")  # folders directly below a hashed one
+TOOLS = ("bench", "demo", "instruments", "page")  # folders directly below a hashed one
 
 
 def templates_dir() -> Path:

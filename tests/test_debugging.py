@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 import cce_inductor
-from cce_inductor import config, doctor, record, report
+from cce_inductor import config, doctor, record
+from cce_inductor.report import Report
 
 SCRIPT = """
 import torch, torch.nn.functional as F
@@ -66,8 +67,8 @@ def test_the_report_has_the_options_that_a_loss_was_compiled_with(inputs):
     options = {"compiler": "aot_eager", "workspace_mb": 32, "grad_filter": 0.02}
     with record.collect() as graphs:
         torch.compile(returning, backend="cce", options=options)(*inputs)
-    (site,) = report.of(graphs).sites
-    text = str(report.of(graphs))
+    text = str(report := Report("returning", graphs))
+    (site,) = report.sites
     assert site.workspace_mb == 32 and "workspace_mb=32" in text
     assert "grad_filter: budget 0.02" in text
 
@@ -91,8 +92,9 @@ def test_explain_of_logits_whose_loss_comes_later(inputs):
     assert "Logits were deferred" in text
 
 
-def test_explain_prints_a_table():
+def test_explain_prints_a_table(monkeypatch):
     """Where, how large, what is saved, what became of it; below, the lines of code and what to change."""
+    monkeypatch.chdir(os.path.dirname(__file__))
     h, w, t = rand(512, 8), rand(5000, 8), torch.randint(0, 5000, (512,))
 
     def fn(h, w, t):
@@ -104,17 +106,16 @@ def test_explain_prints_a_table():
     torch._dynamo.reset()
     with config.patch(compiler="aot_eager"):
         lines = str(cce_inductor.explain(fn, h, w, t)).splitlines()
-    here = os.path.relpath(__file__) if __file__.startswith(os.getcwd()) else __file__
     cells = [re.split(r"  +", line) for line in lines[2:6]]
     assert cells[0] == ["#", "place", "loss", "N × V", "D", "logits"]
-    place = f"{here}:{first + 3}"
+    place = f"test_debugging.py:{first + 3}"
     # One tensor of logits: 512 * 5000 * 4 bytes.
     assert cells[2] == ["1", place, "cross_entropy", "512 × 5000", "8", "9.8 MiB saved", "fused: eager implementation"]
     assert cells[3][:6] == ["2", place, "cross_entropy", "512 × 5000", "8", "9.8 MiB held"]
     assert cells[3][6].startswith("declined: ") and "relu" in cells[3][6]
     below = "\n".join(lines[6:])
     assert f"2. {place}: return F.cross_entropy(z, t) + F.cross_entropy(capped, t)" in below
-    assert f"because of %capped in {here}:{first + 2}: capped = F.relu(F.linear(h, w))" in below
+    assert f"because of %capped in test_debugging.py:{first + 2}: capped = F.relu(F.linear(h, w))" in below
     assert "to fuse it, " in below
 
 
@@ -195,6 +196,22 @@ def test_explain_command(tmp_path):
     out = run(tmp_path, arguments=("-m", "cce_inductor", "explain"))
     assert "loss" in out.stdout
     assert "1 graph(s), 2 loss(es) over a vocabulary: 1 fused, 1 declined" in out.stdout
+    assert "\n1  train.py:4  cross_entropy" in out.stdout
+
+
+@pytest.mark.parametrize("before, behind", [(["--html", "a.html"], ["--x"]), ([], ["--x", "--html=a.html", "-h"])])
+def test_explain_command_writes_a_page(tmp_path, before, behind):
+    """Wherever the option stands; what is not ours goes to the script."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, sys; print('given', sys.argv[1:])\n" + SCRIPT.replace(", BACKEND", "") + "os.chdir('/')"
+    )
+    command = [sys.executable, "-m", "cce_inductor", "explain", *before, str(script), *behind]
+    env = {**os.environ, "CCE_INDUCTOR_MIN_VOCAB": "0", "CCE_INDUCTOR_COMPILER": "eager"}
+    out = subprocess.run(command, env=env, capture_output=True, text=True, check=True, cwd=tmp_path, timeout=600)
+    assert f"given {[word for word in behind if 'html' not in word]}" in out.stdout
+    assert f"{tmp_path / 'a.html'} written" in out.stdout
+    assert "2 loss(es) over a vocabulary" in (tmp_path / "a.html").read_text()
 
 
 def test_doctor_says_what_is_in_force():

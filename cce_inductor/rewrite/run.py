@@ -18,7 +18,7 @@ from ..trace.functions import of_two
 from ..trace.interpreter import Interpreter
 from ..trace.trace import Decomposition
 from ..trace.unnamed import behind_break, unnamed
-from . import cleanup, emit, emit_ranking, groups, site
+from . import cleanup, emit, emit_ranking, groups, reads, site
 from .outputs import Deferral, Outputs
 from .plan import Plan, make_plans, name_bundles, one_linear_loss, record
 from .result import Rewritten
@@ -97,7 +97,8 @@ def _rewrite_graph(
     numbers = settings.diagnostics and settings.grad_filter != "exact"
     early = settings.gradients_in_forward and not numbers and one_linear_loss(calls)
     name_bundles(calls)
-    made = dense | {f.loss: record(f, plans, calls, settings, early, attributes, interpreter) for f in found}
+    recorded = {f.loss: record(f, plans, calls, settings, early, attributes, interpreter) for f in found}
+    made = dense | {f.loss: _with_reads(recorded[f.loss], f, settings) for f in found}
     sites = [made[node] for node in interpreter.given if node in made]
     if not fused:
         return Rewritten(gm, sites, unnamed=len(dense))
@@ -121,6 +122,11 @@ def _rewrite_graph(
     graph.lint()
     copy.recompile()
     return Rewritten(copy, sites, deferrals, user_outputs, unnamed=len(dense))
+
+
+def _with_reads(made: Site, finding: Finding, settings: Settings) -> Site:
+    """The record of a loss with every use of its logits."""
+    return replace(made, reads=reads.of(finding.trace, made.fused and settings.defer_logits))
 
 
 def _differentiated_again(where: str, found: list[Finding]) -> list[Site]:
@@ -158,7 +164,10 @@ def _unnamed(
     """The losses that no rule has a name for. They are for the record: a fault of ours must not cost a fused loss."""
     try:
         found = unnamed(interpreter, findings, settings)
-        made = {f.loss: site.make(f.loss, f.trace.head if f.trace else None, f.refusal) for f in found}
+        made = {
+            f.loss: _with_reads(site.make(f.loss, f.trace.head if f.trace else None, f.refusal), f, settings)
+            for f in found
+        }
         ends = getattr(gm, "compile_subgraph_reason", None)
         behind = behind_break(ends, interpreter, [*findings, *found], settings)
         if behind is not None and behind.trace is not None:

@@ -17,6 +17,7 @@ from ..graph.fakes import example, fake
 from ..graph.refusal import Refusal
 from ..ops import bound
 from ..trace.values import Head, SeveralHeads
+from .reads import Read
 
 EXACT = Filter()
 BOUNDED = ("budget", "unbiased")  # kinds of filter that go by a bound
@@ -60,7 +61,7 @@ class Site:
     `cce_inductor.diagnostics` has its numbers. filter: which columns its backward computes, a `grad_filter` as
     text: "exact" too where the one that is set has no bound for this loss. bound_bytes: what the forward leaves to
     the backward for that, a byte for 128 rows and `bound_group` columns; None if a size is symbolic. workspace_mb: the
-    scratch of the operator, as the loss was compiled with.
+    scratch of the operator, as the loss was compiled with. reads: what the logits of its head are read for.
     """
 
     fused: bool
@@ -84,6 +85,7 @@ class Site:
     bound_bytes: int | None = 0
     bound_group: int = 1
     workspace_mb: int = 0
+    reads: tuple[Read, ...] = ()
 
     def __str__(self) -> str:
         place = f" at {self.location}" if self.location else ""
