@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from cce_inductor.demo import check, main, report
-from cce_inductor.demo.launch import run_contender
+from cce_inductor.demo.launch import run_contenders
 from cce_inductor.demo.run import Run
 from cce_inductor.instruments import memory
-from cce_inductor.instruments.data import CannotRun
+from cce_inductor.instruments.data import CannotRun, english_text
 from cce_inductor.instruments.training import FUSED, PLAIN, Spec
 
 MIB = memory.MIB
@@ -110,6 +110,50 @@ class TestReport:
         assert len(saved["problems"]) == status
         assert capsys.readouterr().err.count("FAILED") == status
 
+    def test_last_lines_say_what_was_saved_and_where_to_look(self, tmp_path, capsys):
+        (tmp_path / "report.html").write_text("made by the worker")
+        main.conclude(*pair(), tmp_path, seconds=60.0)
+        last = capsys.readouterr().out.partition("minutes in all")[2]
+        assert "the loss of step 2 is 2.60000 with torch.compile alone and 2.60000 with cce_inductor" in last
+        # 300 and 150 MiB above the level at rest; a logits tensor is 48 MiB
+        assert "A step took 150 MiB less memory, 150 MiB instead of 300 MiB" in last
+        assert "3.1 tensors of logits, each of 256 x 49152, were never written" in last
+        assert f"{tmp_path / 'report.html'}: the model's graph" in last and f"{tmp_path / 'demo.png'}: " in last
+        assert 'torch.compile(model, backend="cce")' in last
+
+    def test_last_lines_own_up_where_nothing_was_saved(self, tmp_path):
+        plain, fused = pair()
+        plain.peaks = [level - 200 * MIB for level in plain.peaks]
+        assert "No memory was saved: a step took 50 MiB more." in report.in_words(plain, fused, tmp_path)
+
+    def test_two_runs_that_part_claim_nothing(self, tmp_path, capsys):
+        main.conclude(*pair([2.8, 2.7, 2.7]), tmp_path, seconds=60.0)
+        assert "Both trained alike" not in capsys.readouterr().out
+
+
+class TestProgress:
+    def test_a_pipe_gets_a_line_a_step(self, capsys):
+        lines = main.Lines(2)
+        lines("", {"event": "phase", "phase": "compiling"})
+        for contender in (PLAIN, FUSED):
+            lines(contender, None)
+            lines(contender, {"event": "step", "loss": 2.5, "seconds": 4.0})
+        lines.close()
+        assert capsys.readouterr().err.splitlines() == [
+            "compiling ...",
+            "torch.compile: step 1 of 2, loss 2.5000, 4.0 s",
+            "cce_inductor: step 1 of 2, loss 2.5000, 4.0 s",
+        ]
+
+    def test_a_terminal_gets_a_bar(self, capsys):
+        bar = main.Bar(1)
+        bar("", {"event": "phase", "phase": "compiling"})
+        bar(PLAIN, {"event": "step", "loss": 2.5, "seconds": 4.0})
+        bar(FUSED, None)
+        bar.close()
+        text = capsys.readouterr().err
+        assert "compiling" in text and "1/2" in text and "torch.compile=2.5000" in text
+
 
 class TestCommandLine:
     def test_a_missing_checkpoint_is_an_error_of_one_line(self, tmp_path, capsys):
@@ -123,4 +167,30 @@ class TestCommandLine:
     def test_worker_that_fails_shows_its_log(self, tmp_path):
         spec = replace(Spec(PLAIN, str(tmp_path / "none")), steps=2)
         with pytest.raises(CannotRun, match=r"ended with status 1; the end of"):
-            run_contender(spec, tmp_path / "log", lambda event: None)
+            run_contenders([spec], tmp_path, lambda contender, event: None)
+
+
+@pytest.mark.slow
+def test_the_demo_of_a_tiny_model(tmp_path, capsys):
+    """From end to end, with a vocabulary that is fused: exit status, a line a step, the page of its graph."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    trainer = tokenizers.trainers.WordLevelTrainer(vocab_size=5000, special_tokens=["?"])
+    words.train_from_iterator([english_text()], trainer)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "model")
+    sizes = dict(vocab_size=5000, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    small = ["--steps", "2", "--batch", "2", "--seq", "64"]
+    assert main.main(["--model", str(tmp_path / "model"), "--out", str(out), *small]) == 0
+    said = capsys.readouterr()
+    assert [line.split(",")[0] for line in said.err.splitlines() if "step" in line][2:] == [
+        "torch.compile: step 2 of 2",
+        "cce_inductor: step 2 of 2",
+    ]
+    assert "1 fused, 0 declined" in (out / "report.html").read_text()
+    assert "linear_statistics" in (out / "report.html").read_text()
+    assert f"{out / 'report.html'}: the model's graph" in said.out and "Both trained alike" in said.out
+    saved = json.loads((out / "demo.json").read_text())
+    assert saved["fused"]["counters"]["fused"] == 1 and saved["plain"]["counters"] == {}

@@ -1,8 +1,9 @@
 """Fine-tunes a Hugging Face model twice, under torch.compile and under cce_inductor, and compares.
 
-Same weights, same batches, same optimizer; each contender in a process of its own. Prints a table, writes
-`demo.png` (losses, memory over time), `demo.json` (the figures) and the contenders' logs. The exit status is 1
-if nothing was fused or the losses part by more than rounding, and 2 if the demo could not run.
+Same weights, same batches, same optimizer; each contender in a process of its own. They load and compile at the same
+time, then take turns. Prints a table, writes `report.html` (the graph before and after), `demo.png` (losses, memory
+over time), `demo.json` (the figures) and the contenders' logs. The exit status is 1 if nothing was fused or the losses
+part by more than rounding, and 2 if the demo could not run.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import importlib.util
 import json
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,8 @@ from typing import Any
 from ..instruments.data import CannotRun, find_model
 from ..instruments.training import FUSED, ITEMSIZE, PLAIN, Spec
 from .check import problems
-from .launch import run_contender
-from .report import plot, table
+from .launch import run_contenders
+from .report import in_words, plot, table
 from .run import Run
 
 REQUIRED = ("transformers", "accelerate", "gguf", "matplotlib", "tqdm")
@@ -52,22 +54,43 @@ def _check_requirements() -> None:
         raise CannotRun("memory is measured through /proc, which only Linux has")
 
 
-class Progress:
-    """One bar over the steps of both contenders; says what the present one is doing, and the last loss."""
+class Lines:
+    """Says what the contenders turn to, and every step, in a line of its own: for a pipe or a file."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._taken: Counter[str] = Counter()
+
+    def __call__(self, contender: str, event: dict[str, Any] | None) -> None:
+        if event is not None and event["event"] == "phase":
+            self._say(f"{event['phase']} ...")
+        elif event is not None and event["event"] == "step":
+            self._taken[contender] += 1
+            step = f"step {self._taken[contender]} of {self._steps}"
+            self._say(f"{contender}: {step}, loss {event['loss']:.4f}, {event['seconds']:.1f} s")
+
+    def _say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+
+class Bar:
+    """One bar over the steps of all contenders; says what they are doing, and the last loss."""
 
     def __init__(self, steps: int) -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(total=steps, unit="step", dynamic_ncols=True)
-        self.contender = ""
+        self._bar = tqdm(total=2 * steps, unit="step", dynamic_ncols=True)
 
-    def __call__(self, event: dict[str, Any] | None) -> None:
+    def __call__(self, contender: str, event: dict[str, Any] | None) -> None:
         if event is None:
             self._bar.refresh()
         elif event["event"] == "phase":
-            self._bar.set_description(f"{self.contender}: {event['phase']}")
+            self._bar.set_description(event["phase"])
         elif event["event"] == "step":
-            self._bar.set_postfix(loss=f"{event['loss']:.4f}", refresh=False)
+            self._bar.set_postfix({contender: f"{event['loss']:.4f}"}, refresh=False)
             self._bar.update()
 
     def close(self) -> None:
@@ -76,16 +99,13 @@ class Progress:
 
 
 def compare(spec: Spec, out: Path) -> tuple[Run, Run]:
-    """Both contenders, one after the other: (plain, fused). Their prints go to a log each in `out`."""
-    progress = Progress(2 * spec.steps)
-    runs = []
+    """Both contenders: (plain, fused). Their prints go to a log each in `out`."""
+    progress = (Bar if sys.stderr.isatty() else Lines)(spec.steps)
     try:
-        for contender in (PLAIN, FUSED):
-            progress.contender = contender
-            runs.append(run_contender(replace(spec, contender=contender), out / f"{contender}.log", progress))
+        plain, fused = run_contenders([replace(spec, contender=name) for name in (PLAIN, FUSED)], out, progress)
     finally:
         progress.close()
-    return runs[0], runs[1]
+    return plain, fused
 
 
 def main(argv: list[str]) -> int:
@@ -116,6 +136,8 @@ def conclude(plain: Run, fused: Run, out: Path, seconds: float) -> int:
     results = {"plain": plain.summary(), "fused": fused.summary(), "problems": found}
     (out / "demo.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"{out / 'demo.png'} and {out / 'demo.json'} written; {seconds / 60:.1f} minutes in all")
+    if not found:
+        print(f"\n{in_words(plain, fused, out)}")
     for problem in found:
         print(f"FAILED: {problem}", file=sys.stderr)
     return 1 if found else 0

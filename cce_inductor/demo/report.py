@@ -8,6 +8,7 @@ from typing import Any
 
 from ..instruments.memory import MIB, envelope
 from .check import TOLERANCES
+from .launch import PAGE
 from .run import Run
 
 CAPTION = """\
@@ -31,7 +32,7 @@ def _rows(plain: Run, fused: Run) -> list[tuple[str, str, str]]:
     def both(label: str, cell: Callable[[Run], str]) -> None:
         rows.append((label, cell(plain), cell(fused)))
 
-    both("first step, with compilation", lambda run: f"{run.seconds[0]:.1f} s")
+    both("first step, both compiling at once", lambda run: f"{run.seconds[0]:.1f} s")
     both("each further step, median", lambda run: f"{run.seconds_per_step:.2f} s")
     both("weights, gradients, optimizer state", lambda run: _mib(run.state_bytes))
     both("at rest, the process included", lambda run: _mib(run.rest))
@@ -70,6 +71,31 @@ def table(plain: Run, fused: Run) -> str:
     return "\n".join(lines)
 
 
+def in_words(plain: Run, fused: Run, out: Path) -> str:
+    """What came out of two runs that agree, and where to look next, for whoever reads nothing else."""
+    saved, last = plain.peak_above - fused.peak_above, len(plain.losses) - 1
+    lines = [
+        f"Both trained alike: the loss of step {last} is {plain.losses[last]:.5f} with {plain.spec.contender} alone "
+        f"and {fused.losses[last]:.5f} with {fused.spec.contender}.",
+    ]
+    if saved > 0:
+        lines.append(
+            f"A step took {_mib(saved)} less memory, {_mib(fused.peak_above)} instead of {_mib(plain.peak_above)} "
+            f"above the level at rest: {saved / plain.logits_bytes:.1f} tensors of logits, each of {plain.rows} x "
+            f"{plain.vocab}, were never written."
+        )
+    else:
+        lines.append(f"No memory was saved: a step took {_mib(-saved)} more.")
+    pages = ((PAGE, "the model's graph before and after"), ("demo.png", "losses and memory over time"))
+    lines += [
+        "Look next:",
+        *(f"  {out / name}: {what}" for name, what in pages if (out / name).exists()),
+        '  torch.compile(model, backend="cce"): the same for a model of yours',
+        "  python -m cce_inductor explain --html report.html train.py: what becomes of the losses of your script",
+    ]
+    return "\n".join(lines)
+
+
 def plot(plain: Run, fused: Run, path: Path) -> None:
     """Three panels into a PNG: the losses, memory over the whole run, memory over two steps from their start."""
     import matplotlib
@@ -79,13 +105,12 @@ def plot(plain: Run, fused: Run, path: Path) -> None:
 
     figure, (losses, whole, steps) = pyplot.subplots(1, 3, figsize=(16, 4.6), layout="constrained")
     styles = [(plain, {"color": "tab:orange"}), (fused, {"color": "tab:blue"})]
+    begin = min(run.times[0] for run in (plain, fused))
     for run, style in styles:
         points = {"marker": "o", "linestyle": "-"} if run is plain else {"marker": "x", "linestyle": "--"}
         losses.plot(run.losses, label=run.spec.contender, **points, **style)
         times, values = envelope(run.times, run.rss)
-        whole.plot(
-            [t - run.times[0] for t in times], [v / (1024 * MIB) for v in values], label=run.spec.contender, **style
-        )
+        whole.plot([t - begin for t in times], [v / (1024 * MIB) for v in values], label=run.spec.contender, **style)
         _plot_steps(steps, run, style)
     losses.set(title="Loss", xlabel="step", ylabel="loss of the batch")
     whole.set(title="Memory, whole run", xlabel="seconds", ylabel="resident set, GiB")
@@ -100,8 +125,11 @@ def plot(plain: Run, fused: Run, path: Path) -> None:
 
 
 def _plot_steps(axes: Any, run: Run, style: dict[str, str]) -> None:
-    """The last two steps, from the moment the first of them begins, above the level at rest in MiB."""
-    first = max(len(run.starts) - 2, 1)
-    begin, end = run.starts[first], run.starts[-1] + run.seconds[-1]
-    inside = [(t - begin, (v - run.rest) / MIB) for t, v in zip(run.times, run.rss, strict=True) if begin <= t <= end]
-    axes.plot([t for t, _ in inside], [v for _, v in inside], label=run.spec.contender, **style)
+    """The last two steps, one behind the other, above the level at rest in MiB."""
+    label, behind = run.spec.contender, 0.0
+    for begin, seconds in list(zip(run.starts, run.seconds, strict=True))[1:][-2:]:
+        inside = [(t, v) for t, v in zip(run.times, run.rss, strict=True) if begin <= t <= begin + seconds]
+        axes.plot(
+            [t - begin + behind for t, _ in inside], [(v - run.rest) / MIB for _, v in inside], label=label, **style
+        )
+        label, behind = "_", behind + seconds  # one of the two in the legend

@@ -28,8 +28,8 @@ class Spec:
     contender: str
     model: str  # checkpoint directory or GGUF file
     dtype: str = "fp32"  # of the weights: a key of ITEMSIZE
-    steps: int = 4
-    batch: int = 8
+    steps: int = 3
+    batch: int = 4
     seq: int = 256
     lr: float = 1e-4
     seed: int = 0
