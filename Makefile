@@ -14,6 +14,7 @@
 #   make kernels                  docs/kernels.md: registers, spills and shared memory of the GPU kernels
 #   make coverage                 docs/coverage.md: which spellings and which models fuse
 #   make compatibility            docs/compatibility.md: which versions of torch and Python were tried, and how
+#   make picture                  docs/report.png: the page of `explain`, in a browser (Chromium)
 #   make check                    lint, formatting, types
 #   make clean                    remove environments, caches and outputs
 
@@ -58,7 +59,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 
 	TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
-.PHONY: setup demo bench test test-all nightly gpu-check kernels coverage compatibility check clean
+.PHONY: setup demo bench test test-all nightly gpu-check kernels coverage compatibility picture check clean
 
 setup: $(STAMP)
 
@@ -117,6 +118,9 @@ coverage: $(STAMP)
 compatibility: $(STAMP)
 	$(TEST_ENV) $(BIN)/python tests/compatibility.py --jobs $(JOBS) > docs/compatibility.tmp
 	mv docs/compatibility.tmp docs/compatibility.md
+
+picture: $(STAMP)
+	PYTHONPATH=.:tests $(TEST_ENV) $(BIN)/python -W ignore tests/report_picture.py docs/report.png
 
 check: $(STAMP)
 	$(BIN)/ruff check .
