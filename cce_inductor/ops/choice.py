@@ -11,8 +11,8 @@ class Problem:
     """One head: (rows, width) @ (width, vocab), sizes as they were when the graph was captured.
 
     dtypes: of input, weight and bias. compute_dtype: what the operands are rounded to. workspace: bytes of scratch.
-    logits_bytes: size of the logits that fusing saves. filter: the kind of the
-    gradient filter (filters.py). two_heads: whether a second head's logits are compared with these.
+    logits_bytes: size of the logits that fusing saves. filter: the kind of the gradient filter (filters.py). two_heads:
+    whether a second head's logits are compared with these. mixtures: whether by a divergence of a mixture of both.
     """
 
     rows: int
@@ -25,6 +25,7 @@ class Problem:
     logits_bytes: int
     filter: str = "exact"
     two_heads: bool = False
+    mixtures: bool = False
 
     @property
     def weight_dtype(self) -> torch.dtype:

@@ -162,8 +162,8 @@ class _LinearStatistics(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             out = FORWARD(list(operands), names, row_mask, statistics, True, *attributes)
         seed = [call.operands["seed"]] if "seed" in call.operands else []  # drawn again, it would be another one
-        # Of the statistics, lse_low may be one that only the backward reads.
-        low = [i for i, row in enumerate(call.rows) if row.name in ("lse_low", "lse_rest_low")]
+        # Of the statistics, some may be read by the backward alone.
+        low = [i for i, row in enumerate(call.rows) if not row.differentiable and not row.integer]
         beside = must_save([*out[len(call.rows) :], *(out[i] for i in low), *seed])
         extra = len(out) - len(call.rows)
         out = [*must_save(out[: len(call.rows)], beside), *beside[:extra]]
@@ -189,7 +189,7 @@ class _LinearStatistics(torch.autograd.Function):
         named, saved = with_all_digits(named, dict(zip(saved_names(ctx.statistics, rest), rest, strict=True)))
         names = ctx.names.split()
         # The other head's logits have a gradient from statistics of both alone.
-        both = any(TABLE[name].pair for name in named)
+        both = any(TABLE[name].of_both for name in named)
         needs = [
             name
             for name, wanted in zip(names, ctx.needs_input_grad[4:], strict=True)

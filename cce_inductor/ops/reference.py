@@ -21,24 +21,27 @@ from .call import OF_HEAD, OTHER, SCALES, Call, cut
 from .pairs import Side, gradient_of_values, gradient_of_weights
 from .picked import Picked, picked, picked_logits
 from .softcap import capped, capped_and_inner, times_slope
-from .statistics import TABLE, Statistic, Tile, finish_all, update_all
+from .statistics import TABLE, Statistic, Tile, finish_all, in_order, update_all
+from .strips import gradient, summed
 
 # A tile at most: enough for a GEMM to run at its rate, and small enough for the passes over it to run in cache.
 BLOCK_ROWS, SLAB_COLUMNS = 1024, 2048
 
 
-def tile_shape(call: Call, temporaries: int, slab_tensors: int) -> tuple[int, int]:
-    """(rows, columns) of a tile whose scratch fits the call's workspace.
+def tile_shape(
+    call: Call, temporaries: int, slab_tensors: int, workspace: int | None = None, most_rows: int | None = None
+) -> tuple[int, int]:
+    """(rows, columns) of a tile whose scratch fits the call's workspace, or that which is given.
 
     temporaries: how many (rows, columns) tensors live at once. slab_tensors: how many (columns, D) ones do besides the
     casts of the operands.
     """
     (n, d), v = call.input.shape, call.weight.shape[0]
     d += call.other.input.shape[1] if call.other is not None else 0
-    budget = call.workspace // call.accumulate_dtype.itemsize
+    budget = (call.workspace if workspace is None else workspace) // call.accumulate_dtype.itemsize
     per_row = 8 * max((call.shape(row)[-1] for row in call.rows if "entries" in row.requires), default=0)
     copies = (call.weight.dtype != call.compute_dtype) + (call.compute_dtype != call.accumulate_dtype)
-    rows = max(1, min(n, BLOCK_ROWS, budget // (4 * d + 1 + per_row)))
+    rows = max(1, min(n, BLOCK_ROWS if most_rows is None else most_rows, budget // (4 * d + 1 + per_row)))
     columns = (budget - rows * (2 * d + per_row)) // (rows * temporaries + d * (copies + slab_tensors))
     return rows, max(1, min(v, SLAB_COLUMNS, columns))
 
@@ -152,23 +155,60 @@ def forward(call: Call) -> list[Tensor]:
     by_name = dict(zip(call.statistics.split(), out, strict=True))
     apart = picked(call, call.rows)
     picked_logits(operands, {row.name: by_name[row.name] for row in apart})
-    rows = [row for row in call.rows if row not in apart]
+    rows = [row for row in call.rows if row not in apart and row.divergence is None]
     if not rows:
         return out
     other = None if call.other is None else Operands(call.other)
-    temporaries = 8 if other is not None else 4 if "lse_rest" in call.statistics else 3
-    block_rows, columns = tile_shape(call, temporaries, slab_tensors=0)
+    divergences = [row for row in call.rows if row.divergence is not None]
+    block_rows, columns, keep = _forward_shape(call, bool(divergences))
     for block in cut(operands.n, block_rows):
         states: dict = {}
-        x, y = operands.input(block), None if other is None else other.input(block)
+        logits = BlockOfRows(operands, other, block)
+        kept = []
         for slab in cut(call.weight.shape[0], columns):
-            tile = capped_tile(operands, x, operands.weight(slab), block, slab)
-            if other is not None and y is not None:
-                tile.other = capped_tile(other, y, other.weight(slab), block, slab).z
+            tile = logits.tile(slab)
             update_all(rows, states, tile)
-        for row, value in zip(rows, finish_all(rows, states), strict=True):
-            by_name[row.name][operands.where(block)] = value
+            if keep:
+                kept.append(tile)
+            del tile  # before the next one
+        found = {row.name: value for row, value in zip(rows, finish_all(rows, states), strict=True)}
+        if divergences:
+            again = map(logits.tile, cut(call.weight.shape[0], columns))
+            found |= summed(divergences, kept if keep else again, found)
+        del kept  # before the next block
+        for name, value in found.items():
+            by_name[name][operands.where(block)] = value
     return out
+
+
+# Rows at least whose logits of both heads are kept until divergences of them are summed.
+_KEPT_ROWS = 128
+
+
+def _forward_shape(call: Call, divergences: bool) -> tuple[int, int, bool]:
+    """`tile_shape` of a forward, and whether all tiles of a block are kept: where that many rows of them fit."""
+    two_heads, v = call.other is not None, call.weight.shape[0]
+    temporaries = 12 if divergences else 8 if two_heads else 4 if "lse_rest" in call.statistics else 3
+    fit = call.workspace * 3 // 4 // max(1, 2 * v * call.accumulate_dtype.itemsize)
+    if not divergences or fit < min(call.input.shape[0], _KEPT_ROWS):
+        return *tile_shape(call, temporaries, slab_tensors=0), False
+    return *tile_shape(call, temporaries, 0, call.workspace // 4, min(fit, BLOCK_ROWS)), True
+
+
+class BlockOfRows:
+    """The logits of some rows, tile by tile."""
+
+    def __init__(self, operands: Operands, other: Operands | None, block: slice) -> None:
+        self.operands, self.other, self.block = operands, other, block
+        self.x = operands.input(block)
+        self.y = None if other is None else other.input(block)
+
+    def tile(self, slab: slice) -> Tile:
+        """The columns of a slab, of both heads."""
+        tile = capped_tile(self.operands, self.x, self.operands.weight(slab), self.block, slab)
+        if self.other is not None and self.y is not None:
+            tile.other = capped_tile(self.other, self.y, self.other.weight(slab), self.block, slab).z
+        return tile
 
 
 def capped_tile(operands: Operands, x: Tensor, w: Tensor, block: slice, slab: Columns) -> Tile:
@@ -214,7 +254,7 @@ class Gradients:
 
 def differentiated(tangents: dict[str, Tensor]) -> list[Statistic]:
     """The rows of the table that have a tangent, in its order."""
-    return [row for row in TABLE.values() if row.differentiable and row.name in tangents]
+    return [row for name in in_order(tangents) if (row := TABLE[name]).differentiable]
 
 
 def backward(call: Call, tangents: dict[str, Tensor], saved: dict[str, Tensor], needs: list[str]) -> list[Tensor]:
@@ -226,7 +266,7 @@ def backward(call: Call, tangents: dict[str, Tensor], saved: dict[str, Tensor], 
     rows = differentiated(tangents)
     if operands.n == 0 or not rows:
         return [call.operands[name].new_zeros(call.operands[name].shape) for name in needs]
-    pairs = any(row.pair for row in rows)
+    pairs = any(row.of_both for row in rows)
     heads = [Head(operands, Gradients(call, frozenset(needs)))]
     of_other = frozenset(name.removeprefix(OTHER) for name in needs if name.startswith(OTHER))
     if pairs:
@@ -235,7 +275,8 @@ def backward(call: Call, tangents: dict[str, Tensor], saved: dict[str, Tensor], 
     apart = picked(call, rows)
     sparse = Picked(operands, heads[0].grads, {row.name: tangents[row.name] for row in apart}) if apart else None
     rows = [row for row in rows if row not in apart]
-    temporaries = 10 if pairs else 5 if any(row.kind == "signed" for row in rows) else 3
+    signed, divergences = any(row.kind == "signed" for row in rows), any(row.has_divergence for row in rows)
+    temporaries = 22 if divergences else 10 if pairs else 5 if signed else 3
     temporaries += 2 * any(name.removeprefix(OTHER) in SCALES for name in needs)
     slab_accumulator = any(call.operands[n].dtype != call.accumulate_dtype for n in needs if n.endswith("weight"))
     block_rows, columns = tile_shape(call, temporaries, int(slab_accumulator))
@@ -409,7 +450,10 @@ def dlogits_of_both(
         dz = torch.zeros_like(tiles[i].z)
         for row in rows:
             tangent = tangents[row.name] * scale
-            if row.pair is not None:
+            if row.has_divergence:
+                term = gradient(row, [side.log_p for side in sides], sides[i].p, known, bool(i))
+                dz.addcmul_(term, tangent[:, None])
+            elif row.pair is not None:
                 function, by_other = row.pair
                 a, b = sides if by_other else reversed(sides)
                 averages = i == (0 if by_other else 1)

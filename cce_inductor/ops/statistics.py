@@ -29,7 +29,10 @@ A second head over the same classes, the *other* one, has logits `r` in the same
 | divergence          | sum_j q_j (log q_j - log p_j) | r      | z        |
 | other_divergence    | sum_j p_j (log p_j - log q_j) | z      | r        |
 
-Their derivatives, with respect to both, are in pairs.py. None allows a filter.
+Their derivatives, with respect to both, are in pairs.py. None allows a filter. Nor do the divergences of
+divergences.py, which are named with their parameters, ``jensen_shannon(0.5)``, and need both log-sum-exps before they
+are summed. Besides the value of a row, ``jensen_shannon(0.5).own`` and ``.other`` are the sums that its derivatives
+need, and have none themselves.
 
 "linear" is rank-1 without a softcap and dense with one. "filter" says whether a backward may leave out columns of small
 probability mass where the statistic is asked for (docs/design.md): the bound is one of the dense part of lse, the
@@ -43,7 +46,8 @@ For lse_rest the target is left out while the others are summed: taken out of th
 rounding where it holds nearly all mass. No call has lse and lse_rest (`call.check`): in the kernels they are one sum.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -51,6 +55,7 @@ import torch
 from torch import Tensor
 
 from . import pairs
+from .divergences import PARTS, VALUE, Divergence
 from .pairs import Function, Running, RunningPair, shift
 
 Kind = Literal["dense", "sparse", "linear", "signed", "none"]
@@ -112,10 +117,22 @@ class Statistic:
     integer: bool = False
     state_of: str = ""  # the statistic whose state `finish` is given, where it has none of its own
     pair: tuple[Function, bool] | None = None  # of two heads: which function, and whether the other head weighs
+    divergence: Divergence | None = None  # of two heads, from their normalised logits
+    part: str = VALUE  # of the divergence
 
     @property
     def differentiable(self) -> bool:
-        return self.add_gradient is not None or self.pair is not None
+        return self.add_gradient is not None or self.pair is not None or self.has_divergence
+
+    @property
+    def has_divergence(self) -> bool:
+        """Whether it is the value of a divergence."""
+        return self.divergence is not None and self.part == VALUE
+
+    @property
+    def of_both(self) -> bool:
+        """Whether it has a gradient for both heads."""
+        return self.pair is not None or self.has_divergence
 
     def allows_filter(self, softcap: float) -> bool:
         """Whether a backward may leave out columns where this is asked for; `softcap` is 0.0 for none."""
@@ -256,8 +273,46 @@ def _identity(state: Tensor) -> Tensor:
     return state
 
 
-TABLE: dict[str, Statistic] = {
-    s.name: s
+def _nothing(state: Any, tile: Tile) -> Any:
+    return state
+
+
+@functools.cache
+def _of_divergence(divergence: Divergence, part: str) -> Statistic:
+    """A part of a divergence."""
+    beside = _BOTH if part else (*_BOTH, *(f"{divergence}{other}" for other in PARTS if other))
+    requires = ("other_input", *beside)
+    name = f"{divergence}{part}"
+    return Statistic(name, "signed", "no", _nothing, _identity, None, requires, divergence=divergence, part=part)
+
+
+class _Table(dict[str, Statistic]):
+    """The statistics by name; those of a divergence are made where they are asked for."""
+
+    def __missing__(self, name: str) -> Statistic:
+        text, part = next(((name[: len(name) - len(p)], p) for p in PARTS[1:] if name.endswith(p)), (name, VALUE))
+        divergence = Divergence.read(text)
+        if divergence is None:
+            raise KeyError(name)
+        return _of_divergence(divergence, part)
+
+
+def known(name: str) -> bool:
+    """Whether there is a statistic of that name."""
+    try:
+        return TABLE[name] is not None
+    except KeyError:
+        return False
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Each name once, in the order of the table, and divergences behind."""
+    given = {*names}
+    return [name for name in TABLE if name in given] + sorted(given - {*TABLE})
+
+
+TABLE = _Table(
+    (s.name, s)
     for s in (
         # entropy stands before lse: the gradient of lse may be written over p.
         Statistic(
@@ -283,7 +338,7 @@ TABLE: dict[str, Statistic] = {
         _of_two("divergence", "divergence", by_other=True),
         _of_two("other_divergence", "divergence", by_other=False),
     )
-}
+)
 
 
 def update_all(rows: list[Statistic], states: dict[str, Any], tile: Tile) -> None:
@@ -308,7 +363,7 @@ def with_all_digits(tangents: dict[str, Any], saved: dict[str, Any]) -> tuple[di
     """
     low = saved.get("lse_low", saved.get("lse_rest_low"))
     # With two heads p and q have a correction each: it is made in their logarithms.
-    if low is None or any(TABLE[name].pair for name in tangents):
+    if low is None or any(TABLE[name].of_both for name in tangents):
         return tangents, saved
     tangents = {name: t * (-low).exp() if TABLE[name].uses_softmax else t for name, t in tangents.items()}
     if "entropy" in tangents:
@@ -318,7 +373,7 @@ def with_all_digits(tangents: dict[str, Any], saved: dict[str, Any]) -> tuple[di
 
 def parse(names: str) -> list[Statistic]:
     """The rows of the table that an operator's `statistics` argument names, separated by blanks."""
-    unknown = [name for name in names.split() if name not in TABLE]
+    unknown = [name for name in names.split() if not known(name)]
     if unknown or not names.split():
         raise ValueError(f"statistics {names!r}: expected names out of {', '.join(TABLE)}, separated by blanks")
     return [TABLE[name] for name in names.split()]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .call import SCALES, Call
+from .divergences import LEAST
 from .pairs import Function
 from .softcap import softcapped
 from .statistics import TABLE
@@ -54,6 +55,9 @@ def _statistics(call: Call, operands: dict[str, Tensor], names: list[str]) -> di
         elif (pair := TABLE[name].pair) is not None:
             assert r is not None
             found[name] = _of_two(*((z, r) if pair[1] else (r, z)), pair[0])
+        elif (divergence := TABLE[name].divergence) is not None:
+            assert r is not None
+            found[name] = divergence.entries(*(t.log_softmax(1).clamp(min=LEAST) for t in (z, r))).sum(1)
         else:
             assert name == "entropy"
             log_p = z.log_softmax(1)

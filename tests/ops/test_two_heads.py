@@ -1,5 +1,6 @@
 """Statistics of two heads over one vocabulary, in the eager implementation, against all logits in float64."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -16,11 +17,15 @@ N, D, OTHER_D, V = 37, 16, 11, 301
 LOWS = "lse lse_low other_lse other_lse_low"
 PAIRS = "expected_other cross_entropy other_cross_entropy divergence other_divergence"
 EVERY = f"{LOWS} {PAIRS}"
-DIFFERENTIATED = [*PAIRS.split(), "lse", "entropy", "target_logit", "logit_sum", "entry_logits"]
+OF_ONE = ["lse", "entropy", "target_logit", "logit_sum", "entry_logits"]
+# What is there for the backward alone.
+FOR_BACKWARD = ("_low", ".own", ".other")
 
 
 def plain(name: str, z: Tensor, r: Tensor, given: dict[str, Tensor]) -> Tensor:
     """A statistic from all logits, by PyTorch's own functions for it. given: operands."""
+    if "(" in name:
+        return of_mixture(name, z, r)
     target = given.get("target")
     p, q, log_p, log_q = z.softmax(1), r.softmax(1), z.log_softmax(1), r.log_softmax(1)
     every: dict[str, Callable[[], Tensor]] = {
@@ -38,6 +43,22 @@ def plain(name: str, z: Tensor, r: Tensor, given: dict[str, Tensor]) -> Tensor:
         "argmax": lambda: z.argmax(1),
     }
     return every[name]()
+
+
+def of_mixture(name: str, z: Tensor, r: Tensor) -> Tensor:
+    """A divergence of ops/divergences.py from all logits, as TRL and Liger write it."""
+    kind, w = name.removesuffix(")").split("(")
+    log_p, log_q = z.log_softmax(1), r.log_softmax(1)
+    if kind.startswith("other_"):
+        kind, log_p, log_q = kind.removeprefix("other_"), log_q, log_p
+    w = float(w)
+    log_m = torch.logsumexp(torch.stack([log_p + math.log(1 - w), log_q + math.log(w)]), 0)
+    of_p, of_q = (F.kl_div(log_m, log, reduction="none", log_target=True).sum(1) for log in (log_p, log_q))
+    return {
+        "jensen_shannon": lambda: (1 - w) * of_p + w * of_q,
+        "skew": lambda: of_p,
+        "mixture": lambda: -(log_p.exp() * log_m).sum(1),
+    }[kind]()
 
 
 def heads(
@@ -75,7 +96,7 @@ def run(given: dict[str, Tensor], names: str, attributes: Attributes, mask: Tens
         out = operator(list(given.values()), " ".join(given), mask, names, False, *attributes.args())
         return dict(zip(names.split(), out, strict=True))
     z, r = both_logits(given, attributes)
-    found = {n: plain(n, z, r, given) for n in names.split() if not n.endswith("_low")}
+    found = {n: plain(n, z, r, given) for n in names.split() if not n.endswith(FOR_BACKWARD)}
     return (
         found if mask is None else {n: torch.where(mask.view(-1, *[1] * (t.dim() - 1)), t, 0) for n, t in found.items()}
     )
@@ -88,8 +109,9 @@ def differentiate(given, names, attributes, mask=None, operator=FORWARD, wanted=
     out = run(leaves, names, attributes, mask, operator)
     total = 0
     for name, t in out.items():
-        if name in DIFFERENTIATED:
-            k = DIFFERENTIATED.index(name)
+        order = [*PAIRS.split(), *OF_ONE]
+        if name in order or ("(" in name and not name.endswith(FOR_BACKWARD)):
+            k = order.index(name) if name in order else sum(map(ord, name)) % 97
             t = t if t.dim() == 1 else t @ torch.linspace(0.5, -1, t.shape[1]).to(t)
             total = total + (t * torch.sin(torch.arange(len(t), dtype=torch.float64) * (k + 1) + k).to(t)).sum()
     grads = torch.autograd.grad(total, [leaves[n] for n in wanted])
