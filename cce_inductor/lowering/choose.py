@@ -23,6 +23,8 @@ LARGE_LOGITS = 1 / 8
 
 def choose(problem: Problem) -> Choice:
     """The answer of the lowerings to `Problem`."""
+    if problem.device == "cuda" and problem.mixtures:
+        return _without_kernel(problem, "a divergence of a mixture of two heads", "")
     if problem.device == "cuda" and problem.two_heads:
         return _without_kernel(problem, "a loss over two heads", "")
     if problem.device == "cuda" and not unsupported_dtype([*problem.dtypes, problem.compute_dtype]):

@@ -1,16 +1,19 @@
 """Lowerings for the CPU of a loss over two heads: as cpu.py, with the other head's operands beside."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..ops.call import OF_HEAD, OTHER, Attributes
+from ..ops.divergences import LEAST, OWN, Divergence
+from ..ops.divergences import OTHER as OTHER_PART
 from ..ops.statistics import TABLE
 from . import cpu
 from .cpu_template import Spec, launch
 from .unsupported import Unsupported
+from .vector_code import body
 
 PAIRS = [name for name, row in TABLE.items() if row.pair]
 # Statistics of the first head that need no exponential: the others are formed together with the other head's.
@@ -28,8 +31,24 @@ def forward(
 ) -> Sequence[Any]:
     if rest:
         raise Unsupported("the target is left out of a log-sum-exp beside a second head")
-    constants = {"statistics": statistics, "of_one": [name for name in statistics if name in OF_ONE]}
+    names = _identifiers(statistics)
+    asked: dict[Divergence, list[str]] = {}
+    for row in (TABLE[name] for name in statistics):
+        if row.divergence is not None:
+            asked.setdefault(row.divergence, []).append(row.part)
+    divergences: list[dict[str, Any]] = []
+    for divergence, parts in asked.items():
+        results = [names[f"{divergence}{part}"] for part in parts]
+        first = sum(len(before["results"]) for before in divergences)
+        divergences.append(_written(divergence, names, parts) | {"results": results, "first": first})
+    constants = {
+        "statistics": statistics,
+        "of_one": [name for name in statistics if name in OF_ONE],
+        "divergences": divergences,
+        "least": LEAST,
+    }
     layouts = cpu.statistics_layouts(operands, statistics)
+    layouts = {names.get(name, name): layout for name, layout in layouts.items()}
     return _launch("two_heads", operands, {}, row_mask, attributes, constants, layouts)
 
 
@@ -42,21 +61,45 @@ def backward(
     attributes: Attributes,
     rest: bool = False,
 ) -> Sequence[Any]:
+    names = _identifiers(saved)
+    divergences = [d for name in tangents if (d := TABLE[name].divergence) is not None]
     pairs = [name for name in PAIRS if name in tangents]
-    if rest or not pairs:
+    if rest or not (pairs or divergences):
         raise Unsupported("no tangent of a function of both heads, or one beside a log-sum-exp without the target")
     if "entry_logits" not in tangents:
         operands = {name: t for name, t in operands.items() if name != "entries"}
     needed = {*LSE, *pairs} | ({"entropy", "target_logit"} & {*tangents})
     needed |= {"entry_logits"} & {*tangents} if attributes.softcap else set()
-    beside = {name: t for name, t in saved.items() if name in needed} | cpu.prefixed(tangents)
+    slopes = [f"{divergence}{part}" for divergence in divergences for part in (OWN, OTHER_PART)]
+    beside = {names.get(name, name): t for name, t in saved.items() if name in needed or name in slopes}
+    beside |= cpu.prefixed({names.get(name, name): t for name, t in tangents.items()})
+    of_divergences = [*(names[name] for name in slopes), *(f"g_{names[str(d)]}" for d in divergences)]
     constants = {
         "tangents": list(tangents),
         "needs": needs,
-        "of_rows": [*LSE, *PAIRS, *(f"g_{name}" for name in PAIRS)],
+        "of_rows": [*LSE, *PAIRS, *(f"g_{name}" for name in PAIRS), *of_divergences],
+        "divergences": [_written(divergence, names, (OWN, OTHER_PART)) for divergence in divergences],
+        "least": LEAST,
     }
     layouts = cpu.gradient_layouts(operands, needs)
     return _launch("two_heads_backward", operands, beside, row_mask, attributes, constants, layouts)
+
+
+def _identifiers(statistics: Iterable[str]) -> dict[str, str]:
+    """What the templates call the parts of divergences, by name: each divergence by its number."""
+    found: dict[Divergence, int] = {}
+    names = {}
+    for name in statistics:
+        row = TABLE[name]
+        if row.divergence is not None:
+            number = found.setdefault(row.divergence, len(found))
+            names[name] = f"divergence_{number}{row.part.replace('.', '_')}"
+    return names
+
+
+def _written(divergence: Divergence, names: dict[str, str], parts: Sequence[str]) -> dict[str, Any]:
+    """A divergence as the templates know it."""
+    return {"text": str(divergence), "name": names[str(divergence)], "code": body(divergence, parts)}
 
 
 def _launch(

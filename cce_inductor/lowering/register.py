@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..ops.call import OTHER, Attributes, bounded, filtered, saved_names
+from ..ops.divergences import Divergence
 from . import apart
 from .unsupported import Apart, Unsupported, as_lse, check_picked, check_statistics, differentiable
 
@@ -19,6 +20,8 @@ log = logging.getLogger(__name__)
 DEVICES = {"cpu": "cpu", "cuda": "cuda"}
 # The same of a loss over two heads.
 DEVICES_OF_TWO = {"cpu": "cpu_two_heads"}
+# Those of them that have divergences of a mixture of both.
+WITH_MIXTURES = ("cpu",)
 
 
 @functools.cache
@@ -46,6 +49,8 @@ def _lower(operator: Any, read: Callable, *call: Any) -> Sequence[Any]:
         modules = DEVICES_OF_TWO if two_heads else DEVICES
         if device not in modules:
             raise Unsupported(f"there is no template for {device}" + " that compares two heads" * two_heads)
+        if device not in WITH_MIXTURES and any(map(Divergence.read, arguments.get("statistics") or arguments["saved"])):
+            raise Unsupported(f"there is no template for {device} with divergences of a mixture")
         module = importlib.import_module(f".{modules[device]}", __package__)
         return getattr(module, name)(**arguments)
     except Apart as reason:
