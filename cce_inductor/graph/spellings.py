@@ -123,6 +123,8 @@ SPELLINGS = (
     Spelling("vecdot", "input other dim=-1 out=None", (torch.linalg.vecdot,)),
     Spelling("xlogy", "input other", (torch.xlogy, torch.special.xlogy), ("xlogy",)),
     Spelling("entr", "input", (torch.special.entr,)),
+    Spelling("lerp", "input end weight", (torch.lerp,), ("lerp",), Fact.ENTRYWISE),
+    Spelling("logaddexp", "input other", (torch.logaddexp,), ("logaddexp",), Fact.ENTRYWISE),
     Spelling(
         "convolution",
         "input weight bias=None stride=1 padding=0 dilation=1 groups=1",

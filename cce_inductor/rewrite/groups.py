@@ -77,7 +77,7 @@ class Group(Shared[Reduction]):
     def statistics(self) -> list[str]:
         names = {name for r in self.members for name in r.statistics if name != "target_logit" or not self.is_entry(r)}
         names |= {"entry_logits"} if self.entries else set()
-        return [name for name in TABLE_ORDER if name in names]
+        return in_order(names)
 
     @property
     def target(self) -> Node | None:
@@ -190,6 +190,11 @@ TABLE_ORDER = (
 assert set(TABLE_ORDER) == set(TABLE)
 
 
+def in_order(names: set[str]) -> list[str]:
+    """Statistics in the order of the operator's results; divergences, which have names of their own, behind."""
+    return [name for name in TABLE_ORDER if name in names] + sorted(names.difference(TABLE_ORDER))
+
+
 def _same_other(a: Value | None, b: Value | None) -> bool:
     """Whether one call can have both second heads."""
     if a is None or b is None:
@@ -300,8 +305,7 @@ class Bundle:
 
     @property
     def statistics(self) -> list[str]:
-        names = {name for group in self.groups for name in group.statistics}
-        return [name for name in TABLE_ORDER if name in names]
+        return in_order({name for group in self.groups for name in group.statistics})
 
     def filter(self, attributes: Attributes) -> Filter:
         """What the gradient filter comes to for these logits and statistics: "exact" where none applies to them."""

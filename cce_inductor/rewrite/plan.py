@@ -17,6 +17,7 @@ from ..graph.refusal import Refusal, Refused
 from ..graph.regions import transform_around
 from ..ops.call import Attributes
 from ..ops.choice import Choice, Chooser, Problem
+from ..ops.divergences import Divergence
 from ..trace.codes import codes
 from ..trace.findings import Finding, source
 from ..trace.heads import subclassed
@@ -66,7 +67,7 @@ def _plan(graph: Graph, trace: Trace, hoist: Hoist, settings: Settings, choose: 
             return Plan(trace, refusal=refusal)
         groups = in_groups(trace, hoist, settings.grad_filter == "exact")
         ranks = in_ranking_groups(trace, hoist)
-        choice = choose(_problem(trace.head, settings, _compared(trace))) if choose else EAGER
+        choice = choose(_problem(trace.head, settings, _compared(trace), _mixed(trace))) if choose else EAGER
         if choice.refusal:
             return Plan(trace, refusal=Refusal(trace.head.node, choice.refusal, choice.cure))
         return Plan(trace, groups, ranks, _late_write(graph, trace, [*groups, *ranks], hoist, settings), choice)
@@ -79,7 +80,12 @@ def _compared(trace: Trace) -> bool:
     return any(reduction.other is not None for reduction in trace.reductions)
 
 
-def _problem(head: Head | SeveralHeads, settings: Settings, two_heads: bool = False) -> Problem:
+def _mixed(trace: Trace) -> bool:
+    """Whether a divergence of a mixture with another head's probabilities is asked for."""
+    return any(Divergence.read(name) is not None for reduction in trace.reductions for name in reduction.statistics)
+
+
+def _problem(head: Head | SeveralHeads, settings: Settings, two_heads: bool = False, mixtures: bool = False) -> Problem:
     """A head in numbers. Symbolic sizes give what they were at capture: asking must not put a guard on them."""
     z = fake(head.node)
     sizes = [compat.size_hint(s) for s in z.shape]
@@ -99,6 +105,7 @@ def _problem(head: Head | SeveralHeads, settings: Settings, two_heads: bool = Fa
         logits_bytes=entries * z.element_size(),
         filter=grad_filter.kind,
         two_heads=two_heads,
+        mixtures=mixtures,
     )
 
 

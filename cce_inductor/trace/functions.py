@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from torch.fx import Node
 
 from ..graph.builder import Builder, Proxy
 from ..graph.refusal import Refused
-from ..ops.pairs import Function
+from ..ops.divergences import PARTS, Divergence
 from .pointwise import not_rounded
 from .reduction import SOFTMAX, Reduction
 from .values import Value
@@ -30,8 +31,17 @@ class Change:
     """
 
     how: str
-    node: Node | None = None
+    node: Node | None = None  # or what was rearranged
     row_map: Any = None
+
+
+@dataclass(frozen=True)
+class LogMixture:
+    """The logarithm of a sum of softmaxes, each times a number."""
+
+    parts: tuple[tuple[float, Value], ...]
+    kind = "logarithm of a mixture"
+    source = None  # of no one head
 
 
 @dataclass(frozen=True)
@@ -43,12 +53,20 @@ class Product:
 
     factor: float
     weights: Value | None
-    values: Value | None
+    values: Value | LogMixture | None
     changes: tuple[Change, ...] = ()
 
+    @property
+    def members(self) -> list[Value]:
+        """The functions of one head that it is made of."""
+        of_values = [v for _, v in self.values.parts] if isinstance(self.values, LogMixture) else [self.values]
+        return [v for v in (self.weights, *of_values) if v is not None]
 
-def of_two(values: Tensor, weights: Tensor, function: Function, dim: int) -> Tensor:
+
+def of_two(values: Tensor, weights: Tensor, function: str, dim: int) -> Tensor:
     """Stands in a graph for a function of two heads: of the logits that `values` and `weights` are made of, over `dim`.
+
+    function: one of ops/pairs.py, or a divergence of ops/divergences.py, of which p is given first.
 
     Only graphs whose losses are fused keep what is decomposed into it, and those have an operator in its place.
     """
@@ -90,8 +108,7 @@ def _changed(builder: Builder, products: Sequence[Product], changes: tuple[Chang
     total: Any = _expected(builder, products)
     if not changes:
         return total
-    value = next(v for p in products for v in (p.weights, p.values) if v is not None)
-    total = total.unsqueeze(value.class_dim)
+    total = total.unsqueeze(products[0].members[0].class_dim)
     for change in changes:
         if change.how == "map":
             total = change.row_map(total, 1)
@@ -108,7 +125,8 @@ def _changed(builder: Builder, products: Sequence[Product], changes: tuple[Chang
 
 def _expected(builder: Builder, products: Sequence[Product]) -> Any:
     """The sum over the classes of products, in the leading shape of the logits."""
-    constant, total = 0.0, None
+    terms, products, constant = _divergences(builder, products)
+    total: Any = None
     found: dict[Any, tuple[Value, dict[Any, tuple[Value, float]]]] = {}
     for p in products:
         if p.weights is None:
@@ -116,6 +134,7 @@ def _expected(builder: Builder, products: Sequence[Product]) -> Any:
         if p.values is None:
             constant += p.factor
             continue
+        assert isinstance(p.values, Value)
         _, averages = found.setdefault(_key(p.weights), (p.weights, {}))
         value, factor = averages.get(_key(p.values), (p.values, 0.0))
         averages[_key(p.values)] = value, factor + p.factor
@@ -125,6 +144,8 @@ def _expected(builder: Builder, products: Sequence[Product]) -> Any:
         term = term if factor == 1.0 else term * factor
         total = term if total is None else total + term
 
+    for term, factor in terms:
+        plus(term, factor)
     for key, (weights, averages) in found.items():
         logs = {k: v for k, v in averages.items() if v[0].kind == "log_softmax"}
         own = logs.pop(key, (weights, 0.0))[1]
@@ -142,12 +163,104 @@ def _expected(builder: Builder, products: Sequence[Product]) -> Any:
     return total + constant if constant else total
 
 
+@dataclass
+class Mixed:
+    """What is averaged of the logarithm of one mixture, by key: its two heads with their shares, and factors."""
+
+    heads: dict[Any, tuple[float, Value]]
+    factors: dict[Any, float]
+
+
+def _divergences(
+    builder: Builder, products: Sequence[Product]
+) -> tuple[list[tuple[Proxy, float]], list[Product], float]:
+    """Products with logarithms of mixtures as divergences (ops/divergences.py), each with its factor; the products that
+    are left; and a constant.
+    """
+    left = [p for p in products if not isinstance(p.values, LogMixture)]
+    own: dict[Any, float] = {}  # of a head's probabilities times their own logarithm
+    for p in left:
+        if (key := _averages_itself(p)) is not None:
+            own[key] = own.get(key, 0.0) + p.factor
+    mixed, constant = _mixed(products)
+    if any(_compares(p, made) for p in left for made in mixed):
+        # It would be the difference of two numbers that may be far larger.
+        raise Refused("a divergence between a mixture of two heads and one of them", "mix the second distribution")
+    terms: list[tuple[Proxy, float]] = []
+    used: set[Any] = set()
+    for made in mixed:
+        alone = {k for k, f in made.factors.items() if f and math.isclose(own.get(k, 0.0), -f, rel_tol=1e-5)}
+        used |= alone
+        (a, (share_a, first)), (b, (share_b, second)) = made.heads.items()
+        of_a, of_b = made.factors[a], made.factors[b]
+        if len(alone) == 2 and math.isclose(of_a * share_b, of_b * share_a, rel_tol=1e-5):
+            whole = Divergence("jensen_shannon", (share_b,))
+            terms.append((_call(builder, first, second, str(whole)), -of_a / share_a))
+            continue
+        for key, p_value, q_value, share in ((a, first, second, share_b), (b, second, first, share_a)):
+            if made.factors[key]:
+                part = Divergence("skew" if key in alone else "mixture", (share,))
+                terms.append((_call(builder, p_value, q_value, str(part)), -made.factors[key]))
+    return terms, [p for p in left if _averages_itself(p) not in used or _averages_itself(p) is None], constant
+
+
+def _mixed(products: Sequence[Product]) -> tuple[list[Mixed], float]:
+    """What is averaged of each mixture's logarithm; and the sum of what numbers in front of mixtures add."""
+    found: dict[Any, Mixed] = {}
+    constant = 0.0
+    for p in products:
+        if not isinstance(p.values, LogMixture):
+            continue
+        heads, whole = _two_heads(p.values)
+        key = None if p.weights is None else _key(p.weights)
+        if key not in heads:
+            cure = "take the entry of a target, or use a divergence of the two heads"
+            raise Refused("the logarithm of a mixture, averaged by something else", cure)
+        constant += p.factor * math.log(whole)
+        shares = tuple((k, share) for k, (share, _) in heads.items())
+        found.setdefault(shares, Mixed(heads, dict.fromkeys(heads, 0.0))).factors[key] += p.factor
+    return list(found.values()), constant
+
+
+def _compares(p: Product, made: Mixed) -> bool:
+    """Whether a product is of one head of a mixture and the other one's logarithm."""
+    if p.weights is None or not isinstance(p.values, Value) or _averages_itself(p) is not None:
+        return False
+    return {_key(p.weights), _key(p.values)} <= {*made.heads}
+
+
+def _averages_itself(p: Product) -> Any:
+    """The key of a head whose probabilities are multiplied by their own logarithm; None if it is another product."""
+    if p.weights is None or not isinstance(p.values, Value) or p.values.kind != "log_softmax":
+        return None
+    return _key(p.weights) if _key(p.weights) == _key(p.values) else None
+
+
+def _two_heads(mixture: LogMixture) -> tuple[dict[Any, tuple[float, Value]], float]:
+    """The heads that are mixed, by key, with their shares; and the sum of the numbers that they are multiplied by."""
+    heads: dict[Any, tuple[float, Value]] = {}
+    for number, value in mixture.parts:
+        heads[_key(value)] = heads.get(_key(value), (0.0, value))[0] + number, value
+    if len(heads) != 2 or any(number <= 0 for number, _ in heads.values()):
+        raise Refused("the logarithm of a mixture of other than two heads' probabilities", "mix those of two")
+    whole = sum(number for number, _ in heads.values())
+    # The exponential of a logarithm in fp32 is not quite the number that was meant.
+    whole = 1.0 if math.isclose(whole, 1.0, rel_tol=1e-6) else whole
+    return {key: (_meant(number / whole), value) for key, (number, value) in heads.items()}, whole
+
+
+def _meant(share: float) -> float:
+    """The number of four digits that another one is up to rounding in fp32, or that one."""
+    short = round(share, 4)
+    return short if math.isclose(share, short, rel_tol=2e-7) else share
+
+
 def _key(value: Value) -> Any:
     kind = "logits" if value.kind == "logits" else "softmax"
     return value.source, value.affine, value.terms if kind == "logits" else (), value.fake.requires_grad, kind
 
 
-def _call(builder: Builder, values: Value, weights: Value, function: Function) -> Proxy:
+def _call(builder: Builder, values: Value, weights: Value, function: str) -> Proxy:
     a, b = builder.proxy(values.node), builder.proxy(weights.node)
     return builder.call(of_two, a, b, function, values.class_dim)
 
@@ -174,15 +287,18 @@ def put_function(walk: Walk, node: Node) -> None:
     by_other = order[0] > order[1] if order[0] != order[1] else earlier is a.head.node
     own, other = (a, b) if by_other else (b, a)
     trace = entries[0 if by_other else 1].trace
-    statistics, flat = _statistics(function, by_other, a)  # type: ignore[arg-type]
+    statistics, flat = _statistics(str(function), by_other, a)
     trace.reductions.append(Reduction(node, own, statistics, flat=flat, other=other))
 
 
 BOTH = (*SOFTMAX, "other_lse", "other_lse_low")
 
 
-def _statistics(function: Function, by_other: bool, averaged: Value) -> tuple[tuple[str, ...], Callable[[Any], Any]]:
-    """What a function of two heads needs, and itself. by_other: the other head's softmax weighs."""
+def _statistics(function: str, by_other: bool, averaged: Value) -> tuple[tuple[str, ...], Callable[[Any], Any]]:
+    """What a function of two heads needs, and itself. by_other: the other head's softmax weighs, or is given second."""
+    if (divergence := Divergence.read(function)) is not None:
+        name = str(divergence.of(by_other))
+        return (*BOTH, *(f"{name}{part}" for part in PARTS)), lambda s: s.of_both(name)
     if function != "expected":
         name = function if by_other else f"other_{function}"
         return (*BOTH, name), lambda s: s.of_both(name)

@@ -25,6 +25,7 @@ from ..graph.fakes import fake, is_number, is_tensor, same
 from ..graph.nodes import Op
 from ..graph.refusal import Refused
 from .decompose import in_dtype_of, widened
+from .log_mixtures import LogOfMixture, only_used_by
 from .one_hot import coefficient, mixture
 from .operands import vocab
 from .reductions import arguments_of
@@ -76,15 +77,14 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class LogOfMixture:
-    """The logarithm of a sum of heads' probabilities, each times a number."""
+class Stacked:
+    """Probabilities side by side in a new dimension `dim`."""
 
-    node: Node
-    parts: tuple[tuple[float, Node], ...]
-    class_dim: int
+    parts: tuple[Node, ...]
+    dim: int
     traces: tuple[Trace, ...]
-    what = "the logarithm of a mixture of two heads' probabilities"
-    cure = "take the entry of a target, or use a divergence of the two"
+    what = "probabilities of several heads in one tensor"
+    cure = "add them up"
 
 
 def follows(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
@@ -98,11 +98,14 @@ def follows(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
             walk.put_sum(node, begun)
             return True
         rule = _RULES.get(op.name) if not op.inplace else None
-        record = rule(walk, node, op) if rule is not None and all(n in walk.values for n in touched) else None
+        of_heads = all(n in walk.values or (op.name in _OF_SUMS and n in walk.sums) for n in touched)
+        record = rule(walk, node, op) if rule is not None and of_heads else None
         if record is None:
             return False
     else:
         use = _USES[type(known)].get(op.name) if not op.inplace else None
+        if use is None and isinstance(known, LogOfMixture):
+            return False
         record = use(walk, node, op, known) if use is not None else None
         if record is None:
             raise Refused(f"{nodes.describe(node)} of {known.what}", known.cure)
@@ -127,18 +130,23 @@ def _traces(walk: Walk, touched: list[Node]) -> list[Trace]:
 # ---- what is begun
 
 
-def _begins(walk: Walk, node: Node, op: Op, touched: list[Node]) -> Quotient | Terms | LogOfMixture | None:
+def _begins(walk: Walk, node: Node, op: Op, touched: list[Node]) -> Quotient | Terms | LogOfMixture | Stacked | None:
     if op.inplace:
         return None
+    if op.name == "stack" and only_used_by(node, ("mean", "sum")) and isinstance(op.args["dim"], int):
+        parts = op.args["tensors"]
+        if all(n in walk.values and _is_probability(walk, n) for n in parts):
+            return Stacked(tuple(parts), op.args["dim"] % fake(node).dim(), tuple(_traces(walk, touched)))
     if op.name == "log" and isinstance(mixed := walk.sums.get(op.args["input"]), Sum):
         weights = [(p.factor, p.weights) for p in mixed.products if p.weights and not p.values and not p.changes]
         parts = tuple((number / factor_in(walk, of), of.node) for number, of in weights)
         return LogOfMixture(node, parts, mixed.class_dim, mixed.traces) if len(parts) == len(mixed.products) else None
+    above, below = op.args.get("input"), op.args.get("other")
+    if op.name == "div" and op.args["rounding_mode"] is None and all(_is_probability(walk, n) for n in (above, below)):
+        return Quotient(above, below, tuple(_traces(walk, touched)))  # type: ignore[arg-type]
     if not all(n in walk.values for n in touched):
         return None
     probabilities = [n for n in touched if (v := walk.values[n].values[0]).kind == "softmax" and v.picked is None]
-    if op.name == "div" and len(probabilities) == 2 and op.args["rounding_mode"] is None:
-        return Quotient(op.args["input"], op.args["other"], tuple(_traces(walk, touched)))
     if op.name != "add" or len(touched) != 1 or len(probabilities) != 1 or op.args["alpha"] != 1:
         return None
     hot = op.args["other"] if op.args["input"] is touched[0] else op.args["input"]
@@ -146,6 +154,14 @@ def _begins(walk: Walk, node: Node, op: Op, touched: list[Node]) -> Quotient | T
     if not is_tensor(hot) or fake(hot).shape != value.fake.shape or mixture(hot, value) is None:
         return None
     return Terms(node, ((1.0, (hot,)), (1.0, (touched[0],))), tuple(_traces(walk, touched)))
+
+
+def _is_probability(walk: Walk, node: Any) -> bool:
+    """Whether a node is a softmax, or a sum of them."""
+    if isinstance(made := walk.sums.get(node), Sum):
+        return all(p.weights is not None and p.values is None and not p.changes for p in made.products)
+    value = walk.values[node].values[0] if node in walk.values else None
+    return value is not None and value.kind == "softmax" and value.picked is None
 
 
 # ---- one op that is several
@@ -215,9 +231,16 @@ def _classes(walk: Walk, of: tuple[Node, ...], dim: int) -> bool:
     return any(v.class_dim == dim % v.fake.dim() for v in ways)
 
 
+def _lerp(walk: Walk, node: Node, op: Op) -> Record | None:
+    weight = op.args["weight"]
+    if not is_number(weight):
+        return None
+    return lambda builder: builder.proxy(op.args["input"]) * (1 - weight) + builder.proxy(op.args["end"]) * weight
+
+
 def _xlogy(walk: Walk, node: Node, op: Op) -> Record | None:
     a, b = op.args["input"], op.args["other"]
-    if not all(n in walk.values and walk.values[n].values[0].kind == "softmax" for n in (a, b)):
+    if not all(n in walk.sums or (n in walk.values and walk.values[n].values[0].kind == "softmax") for n in (a, b)):
         return None
     return lambda builder: builder.proxy(a) * builder.proxy(b).log()
 
@@ -275,7 +298,10 @@ _RULES: dict[str, Callable[[Walk, Node, Op], Record | None]] = {
     "matmul": _matmul,
     "xlogy": _xlogy,
     "entr": _entr,
+    "lerp": _lerp,
 }
+# Those that may read sums of two heads' probabilities.
+_OF_SUMS = ("xlogy", "entr", "einsum", "vecdot", "matmul")
 
 
 # ---- what is done to what was begun
@@ -283,6 +309,15 @@ _RULES: dict[str, Callable[[Walk, Node, Op], Record | None]] = {
 
 def _log(walk: Walk, node: Node, op: Op, known: Quotient) -> Record:
     return lambda builder: builder.proxy(known.above).log() - builder.proxy(known.below).log()
+
+
+def _added(walk: Walk, node: Node, op: Op, known: Stacked) -> Record | None:
+    dims = op.args["dim"] if isinstance(op.args["dim"], (list, tuple)) else [op.args["dim"]]
+    rank = fake(node).dim() + 1
+    if op.args["keepdim"] or not all(isinstance(d, int) for d in dims) or [d % rank for d in dims] != [known.dim]:
+        return None
+    factor = 1.0 / len(known.parts) if op.name == "mean" else 1.0
+    return lambda builder: functools.reduce(operator.add, [builder.proxy(n) * factor for n in known.parts])
 
 
 def _scaled(walk: Walk, node: Node, op: Op, known: Terms) -> Terms | None:
@@ -327,13 +362,18 @@ def _gathered(walk: Walk, node: Node, op: Op, known: LogOfMixture) -> Record | N
     index = op.args["index"]
     if op.args["dim"] % fake(node).dim() != known.class_dim or not is_tensor(index):
         return None
-    return lambda builder: _entries(builder, known, builder.proxy(index)).log()
+    return lambda builder: _log_entries(walk, builder, known, builder.proxy(index))
 
 
-def _entries(builder: Builder, known: LogOfMixture, index: Any) -> Any:
-    """The mixture's entries at some classes."""
-    entries = [builder.proxy(p).gather(known.class_dim, index) * number for number, p in known.parts]
-    return functools.reduce(operator.add, entries)
+def _log_entries(walk: Walk, builder: Builder, known: LogOfMixture, index: Any) -> Any:
+    """The logarithm of the mixture's entries at some classes."""
+    found: list[Any] = [builder.proxy(part).gather(known.class_dim, index) for _, part in known.parts]
+    numbers = [number for number, _ in known.parts]
+    if walk.values[known.parts[0][1]].values[0].kind == "softmax":
+        return functools.reduce(operator.add, [p * number for p, number in zip(found, numbers, strict=True)]).log()
+    # Where the probabilities would be 0 in floating point, their logarithms are not infinite.
+    shifted = [p + math.log(number) for p, number in zip(found, numbers, strict=True)]
+    return functools.reduce(lambda x, y: builder.call(torch.logaddexp, x, y), shifted)
 
 
 def _nll_loss(walk: Walk, node: Node, op: Op, known: LogOfMixture) -> Record | None:
@@ -344,8 +384,8 @@ def _nll_loss(walk: Walk, node: Node, op: Op, known: LogOfMixture) -> Record | N
     def record(builder: Builder) -> Proxy:
         t: Any = builder.proxy(target)
         counts = t.ne(arguments.ignore_index)
-        own = _entries(builder, known, builder.call(torch.where, counts, t, 0).unsqueeze(1)).squeeze(1)
-        rows: Any = builder.call(torch.where, counts, -own.log(), 0.0)
+        own = _log_entries(walk, builder, known, builder.call(torch.where, counts, t, 0).unsqueeze(1)).squeeze(1)
+        rows: Any = builder.call(torch.where, counts, -own, 0.0)
         if arguments.reduction == "none":
             return rows
         return rows.sum() / counts.sum() if arguments.reduction == "mean" else rows.sum()
@@ -355,6 +395,7 @@ def _nll_loss(walk: Walk, node: Node, op: Op, known: LogOfMixture) -> Record | N
 
 _USES: dict[type, dict[str, Callable[..., Any]]] = {
     Quotient: {"log": _log},
+    Stacked: {"mean": _added, "sum": _added},
     LogOfMixture: {"gather": _gathered, "nll_loss": _nll_loss},
     Terms: {
         **{"mul": _scaled, "div": _scaled, "neg": _negated, "detach": _detached},

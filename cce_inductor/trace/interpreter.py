@@ -23,7 +23,7 @@ from ..graph.nodes import Op
 from ..graph.refusal import Refusal, Refused
 from ..graph.regions import descendants
 from ..graph.spellings import Fact
-from . import decompose, embeddings, inner, margins, ranking, rsqrt_softcap, rules, two_heads
+from . import decompose, embeddings, inner, log_mixtures, margins, ranking, rsqrt_softcap, rules, two_heads
 from .affine import Listed
 from .at_target import is_pointwise
 from .heads import subclassed
@@ -191,6 +191,7 @@ class Interpreter(Walk):
 
     def _step(self, node: Node, op: Op | None, touched: list[Node]) -> None:
         """What a node makes of the values it reads; Refused for an escape."""
+        op = log_mixtures.with_numbers(op) if self._is_of_two(touched) else op
         into_logits = op is not None and op.inplace and op.has(Fact.IN_PLACE) and self._known(op.args["input"])
         if not into_logits and memory.mutated(node):
             what = f"{nodes.describe(node)} works in place on a tensor of the logits' graph"
@@ -200,6 +201,10 @@ class Interpreter(Walk):
         known = op is not None and rules.follows(op)
         if op is None or not known or not any(take(node, op, touched) for take in self.order):
             raise dense(node, self.words(touched[0]))
+
+    def _is_of_two(self, touched: list[Node]) -> bool:
+        """Whether some of these are made of two heads, or may be compared with those of another one."""
+        return any(n in self.sums or self._kind(n) in ("softmax", "log_softmax") for n in touched)
 
     def _known(self, node: Any) -> bool:
         return node in self.values or node in self.sums
@@ -371,7 +376,7 @@ class Interpreter(Walk):
 
 
 # What reads functions of one head or two, entry by entry, in this order.
-_OF_SEVERAL = (inner.follows, embeddings.follows, two_heads.follows)
+_OF_SEVERAL = (log_mixtures.follows, inner.follows, embeddings.follows, two_heads.follows)
 # Ops that logits with a margin at the target are made with.
 _MARKS = ("one_hot", "scatter", "scatter_add", "setitem", "eq", "ne", "eye", "fill_diagonal")
 _ATTRIBUTES = ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout")

@@ -23,7 +23,8 @@ from ..graph.refusal import Refused
 from ..graph.spellings import Fact
 from . import masks_of_two, rules
 from .decompose import in_dtype_of, widened
-from .functions import Change, Product, comparable, in_functions, of_two, put_function, read_with
+from .functions import Change, LogMixture, Product, comparable, in_functions, of_two, put_function, read_with
+from .log_mixtures import LogOfMixture
 from .masks_of_two import Expanded, Infinite, Zeros
 from .operands import vocab
 from .reductions import arguments_of, over_rows, reads_the_classes
@@ -55,7 +56,7 @@ class Sum:
     @property
     def shaped(self) -> Value:
         """A value with its shape: the rules for rows ask for nothing else."""
-        value = next(v for p in self.products for v in (p.weights, p.values) if v is not None)
+        value = next(v for p in self.products for v in p.members)
         return replace(value, node=self.node, class_dim=self.class_dim, rows=(), function=Kind())
 
 
@@ -84,6 +85,17 @@ def _lifted(entry: Entry, class_dim: int | None) -> Sum:
     return Sum(value.node, value.class_dim, (product,), tuple(entry.trace.with_parts))
 
 
+def _lifted_mixture(walk: Walk, known: LogOfMixture) -> Sum:
+    """The logarithm of a mixture as a sum of one product."""
+    parts = []
+    for number, node in known.parts:
+        value = read_with(walk.values[node], known.class_dim)
+        comparable(value)
+        number *= value.factor if value.kind == "softmax" else 1.0
+        parts.append((number, replace(value, function=Kind("softmax"))))
+    return Sum(known.node, known.class_dim, (Product(1.0, None, LogMixture(tuple(parts))),), known.traces)
+
+
 def factor_in(walk: Walk, part: Value) -> float:
     """The factor that the node of a product's part has already."""
     return read_with(walk.values[part.node], part.class_dim).factor
@@ -95,6 +107,8 @@ def _sum(walk: Walk, node: Node, class_dim: int | None = None) -> Sum:
         found = walk.sums[node]
         if isinstance(found, (Infinite, Zeros, Expanded)):
             raise Refused(f"{found.what} are read as numbers", "mask the products with them")
+        if isinstance(found, LogOfMixture):
+            return _lifted_mixture(walk, found)
         if isinstance(found, Stale):
             raise Refused("an alias of what two heads are compared by was edited in place", "use the out-of-place form")
         return found
@@ -126,6 +140,8 @@ def follows(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
     if op is not None and (mask := masks_of_two.made(walk, op)) is not None:
         walk.put_sum(node, mask)
         return True
+    if op is not None and op.has(Fact.METADATA) and len(touched) == 1:
+        return _shape_is_read(walk, node, touched[0])
     rule = _RULES.get(op.name) if op is not None else None
     layout_rule = op is not None and op.has(Fact.VIEW | Fact.HANDS_ON) and op.args.get("input") is touched[0]
     if op is None or not (rule or layout_rule) or (op.inplace and op.args.get("input") not in walk.sums):
@@ -134,6 +150,17 @@ def follows(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
     made = rule(walk, node, op) if rule is not None else _rearranged(walk, node, op)
     if made is not None:
         put(walk, node, made, op.args["input"] if op.inplace else None)
+    return True
+
+
+def _shape_is_read(walk: Walk, node: Node, source: Node) -> bool:
+    """Notes a read of the shape of products: that of logits with what happened to their rows."""
+    sum_ = _sum(walk, source)
+    product = sum_.products[0]
+    first = product.members[0]
+    maps = [(c.node, c.row_map) for c in product.changes if c.how == "map" and c.node is not None]
+    value = replace(first, node=source, class_dim=sum_.class_dim, rows=(*first.rows, *maps), function=Kind())
+    walk.values[first.node].trace.metadata.append((node, source, value))
     return True
 
 
@@ -297,7 +324,7 @@ def _rearranged(walk: Walk, node: Node, op: Op) -> Sum:
         if isinstance(made, Value) and not made.rows and made.columns == sum_.shaped.columns:
             return replace(sum_, node=node)
         raise Refused("the products of two heads' probabilities are cut by class", "sum them over the classes first")
-    return replace(sum_.changed(node, Change("map", None, made.rows[0][1])), class_dim=made.class_dim)
+    return replace(sum_.changed(node, Change("map", node, made.rows[0][1])), class_dim=made.class_dim)
 
 
 # ---- losses
@@ -312,14 +339,14 @@ def _kl_div(walk: Walk, node: Node, op: Op) -> Sum | None:
     kind = "log_softmax" if args["log_target"] else "softmax"
     if values.products[0].weights is not None or values.products[0].values is None:
         raise Refused("kl_div takes log-probabilities as its input, and these are none", "use log_softmax")
-    (product,) = target.products
-    own = product.values if args["log_target"] else product.weights
-    if own is None or own.kind != kind or product.factor != 1.0 or (product.weights and product.values):
+    parts, log = _distribution(target, args["log_target"])
+    if log is None:
         raise Refused(f"the target of kl_div is no {kind}", "give it log_target=True for log-probabilities")
     _alike(args["input"], values, target)
-    weights, log = replace(own, function=Kind("softmax")), replace(own, function=Kind("log_softmax"))
-    minus = replace(values.products[0], weights=weights, factor=-values.products[0].factor)
-    made = Sum(node, values.class_dim, (Product(1.0, weights, log), minus), _of_both(values, target))
+    products = [Product(share, weights, log) for share, weights in parts]
+    for share, weights in parts:
+        products.append(replace(values.products[0], weights=weights, factor=-values.products[0].factor * share))
+    made = Sum(node, values.class_dim, tuple(products), _of_both(values, target))
     if reduction == "none":
         return made
     made = replace(made, node=args["input"])
@@ -328,11 +355,29 @@ def _kl_div(walk: Walk, node: Node, op: Op) -> Sum | None:
         total = in_functions(builder, made.products, made.class_dim).sum()
         if reduction == "sum":
             return in_dtype_of(total, node)
-        p = builder.proxy(args["input"])
+        p = builder.proxy(parts[0][1].node)
         return in_dtype_of(total / (p.size(0) if reduction == "batchmean" else p.numel()), node)
 
     walk.decompose(node, made.traces, record)
     return None
+
+
+def _distribution(target: Sum, is_log: bool) -> tuple[list[tuple[float, Value]], Value | LogMixture | None]:
+    """The softmaxes that a target is a mixture of, with their shares, and its logarithm; None where it is none."""
+    first = target.products[0]
+    if is_log:
+        alone = len(target.products) == 1 and first.weights is None and first.factor == 1.0 and not first.changes
+        if alone and isinstance(first.values, LogMixture):
+            return list(first.values.parts), first.values
+        if alone and isinstance(first.values, Value) and first.values.kind == "log_softmax":
+            return [(1.0, replace(first.values, function=Kind("softmax")))], first.values
+        return [], None
+    if any(p.weights is None or p.values is not None or p.changes for p in target.products):
+        return [], None
+    parts = [(p.factor, p.weights) for p in target.products if p.weights is not None]
+    if len(parts) == 1 and first.factor == 1.0:
+        return parts, replace(parts[0][1], function=Kind("log_softmax"))
+    return parts, LogMixture(tuple(parts))
 
 
 def _cross_entropy(walk: Walk, node: Node, op: Op) -> None:
@@ -342,17 +387,17 @@ def _cross_entropy(walk: Walk, node: Node, op: Op) -> None:
     if args["weight"] is not None:
         raise Refused("cross_entropy with probabilities, and class weights", "leave them out")
     values, target = _input_and_target(walk, op)
-    (first,), (second,) = values.products, target.products
+    (first,), (parts, _) = values.products, _distribution(target, False)
     value = first.values
-    if value is None or first.weights is not None or second.weights is None or second.values is not None:
+    if not isinstance(value, Value) or first.weights is not None or not parts:
         raise Refused("cross_entropy of logits and another head's logits", "give it the softmax of the other head")
     if first.factor != 1.0:
         raise Refused("cross_entropy of scaled log-probabilities", "scale the logits instead")
     reads_the_classes("cross_entropy", value)
     _alike(args["input"], values, target)
     log = replace(value, function=Kind("log_softmax"))
-    product = Product(-second.factor * (1.0 - smoothing), second.weights, log)
-    made = Sum(args["input"], values.class_dim, (product,), _of_both(values, target))
+    products = tuple(Product(-share * (1.0 - smoothing), weights, log) for share, weights in parts)
+    made = Sum(args["input"], values.class_dim, products, _of_both(values, target))
 
     def record(builder: Builder) -> Proxy:
         rows = in_functions(builder, made.products, made.class_dim)
@@ -370,7 +415,8 @@ def _input_and_target(walk: Walk, op: Op) -> tuple[Sum, Sum]:
     """The arguments of a loss, each a function of one head."""
     given = op.args["input"], op.args["target"]
     for node, which in zip(given, ("input", "target"), strict=True):
-        if not isinstance(node, Node) or node not in walk.values:
+        mixtures = LogOfMixture if which == "input" else (LogOfMixture, Sum)
+        if not isinstance(node, Node) or not (node in walk.values or isinstance(walk.sums.get(node), mixtures)):
             raise Refused(
                 f"the {which} of {op.name} is no function of one head's logits", "use softmax and log_softmax"
             )
@@ -383,13 +429,13 @@ def _gather(walk: Walk, node: Node, op: Op) -> None:
     """The entries at some classes of log-probabilities that were added up."""
     sum_ = _sum(walk, op.args["input"])
     along = op.args["dim"] % fake(node).dim() == sum_.class_dim
-    if not along or any(p.weights or p.values is None or p.changes for p in sum_.products):
+    if not along or any(p.weights or not isinstance(p.values, Value) or p.changes for p in sum_.products):
         raise Refused("the products of two heads' probabilities are cut by class", "sum them over the classes first")
 
     def record(builder: Builder) -> Proxy:
         total: Any = 0.0
         for p in sum_.products:
-            assert p.values is not None
+            assert isinstance(p.values, Value)
             entry = builder.proxy(p.values.node).gather(op.args["dim"], builder.proxy(op.args["index"]))
             total = total + entry * (p.factor / factor_in(walk, p.values))
         return in_dtype_of(total, node)

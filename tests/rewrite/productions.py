@@ -760,6 +760,8 @@ _of_flat(
 
 # Of the logits and of a second head's, `r`, with as many rows and classes.
 _LOG, _TO = "{z}.log_softmax(-1)", "r.softmax(-1)"
+_MIXED = f"(({{z}}.softmax(-1) + {_TO}) / 2).log()"
+_LOG_MIXED = f"torch.logaddexp({_LOG} + math.log(0.9), r.log_softmax(-1) + math.log(0.1))"
 _HOT = "F.one_hot({t}.clamp(min=0), {v}).to(r.dtype)"
 TWO_HEADS = {
     "kl_div": f"F.kl_div({_LOG}, {_TO}, reduction='batchmean')",
@@ -777,6 +779,14 @@ TWO_HEADS = {
     "one-hot and probabilities by lerp": f"-(torch.lerp({_TO}, {_HOT}, 0.3) * {_LOG}).sum()",
     "log-probabilities less a value": f"({{z}}.softmax(-1) * (0.2 * {_LOG} - r.detach())).sum(-1).mean()",
     "their mixture": f"F.nll_loss((0.4 * {{z}}.softmax(-1) + 0.6 * {_TO}).log(), {{t}})",
+    "Jensen-Shannon": (
+        f"0.5 * (F.kl_div({_MIXED}, {{z}}.softmax(-1), reduction='sum') + F.kl_div({_MIXED}, {_TO}, reduction='sum'))"
+    ),
+    "Jensen-Shannon of logarithms": (
+        f"(0.9 * F.kl_div({_LOG_MIXED}, {_LOG}, reduction='none', log_target=True) + "
+        f"0.1 * F.kl_div({_LOG_MIXED}, r.log_softmax(-1), reduction='none', log_target=True)).sum(-1)"
+    ),
+    "a skew divergence": f"({_TO} * (r.log_softmax(-1) - {_MIXED})).sum(-1)",
     "differences at the target": f"({_LOG} - r.log_softmax(-1)).gather(-1, {{t}}.clamp(min=0)[:, None]).square().sum()",
     "sharper itself": f"F.kl_div({_LOG}, (3 * {{z}}.detach()).softmax(-1), reduction='sum')",
     "beside the label's": f"F.cross_entropy({{z}}, {{t}}) + F.kl_div({_LOG}, {_TO}, reduction='batchmean')",

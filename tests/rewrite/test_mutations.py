@@ -21,6 +21,7 @@ from test_compared_heads import REFUSED as COMPARED
 from test_in_batch import UNFUSED as IN_BATCH
 from test_in_batch import similarities
 from test_margins import UNFUSED
+from test_mixed_heads import REFUSED as MIXED
 from test_ranking import REFUSED as RANKINGS
 from test_ranking import rank
 from test_refusals import REFUSED
@@ -37,6 +38,7 @@ from cce_inductor.trace import (
     indexing,
     interpreter,
     layout,
+    log_mixtures,
     margins,
     masks,
     masks_of_two,
@@ -57,6 +59,7 @@ B, S, D, V = 2, 6, 8, 40
 MODULES = (
     *(heads, layout, indexing, pointwise, masks, margins, at_target, softmax, rsqrt_softcap, reductions, ranking),
     *(several, merge_heads, decompose, interpreter, unnamed, two_heads, functions, embeddings, masks_of_two),
+    log_mixtures,
 )
 
 
@@ -484,6 +487,7 @@ PROGRAMS = {
     **{f"margin: {name}": linear(f) for name, (f, _) in UNFUSED.items()},
     **{f"in batch: {name}": in_batch(f) for name, (f, _) in IN_BATCH.items()},
     **{f"two heads: {name}": compared(f) for name, (f, _) in COMPARED.items()},
+    **{f"mixed heads: {name}": compared(f) for name, (f, _) in MIXED.items()},
     **{f"unnamed: {name}": linear(f) for name, (f, _, _) in LOSSES.items()},
     **{f"nothing: {name}": without_bias(f) for name, f in NOTHING.items()},
     **HEADS,
