@@ -119,7 +119,6 @@ SPELLINGS = (
     Spelling("inner", "input other", (torch.inner,), ("inner",), head="heads.inner"),
     Spelling("tensordot", "input other dims=2 out=None", (torch.tensordot,), head="heads.tensordot"),
     Spelling("einsum", "equation *operands", (torch.einsum, torch.functional.einsum), head="heads.einsum"),
-    Spelling("lerp", "input end weight", (torch.lerp,), ("lerp",)),
     Spelling("vecdot", "input other dim=-1 out=None", (torch.linalg.vecdot,)),
     Spelling("xlogy", "input other", (torch.xlogy, torch.special.xlogy), ("xlogy",)),
     Spelling("entr", "input", (torch.special.entr,)),

@@ -231,13 +231,6 @@ def _classes(walk: Walk, of: tuple[Node, ...], dim: int) -> bool:
     return any(v.class_dim == dim % v.fake.dim() for v in ways)
 
 
-def _lerp(walk: Walk, node: Node, op: Op) -> Record | None:
-    weight = op.args["weight"]
-    if not is_number(weight):
-        return None
-    return lambda builder: builder.proxy(op.args["input"]) * (1 - weight) + builder.proxy(op.args["end"]) * weight
-
-
 def _xlogy(walk: Walk, node: Node, op: Op) -> Record | None:
     a, b = op.args["input"], op.args["other"]
     if not all(n in walk.sums or (n in walk.values and walk.values[n].values[0].kind == "softmax") for n in (a, b)):
@@ -293,7 +286,6 @@ def _times_its_logarithm(builder: Builder, p: Any) -> Any:
 _RULES: dict[str, Callable[[Walk, Node, Op], Record | None]] = {
     "einsum": _einsum,
     "kl_div": _kl_div,
-    "lerp": _lerp,
     "vecdot": _vecdot,
     "matmul": _matmul,
     "xlogy": _xlogy,
