@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from ..graph import nodes
 from ..graph.builder import Builder, Proxy
 from ..graph.fakes import fake, is_number, is_tensor, same
 from ..graph.nodes import Op
 from ..graph.refusal import Refused
+from ..graph.spellings import Fact
 from .decompose import in_dtype_of, widened
 from .log_mixtures import LogOfMixture, only_used_by
 from .one_hot import coefficient, mixture
@@ -92,7 +94,10 @@ def follows(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
     if op is None:
         return False
     known: Any = next((k for n in touched if isinstance(k := walk.sums.get(n), tuple(_USES))), None)
-    if known is None:
+    record: Any = _viewed(walk, node, op, touched)
+    if record is not None:
+        pass
+    elif known is None:
         begun = _begins(walk, node, op, touched)
         if begun is not None:
             walk.put_sum(node, begun)
@@ -125,6 +130,45 @@ def follows(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
 def _traces(walk: Walk, touched: list[Node]) -> list[Trace]:
     of_values = [walk.values[n].trace for n in touched if n in walk.values]
     return distinct([*of_values, *(t for n in touched if n in walk.sums for t in walk.sums[n].traces)])
+
+
+def _viewed(walk: Walk, node: Node, op: Op, touched: list[Node]) -> Record | None:
+    """A view of a mixture, or of its logarithm: that of the views of what is mixed."""
+    source = touched[0]
+    if not op.has(Fact.VIEW) or op.inplace or len(touched) > 1 or op.args.get("input") is not source:
+        return None
+    known = walk.sums.get(source)
+    if isinstance(known, LogOfMixture):
+        parts = known.parts
+    elif isinstance(known, Sum) and _is_probability(walk, source):
+        weights = [(p.factor, p.weights) for p in known.products if p.weights is not None]
+        parts = tuple((number / factor_in(walk, of), of.node) for number, of in weights)
+    else:
+        return None
+
+    def of_part(builder: Builder, part: Node) -> Any:
+        given: Any = lambda n: builder.proxy(part if n is source else n)  # noqa: E731
+        args, kwargs = map_arg(node.args, given), map_arg(node.kwargs, given)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return builder.call(node.target, *args, **kwargs)  # type: ignore[arg-type]
+
+    def record(builder: Builder) -> Any:
+        views = [(number, of_part(builder, part)) for number, part in parts]
+        if isinstance(known, Sum):
+            return functools.reduce(operator.add, [p * number for number, p in views])
+        return _log_of(builder, views, walk.values[parts[0][1]].values[0].kind)
+
+    return record
+
+
+def _log_of(builder: Builder, parts: list[tuple[float, Any]], kind: str) -> Any:
+    """The logarithm of a sum of probabilities, each times a number, from these or from their logarithms."""
+    if kind == "softmax":
+        return functools.reduce(operator.add, [p * number for number, p in parts]).log()
+    # Where the probabilities would be 0 in floating point, their logarithms are not infinite.
+    shifted = [p + math.log(number) for number, p in parts]
+    return functools.reduce(lambda x, y: builder.call(torch.logaddexp, x, y), shifted)
 
 
 # ---- what is begun
@@ -360,12 +404,8 @@ def _gathered(walk: Walk, node: Node, op: Op, known: LogOfMixture) -> Record | N
 def _log_entries(walk: Walk, builder: Builder, known: LogOfMixture, index: Any) -> Any:
     """The logarithm of the mixture's entries at some classes."""
     found: list[Any] = [builder.proxy(part).gather(known.class_dim, index) for _, part in known.parts]
-    numbers = [number for number, _ in known.parts]
-    if walk.values[known.parts[0][1]].values[0].kind == "softmax":
-        return functools.reduce(operator.add, [p * number for p, number in zip(found, numbers, strict=True)]).log()
-    # Where the probabilities would be 0 in floating point, their logarithms are not infinite.
-    shifted = [p + math.log(number) for p, number in zip(found, numbers, strict=True)]
-    return functools.reduce(lambda x, y: builder.call(torch.logaddexp, x, y), shifted)
+    parts = [(number, p) for (number, _), p in zip(known.parts, found, strict=True)]
+    return _log_of(builder, parts, walk.values[known.parts[0][1]].values[0].kind)
 
 
 def _nll_loss(walk: Walk, node: Node, op: Op, known: LogOfMixture) -> Record | None:

@@ -91,6 +91,20 @@ def without_weights(z, r):
     return 0.5 * (kl(log_m, a, "sum") + kl(log_m, b, "sum"))
 
 
+def of_views(z, r):
+    """The logarithm of a mixture, and another mixture, are viewed as rows."""
+    a, b = z.view(3, 4, V).log_softmax(-1), r.view(3, 4, V).log_softmax(-1)
+    log_m = ((a.exp() + b.exp()) / 2).log().flatten(0, 1)
+    log_n = (0.3 * a.exp() + 0.7 * b.exp()).view(-1, V).log()
+    rows = a.reshape(-1, V), b.reshape(-1, V)
+    return sum(kl(log_m, p, "batchmean") for p in rows) + kl(log_n, rows[0], "sum")
+
+
+def of_logarithms(z, r):
+    a, b = z.view(3, 4, V).log_softmax(-1), r.view(3, 4, V).log_softmax(-1)
+    return kl((torch.logaddexp(a, b) - math.log(2)).view(-1, V), a.view(-1, V), "batchmean")
+
+
 def skew(z, r, w):
     """DistiLLM's skewed_forward_kl, and the entropy of the teacher."""
     q = r.softmax(-1)
@@ -113,6 +127,8 @@ FUSED = {
     "logaddexp of more than one": lambda z, r, keep, w, t: without_weights(z, r),
     "weighted rows": lambda z, r, keep, w, t: (keep * 0.5 * kl((both(z, r)[2]).log(), z.log_softmax(-1))).sum(),
     "beside the label's": lambda z, r, keep, w, t: F.cross_entropy(z, t) + of_probabilities(z, r),
+    "of views": lambda z, r, keep, w, t: of_views(z, r),
+    "of views of logarithms": lambda z, r, keep, w, t: of_logarithms(z, r),
     "DistiLLM": lambda z, r, keep, w, t: of_sums(z, r, 0.9),
     "a mean": lambda z, r, keep, w, t: sum(
         F.kl_div(torch.stack([z.softmax(-1), r.softmax(-1)]).mean(0).log(), p, reduction="batchmean")
