@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import cce_inductor
 from cce_inductor import config, record
+from cce_inductor.ops import divergences
 from cce_inductor.ops.statistics import TABLE
 from cce_inductor.page import graphs, html, places, sides
 from cce_inductor.report import Report
@@ -339,6 +340,7 @@ class TestSides:
 
 def test_every_statistic_has_words():
     assert set(TABLE) <= set(reads.WORDS)
+    assert set(divergences.TABLE) == set(reads.OF_MIXTURES)
 
 
 def test_what_logits_are_read_for_is_recorded():

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from ..graph import nodes
+from ..ops.statistics import TABLE
 from ..trace.trace import Trace
 
 # What a person calls the rows of `ops/statistics.py`; "" for the digits that rounding left of another one.
@@ -26,6 +27,12 @@ WORDS = {
     "other_cross_entropy": "cross-entropy of the other head",
     "divergence": "divergence from the other head",
     "other_divergence": "divergence of the other head",
+}
+# Of the divergences of `ops/divergences.py`, by their names.
+OF_MIXTURES = {
+    "jensen_shannon": "Jensen-Shannon divergence of both heads",
+    "skew": "divergence from a mixture of both heads",
+    "mixture": "cross-entropy with a mixture of both heads",
 }
 RETURNED = "returned"
 
@@ -58,7 +65,7 @@ def of(trace: Trace | None, defers: bool) -> tuple[Read, ...]:
 def _uses(trace: Trace, defers: bool) -> Iterator[tuple[Node, Read]]:
     for part in (*trace.with_parts, *trace.wholes):
         for reduction in part.reductions:
-            wants = filter(None, (WORDS[name] for name in reduction.statistics))
+            wants = filter(None, map(_words, reduction.statistics))
             yield reduction.node, _read(reduction.node, ", ".join(wants) or "one number for each row")
         for node, _, _ in part.metadata:
             yield node, _read(node, "their shape")
@@ -67,6 +74,13 @@ def _uses(trace: Trace, defers: bool) -> Iterator[tuple[Node, Read]]:
             yield value.node, Read(value.node.name, RETURNED, became)
         for escape in part.escapes:
             yield escape.node, _read(escape.node, escape.reason, needs_all=True)
+
+
+def _words(name: str) -> str:
+    divergence = TABLE[name].divergence
+    if divergence is None:
+        return WORDS[name]
+    return OF_MIXTURES[divergence.name] if TABLE[name].has_divergence else ""
 
 
 def _read(node: Node, wants: str, needs_all: bool = False) -> Read:
