@@ -32,7 +32,7 @@ def backward(
     """The results of the backward operator. gather, rest: run it, for entries and for all else."""
     given = dict(zip(tangent_names.split(), tangents, strict=True))
     results = dict(zip(saved_names(statistics, saved), saved, strict=True))
-    differentiable = [name for name in needs.split() if name != "diagnostics"]
+    differentiable = [name for name in needs.split() if name in OF_HEAD]
     tangent, result = given.pop(ENTRIES, None), results.pop(ENTRIES)
     own: Sequence[Any] = ()
     if tangent is not None:

@@ -25,10 +25,9 @@ def choose(problem: Problem) -> Choice:
     """The answer of the lowerings to `Problem`."""
     if problem.device == "cuda" and problem.mixtures:
         return _without_kernel(problem, "a divergence of a mixture of two heads", "")
-    if problem.device == "cuda" and problem.two_heads:
-        return _without_kernel(problem, "a loss over two heads", "")
     if problem.device == "cuda" and not unsupported_dtype([*problem.dtypes, problem.compute_dtype]):
-        return Choice("Triton kernels", gradients_in_forward=problem.filter == "exact" and _keeps_all_logits(problem))
+        at_once = problem.filter == "exact" and not problem.two_heads and _keeps_all_logits(problem)
+        return Choice("Triton kernels", gradients_in_forward=at_once)
     if problem.device != "cpu":
         return Choice("eager implementation")
     from .cpu import element_dtype, unsupported

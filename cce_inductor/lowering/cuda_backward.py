@@ -1,7 +1,8 @@
 """The gradients on a GPU."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,46 +46,14 @@ class Backward:
 
     def sweep(self, sweep: Sweep, kept: dict[str, Any] | None = None) -> None:
         """One pass over the logits, or over those that the forward `kept`."""
-        call = self.call
-        rows = sweep.rows if 0 < sweep.rows < call.hint else 0
-        add_dx, add_dw = sweep.columns < call.v, bool(rows)
-        outputs = self.outputs(sweep.makes, add_dx)
-        sums = self._sums(sweep) if add_dw else {}
-        # Which gradients our own kernels make.
-        dx = {name: t for name, t in outputs.items() if name in OF_ROWS and (add_dx or not sweep.library)}
-        dw = {name: t for name, t in outputs.items() if name in OF_COLUMNS and (name == "DB" or not sweep.library)}
-        size = [rows or call.n, sweep.columns]
-        dlogits = kept["CACHED"] if kept else call.empty(size, call.compute)
-        # Where a region begins, in a buffer and not in the kernel's text: one kernel serves all regions.
-        for column in range(0, call.v, sweep.columns):
-            for position in range(0, call.hint if rows else 1, rows or 1):
-                begin = {"BEGIN": numbers([column, position], call.device)}
-                region = {"ROWS": rows, "SLAB": sweep.columns}
-                inputs = self.given | ({"TOPS": kept["TOPS"]} if kept and "TOPS" in kept else {}) | begin
-                keeping = {"CACHED": CACHED_TILE if kept else 0}
-                call.launch("linear_statistics_dlogits", inputs, {"DLOGITS": dlogits}, size, **keeping, **region)
-                if sweep.library:
-                    others = {name: t for name, t in outputs.items() if name not in dx | dw}
-                    self._by_library(dlogits, others, column, position, rows)
-                inputs = {"DLOGITS": dlogits} | call.named("input", "weight", *SCALES) | call.rows | begin
-                if dw:
-                    given = inputs | ({"FACTOR": self.given["FACTOR"]} if self.factor is not None else {})
-                    call.launch("linear_statistics_dw", given, dw | sums, [sweep.columns, call.d], ADD=add_dw, **region)
-                if dx:
-                    inputs |= call.named("bias") if "DROW_SCALE" in dx else {}
-                    call.launch("linear_statistics_dx", inputs, dx, [rows or call.n, call.d], ADD=add_dx, **region)
-        self.finish(outputs)
-
-    def _by_library(self, dlogits: Any, outputs: dict[str, Any], column: int, position: int, rows: int) -> None:
-        """These gradients of a region, by PyTorch's GEMM."""
-        call = self.call
-        last, end = min(column + dlogits.get_size()[1], call.v), min(position + (rows or call.hint), call.hint)
-        dlogits = part(part(dlogits, 0, 0, end - position), 1, 0, last - column)
-        if "DW" in outputs:
-            x = part(call.given["input"], 0, position, end)
-            mm(part(outputs["DW"], 0, column, last), op("permute", dlogits, [1, 0]), x)
-        if "DX" in outputs:
-            mm(part(outputs["DX"], 0, position, end), dlogits, part(call.given["weight"], 0, column, last))
+        call, making = self.call, Making(self, sweep)
+        dlogits = kept["CACHED"] if kept else call.empty(making.size, call.compute)
+        for region in making.regions():
+            inputs = self.given | ({"TOPS": kept["TOPS"]} if kept and "TOPS" in kept else {}) | region.begin
+            keeping = {"CACHED": CACHED_TILE if kept else 0}
+            call.launch("linear_statistics_dlogits", inputs, {"DLOGITS": dlogits}, making.size, **keeping, **making.of)
+            making.add(dlogits, region)
+        self.finish(making.outputs)
 
     def outputs(self, makes: Sequence[str], add_dx: bool) -> dict[str, Any]:
         call, outputs = self.call, {}
@@ -108,7 +77,7 @@ class Backward:
             outputs["DROW_SCALE"] = zeros([tiles, call.n], torch.float32, call.device)
         return outputs
 
-    def _sums(self, sweep: Sweep) -> dict[str, Any]:
+    def sums(self, sweep: Sweep) -> dict[str, Any]:
         """What dW and db are added up in over regions of the same columns."""
         call, sums = self.call, {}
         if "weight" in sweep.makes and call.weight.get_dtype() != torch.float32:
@@ -130,6 +99,66 @@ class Backward:
 
     def gradients(self) -> list[Any]:
         return [self.results[name] for name in self.needs]
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where one begins. begin: the same in a buffer and not in a kernel's text: one kernel serves all regions."""
+
+    column: int
+    position: int
+    begin: dict[str, Any]
+
+
+class Making:
+    """The gradients that a sweep makes of one head, region by region from its dlogits."""
+
+    def __init__(self, made: Backward, sweep: Sweep):
+        self.made, self.sweep, call = made, sweep, made.call
+        self.rows = rows = sweep.rows if 0 < sweep.rows < call.hint else 0
+        # Whether a region's share is added to others'.
+        self.add_dx, self.add_dw = sweep.columns < call.v, bool(rows)
+        self.outputs = outputs = made.outputs(sweep.makes, self.add_dx)
+        self.sums = made.sums(sweep) if self.add_dw else {}
+        by_library = sweep.library
+        self.dx = {name: t for name, t in outputs.items() if name in OF_ROWS and (self.add_dx or not by_library)}
+        self.dw = {name: t for name, t in outputs.items() if name in OF_COLUMNS and (name == "DB" or not by_library)}
+        self.size = [rows or call.n, sweep.columns]
+        self.of = {"ROWS": rows, "SLAB": sweep.columns}
+
+    def regions(self) -> Iterator[Region]:
+        call, rows = self.made.call, self.rows
+        for column in range(0, call.v, self.sweep.columns):
+            for position in range(0, call.hint if rows else 1, rows or 1):
+                yield Region(column, position, {"BEGIN": numbers([column, position], call.device)})
+
+    def add(self, dlogits: Any, region: Region) -> None:
+        """A region's share."""
+        made, call = self.made, self.made.call
+        if self.sweep.library:
+            others = {name: t for name, t in self.outputs.items() if name not in self.dx | self.dw}
+            self._by_library(dlogits, others, region)
+        inputs = {"DLOGITS": dlogits} | call.named("input", "weight", *SCALES) | call.rows | region.begin
+        if self.dw:
+            given = inputs | ({"FACTOR": made.given["FACTOR"]} if made.factor is not None else {})
+            results, size = self.dw | self.sums, [self.sweep.columns, call.d]
+            call.launch("linear_statistics_dw", given, results, size, ADD=self.add_dw, **self.of)
+        if self.dx:
+            inputs |= call.named("bias") if "DROW_SCALE" in self.dx else {}
+            size = [self.size[0], call.d]
+            call.launch("linear_statistics_dx", inputs, self.dx, size, ADD=self.add_dx, **self.of)
+
+    def _by_library(self, dlogits: Any, outputs: dict[str, Any], region: Region) -> None:
+        """These gradients of a region, by PyTorch's GEMM."""
+        call, column, position = self.made.call, region.column, region.position
+        last = min(column + dlogits.get_size()[1], call.v)
+        end = min(position + (self.rows or call.hint), call.hint)
+        dlogits = part(part(dlogits, 0, 0, end - position), 1, 0, last - column)
+        if "DW" in outputs:
+            x = part(call.given["input"], 0, position, end)
+            mm(part(outputs["DW"], 0, column, last), op("permute", dlogits, [1, 0]), x)
+        if "DX" in outputs:
+            mm(part(outputs["DX"], 0, position, end), dlogits, part(call.given["weight"], 0, column, last))
 
 
 def mm(out: Any, a: Any, b: Any) -> None:

@@ -1,6 +1,6 @@
 """What all kernels for GPUs are given: operands, sizes, buffers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -10,7 +10,7 @@ from torch._inductor.virtualized import V
 
 from .. import compat
 from ..ops.bound import BLOCK
-from ..ops.call import SCALES, Attributes
+from ..ops.call import OTHER, SCALES, Attributes
 from .buffers import in_memory, iota, op, own
 from .schedules import whole_tiles
 from .triton_configs import CACHED_TILE, TABLE, configurations
@@ -33,7 +33,15 @@ PARTS = {
 class KernelCall:
     """What every kernel of a call needs: operands in memory, the rows that count, options."""
 
-    def __init__(self, operands: dict[str, Any], row_mask: Any, attributes: Attributes, rest: bool = False):
+    def __init__(
+        self,
+        operands: dict[str, Any],
+        row_mask: Any,
+        attributes: Attributes,
+        rest: bool = False,
+        rows: dict[str, Any] | None = None,
+    ):
+        """rows: of a call over the same rows, its own, so that they are listed once."""
         if "entries" in operands:
             raise Apart("the kernels for GPUs know no entries")
         self.attributes, self.rest = attributes, rest
@@ -54,7 +62,7 @@ class KernelCall:
         self.row_mask = row_mask
         # How the autotuner is to fill inputs that cannot hold anything.
         self.examples: dict[str, Callable[[Any], torch.Tensor]] = {}
-        self.rows = {} if row_mask is None else self._compacted(row_mask)
+        self.rows = rows if rows is not None else {} if row_mask is None else self._compacted(row_mask)
 
     def _compacted(self, row_mask: Any) -> dict[str, Any]:
         """INDEX, the active rows in order and then the others, and COUNT, how many are active."""
@@ -83,45 +91,26 @@ class KernelCall:
         return isinstance(self.n, (int, sympy.Integer))
 
     @property
+    def matrices(self) -> list[Any]:
+        return [self.input, self.weight]
+
+    @property
     def dtypes(self) -> list[torch.dtype]:
-        return [self.input.get_dtype(), self.weight.get_dtype()]
+        return [t.get_dtype() for t in self.matrices]
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Template variables for how this head's logits are made."""
+        return {
+            "COMPUTE": DTYPES[self.compute],
+            "SCALE": float(self.attributes.scale),
+            "SOFTCAP": float(self.attributes.softcap),
+            "SOFTCAP_FORM": repr(self.attributes.softcap_form),
+        }
 
     def launch(self, kernel: str, inputs: dict, mutated: dict, sizes: Sequence[Any], **constants: Any) -> None:
-        matrices = [self.weight] if "INDEX" in inputs else [self.input, self.weight]
-        tma = compat.can_use_tma(*matrices)
-        block_n = CACHED_TILE if "CACHED" in mutated else None
-        variant = ", kept" * bool("CACHED" in mutated or constants.get("CACHED")) + ", added" * ("DW_SUM" in mutated)
-        variant += ", bound" * ("BOUND" in mutated)
-        block_m = BLOCK if "BOUND" in mutated else None
-        if kernel == "budget_dlogits":
-            block_n = constants["CHUNK"]
-        factors = any(name.upper() in inputs for name in SCALES)
-        given = self.dtypes, self.compute, self.device, tma
-        found = configurations(kernel + variant, *given, block_n, block_m, factors)
-        launch(
-            kernel,
-            inputs,
-            mutated,
-            self.device,
-            sizes,
-            found,
-            lambda step: self.d % step == 0,
-            {
-                **self.examples,
-                "COUNT": lambda t: torch.full((1,), self.hint, dtype=torch.int64, device=self.device),
-                "INDEX": lambda t: torch.arange(self.hint, device=self.device),
-                "ROUND": lambda t: torch.tensor([0, min(whole_tiles(self.v), 4096), self.v, 0], device=self.device),
-            },
-            KERNEL=repr(kernel + variant),
-            COMPUTE=DTYPES[self.compute],
-            PRECISION=repr(self.precision),
-            SCALE=float(self.attributes.scale),
-            SOFTCAP=float(self.attributes.softcap),
-            SOFTCAP_FORM=repr(self.attributes.softcap_form),
-            REST=self.rest,
-            GROUP=8,
-            **constants,
-        )
+        """Adds a kernel to the graph."""
+        launch_for({"": self}, kernel, inputs, mutated, sizes, **constants)
 
     def narrowest(self, *kernels: str) -> int:
         """Columns of the narrowest tile that one of these kernels may have, in any variant."""
@@ -134,3 +123,42 @@ class KernelCall:
         buffer = empty_strided(list(size), None, dtype=dtype, device=self.device)
         buffer.realize()
         return buffer
+
+
+def launch_for(
+    heads: Mapping[str, KernelCall], kernel: str, inputs: dict, mutated: dict, sizes: Sequence[Any], **constants: Any
+) -> None:
+    """Adds a kernel to the graph. heads: by what stands before the names of their operands, the first one's nothing."""
+    call = heads[""]
+    tma = compat.can_use_tma(*(t for head in heads.values() for t in head.matrices["INDEX" in inputs :]))
+    block_n = CACHED_TILE if "CACHED" in mutated else None
+    variant = ", kept" * bool("CACHED" in mutated or constants.get("CACHED")) + ", added" * ("DW_SUM" in mutated)
+    variant += ", bound" * ("BOUND" in mutated)
+    block_m = BLOCK if "BOUND" in mutated else None
+    if kernel == "budget_dlogits":
+        block_n = constants["CHUNK"]
+    factors = any(name.removeprefix(OTHER.upper()).lower() in SCALES for name in inputs)
+    dtypes = [dtype for head in heads.values() for dtype in head.dtypes]
+    widest = max((head.compute for head in heads.values()), key=lambda dtype: dtype.itemsize)
+    found = configurations(kernel + variant, dtypes, widest, call.device, tma, block_n, block_m, factors)
+    launch(
+        kernel,
+        inputs,
+        mutated,
+        call.device,
+        sizes,
+        found,
+        lambda step: {f"{prefix}EVEN_K": head.d % step == 0 for prefix, head in heads.items()},
+        {
+            **call.examples,
+            "COUNT": lambda t: torch.full((1,), call.hint, dtype=torch.int64, device=call.device),
+            "INDEX": lambda t: torch.arange(call.hint, device=call.device),
+            "ROUND": lambda t: torch.tensor([0, min(whole_tiles(call.v), 4096), call.v, 0], device=call.device),
+        },
+        KERNEL=repr(kernel + variant),
+        PRECISION=repr(call.precision),
+        REST=call.rest,
+        GROUP=8,
+        **{prefix + name: value for prefix, head in heads.items() for name, value in head.constants.items()},
+        **constants,
+    )

@@ -39,12 +39,7 @@ def forward(
 
 def exact(call: KernelCall, statistics: list[str], kept: dict[str, Any] | None = None, pitch: int = 0) -> list[Any]:
     """The forward. `kept`: where it is to leave the logits, (N, pitch)."""
-    sms = torch.cuda.get_device_properties(call.device).multi_processor_count
-    blocks = max(1, math.ceil(call.hint / 128))
-    splits = max(1, min(math.ceil(2 * sms / blocks), call.v // LEAST_SPLIT))
-    split = whole_tiles(call.v / splits)
-    splits = math.ceil(call.v / split)
-
+    split, splits = cut(call)
     names = dict.fromkeys(name for statistic in statistics for name in PARTS[statistic])
     size = [splits * call.n]
     parts = {name: call.empty(size, torch.int64 if name == "ARGMAX" else torch.float32) for name in names}
@@ -55,9 +50,24 @@ def exact(call: KernelCall, statistics: list[str], kept: dict[str, Any] | None =
     return _results(call, statistics, parts, splits)
 
 
+def cut(call: KernelCall) -> tuple[int, int]:
+    """Columns of a split of the vocabulary, and how many there are: two programs for each multiprocessor."""
+    sms = torch.cuda.get_device_properties(call.device).multi_processor_count
+    blocks = max(1, math.ceil(call.hint / 128))
+    splits = max(1, min(math.ceil(2 * sms / blocks), call.v // LEAST_SPLIT))
+    split = whole_tiles(call.v / splits)
+    return split, math.ceil(call.v / split)
+
+
 def _results(call: KernelCall, statistics: list[str], parts: dict[str, Any], splits: int) -> list[Any]:
-    """The statistics, 0 in rows that do not count."""
-    merged = _merge({name: op("view", t, [splits, call.n]) for name, t in parts.items()}, splits)
+    """The statistics, from those of the splits."""
+    return of_rows(
+        call, statistics, merge({name: op("view", t, [splits, call.n]) for name, t in parts.items()}, splits)
+    )
+
+
+def of_rows(call: KernelCall, statistics: list[str], merged: dict[str, Any]) -> list[Any]:
+    """The statistics by name, 0 in rows that do not count."""
     results = []
     for name in statistics:
         value = merged[name]
@@ -95,11 +105,11 @@ def _statistics_and_bound(call: KernelCall, statistics: list[str]) -> list[Any]:
         done = each.before + each.splits
         if done < splits:
             lse = part(op("view", parts["LSE"], [splits, call.n]), 0, 0, done)
-            before = _merge({"LSE": lse}, done)["lse"]
+            before = merge({"LSE": lse}, done)["lse"]
     return [*_results(call, statistics, parts, splits), bound]
 
 
-def _merge(parts: dict[str, Any], splits: int) -> dict[str, Any]:
+def merge(parts: dict[str, Any], splits: int) -> dict[str, Any]:
     """Statistics of whole rows from those of the splits, (splits, N)."""
 
     def total(t: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..ops.call import OTHER, Attributes, bounded, filtered, saved_names
 from ..ops.divergences import Divergence
+from ..ops.statistics import TABLE
 from . import apart
 from .unsupported import Apart, Unsupported, as_lse, check_picked, check_statistics, differentiable
 
@@ -19,7 +20,7 @@ log = logging.getLogger(__name__)
 # device type -> module of this package with `forward`, `backward` and `with_gradients`
 DEVICES = {"cpu": "cpu", "cuda": "cuda"}
 # The same of a loss over two heads.
-DEVICES_OF_TWO = {"cpu": "cpu_two_heads"}
+DEVICES_OF_TWO = {"cpu": "cpu_two_heads", "cuda": "cuda_two_heads"}
 # Those of them that have divergences of a mixture of both.
 WITH_MIXTURES = ("cpu",)
 
@@ -88,9 +89,14 @@ def _backward(tangents, tangent_names, saved, operands, names, row_mask, statist
         raise Unsupported("no template has the filter eps")
     check_picked(tangent_names.split())
     rest = as_lse(statistics)[1]
+    given, results = _named(tangent_names, tangents), _named(saved_names(statistics, saved), saved)
+    if OTHER + "input" in named and OTHER not in needs and not any(map(_of_two, given)):
+        # No function of both heads was differentiated: the second one is not read.
+        named = {name: t for name, t in named.items() if not name.startswith(OTHER)}
+        results = {name: t for name, t in results.items() if not _of_two(name)}
     arguments = {
-        "tangents": _as_lse(differentiable(_named(tangent_names, tangents))),
-        "saved": _as_lse(_named(saved_names(statistics, saved), saved)),
+        "tangents": _as_lse(differentiable(given)),
+        "saved": _as_lse(results),
         "operands": named,
         "row_mask": row_mask,
         "needs": needs.split(),
@@ -119,6 +125,11 @@ def _with_gradients(tangents, tangent_names, operands, names, row_mask, statisti
         "bounded": bounded(statistics, options),
     }
     return "with_gradients", named, arguments
+
+
+def _of_two(statistic: str) -> bool:
+    """Whether it is of a second head."""
+    return statistic.startswith(OTHER) or OTHER + "input" in TABLE[statistic].requires
 
 
 def _as_lse(named: dict[str, Any]) -> dict[str, Any]:

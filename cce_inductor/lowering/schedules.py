@@ -81,7 +81,7 @@ def schedules(
     library: whether PyTorch's GEMMs can multiply these operands.
     """
     item, whole, needed = compute.itemsize, whole_tiles(v), tuple(needs)
-    slab = min(max(workspace // (max(n, 1) * item) // STEP, 1) * STEP, whole)
+    slab = slab_columns(n, v, item, workspace)
     found = [Schedule("slab", (Sweep(0, slab, needed),))]
     with_dw = "weight" in needs or "bias" in needs
     if static and slab < whole:
@@ -101,6 +101,11 @@ def schedules(
     if static and library:
         found += [s.by_library() for s in found if s.name in ("slab", "separate")]
     return found[:1] + [schedule for schedule in found[1:] if schedule.launches(n, v) <= MOST_LAUNCHES]
+
+
+def slab_columns(n: int, v: int, item: int, workspace: int) -> int:
+    """Columns of a slab of all rows: whole tiles of them, at least one. item: bytes of dlogits for each entry."""
+    return min(max(workspace // (max(n, 1) * item) // STEP, 1) * STEP, whole_tiles(v))
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ def _table(by_kernel: dict[str, list[Tiles]], cast: list[Tiles]) -> Table:
     gemms["linear_statistics, bound"] |= {"cast": _CAST_BLOCKS, "fp32": _FP32_BLOCKS}
     gemms["budget_dx"]["cast"] = [tiles for tiles in cast if tiles.block_n == 64]
     gemms["budget_dlogits"] |= {"cast": _CAST_BLOCKS, "fp32": _FP32_BLOCKS}
+    for name in ("two_heads", "two_heads_dlogits"):
+        gemms[name] |= {"cast": [tiles for tiles in cast if not tiles.tma], "fp32": _FP32_PAIRS}
     return gemms | {kernel: dict.fromkeys(("16 bits", "cast", "fp32"), tiles) for kernel, tiles in alike.items()}
 
 
@@ -54,6 +56,11 @@ _SPECIALISED = Tiles(128, 128, 64, 4, 4, tma=True, warp_specialize=True)
 _SMALL = Tiles(64, 128, 64, 4, 4)
 _CAST = [Tiles(128, 64, 32, 3, 8), Tiles(64, 128, 32, 2, 8), Tiles(64, 64, 32, 3, 4)]
 _CAST_BLOCKS = [Tiles(128, 64, 32, 2, 8)]
+# Of two heads, whose tiles are there at the same time.
+_PAIRS = [Tiles(128, 64, 64, 4, 8), Tiles(64, 64, 64, 4, 4)]
+_PAIRS_TMA = Tiles(128, 64, 64, 4, 8, tma=True)
+_PAIRS_CDNA3 = [Tiles(128, 64, 64, 2, 8), Tiles(64, 64, 64, 2, 4)]
+_FP32_PAIRS = [Tiles(64, 64, 32, 2, 8)]
 
 _AMPERE = _table(
     {
@@ -64,6 +71,8 @@ _AMPERE = _table(
         "linear_statistics_dw": [_MIDDLE, _SMALL],
         "linear_statistics_dw, added": [_MIDDLE, _SMALL],
         "linear_statistics_dx": [_MIDDLE, _SMALL],
+        "two_heads": _PAIRS,
+        "two_heads_dlogits": _PAIRS,
         "budget_dlogits": [_MIDDLE, _SMALL],
         "budget_dw": [_MIDDLE, _SMALL],
         "budget_dx": [_MIDDLE, _SMALL],
@@ -83,6 +92,8 @@ _HOPPER = _table(
         "linear_statistics_dw, added": [_MIDDLE_TMA, _MIDDLE, _SMALL],
         # _LARGE spills under Triton 3.9.
         "linear_statistics_dx": [_LARGE_TMA, _MIDDLE_TMA, _MIDDLE, _SMALL],
+        "two_heads": [_MIDDLE_TMA, _PAIRS_TMA, *_PAIRS],
+        "two_heads_dlogits": [_PAIRS_TMA, *_PAIRS],
         "budget_dlogits": [_MIDDLE, _SMALL],
         "budget_dw": [_LARGE, _MIDDLE, _SMALL],
         "budget_dx": [_LARGE, _MIDDLE, _SMALL],
@@ -99,6 +110,8 @@ _BLACKWELL = _table(
         "linear_statistics_dw": [_LARGE_TMA, _SPECIALISED, _MIDDLE, _SMALL],
         "linear_statistics_dw, added": [_MIDDLE_TMA, _MIDDLE, _SMALL],
         "linear_statistics_dx": [_MIDDLE_TMA, _MIDDLE, _SMALL],
+        "two_heads": [_MIDDLE_TMA, _PAIRS_TMA, *_PAIRS],
+        "two_heads_dlogits": [_PAIRS_TMA, *_PAIRS],
         "budget_dlogits": [_SMALL],
         "budget_dw": [_LARGE, _MIDDLE, _SMALL],
         "budget_dx": [_MIDDLE, _SMALL],
@@ -108,7 +121,8 @@ _BLACKWELL = _table(
 # 64 KiB of shared memory, no TMA.
 _TALL_CDNA3 = [Tiles(128, 128, 64, 2, 8), Tiles(128, 128, 32, 2, 8)]
 _CDNA3 = _table(
-    {name: _TALL_CDNA3 if name.endswith("bound") else [*_TALL_CDNA3, Tiles(64, 128, 64, 2, 4)] for name in _HOPPER},
+    {name: _TALL_CDNA3 if name.endswith("bound") else [*_TALL_CDNA3, Tiles(64, 128, 64, 2, 4)] for name in _HOPPER}
+    | dict.fromkeys(("two_heads", "two_heads_dlogits"), _PAIRS_CDNA3),
     [Tiles(128, 64, 32, 2, 8), Tiles(64, 128, 32, 2, 8), Tiles(64, 64, 32, 2, 4)],
 )
 # compute capability, or AMD's name of the architecture -> kernel -> ...
@@ -117,7 +131,11 @@ TABLE: dict[int | str, Table] = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL, "gfx
 
 # With factors of rows and classes a kernel needs more registers: larger tiles spill, and so do these.
 _LARGEST_WITH_FACTORS = 128 * 128
-_SPILL_WITH_FACTORS: dict[tuple[int | str, str], list[Tiles]] = {(80, "linear_statistics_dx"): [_MIDDLE]}
+_SPILL_WITH_FACTORS: dict[tuple[int | str, str], list[Tiles]] = {
+    (80, "linear_statistics_dx"): [_MIDDLE],
+    (80, "two_heads_dlogits"): _PAIRS[1:],
+    (100, "two_heads"): [_MIDDLE_TMA],
+}
 
 
 def holds_factors(architecture: int | str, kernel: str, tiles: Tiles) -> bool:

@@ -16,20 +16,38 @@ from torch._inductor.virtualized import V
 from .. import compat, version
 
 # What stands for a piece in a template, and the file it is.
-_NAMES = "sizes grouped product logit softcapped slope nothing block_rows slot kept_mass"
-PIECES = {name.upper(): name for name in _NAMES.split()}
+_NAMES = (
+    *("sizes", "matrices", "grouped", "product", "logit", "softcapped", "slope", "nothing"),
+    *("split_and_rows", "begin_of_logits", "of_logits", "running", "store_of_logits"),
+    *("region", "log_softmax", "tangents", "store_dlogits"),
+    *("block_rows", "slot", "kept_mass"),
+)
+PIECES = {name.upper(): name for name in _NAMES}
+# Each head has its own of these: with OTHER_ in front of its mark, a piece is about the other head's.
+_OF_HEAD = (
+    *("INPUT", "WEIGHT", "BIAS", "ROW_SCALE", "COLUMN_SCALE", "SCALE", "SOFTCAP", "SOFTCAP_FORM", "COMPUTE", "EVEN_K"),
+    *("D", "LSE", "LSE_LOW", "DLOGITS", "FACTOR"),
+    *("stride_xm", "stride_xk", "stride_wn", "stride_wk", "depth", "product", "logit", "capped", "root"),
+    *("top", "new_top", "shift", "rescale", "below", "power", "lse", "log_p", "p", "dlogits"),
+)
+_NAME_OF_HEAD = re.compile(rf"\b({'|'.join(_OF_HEAD)})\b")
 DTYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
 
 
 def _source(name: str) -> str:
     """A template with its pieces in place, each indented as its mark is."""
     text = (version.templates_dir() / f"{name}.py.jinja").read_text()
-    for mark, piece in PIECES.items():
-        pattern = rf"^( *)\{{\{{ {mark} \}}\}}$"
-        found = re.search(pattern, text, re.M)
-        if found:
-            text = text.replace(found[0], textwrap.indent(_source(piece), found[1]))
-    return text
+
+    def piece(found: re.Match) -> str:
+        indent, other, mark = found.groups()
+        inner = _source(PIECES[mark])
+        return textwrap.indent(_NAME_OF_HEAD.sub(_of_other, inner) if other else inner, indent)
+
+    return re.sub(rf"^( *)\{{\{{ (OTHER_)?({'|'.join(PIECES)}) \}}\}}$", piece, text, flags=re.M)
+
+
+def _of_other(name: re.Match) -> str:
+    return ("OTHER_" if name[0].isupper() else "other_") + name[0]
 
 
 @SymbolicGridFn
@@ -65,7 +83,7 @@ def _lasting_grid(height, width, meta, *, cdiv, min):
 
 # By template; of the others each program has a tile.
 GRIDS = {
-    "linear_statistics": _statistics_grid,
+    **dict.fromkeys(("linear_statistics", "two_heads"), _statistics_grid),
     "linear_statistics_early": _rows_grid,
     "budget_mask": _columns_grid,
     **dict.fromkeys(("budget_dlogits", "budget_dw", "budget_dx"), _lasting_grid),
@@ -118,15 +136,15 @@ def launch(
     device: torch.device,
     sizes: Sequence[Any],
     tiles: Sequence[Tiles],
-    even_k: Callable[[int], bool],
+    of_step: Callable[[int], Mapping[str, Any]],
     fake_inputs: Mapping[str, Callable[[Any], torch.Tensor]],
     **constants: Any,
 ) -> None:
     """Adds the kernel to the graph that is being lowered, in the configuration that is the fastest.
 
     inputs, mutated: buffers by the names the template knows them by; it writes to the mutated ones. sizes: the grid
-    function's arguments. even_k: whether a step of the sum leaves nothing over. fake_inputs:
-    how the autotuner is to fill inputs that cannot hold anything. constants: more template variables.
+    function's arguments. of_step: template variables for a step of the sum. fake_inputs: how the autotuner is to fill
+    inputs that cannot hold anything. constants: more template variables.
     """
     arguments = {**inputs, **mutated}
     layout = ir.FixedLayout(device, torch.float32, [sympy.S.One], [sympy.S.One])
@@ -140,7 +158,7 @@ def launch(
             mutated_inputs=list(mutated.values()),
             call_sizes=list(sizes),
             ARGUMENTS=repr(" ".join(arguments)),
-            EVEN_K=even_k(option.block_k),
+            **of_step(option.block_k),
             **constants,
             **option.options(),
         )

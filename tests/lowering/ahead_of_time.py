@@ -37,10 +37,12 @@ VARIANTS = {
     # Room for all columns at once: one slab.
     "budget": {"grad_filter": "budget 0.004", "workspace": 3 << 30},
     "kept": {"choose": lambda problem: Choice("test", gradients_in_forward=True)},
+    # Both trained, divergences both ways beside the cross-entropy, in two slabs.
+    "two heads": {"workspace": 3 << 30},
 }
 # The same with a factor for each row and each class, all with gradients; no filter applies to them.
 FACTORS = ", factors"
-VARIANTS |= {f"{name}{FACTORS}": VARIANTS[name] for name in ("slab", "blocks", "kept")}
+VARIANTS |= {f"{name}{FACTORS}": VARIANTS[name] for name in ("slab", "blocks", "kept", "two heads")}
 
 
 def compiled(
@@ -58,15 +60,23 @@ def compiled(
 
     codes = stored == torch.int8
 
-    def loss(x, w, t, rows=None, classes=None):
+    def logits(x, w, rows=None, classes=None):
         with torch.autocast("cpu", compute, enabled=stored != compute and not codes):
             z = F.linear(x, w.to(x.dtype) if codes else w)
-            z = z if rows is None else z * classes * rows
-            return F.cross_entropy(z.float(), t)
+            return (z if rows is None else z * classes * rows).float()
+
+    def loss(x, w, t, *factors):
+        return F.cross_entropy(logits(x, w, *factors), t)
+
+    def of_two(x, w, t, y, u, *factors):
+        z, r = logits(x, w, *factors), logits(y, u, *factors)
+        log_p, log_q = z.log_softmax(1), r.log_softmax(1)
+        both = F.kl_div(log_p, log_q, log_target=True) + F.kl_div(log_q, log_p, log_target=True)
+        return both + F.cross_entropy(z, t)
 
     with FakeTensorMode():
-        x = torch.empty(n, d, dtype=compute if codes else stored, requires_grad=True)
-        w = torch.empty(v, d, dtype=stored, requires_grad=not codes)
+        x, y = (torch.empty(n, k, dtype=compute if codes else stored, requires_grad=True) for k in (d, d // 2))
+        w, u = (torch.empty(v, k, dtype=stored, requires_grad=not codes) for k in (d, d // 2))
         t = torch.empty(n, dtype=torch.int64)
         factors = [torch.empty(size, requires_grad=True) for size in ((n, 1), (v,))]
     column = kind([stored], compute)
@@ -83,8 +93,9 @@ def compiled(
                 continue
             # What Inductor writes for AMD differs in nothing that our kernels use.
             capability = architecture if isinstance(architecture, int) else 80
-            given = [x, w, t, *factors] if factored else [x, w, t]
-            for wrapper in generate(loss, given, capability, tiles, **VARIANTS[variant]):
+            of = of_two if variant.startswith("two heads") else loss
+            given = [x, w, t, *[y, u] * (of is of_two), *factors * bool(factored)]
+            for wrapper in generate(of, given, capability, tiles, **VARIANTS[variant]):
                 for kernel in rendered.kernels(wrapper):
                     name = kernel.ours
                     key = (architecture, tiles, name, factored)

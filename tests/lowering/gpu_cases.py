@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from test_two_heads import DIFFERENTIATED, both_logits
+from test_two_heads import plain as from_logits
 
 from cce_inductor.lowering.schedules import Round, Sweep
 from cce_inductor.lowering.triton_configs import CACHED_TILE
@@ -19,7 +21,7 @@ SMALL = Tiles(32, 32, 16, 2, 4)
 
 @dataclass(frozen=True)
 class Case:
-    """One graph: sizes, dtype of the operands, and the loss as a function of (x, w, b, t)."""
+    """One graph: sizes, dtype of the operands, and the loss as a function of (x, w, b, t): one, or one for each row."""
 
     loss: Callable
     reference: Callable | None = None  # the same from all logits, where the loss calls an operator itself
@@ -43,6 +45,8 @@ class Case:
     rounds: tuple[Round, ...] = ()  # of a forward that leaves a bound
     giant: bool = False  # the last logit of every row is the largest by far
     confident: bool = False  # one row is: what is left of its softmax is little, and in a column of its own
+    kernels: int = 4  # of ours, that differ
+    zero: bool = False  # loss and gradients are, exactly
 
     @property
     def compute(self) -> torch.dtype:
@@ -99,7 +103,7 @@ class Case:
         leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in leaves]
         with torch.autocast(t.device.type, torch.bfloat16, enabled=self.autocast and dtype != torch.float64):
             value = (self.reference or self.loss)(*leaves, t)
-        return named(value.detach(), torch.autograd.grad(value, leaves))
+        return named(value.detach(), torch.autograd.grad(value, leaves, torch.ones_like(value)))
 
 
 def named(value: torch.Tensor, gradients: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -218,6 +222,75 @@ def quantised(x, w, b, t):
     return F.cross_entropy(F.linear(x, codes.to(x.dtype) * (w[:, :1] / 8), b).float(), t)
 
 
+LOWS = "lse lse_low other_lse other_lse_low"
+FUNCTIONS = f"{LOWS} expected_other cross_entropy other_cross_entropy divergence other_divergence"
+
+
+def _narrow(t):
+    return t if t.dtype == torch.float64 else t.bfloat16()
+
+
+# How the second head is made of x, w and b.
+SECOND = {
+    "narrower": lambda x, w, b: {"input": x[:, 7:], "weight": w[:, 7:], "bias": b.flip(0)},
+    "frozen": lambda x, w, b: {"input": x[:, 7:].detach(), "weight": w[:, 7:].detach()},
+    "bfloat16": lambda x, w, b: {"input": _narrow(x[:, 8:]).detach(), "weight": _narrow(w[:, 8:]).detach()},
+    "close": lambda x, w, b: {"input": (x + x.flip(1) / 128).detach(), "weight": w.detach(), "bias": b.detach()},
+    "equal": lambda x, w, b: {"input": x * 1, "weight": w * 1, "bias": b * 1},
+    "factors": lambda x, w, b: dict(
+        zip(
+            ("input", "weight", "row_scale", "column_scale"),
+            (x[:, 7:], w[:, 7:], *(factor + 0.5 for factor in _factors(x, w))),
+            strict=True,
+        )
+    ),
+}
+
+
+def two_heads(names: str, second: str, frozen: bool = False, **options) -> dict[str, Callable]:
+    """A loss for each row of these statistics, by the operator and from all logits. frozen: the first head."""
+    attributes = Attributes(**options, version=source_hash())
+    functions = [name for name in names.split() if name in DIFFERENTIATED]
+    differentiable = [name for name in functions if name != "lse" or "target_logit" in names]
+
+    def operands(x, w, b, t):
+        given = {"input": x, "weight": w, "bias": b}
+        given = {name: tensor.detach() for name, tensor in given.items()} if frozen else given
+        given |= {f"other_{name}": tensor for name, tensor in SECOND[second](x, w, b).items()}
+        given |= {"target": t} if "target_logit" in names else {}
+        columns = torch.linspace(0.5, 2, w.shape[0], device=x.device)
+        return given | ({"column_weight": columns} if "logit_sum" in names else {})
+
+    def combined(found, x, t):
+        """(N,)."""
+        scale = torch.linspace(-1, 2, x.shape[0], device=x.device) * (1024.0 if x.dtype == torch.float16 else 1.0) / 64
+        value = sum((k + 1) / 4 * found[name] for k, name in enumerate(differentiable)) * scale
+        value = value + (found["argmax"] == t).float() if "argmax" in found else value
+        return torch.where(x[:, 1] > -1, value, 0.0)
+
+    def loss(x, w, b, t):
+        given = operands(x, w, b, t)
+        out = FORWARD(list(given.values()), " ".join(given), x[:, 1] > -1, names, True, *attributes.args())
+        return combined(dict(zip(names.split(), out, strict=True)), x, t)
+
+    def reference(x, w, b, t):
+        given = operands(x, w, b, t)
+        z, r = both_logits(given, attributes)
+        found = {name: from_logits(name, z, r, given) for name in names.split() if not name.endswith("_low")}
+        return combined(found, x, t)
+
+    return {"loss": loss, "reference": reference}
+
+
+def distilled(x, w, b, t):
+    """As people write it, from a frozen teacher of another width, beside the cross-entropy."""
+    z, r = F.linear(x, w, b), F.linear(x[:, 7:], w[:, 7:]).detach()
+    z, r = (logits if x.dtype == torch.float64 else logits.float() for logits in (z, r))
+    log_p, log_q = (z / 2).log_softmax(1), (r / 2).log_softmax(1)
+    rows = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(1)
+    return (rows * (t >= 0)).sum() / 16 + F.cross_entropy(z, t)
+
+
 REST = "lse_rest lse_rest_low target_logit logit_sum argmax"
 
 
@@ -244,6 +317,11 @@ EVERY = ("input", "weight", "bias")
 THREE = (Round(0, 256, 512, 0), Round(512, 512, 1280, 2), Round(1280, 512, 1700, 4))
 BUDGET = Case(plain, n=300, v=1700, d=40, sharp=3.0, budget=1e-2, rounds=THREE)
 FACTORS = Case(with_factors, with_factors_from_logits, d=40)
+# Both heads have gradients: a dW and a dx for each.
+BOTH = 6
+TWO_HEADS = Case(**two_heads(FUNCTIONS, "narrower"), kernels=BOTH)
+# The cross-entropy has rows of its own, and so a call.
+DISTILLED = 8
 # The forward keeps logits in tiles of this many columns.
 KEEPING = replace(SMALL, block_n=CACHED_TILE)
 CASES = {
@@ -318,6 +396,33 @@ CASES = {
     "codes, gradients in the forward": Case(quantised, dtype=torch.bfloat16, early=True, tiles=KEEPING),
     "margin": Case(margin, margin_from_logits, sharp=4.0),
     "margin, bfloat16, splits": Case(margin, margin_from_logits, n=33, v=4500, d=20, dtype=torch.bfloat16),
+    "two heads": Case(distilled, kernels=DISTILLED),
+    "two heads, bfloat16": Case(distilled, dtype=torch.bfloat16, kernels=DISTILLED),
+    "two heads, every function": TWO_HEADS,
+    "two heads, every function, float16": replace(TWO_HEADS, dtype=torch.float16),
+    "two heads, every function, splits": replace(TWO_HEADS, n=33, v=4500, d=20),
+    "two heads, TMA": Case(
+        **two_heads(f"{LOWS} divergence", "bfloat16"), d=24, dtype=torch.bfloat16, tiles=replace(SMALL, tma=True)
+    ),
+    "two heads, any number of rows": Case(distilled, dynamic=True, kernels=DISTILLED),
+    "two heads, softcaps": Case(
+        **two_heads(FUNCTIONS, "narrower", scale=0.7, softcap=5.0, other_softcap=4.0, other_softcap_form="rsqrt"),
+        kernels=BOTH,
+    ),
+    "two heads, beside statistics of one": Case(
+        **two_heads(f"{LOWS} divergence entropy target_logit logit_sum argmax", "narrower"),
+        dtype=torch.bfloat16,
+        kernels=BOTH,
+    ),
+    "two heads, the first frozen": Case(**two_heads(f"{LOWS} divergence", "narrower", frozen=True)),
+    "two heads, an expected value": Case(
+        **two_heads("lse lse_low target_logit expected_other", "narrower"), kernels=BOTH
+    ),
+    "two heads of two dtypes": Case(**two_heads(f"{LOWS} divergence other_cross_entropy", "bfloat16")),
+    "two heads, factors": Case(**two_heads(f"{LOWS} divergence other_divergence", "factors"), kernels=BOTH),
+    "two heads that are close": Case(**two_heads(f"{LOWS} divergence other_divergence", "close")),
+    "two heads that are equal": Case(**two_heads(f"{LOWS} divergence other_divergence", "equal"), zero=True),
+    "two heads, every row ignored": Case(distilled, dtype=torch.bfloat16, ignored=True, kernels=DISTILLED),
     "budget": BUDGET,
     "budget, bfloat16": replace(BUDGET, dtype=torch.bfloat16),
     "budget, float16": replace(BUDGET, loss=scaled, dtype=torch.float16),

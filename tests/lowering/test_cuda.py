@@ -11,6 +11,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -29,10 +31,11 @@ from gpu_cases import CASES, KEEPING, Case
 from gpu_graphs import generate
 
 from cce_inductor.lowering import cuda_budget
+from cce_inductor.lowering.choose import choose
 from cce_inductor.lowering.schedule_choice import ScheduleChoice, _example
 from cce_inductor.lowering.schedules import budget_slabs, rounds, schedules
 from cce_inductor.lowering.triton_configs import CACHED_TILE, TABLE
-from cce_inductor.ops.choice import Choice
+from cce_inductor.ops.choice import Choice, Problem
 
 HERE = Path(__file__).parent
 # Kernels that multiply no matrices, or none in tiles.
@@ -44,6 +47,7 @@ NO_PRODUCT = {"linear_statistics_dlogits, kept", "linear_statistics_early"} | {
 OFTEN = [
     *("float32", "softcap, scale and smoothing", "any number of rows"),
     *("TMA", "gradients in the forward, bfloat16", "factors, blocks", "budget, NaN"),
+    *("two heads, softcaps", "two heads that are equal"),
 ]
 VARIANTS = [name for name in CASES if name not in OFTEN]
 
@@ -65,7 +69,7 @@ def test_interpreted_kernels_obey_the_error_rule(group):
         # One kernel of each kind, for all regions.
         case = CASES[name]
         drops = case.budget and case.loss is not CASES["budget, smoothing"].loss
-        assert len(ours) == (14 if drops else 5 if name == "separate" else 4), result
+        assert len(ours) == (14 if drops else 5 if name == "separate" else case.kernels), result
 
 
 EVERY_KERNEL = [*ahead_of_time.VARIANTS]
@@ -88,7 +92,7 @@ def test_no_configuration_spills_or_does_without_matrix_instructions(dtype, arch
     kernels = {row["kernel"] for row in rows}
     # Only a dW of 16 bits is added up in fp32 beside it, or what the gradient of factors is made of.
     every = set(TABLE[90]) - ({"linear_statistics_dw, added"} if dtype in ("autocast", "float32") else set())
-    factored = {k for k in every if k.startswith("linear_statistics") and not k.endswith(("bound", "early"))}
+    factored = {k for k in every if k.startswith(("linear", "two_heads")) and not k.endswith(("bound", "early"))}
     # A weight of int8 has no gradient.
     every -= {k for k in every if "dw" in k} if dtype == "int8" else set()
     every |= {f"{kernel}{ahead_of_time.FACTORS}" for kernel in factored}
@@ -223,6 +227,129 @@ launch linear_statistics_dw
 launch linear_statistics_dx""",
     )
     assert_expected_inline(rendered.summary(backward), """launch pointwise x 2""")
+
+
+def of_two_heads(loss: Callable, **how) -> list[str]:
+    """The wrappers of a loss (z, r, t) over 512 rows and 9000 columns, of a head of width 64 and one of width 48."""
+    n, v = 512, 9000
+    x, w, y, u = (torch.randn(*size).bfloat16().requires_grad_() for size in ((n, 64), (v, 64), (n, 48), (v, 48)))
+    t = torch.randint(0, v, (n,))
+
+    def fn(x, w, y, u, t):
+        return loss(F.linear(x, w), F.linear(y, u), t)
+
+    return generate(fn, [x, w, y, u, t], workspace=1 << 21, **how)
+
+
+def divergence(z, r, t):
+    return F.kl_div(z.float().log_softmax(1), r.float().log_softmax(1), reduction="batchmean", log_target=True)
+
+
+def test_allocations_and_launches_of_two_heads():
+    """Both slabs of dlogits in the workspace, and an accumulator of dx for each head. Never anything of N x V."""
+    forward, backward = of_two_heads(divergence)
+    assert_expected_inline(
+        rendered.summary(forward),
+        """\
+allocate (2048) float32 x 5
+launch two_heads
+allocate (512) float32 x 5
+allocate () float32
+launch persistent reduction""",
+    )
+    assert_expected_inline(
+        rendered.summary(backward),
+        """\
+allocate () float32
+launch pointwise
+allocate (9000, 64) bfloat16
+allocate (512, 64) float32
+allocate (512, 1024) bfloat16
+allocate (9000, 48) bfloat16
+allocate (512, 48) float32
+allocate (512, 1024) bfloat16
+allocate (2) int64
+launch pointwise
+launch two_heads_dlogits
+launch linear_statistics_dw
+launch linear_statistics_dx
+launch linear_statistics_dw
+launch linear_statistics_dx
+launch pointwise
+launch two_heads_dlogits
+launch linear_statistics_dw
+launch linear_statistics_dx
+launch linear_statistics_dw
+launch linear_statistics_dx
+launch pointwise
+launch two_heads_dlogits
+launch linear_statistics_dw
+launch linear_statistics_dx
+launch linear_statistics_dw
+launch linear_statistics_dx
+launch pointwise
+launch two_heads_dlogits
+launch linear_statistics_dw
+launch linear_statistics_dx
+launch linear_statistics_dw
+launch linear_statistics_dx
+launch pointwise
+launch two_heads_dlogits
+launch linear_statistics_dw
+launch linear_statistics_dx
+launch linear_statistics_dw
+launch linear_statistics_dx
+launch pointwise
+launch two_heads_dlogits
+launch linear_statistics_dw
+launch linear_statistics_dx
+launch linear_statistics_dw
+launch linear_statistics_dx
+launch pointwise
+launch two_heads_dlogits
+launch linear_statistics_dw
+launch linear_statistics_dx
+launch linear_statistics_dw
+launch linear_statistics_dx
+launch pointwise
+launch two_heads_dlogits
+launch linear_statistics_dw
+launch linear_statistics_dx
+launch linear_statistics_dw
+launch linear_statistics_dx
+launch pointwise
+launch two_heads_dlogits
+launch linear_statistics_dw
+launch linear_statistics_dx
+launch linear_statistics_dw
+launch linear_statistics_dx
+allocate (512, 64) bfloat16
+launch pointwise
+allocate (512, 48) bfloat16
+launch pointwise""",
+    )
+    _, backward = of_two_heads(lambda z, r, t: divergence(z, r.detach(), t))
+    summary = rendered.summary(backward)
+    # The whole workspace is for the slabs of one head, which are twice as wide.
+    assert summary.count("allocate (512, 2048) bfloat16") == 1 and summary.count("two_heads_dlogits") == 5
+    assert summary.count("linear_statistics_dw") == summary.count("linear_statistics_dx") == 5
+
+
+def test_without_a_tangent_of_both_heads_the_backward_is_of_one():
+    def loss(z, r, t):
+        z = z.float()
+        return F.cross_entropy(z, t) + 0.1 * divergence(z, r, t).detach()
+
+    forward, *_, backward = of_two_heads(loss)
+    assert "launch two_heads" in rendered.summary(forward)
+    summary = rendered.summary(backward)
+    assert "two_heads" not in summary and "launch linear_statistics_dlogits" in summary
+
+
+def test_two_heads_have_kernels_and_form_no_gradients_in_the_forward():
+    problem = Problem(512, 64, 9000, "cuda", (torch.bfloat16,) * 2, torch.bfloat16, 1 << 30, 512 * 9000 * 2)
+    assert choose(problem).gradients_in_forward
+    assert choose(replace(problem, two_heads=True)) == Choice("Triton kernels")
 
 
 def allocated(wrapper: str) -> int:
@@ -514,6 +641,18 @@ def test_every_kernel_has_configurations_for_every_kind_of_operands():
                 assert plain, "operands of any strides"
                 # What the forward keeps lies in tiles of one width.
                 assert not kernel.endswith("kept") or any(t.block_n == CACHED_TILE for t in plain)
+
+
+def test_entries_beside_two_heads_are_gathered_apart(caplog):
+    def loss(z, r, t):
+        entries = (t[:, None] + torch.arange(3, device=t.device)) % z.shape[1]
+        return divergence(z, r, t) - z.float().log_softmax(1).gather(1, entries).mean()
+
+    forward, backward = of_two_heads(loss)
+    assert forward.count("cce_inductor.linear_statistics.default(") == 1
+    assert backward.count("cce_inductor.linear_statistics_backward.default(") == 1
+    assert "launch two_heads" in rendered.summary(forward) and "launch two_heads" in rendered.summary(backward)
+    assert "could not be lowered" not in caplog.text
 
 
 @pytest.mark.parametrize("grad_filter", ["exact", "budget 0.01"])

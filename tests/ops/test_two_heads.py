@@ -84,9 +84,9 @@ def both_logits(given: dict[str, Tensor], attributes: Attributes) -> list[Tensor
     result = []
     for prefix in ("", "other_"):
         own = {n: given.get(prefix + n) for n in ("input", "weight", "bias", "row_scale", "column_scale")}
-        scale, cap = getattr(attributes, f"{prefix}scale"), getattr(attributes, f"{prefix}softcap")
+        scale, cap, form = (getattr(attributes, prefix + name) for name in ("scale", "softcap", "softcap_form"))
         factors = {n: own[n] for n in ("row_scale", "column_scale")}
-        result.append(logits(own["input"], own["weight"], own["bias"], scale, cap or None, **factors))
+        result.append(logits(own["input"], own["weight"], own["bias"], scale, cap or None, form, **factors))
     return result
 
 
