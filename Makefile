@@ -5,6 +5,8 @@
 #   make bench                    time, memory and error of every way to compute the loss
 #   make bench DEVICE=cuda        the same on a GPU
 #   make bench BENCH_ARGS="..."   a preset, or other options, see `python -m cce_inductor bench --help`
+#   make examples                 train something real for every system of docs/examples.md, three minutes each
+#   make examples EXAMPLES_ARGS="..."   other options, see `python docs/examples/run_all.py --help`
 #   make test                     the test suite
 #   make test TORCH=2.11.0        the same in an environment of its own with another torch
 #   make test PYTHON=python3.13 VENV=.venv-3.13   the same with another Python
@@ -28,12 +30,14 @@ JOBS ?= $(shell nproc)
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+EXAMPLES_ARGS ?=
 DEVICE ?= cpu
 
 VENV ?= .venv-$(TORCH)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.stamp
+EXAMPLES_STAMP := $(VENV)/.examples-stamp
 
 # Where `make nightly` gets torch.
 NIGHTLY_INDEX ?= https://download.pytorch.org/whl/nightly/cpu
@@ -59,7 +63,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 
 	TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
-.PHONY: setup demo bench test test-all nightly gpu-check kernels coverage compatibility picture check clean
+.PHONY: setup demo examples bench test test-all nightly gpu-check kernels coverage compatibility picture check clean
 
 setup: $(STAMP)
 
@@ -79,6 +83,17 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python -m cce_inductor demo $(DEMO_ARGS)
 
+# bytepiece is built here: it needs Cython, and an Aho-Corasick automaton over bytes. Without it, its program says so.
+$(EXAMPLES_STAMP): $(STAMP)
+	torch=$$($(BIN)/python -c "import importlib.metadata as m; print(m.version('torch'))"); \
+		$(PIP) install "torch==$$torch" $(PINS) --editable ".[examples]" cython setuptools
+	{ AHOCORASICK_BYTES=1 $(PIP) install --no-cache-dir --no-binary pyahocorasick --no-build-isolation pyahocorasick && \
+		$(PIP) install --no-build-isolation bytepiece==0.6.3; } || echo "bytepiece can not be built here"
+	touch $@
+
+examples: $(EXAMPLES_STAMP)
+	$(BIN)/python docs/examples/run_all.py $(EXAMPLES_ARGS)
+
 # The contenders' packages are optional, and so is Triton where one needs it: without them, their rows say so.
 bench: $(STAMP)
 	$(BIN)/python -c "import cut_cross_entropy" 2>/dev/null || $(PIP) install --no-deps cut-cross-entropy || true
@@ -88,7 +103,7 @@ test: $(STAMP)
 	rm -rf $(INDUCTOR_CACHE)
 	$(PYTEST) $(PYTEST_ARGS)
 
-test-all: $(STAMP)
+test-all: $(EXAMPLES_STAMP)
 	rm -rf $(INDUCTOR_CACHE)
 	CCE_TEST_COMPILER=aot_eager $(PYTEST) -m "not gpu" $(PYTEST_ARGS)
 
@@ -128,6 +143,6 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv-*/ build dist *.egg-info demo-out bench-out torch_compile_debug
+	rm -rf .venv-*/ build dist *.egg-info demo-out bench-out examples-out torch_compile_debug
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
