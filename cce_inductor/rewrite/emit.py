@@ -16,6 +16,7 @@ from torch.fx import Graph
 from ..graph.builder import Builder, Proxy
 from ..graph.fakes import example, fake
 from ..graph.hoist import Hoist
+from ..graph.memory import storages, written
 from ..ops.call import OTHER, SEEDS, Attributes, sampled
 from ..ops.diagnostics import meter
 from ..ops.library import FORWARD
@@ -270,7 +271,10 @@ def _result(builder: Builder, reduction: Reduction, statistics: Statistics) -> P
             else flat.reshape_as(operands.last(builder, reduction.entries, reduction.value.class_dim))
         )
     dtype = fake(reduction.node).dtype
-    return result if dtype == result.node.meta["example_value"].dtype else result.to(dtype)
+    result = result if dtype == result.node.meta["example_value"].dtype else result.to(dtype)
+    # Autograd may have saved it, where eager's op saves something else and lets it be edited.
+    edited = written(reduction.node.graph.nodes, storages(reduction.node))
+    return result.clone() if edited else result
 
 
 def in_rows(builder: Builder, value: Value, flat: Any) -> Any:

@@ -14,6 +14,12 @@ from .values import Head, SeveralHeads, Value
 _SUMS = {"lse", "lse_rest"}
 
 
+def _sums(reduction: Reduction) -> bool:
+    """Whether a statistic is one of all classes. The largest probability, trained, is what a router gives."""
+    routes = "argmax" in reduction.statistics and reduction.differentiated
+    return bool(_SUMS & {*reduction.statistics}) and not routes
+
+
 @dataclass
 class Trace:
     """One head and every use of its logits. `values` are all nodes made from them, and what they are.
@@ -55,15 +61,15 @@ class Trace:
         """
         reductions = [r for r in self.reductions if r.node not in self.entries]
         losses: list[Reduction] = [r for r in reductions if isinstance(r, Loss)]
-        if losses or not any(_SUMS & {*r.statistics} for r in reductions):
+        if losses or not any(map(_sums, reductions)):
             return losses
         picks: dict[Node, Reduction] = {}
-        for r in sorted(reductions, key=lambda r: not _SUMS & {*r.statistics}):
+        for r in sorted(reductions, key=lambda r: not _sums(r)):
             if r.classes is not None and r.statistics:
                 picks.setdefault(r.classes, r)
         # A class that a log-sum-exp leaves out is none that a loss is about, if there are others.
         own = [r for r in picks.values() if "lse_rest" not in r.statistics]
-        return own or list(picks.values()) or [next(r for r in reductions if _SUMS & {*r.statistics})]
+        return own or list(picks.values()) or [next(r for r in reductions if _sums(r))]
 
 
 @dataclass

@@ -17,7 +17,7 @@ N, D, OTHER_D, V = 37, 16, 11, 301
 LOWS = "lse lse_low other_lse other_lse_low"
 PAIRS = "expected_other cross_entropy other_cross_entropy divergence other_divergence"
 EVERY = f"{LOWS} {PAIRS}"
-OF_ONE = ["lse", "entropy", "target_logit", "logit_sum", "entry_logits"]
+DIFFERENTIATED = [*PAIRS.split(), "lse", "entropy", "target_logit", "logit_sum", "entry_logits"]
 # What is there for the backward alone.
 FOR_BACKWARD = ("_low", ".own", ".other")
 
@@ -109,7 +109,7 @@ def differentiate(given, names, attributes, mask=None, operator=FORWARD, wanted=
     out = run(leaves, names, attributes, mask, operator)
     total = 0
     for name, t in out.items():
-        order = [*PAIRS.split(), *OF_ONE]
+        order = DIFFERENTIATED
         if name in order or ("(" in name and not name.endswith(FOR_BACKWARD)):
             k = order.index(name) if name in order else sum(map(ord, name)) % 97
             t = t if t.dim() == 1 else t @ torch.linspace(0.5, -1, t.shape[1]).to(t)

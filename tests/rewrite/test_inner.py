@@ -18,6 +18,11 @@ def mixture(z, r):
     return 0.4 * z.softmax(-1) + 0.6 * r.softmax(-1)
 
 
+def edited(p):
+    p /= 1.0 + p.sum(-1, keepdim=True)
+    return p.square().sum()
+
+
 def log_of_quotient(z, r):
     q = r.softmax(-1)
     return (q * (q / z.softmax(-1)).log()).sum(-1).mean()
@@ -55,8 +60,11 @@ FUSED = {
     "... a mean": lambda z, r, t: -(z.log_softmax(-1) * mixed(r, t)).mean(-1).sum(),
 }
 ALONE = {
-    "the largest probability": lambda z, t: z.softmax(-1).max(-1).values.mean(),
-    "the largest logarithm of a probability": lambda z, t: (0.5 * z.log_softmax(-1)).amax(-1, keepdim=True).sum(),
+    "the largest probability": lambda z, t: F.cross_entropy(z, t) + z.softmax(-1).max(-1).values.mean(),
+    "the largest logarithm of a probability": lambda z, t: (
+        F.cross_entropy(z, t) + (0.5 * z.log_softmax(-1)).amax(-1, keepdim=True).sum()
+    ),
+    "the largest probabilities, edited": lambda z, t: F.cross_entropy(z, t) + edited(z.softmax(-1).topk(1).values),
     "entropy by entr": lambda z, t: torch.special.entr(z.softmax(-1)).sum(-1).mean(),
     "entropy by xlogy": lambda z, t: -torch.xlogy(p := z.softmax(-1), p).sum(-1).mean(),
     "entropy by einsum": lambda z, t: -torch.einsum("nv,nv->n", z.softmax(-1), z.log_softmax(-1)).mean(),
