@@ -200,6 +200,7 @@ def test_explain_command(tmp_path):
 
 
 @pytest.mark.parametrize("before, behind", [(["--html", "a.html"], ["--x"]), ([], ["--x", "--html=a.html", "-h"])])
+@pytest.mark.slow
 def test_explain_command_writes_a_page(tmp_path, before, behind):
     """Wherever the option stands; what is not ours goes to the script."""
     script = tmp_path / "train.py"

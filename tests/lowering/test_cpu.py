@@ -52,6 +52,7 @@ def test_bfloat16_transposed_weight():
     assert kernels() == 2
 
 
+@pytest.mark.slow
 def test_float16_frozen_trunk_and_strided_rows():
     head = Head.make(96, 33, 300, torch.float16, bias=True)
     head.x = head.x.repeat(1, 2)[:, ::2]
@@ -117,6 +118,7 @@ def test_a_statistic_that_no_template_computes_is_left_to_the_eager_implementati
     assert kernels() == 2
 
 
+@pytest.mark.slow
 def test_loss_alone_with_rows_ignored_and_targets_out_of_bounds():
     """Unused outputs, a pointwise consumer of the only one in use, and the checks of the targets."""
     compiled = torch.compile(lambda x, w, t: cce_inductor.linear_cross_entropy(x, w, t, reduction="none") * 2)

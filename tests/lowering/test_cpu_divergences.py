@@ -35,6 +35,7 @@ def test_every_option_and_any_number_of_rows_and_classes():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
 def test_sixteen_bits_beside_other_statistics(dtype):
     given = heads(dtype, n=130, d=70, other_d=33, v=2500) | {"target": torch.arange(130)}
     wanted = [name for name in given if name != "target"]
@@ -50,6 +51,7 @@ def test_logits_are_computed_again_where_no_strip_fits():
     assert kernels() == 2
 
 
+@pytest.mark.slow
 def test_close_and_equal_heads():
     operator, names = compiled(), with_parts("jensen_shannon(0.3)", "skew(0.1)")
     for distance in (1e-1, 1e-2, 1e-3):

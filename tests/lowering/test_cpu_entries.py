@@ -20,6 +20,7 @@ def test_every_option_and_any_number_of_rows_and_classes():
     assert kernels() == 2
 
 
+@pytest.mark.slow
 def test_bfloat16_beside_the_target_itself():
     head = Head.make(130, 70, 2500, torch.bfloat16)
     entries = some_entries(130, 8, 2500)

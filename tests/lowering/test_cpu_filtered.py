@@ -312,7 +312,9 @@ def two_thirds(n: int) -> Tensor:
 # ---- the bound ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("configuration", [FLOAT32, SMALL], ids=["float32", "bfloat16, 1 MiB"])
+@pytest.mark.parametrize(
+    "configuration", [pytest.param(FLOAT32, marks=pytest.mark.slow), SMALL], ids=["float32", "bfloat16, 1 MiB"]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_bound_is_never_below_the_mass(kind, configuration):
     """One split of the vocabulary (many rows) and several, in rounds (few)."""

@@ -36,6 +36,7 @@ def test_float32_kept_in_full_in_chunks_and_not_at_all():
     assert kernels() == 4
 
 
+@pytest.mark.slow
 def test_bfloat16_kept_in_part():
     """16-bit dW: one chunk, of which the last rows are kept, in 16 bits where the CPU multiplies bfloat16."""
     head = Head.make(300, 70, 2500, torch.bfloat16, bias=True)

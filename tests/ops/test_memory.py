@@ -79,6 +79,7 @@ def test_operators_at_a_tiny_workspace(shape, dtype, compute_dtype, names, attri
     ],
     ids=["budget", "unbiased", "eps"],
 )
+@pytest.mark.slow
 def test_filters_at_a_tiny_workspace(shape, dtype, names, attributes, masked, monkeypatch):
     check_tiny_workspace(shape, dtype, None, names, attributes, masked, monkeypatch)
 

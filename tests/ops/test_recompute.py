@@ -121,9 +121,8 @@ def test_compiled_step_runs_the_forward_operator_once(kind, settings, checkpoint
     assert all(error(result[name], want[name]) < 1e-5 for name in want)
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=() if kind == "statistics" else pytest.mark.slow) for kind in LOSSES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LOSSES)
 def test_inductor_step_runs_the_forward_operator_once(kind, forward_calls):
     torch._dynamo.reset()
     # float64 has no template: the eager implementation, which is counted here, runs whatever lowerings are registered.
