@@ -57,7 +57,8 @@ def with_deferred(compiled: Callable, result: Rewritten, fuse: Fuse, workspace_b
             shape=shape,
             dtype=deferral.dtype,
             requires_grad=deferral.requires_grad,
-            fuse=fuse,
+            # Evaluation reads at the cost of plain logits: the operators' eager implementation is a little slower.
+            fuse=fuse if result.fused or deferral.requires_grad else None,
             large=large,
         )
 
