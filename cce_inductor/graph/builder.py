@@ -91,6 +91,10 @@ class Builder:
         with self.graph.inserting_before(self.like):
             return function(*args)
 
+    def again(self, node: Node, args: tuple, kwargs: dict[str, Any]) -> Proxy:
+        """Records what a node does, once more, of other arguments."""
+        return self.tracer.create_proxy(node.op, node.target, args, kwargs)  # type: ignore[return-value]
+
     def parameter(self, name: str, value: torch.nn.Parameter) -> Proxy:
         """Adds a parameter to the graph's module and reads it."""
         module = self.graph.owning_module

@@ -58,42 +58,56 @@ _BROADCASTING = ("add", "sub", "mul", "div")
 
 def broadcast(graph: Graph) -> None:
     """Operands of arithmetic that are expanded to the shape of the other one are given as they were before."""
+    repeats: set[Node] = set()  # tensors that something smaller broadcasts to
     for node in list(graph.nodes):
         op = nodes.read(node)
-        if op is None or op.inplace or op.name not in _BROADCASTING or not is_tensor(node):
+        if op is None or op.inplace or not is_tensor(node):
             continue
-        for wide, other in ((op.args["input"], op.args["other"]), (op.args["other"], op.args["input"])):
-            shaped = is_tensor(other) and fake(other).shape == fake(node).shape
-            if not shaped or not is_tensor(wide) or fake(wide).shape != fake(node).shape:
-                continue
-            narrow = _narrow(Builder(graph, node), wide)
-            if narrow is not None:
-                node.replace_input_with(wide, narrow)
-                _erase_unused(wide)
-                break
+        if op.name in _BROADCASTING:
+            _broadcast_operand(graph, node, op, repeats)
+        if _repeats(node, op, repeats):
+            repeats.add(node)
 
 
-def _narrow(builder: Builder, node: Node) -> Node | None:
-    """A tensor that broadcasts to what a node is, or None where there is none that is smaller."""
-    op = nodes.read(node)
-    if op is None or op.inplace or written(node.graph.nodes, storages(node)):
-        return None
+def _broadcast_operand(graph: Graph, node: Node, op: nodes.Op, repeats: set[Node]) -> None:
+    for wide, other in ((op.args["input"], op.args["other"]), (op.args["other"], op.args["input"])):
+        if wide in repeats and is_tensor(other) and fake(wide).shape == fake(other).shape == fake(node).shape:
+            node.replace_input_with(wide, _narrow(Builder(graph, node), wide))
+            _erase_unused(wide)
+            return
+
+
+def _repeats(node: Node, op: nodes.Op, repeats: set[Node]) -> bool:
+    """Whether a tensor is made of a smaller one that broadcasts to it; `repeats`: those in front of it that are."""
     source = op.args.get("input")
     if op.has(Fact.REPEATS):
         as_they_are = op.name != "repeat" or _repeats_ones(op)
-        if not as_they_are or not is_tensor(source) or written(node.graph.nodes, storages(source)):
-            return None
-        return source if fake(source).shape != fake(node).shape else None
+        if not as_they_are or not is_tensor(source) or fake(source).shape == fake(node).shape:
+            return False
+        return not written(node.graph.nodes, storages(node) | storages(source))
+    if not op.has(Fact.ENTRYWISE) or node.kwargs.get("out") is not None:
+        return False
+    whole, others = _sorted(node)
+    if not whole or not repeats.issuperset(whole) or not all(same(fake(n).numel(), 1) for n in others):
+        return False
+    return not written(node.graph.nodes, storages(node))
+
+
+def _sorted(node: Node) -> tuple[list[Node], list[Node]]:
+    """The tensors that a node reads: of its own shape, and others."""
     read = [n for n in node.all_input_nodes if is_tensor(n)]
     whole = [n for n in read if fake(n).shape == fake(node).shape]
-    numbers = all(same(fake(n).numel(), 1) for n in read if n not in whole)
-    if not op.has(Fact.ENTRYWISE) or not whole or not numbers or node.kwargs.get("out") is not None:
-        return None
-    made = {n: _narrow(builder, n) for n in whole}
-    if not all(made.values()):
-        return None
-    given: Any = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: made.get(n) or n)
-    return builder.run(builder.tracer.create_proxy, node.op, node.target, *given).node
+    return whole, [n for n in read if n not in whole]
+
+
+def _narrow(builder: Builder, node: Node) -> Node:
+    """The smaller tensor that one that `_repeats` is made of."""
+    op = nodes.read(node)
+    if op is not None and op.has(Fact.REPEATS):
+        return op.args["input"]
+    made = {n: _narrow(builder, n) for n in _sorted(node)[0]}
+    given: Any = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: made.get(n, n))
+    return builder.run(builder.again, node, *given).node
 
 
 def _repeats_ones(op: nodes.Op) -> bool:

@@ -3,7 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from capture import assert_same_as_eager
+from capture import assert_same_as_eager, graphs_of
+
+from cce_inductor.graph import simplify
+from cce_inductor.graph.regions import copy_graph
 
 N, D, V = 12, 8, 40
 
@@ -56,3 +59,19 @@ def test_fused(name, dynamic):
 @pytest.mark.parametrize("name", NOT_FUSED)
 def test_not_fused(name):
     assert_same_as_eager(lambda x, w, b, r, t: NOT_FUSED[name](F.linear(x, w), b, r, t), operands(), fused=0)
+
+
+def test_nothing_is_looked_for_behind_residual_connections(monkeypatch):
+    """Whether something is written to is asked of expanded tensors only: each time the whole graph is gone through."""
+    asked = []
+    monkeypatch.setattr(simplify, "written", lambda *given: asked.append(given) or False)
+
+    def fn(x, w, b):
+        for _ in range(12):
+            x = x + F.gelu(x) * torch.sigmoid(x)
+        return F.linear(x, w) + b.expand(N, -1)
+
+    x, w, b, *_ = operands()
+    (gm,) = graphs_of(fn, x, w, b)
+    simplify.broadcast(copy_graph(gm).graph)
+    assert len(asked) == 1
