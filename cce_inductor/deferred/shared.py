@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from ..ops.call import Attributes
 from ..ops.library import FORWARD
 from ..ops.statistics import TABLE
-from ..rewrite.groups import TABLE_ORDER
+from ..rewrite.groups import as_results
 
 # What comes along: it is next to nothing beside the product.
 _ALONG = ("lse", "lse_low", "logit_sum")
@@ -62,9 +62,9 @@ class Shared:
             asked = missing | {r for name in missing for r in TABLE[name].requires if r in TABLE}
             # No call has the sum with the target and the one without.
             along = {*_ALONG} - known.keys() - ({"lse", "lse_low"} if "lse_rest" in asked else set())
-            names_of = [name for name in TABLE_ORDER if name in asked | along]
+            names_of = as_results(asked | along)
             if missing <= {*_OF_TARGET}:
-                names_of = [name for name in TABLE_ORDER if name in asked]
+                names_of = as_results(asked)
             if target is not None and asked & {*_OF_TARGET}:
                 given["target"] = target
             made = FORWARD(list(given.values()), " ".join(given), None, " ".join(names_of), *rest)

@@ -9,16 +9,14 @@ import torch
 from ..ops.call import OF_HEAD, OTHER, Attributes
 from ..ops.divergences import LEAST, OWN, Divergence
 from ..ops.divergences import OTHER as OTHER_PART
-from ..ops.statistics import TABLE
+from ..ops.statistics import LSE_OF_BOTH, PAIRS, TABLE
 from . import cpu
 from .cpu_template import Spec, launch
 from .unsupported import Unsupported
 from .vector_code import body
 
-PAIRS = [name for name, row in TABLE.items() if row.pair]
 # Statistics of the first head that need no exponential: the others are formed together with the other head's.
 OF_ONE = ("target_logit", "entry_logits", "logit_sum", "argmax")
-LSE = ("lse", "lse_low", "other_lse", "other_lse_low")
 
 
 def forward(
@@ -27,10 +25,7 @@ def forward(
     statistics: list[str],
     attributes: Attributes,
     bounded: bool,
-    rest: bool = False,
 ) -> Sequence[Any]:
-    if rest:
-        raise Unsupported("the target is left out of a log-sum-exp beside a second head")
     names = _identifiers(statistics)
     asked: dict[Divergence, list[str]] = {}
     for row in (TABLE[name] for name in statistics):
@@ -59,16 +54,15 @@ def backward(
     row_mask: Any,
     needs: list[str],
     attributes: Attributes,
-    rest: bool = False,
 ) -> Sequence[Any]:
     names = _identifiers(saved)
     divergences = [d for name in tangents if (d := TABLE[name].divergence) is not None]
     pairs = [name for name in PAIRS if name in tangents]
-    if rest or not (pairs or divergences):
-        raise Unsupported("no tangent of a function of both heads, or one beside a log-sum-exp without the target")
+    if not (pairs or divergences):
+        raise Unsupported("no tangent of a function of both heads")
     if "entry_logits" not in tangents:
         operands = {name: t for name, t in operands.items() if name != "entries"}
-    needed = {*LSE, *pairs} | ({"entropy", "target_logit"} & {*tangents})
+    needed = {*LSE_OF_BOTH, *pairs} | ({"entropy", "target_logit"} & {*tangents})
     needed |= {"entry_logits"} & {*tangents} if attributes.softcap else set()
     slopes = [f"{divergence}{part}" for divergence in divergences for part in (OWN, OTHER_PART)]
     beside = {names.get(name, name): t for name, t in saved.items() if name in needed or name in slopes}
@@ -77,7 +71,7 @@ def backward(
     constants = {
         "tangents": list(tangents),
         "needs": needs,
-        "of_rows": [*LSE, *PAIRS, *(f"g_{name}" for name in PAIRS), *of_divergences],
+        "of_rows": [*LSE_OF_BOTH, *PAIRS, *(f"g_{name}" for name in PAIRS), *of_divergences],
         "divergences": [_written(divergence, names, (OWN, OTHER_PART)) for divergence in divergences],
         "least": LEAST,
     }

@@ -14,7 +14,7 @@ from torch._inductor.lowering import to_dtype
 
 from ..ops import diagnostics
 from ..ops.call import OF_HEAD, OTHER, Attributes
-from ..ops.statistics import TABLE
+from ..ops.statistics import LSE_OF_BOTH, PAIRS, TABLE
 from .buffers import in_memory, op
 from .cuda_backward import Backward, Making, made_by_kernels
 from .cuda_call import PARTS, KernelCall, launch_for
@@ -22,11 +22,8 @@ from .cuda_forward import cut, merge, of_rows
 from .schedules import Sweep, slab_columns
 from .unsupported import Unsupported
 
-PAIRS = [name for name, row in TABLE.items() if row.pair]
 # Statistics of the first head that the kernel has in the form that it has without a second one.
 OF_ONE = ("target_logit", "logit_sum", "argmax")
-# What the derivatives of a function of both are made of, besides its value.
-LSE = ("lse", "lse_low", "other_lse", "other_lse_low")
 
 
 class TwoHeads:
@@ -56,10 +53,7 @@ def forward(
     statistics: list[str],
     attributes: Attributes,
     bounded: bool,
-    rest: bool = False,
 ) -> list[Any]:
-    if rest:
-        raise Unsupported("the target is left out of a log-sum-exp beside a second head")
     heads = TwoHeads(operands, row_mask, attributes)
     call = heads.own
     split, splits = cut(call)
@@ -159,11 +153,10 @@ def backward(
     row_mask: Any,
     needs: list[str],
     attributes: Attributes,
-    rest: bool = False,
 ) -> list[Any]:
     pairs = [name for name in PAIRS if name in tangents]
-    if rest or not pairs:
-        raise Unsupported("no tangent of a function of both heads, or one beside a log-sum-exp without the target")
+    if not pairs:
+        raise Unsupported("no tangent of a function of both heads")
     if diagnostics.OPERAND in needs:
         raise Unsupported("no Triton template leaves diagnostics")
     heads = TwoHeads(operands, row_mask, attributes)
@@ -187,7 +180,7 @@ def backward(
 def _of_rows(tangents: dict[str, Any], saved: dict[str, Any], pairs: list[str]) -> dict[str, Any]:
     """What the kernel of the backward reads of the rows: statistics, and tangents."""
     one_sided = pairs == ["expected_other"]
-    names = [*(name for name in LSE if not (one_sided and name.startswith(OTHER))), *pairs]
+    names = [*(name for name in LSE_OF_BOTH if not (one_sided and name.startswith(OTHER))), *pairs]
     names += ["entropy"] if "entropy" in tangents else []
     found = {name.upper(): in_memory(saved[name]) for name in names}
     return found | {f"G_{name.upper()}": in_memory(t) for name, t in tangents.items()}

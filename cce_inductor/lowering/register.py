@@ -50,6 +50,8 @@ def _lower(operator: Any, read: Callable, *call: Any) -> Sequence[Any]:
         modules = DEVICES_OF_TWO if two_heads else DEVICES
         if device not in modules:
             raise Unsupported(f"there is no template for {device}" + " that compares two heads" * two_heads)
+        if two_heads and arguments.pop("rest", False):
+            raise Unsupported("the target is left out of a log-sum-exp beside a second head")
         if device not in WITH_MIXTURES and any(map(Divergence.read, arguments.get("statistics") or arguments["saved"])):
             raise Unsupported(f"there is no template for {device} with divergences of a mixture")
         module = importlib.import_module(f".{modules[device]}", __package__)

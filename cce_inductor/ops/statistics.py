@@ -63,7 +63,7 @@ Filtered = Literal["yes", "without softcap", "no"]
 
 
 # What the derivatives of a function of two heads are made of, besides its value.
-_BOTH = ("lse", "lse_low", "other_lse", "other_lse_low")
+LSE_OF_BOTH = ("lse", "lse_low", "other_lse", "other_lse_low")
 
 
 @dataclass
@@ -245,7 +245,7 @@ def _update_other(state: RunningExp | None, tile: Tile) -> RunningExp:
     return _update_exp(state, replace(tile, z=tile.other), False)
 
 
-def _of_two(name: str, function: Function, by_other: bool, requires: tuple[str, ...] = _BOTH) -> Statistic:
+def _of_two(name: str, function: Function, by_other: bool, requires: tuple[str, ...] = LSE_OF_BOTH) -> Statistic:
     """A row of the table for a function of two heads. by_other: the other head's softmax weighs this one's logits."""
 
     def update(state: RunningPair | None, tile: Tile) -> RunningPair:
@@ -280,7 +280,7 @@ def _nothing(state: Any, tile: Tile) -> Any:
 @functools.cache
 def _of_divergence(divergence: Divergence, part: str) -> Statistic:
     """A part of a divergence."""
-    beside = _BOTH if part else (*_BOTH, *(f"{divergence}{other}" for other in PARTS if other))
+    beside = LSE_OF_BOTH if part else (*LSE_OF_BOTH, *(f"{divergence}{other}" for other in PARTS if other))
     requires = ("other_input", *beside)
     name = f"{divergence}{part}"
     return Statistic(name, "signed", "no", _nothing, _identity, None, requires, divergence=divergence, part=part)
@@ -305,10 +305,10 @@ def known(name: str) -> bool:
         return False
 
 
-def in_order(names: Iterable[str]) -> list[str]:
-    """Each name once, in the order of the table, and divergences behind."""
-    given = {*names}
-    return [name for name in TABLE if name in given] + sorted(given - {*TABLE})
+def in_order(names: Iterable[str], order: Iterable[str] = ()) -> list[str]:
+    """Each name once, in an order, by default that of the table, and divergences, which it does not have, behind."""
+    given, order = {*names}, tuple(order or TABLE)
+    return [name for name in order if name in given] + sorted(given.difference(order))
 
 
 TABLE = _Table(
@@ -339,6 +339,8 @@ TABLE = _Table(
         _of_two("other_divergence", "divergence", by_other=False),
     )
 )
+# Those of two heads that stream.
+PAIRS = [name for name, row in TABLE.items() if row.pair]
 
 
 def update_all(rows: list[Statistic], states: dict[str, Any], tile: Tile) -> None:

@@ -15,7 +15,7 @@ from ..graph.refusal import Refused
 from ..graph.regions import descendants
 from ..ops.call import Attributes, filtered
 from ..ops.ranking import RESULTS
-from ..ops.statistics import TABLE
+from ..ops.statistics import TABLE, in_order
 from ..trace.ranking import Ranking
 from ..trace.reduction import Loss, Reduction
 from ..trace.trace import Trace
@@ -77,7 +77,7 @@ class Group(Shared[Reduction]):
     def statistics(self) -> list[str]:
         names = {name for r in self.members for name in r.statistics if name != "target_logit" or not self.is_entry(r)}
         names |= {"entry_logits"} if self.entries else set()
-        return in_order(names)
+        return as_results(names)
 
     @property
     def target(self) -> Node | None:
@@ -190,9 +190,9 @@ TABLE_ORDER = (
 assert set(TABLE_ORDER) == set(TABLE)
 
 
-def in_order(names: set[str]) -> list[str]:
+def as_results(names: set[str]) -> list[str]:
     """Statistics in the order of the operator's results; divergences, which have names of their own, behind."""
-    return [name for name in TABLE_ORDER if name in names] + sorted(names.difference(TABLE_ORDER))
+    return in_order(names, TABLE_ORDER)
 
 
 def _same_other(a: Value | None, b: Value | None) -> bool:
@@ -305,7 +305,7 @@ class Bundle:
 
     @property
     def statistics(self) -> list[str]:
-        return in_order({name for group in self.groups for name in group.statistics})
+        return as_results({name for group in self.groups for name in group.statistics})
 
     def filter(self, attributes: Attributes) -> Filter:
         """What the gradient filter comes to for these logits and statistics: "exact" where none applies to them."""

@@ -17,7 +17,7 @@ from ..graph.refusal import Refusal, Refused
 from ..graph.regions import transform_around
 from ..ops.call import Attributes
 from ..ops.choice import Choice, Chooser, Problem
-from ..ops.divergences import Divergence
+from ..ops.statistics import TABLE
 from ..trace.codes import codes
 from ..trace.findings import Finding, source
 from ..trace.heads import subclassed
@@ -82,7 +82,7 @@ def _compared(trace: Trace) -> bool:
 
 def _mixed(trace: Trace) -> bool:
     """Whether a divergence of a mixture with another head's probabilities is asked for."""
-    return any(Divergence.read(name) is not None for reduction in trace.reductions for name in reduction.statistics)
+    return any(TABLE[name].divergence is not None for reduction in trace.reductions for name in reduction.statistics)
 
 
 def _problem(head: Head | SeveralHeads, settings: Settings, two_heads: bool = False, mixtures: bool = False) -> Problem:
