@@ -95,33 +95,32 @@ class EagerCalls:
             return NotImplemented
         if call in _TOPK and trains:
             return self._largest(logits, call, args, kwargs)
-        recipe = usable(logits, torch.is_grad_enabled())
         if call in COMPARISONS or call in LOSSES:
             args, kwargs = tree_map(lambda x: by_classes(x, logits), (args, kwargs))
         others = [x for x in map(tensor_of, tree_leaves((args, kwargs))) if x is not None and x is not logits]
         second = next((x for x in others if call in COMPARISONS and isinstance(x, DeferredLogits)), None)
         others = [x for x in others if x is not second]
-        if recipe is None or not are_plain(others):
+        if not are_plain(others):
             return NotImplemented
         if call in _KL_DIV and not _has_pending_target(call, args, kwargs):
             return NotImplemented
-        operands = logits.operands()  # or an error if they have changed: then the logits could not be read either
-        if not are_plain(operands):
+        first = self._reached(logits)
+        if first is None:
             return NotImplemented
-        shared = head.shared.of(operands)
-        recipe, operands = self._of_rows(recipe, operands, logits.whole_shape()[-1])
+        shared = head.shared.of(first.operands)
+        first = self._of_rows(first)
         if call in ROWS:
             index = _rows_and_classes(args[1], logits) if call is Tensor.__getitem__ else None
             if index is not None:
                 return self._entries_at(logits, *index)
-            return self._taken(logits, recipe, operands, call, args, kwargs)
-        pending = [Pending(logits, recipe, operands)]
+            return self._taken(first, call, args, kwargs)
+        pending = [first]
         if second is not None:
-            beside = self._second(second)
+            beside = self._reached(second)
             if beside is None:
                 return NotImplemented
-            pending.append(beside)
-        same = same_classes(operands[recipe.reads :], others) if second is None else ()
+            pending.append(self._of_rows(beside))
+        same = same_classes(first.operands[first.recipe.reads :], others) if second is None else ()
         compute = self._function(pending, call, args, kwargs, same)
         if compute is None:
             return NotImplemented
@@ -154,13 +153,14 @@ class EagerCalls:
         self.known.move_to_end(kind)
         return self.known[kind]
 
-    def _second(self, logits: DeferredLogits) -> Pending | None:
-        """The logits that others are compared with, if these can be put into a graph as well."""
+    def _reached(self, logits: DeferredLogits) -> Pending | None:
+        """Logits with what they follow from, if they can be put into a graph; None for others.
+
+        Raises :class:`DeferredLogitsError` if an operand has changed: then they could not be read either.
+        """
         recipe = usable(logits, torch.is_grad_enabled())
         operands = () if recipe is None else logits.operands()
-        if recipe is None or not are_plain(operands):
-            return None
-        return Pending(logits, *self._of_rows(recipe, operands, logits.whole_shape()[-1]))
+        return Pending(logits, recipe, operands) if recipe is not None and are_plain(operands) else None
 
     def _has_too_many_numbers(
         self, recipe: Recipe, logits: DeferredLogits, call: Callable, spreads: Sequence[Spread]
@@ -188,15 +188,16 @@ class EagerCalls:
     def _was_read(self) -> None:
         self.reads = True
 
-    def _of_rows(self, recipe: Recipe, operands: tuple[Tensor, ...], classes: int) -> tuple[Recipe, tuple[Tensor, ...]]:
+    def _of_rows(self, given: Pending) -> Pending:
         """The same logits, with their rows viewed and cut before the head.
 
         One graph then serves all pieces of one shape, where a program goes through the logits piece by piece.
         """
-        compute, (hidden, _, *others) = recipe.compute, operands
+        recipe, classes = given.recipe, given.logits.whole_shape()[-1]
+        compute, (hidden, *rest) = recipe.compute, given.operands
         assert isinstance(compute, Logits)
-        if compute.class_dim != compute.rank - 1 or any(t.dim() > 1 for t in others):
-            return recipe, operands
+        if compute.class_dim != compute.rank - 1 or any(t.dim() > 1 for t in rest[1:]):
+            return given
         rows, left = hidden, list(recipe.steps)
         for step in recipe.steps:
             if _is_entrywise(step):
@@ -211,7 +212,8 @@ class EagerCalls:
                 break
             left.remove(step)
         compute = self._with_rank(compute, rows.dim())
-        return replace(recipe, compute=compute, steps=tuple(left), offset=0), (rows, *operands[1:])
+        recipe = replace(recipe, compute=compute, steps=tuple(left), offset=0)
+        return replace(given, recipe=recipe, operands=(rows, *rest))
 
     def _with_rank(self, compute: Logits, rank: int) -> Logits:
         """The same logits, of hidden states with so many dimensions."""
@@ -237,16 +239,9 @@ class EagerCalls:
             logits._value.memory.entries.append(Entries(*like, -1, classes.clone(), values, rows.clone()))
         return made
 
-    def _taken(
-        self,
-        logits: DeferredLogits,
-        recipe: Recipe,
-        operands: tuple[Tensor, ...],
-        call: Callable,
-        args: Any,
-        kwargs: Any,
-    ) -> Any:
+    def _taken(self, given: Pending, call: Callable, args: Any, kwargs: Any) -> Any:
         """Rows of the logits, by a tensor: pending logits of those rows of the hidden states, or NotImplemented."""
+        logits, recipe, operands = given.logits, given.recipe, given.operands
         (hidden, weight, *others), extras = operands[: recipe.reads], operands[recipe.reads :]
         compute = recipe.compute
         assert isinstance(compute, Logits)
