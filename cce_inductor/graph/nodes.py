@@ -127,6 +127,11 @@ def is_custom(node: Node) -> bool:
     return owned or is_autograd_function(node)
 
 
+def called(node: Node) -> str:
+    """The name of the function or method that a node calls, without its module."""
+    return getattr(node.target, "__name__", str(node.target))
+
+
 def describe(node: Node) -> str:
     """The op as a person writes it: ``torch.nn.functional.dropout``, ``Tensor.view``, ``%``-names for inputs."""
     if is_autograd_function(node):
@@ -139,6 +144,6 @@ def describe(node: Node) -> str:
     if node.op == "call_function":
         target = node.target
         module = getattr(target, "__module__", None)
-        name = getattr(target, "__name__", str(target))
+        name = called(node)
         return f"{module}.{name}" if module not in (None, "builtins", "_operator") else name
     return f"{node.op} {node.target}"

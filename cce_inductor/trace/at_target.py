@@ -155,10 +155,7 @@ class Expression:
             return args[0].to(fake(n).dtype)
         if op.inplace:
             return OUT_OF_PLACE[op.name](args[0], args[1])
-        if n.op == "call_method":
-            return getattr(args[0], str(n.target))(*args[1:], **kwargs)
-        assert callable(n.target)
-        return builder.call(n.target, *args, **kwargs)
+        return builder.again(n, tuple(args), kwargs)
 
     def _all_known(self, n: Node) -> bool:
         """Whether the entry can be followed further back: to what the fewest entries are picked out of."""
@@ -193,7 +190,7 @@ class _Angles:
 
 def _called(node: Node) -> str:
     """What torch calls a function of one number."""
-    name = getattr(node.target, "__name__", str(node.target)).rstrip("_")
+    name = nodes.called(node).rstrip("_")
     return {"arccos": "acos"}.get(name, name)
 
 
@@ -210,7 +207,7 @@ def _of_length_one(node: Node, dim: int) -> bool:
         return bool(given.get("p", 2.0) == 2 and isinstance(along, int) and along % rank == dim % rank)
     if op is None or op.name != "div" or op.inplace or not is_tensor(length := op.args["other"]):
         return False
-    name = getattr(length.target, "__name__", str(length.target)).split(".")[0]
+    name = nodes.called(length).split(".")[0]
     shape: list[Any] = [*fake(node).shape]
     shape[dim] = 1
     own = bool(length.args) and length.args[0] is op.args["input"]

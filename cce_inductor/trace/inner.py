@@ -27,12 +27,12 @@ from ..graph.nodes import Op
 from ..graph.refusal import Refused
 from ..graph.spellings import Fact
 from .decompose import in_dtype_of, widened
-from .log_mixtures import LogOfMixture, only_used_by
+from .log_mixtures import LogOfMixture, only_used_by, takes_out
 from .one_hot import coefficient, mixture
 from .operands import vocab
 from .reductions import arguments_of
 from .trace import Trace
-from .two_heads import Sum, factor_in
+from .two_heads import Sum, averaged, factor_in
 from .values import Value
 from .walk import Walk, distinct
 
@@ -141,17 +141,13 @@ def _viewed(walk: Walk, node: Node, op: Op, touched: list[Node]) -> Record | Non
     if isinstance(known, LogOfMixture):
         parts = known.parts
     elif isinstance(known, Sum) and _is_probability(walk, source):
-        weights = [(p.factor, p.weights) for p in known.products if p.weights is not None]
-        parts = tuple((number / factor_in(walk, of), of.node) for number, of in weights)
+        parts = _mixed(walk, known)
     else:
         return None
 
     def of_part(builder: Builder, part: Node) -> Any:
         given: Any = lambda n: builder.proxy(part if n is source else n)  # noqa: E731
-        args, kwargs = map_arg(node.args, given), map_arg(node.kwargs, given)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return builder.call(node.target, *args, **kwargs)  # type: ignore[arg-type]
+        return builder.again(node, map_arg(node.args, given), map_arg(node.kwargs, given))
 
     def record(builder: Builder) -> Any:
         views = [(number, of_part(builder, part)) for number, part in parts]
@@ -181,10 +177,10 @@ def _begins(walk: Walk, node: Node, op: Op, touched: list[Node]) -> Quotient | T
         parts = op.args["tensors"]
         if all(n in walk.values and _is_probability(walk, n) for n in parts):
             return Stacked(tuple(parts), op.args["dim"] % fake(node).dim(), tuple(_traces(walk, touched)))
-    if op.name == "log" and isinstance(mixed := walk.sums.get(op.args["input"]), Sum):
-        weights = [(p.factor, p.weights) for p in mixed.products if p.weights and not p.values and not p.changes]
-        parts = tuple((number / factor_in(walk, of), of.node) for number, of in weights)
-        return LogOfMixture(node, parts, mixed.class_dim, mixed.traces) if len(parts) == len(mixed.products) else None
+    if op.name == "log" and isinstance(known := walk.sums.get(op.args["input"]), Sum):
+        if not _is_probability(walk, op.args["input"]):
+            return None
+        return LogOfMixture(node, _mixed(walk, known), known.class_dim, known.traces)
     above, below = op.args.get("input"), op.args.get("other")
     if op.name == "div" and op.args["rounding_mode"] is None and all(_is_probability(walk, n) for n in (above, below)):
         return Quotient(above, below, tuple(_traces(walk, touched)))  # type: ignore[arg-type]
@@ -198,6 +194,12 @@ def _begins(walk: Walk, node: Node, op: Op, touched: list[Node]) -> Quotient | T
     if not is_tensor(hot) or fake(hot).shape != value.fake.shape or mixture(hot, value) is None:
         return None
     return Terms(node, ((1.0, (hot,)), (1.0, (touched[0],))), tuple(_traces(walk, touched)))
+
+
+def _mixed(walk: Walk, mixture: Sum) -> tuple[tuple[float, Node], ...]:
+    """The nodes of the softmaxes that were added up, with the numbers that each is multiplied by."""
+    weights = [(p.factor, p.weights) for p in mixture.products if p.weights is not None]
+    return tuple((number / factor_in(walk, of), of.node) for number, of in weights)
 
 
 def _is_probability(walk: Walk, node: Any) -> bool:
@@ -313,10 +315,7 @@ def _kl_div(walk: Walk, node: Node, op: Op) -> Record | None:
         rows: Any = _times_its_logarithm(builder, own) - (widened(z) * target).sum(value.class_dim)
         if mixed.constant:
             rows = rows + (vocab(builder, value) - 1) * _times_its_logarithm(builder, mixed.constant)
-        total = rows.sum()
-        if reduction == "sum":
-            return total
-        return total / (z.size(0) if reduction == "batchmean" else z.numel())
+        return averaged(rows.sum(), z, reduction)
 
     return record
 
@@ -348,9 +347,7 @@ def _log(walk: Walk, node: Node, op: Op, known: Quotient) -> Record:
 
 
 def _added(walk: Walk, node: Node, op: Op, known: Stacked) -> Record | None:
-    dims = op.args["dim"] if isinstance(op.args["dim"], (list, tuple)) else [op.args["dim"]]
-    rank = fake(node).dim() + 1
-    if op.args["keepdim"] or not all(isinstance(d, int) for d in dims) or [d % rank for d in dims] != [known.dim]:
+    if not takes_out(node, op, known.dim):
         return None
     factor = 1.0 / len(known.parts) if op.name == "mean" else 1.0
     return lambda builder: functools.reduce(operator.add, [builder.proxy(n) * factor for n in known.parts])

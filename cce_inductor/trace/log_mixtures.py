@@ -98,6 +98,14 @@ def only_used_by(node: Node, names: tuple[str, ...]) -> bool:
     return bool(ops) and all(op is not None and op.name in names for op in ops)
 
 
+def takes_out(node: Node, op: Op, dim: int) -> bool:
+    """Whether an op reduces one dimension of its input, which is gone afterwards, and nothing else."""
+    dims = op.args["dim"] if isinstance(op.args["dim"], (list, tuple)) else [op.args["dim"]]
+    rank = fake(node).dim() + 1
+    whole = op.args["keepdim"] or not all(isinstance(d, int) for d in dims)
+    return not whole and [d % rank for d in dims] == [dim]
+
+
 def _plus(walk: Walk, node: Node, op: Op, source: Node) -> LogOfMixture | Shifted | None:
     """A number added to log-probabilities, or to the logarithm of a mixture."""
     other = op.args["other"] if op.args["input"] is source else op.args["input"]
@@ -146,11 +154,7 @@ def _stacked(walk: Walk, node: Node, op: Op) -> Stacked | None:
 
 
 def _summed(walk: Walk, node: Node, op: Op, known: Stacked) -> LogOfMixture | None:
-    dims = op.args["dim"] if isinstance(op.args["dim"], (list, tuple)) else [op.args["dim"]]
-    rank = fake(node).dim() + 1
-    if op.args["keepdim"] or [d % rank for d in dims] != [known.dim]:
-        return None
-    return _mixture(walk, node, known.parts)
+    return _mixture(walk, node, known.parts) if takes_out(node, op, known.dim) else None
 
 
 def _mixture(walk: Walk, node: Node, parts: tuple[tuple[float, Node], ...]) -> LogOfMixture | None:

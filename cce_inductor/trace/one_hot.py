@@ -51,7 +51,7 @@ def marks_target(node: Any, value: Value) -> bool:
     op = nodes.read(node)
     read = [n for n in node.all_input_nodes if is_tensor(n)]
     if op is None:
-        name = getattr(node.target, "__name__", str(node.target)).strip("_")
+        name = nodes.called(node).strip("_")
         return name in _OF_MASKS and any(marks_target(n, value) for n in read)
     if op.name in ("eq", "ne") and len(read) == 2:
         classes = [n for n in read if is_vocabulary_vector(fake(n), value.fake, value.class_dim) and counts(n)]

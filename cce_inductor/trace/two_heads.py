@@ -353,13 +353,15 @@ def _kl_div(walk: Walk, node: Node, op: Op) -> Sum | None:
 
     def record(builder: Builder) -> Proxy:
         total = in_functions(builder, made.products, made.class_dim).sum()
-        if reduction == "sum":
-            return in_dtype_of(total, node)
-        p = builder.proxy(parts[0][1].node)
-        return in_dtype_of(total / (p.size(0) if reduction == "batchmean" else p.numel()), node)
+        return in_dtype_of(averaged(total, builder.proxy(parts[0][1].node), reduction), node)
 
     walk.decompose(node, made.traces, record)
     return None
+
+
+def averaged(total: Any, like: Any, reduction: str) -> Any:
+    """What kl_div makes of the sum over all entries of tensors of this shape."""
+    return total if reduction == "sum" else total / (like.size(0) if reduction == "batchmean" else like.numel())
 
 
 def _distribution(target: Sum, is_log: bool) -> tuple[list[tuple[float, Value]], Value | LogMixture | None]:
