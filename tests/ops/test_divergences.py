@@ -3,7 +3,16 @@
 import pytest
 import torch
 from allocations import Allocations
-from test_two_heads import LOWS, N, compare, differentiate, heads, run
+from test_two_heads import (
+    LOWS,
+    N,
+    check_numerical_gradients,
+    check_second_derivatives,
+    compare,
+    differentiate,
+    heads,
+    run,
+)
 from torch import Tensor
 
 from cce_inductor.ops import divergences, reference
@@ -98,27 +107,11 @@ def test_rows_that_are_not_finite_give_nan():
 
 
 def test_second_derivatives():
-    given = {n: t[:9].double() if n.endswith("input") else t[:40].double() for n, t in heads().items()}
-    leaves = [{n: t.clone().requires_grad_() for n, t in given.items()} for _ in range(2)]
-    found = []
-    for own, operator in zip(leaves, (FORWARD, None), strict=True):
-        out = run(own, EVERY, Attributes(), operator=operator)
-        total = sum((out[n] * (k + 1)).sum() for k, n in enumerate(NAMES))
-        first = torch.autograd.grad(total, list(own.values()), create_graph=True)
-        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), list(own.values())))
-    for ours, exact in zip(*found, strict=True):
-        torch.testing.assert_close(ours, exact)
+    check_second_derivatives(EVERY, NAMES)
 
 
 def test_gradcheck():
-    given = {n: t[:5].double() if n.endswith("input") else t[:17].double() for n, t in heads().items()}
-    names = list(given)
-
-    def loss(*tensors: Tensor) -> tuple[Tensor, ...]:
-        out = run(dict(zip(names, tensors, strict=True)), EVERY, Attributes(softcap=5.0))
-        return tuple(out[n] for n in NAMES)
-
-    assert torch.autograd.gradcheck(loss, [t.requires_grad_() for t in given.values()], fast_mode=True)
+    check_numerical_gradients(EVERY, NAMES)
 
 
 @pytest.mark.parametrize("mask", [False, True])

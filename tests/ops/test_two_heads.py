@@ -1,7 +1,7 @@
 """Statistics of two heads over one vocabulary, in the eager implementation, against all logits in float64."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -223,28 +223,36 @@ def test_no_active_row_and_no_rows():
     assert not any(t.grad.any() for t in leaves.values())
 
 
-def test_second_derivatives():
+def check_second_derivatives(every: str, names: Sequence[str]) -> None:
+    """Of a sum of `names`, the operator's against those of all logits. every: what the operator is asked for."""
     given = {n: t[:9].double() if n.endswith("input") else t[:40].double() for n, t in heads().items()}
     leaves = [{n: t.clone().requires_grad_() for n, t in given.items()} for _ in range(2)]
     found = []
     for own, operator in zip(leaves, (FORWARD, None), strict=True):
-        out = run(own, EVERY, Attributes(), operator=operator)
-        total = sum((out[n] * (k + 1)).sum() for k, n in enumerate(PAIRS.split()))
+        out = run(own, every, Attributes(), operator=operator)
+        total = sum((out[n] * (k + 1)).sum() for k, n in enumerate(names))
         first = torch.autograd.grad(total, list(own.values()), create_graph=True)
         found.append(torch.autograd.grad(sum(g.square().sum() for g in first), list(own.values())))
     for ours, exact in zip(*found, strict=True):
         torch.testing.assert_close(ours, exact)
 
 
-def test_gradcheck():
+def check_numerical_gradients(every: str, names: Sequence[str]) -> None:
     given = {n: t[:5].double() if n.endswith("input") else t[:17].double() for n, t in heads().items()}
-    names = list(given)
 
     def loss(*tensors: Tensor) -> tuple[Tensor, ...]:
-        out = run(dict(zip(names, tensors, strict=True)), EVERY, Attributes(softcap=5.0))
-        return tuple(out[n] for n in PAIRS.split())
+        out = run(dict(zip(given, tensors, strict=True)), every, Attributes(softcap=5.0))
+        return tuple(out[n] for n in names)
 
     assert torch.autograd.gradcheck(loss, [t.requires_grad_() for t in given.values()], fast_mode=True)
+
+
+def test_second_derivatives():
+    check_second_derivatives(EVERY, PAIRS.split())
+
+
+def test_gradcheck():
+    check_numerical_gradients(EVERY, PAIRS.split())
 
 
 @pytest.mark.parametrize("mask", [False, True])
