@@ -2,10 +2,11 @@
 
 A guard is an `if` whose body only raises `Refused`; of losses without a name, one whose body only leaves a node or a
 head out. Each is taken out of the running code in turn, and the captured graphs of REFUSED and PROGRAMS are rewritten:
-what becomes of one of them has to change.
+what becomes of one of them has to change. Only those in which a guard fires are rewritten without it.
 """
 
 import ast
+import contextlib
 import inspect
 import math
 import types
@@ -31,6 +32,7 @@ from cce_inductor import config
 from cce_inductor.rewrite.run import rewrite
 from cce_inductor.trace import (
     at_target,
+    codes,
     decompose,
     embeddings,
     functions,
@@ -93,32 +95,42 @@ class Without(ast.NodeTransformer):
         return self.generic_visit(node)
 
 
+class Recording(ast.NodeTransformer):
+    """Lets every guard say that it fires: `FIRED` of the module gets its line."""
+
+    def __init__(self, guards: Callable[[ast.AST], bool]):
+        self.guards = guards
+
+    def visit_If(self, node: ast.If) -> ast.AST:
+        if self.guards(node):
+            node.body.insert(0, ast.parse(f"FIRED.add((__name__, {node.lineno}))").body[0])
+        return self.generic_visit(node)
+
+
 @dataclass
-class Mutant:
-    """A function whose code lacks one guard. words: of what the guard says, the first piece."""
+class Guard:
+    """Of a function of a module, one guard. path: the names that lead to the function."""
 
-    function: types.FunctionType
-    code: types.CodeType
-    words: str
+    module: types.ModuleType
+    path: list[str]
+    line: int
+    name: str
 
 
-def mutants(module: types.ModuleType, guards: Callable[[ast.AST], bool]) -> dict[str, Mutant]:
-    """Those of a module, by what is taken out."""
-    found = {}
+def guards_of(module: types.ModuleType) -> list[Guard]:
+    found = []
     tree = ast.parse(inspect.getsource(module))
     for owner in [tree, *(n for n in tree.body if isinstance(n, ast.ClassDef))]:
         for made in (n for n in owner.body if isinstance(n, ast.FunctionDef)):
-            for guard in filter(guards, ast.walk(made)):
+            for guard in filter(kind_of(module), ast.walk(made)):
                 path = [made.name] if owner is tree else [owner.name, made.name]
                 name = f"{module.__name__.rpartition('.')[2]}.{'.'.join(path)}: {ast.unparse(guard.test)}"
-                code = code_without(module, guard.lineno, path)
-                found[name] = Mutant(look_up(vars(module), path), code, words(guard))
+                found.append(Guard(module, path, guard.lineno, name))
     return found
 
 
-def words(guard: ast.If) -> str:
-    texts = [n.value for n in ast.walk(guard.body[0]) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-    return texts[0] if texts else ""
+def kind_of(module: types.ModuleType) -> Callable[[ast.AST], bool]:
+    return leaves_out if module in (unnamed, codes) else is_guard
 
 
 def look_up(namespace: dict, path: list[str]) -> types.FunctionType:
@@ -126,11 +138,49 @@ def look_up(namespace: dict, path: list[str]) -> types.FunctionType:
     return getattr(made, "__func__", made)  # of a staticmethod
 
 
-def code_without(module: types.ModuleType, line: int, path: list[str]) -> types.CodeType:
-    mutated = Without(line).visit(ast.parse(inspect.getsource(module)))
+@contextlib.contextmanager
+def changed(module: types.ModuleType, change: ast.NodeTransformer, paths: list[list[str]]):
+    """The functions of a module at `paths` run as `change` makes them."""
     namespace = dict(vars(module))
-    exec(compile(ast.fix_missing_locations(mutated), str(module.__file__), "exec"), namespace)
-    return look_up(namespace, path).__code__
+    made = ast.fix_missing_locations(change.visit(ast.parse(inspect.getsource(module))))
+    exec(compile(made, str(module.__file__), "exec"), namespace)
+    functions = [look_up(vars(module), path) for path in paths]
+    whole = [function.__code__ for function in functions]
+    for function, path in zip(functions, paths, strict=True):
+        function.__code__ = look_up(namespace, path).__code__
+    try:
+        yield
+    finally:
+        for function, code in zip(functions, whole, strict=True):
+            function.__code__ = code
+
+
+Program = tuple[torch.fx.GraphModule, list, set]
+
+
+def with_what_fires(modules, graphs: list[torch.fx.GraphModule], outcome: Callable) -> list[Program]:
+    """Each graph with its outcome and the guards that fire while it is rewritten, as (module, line)."""
+    made = []
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(changed(module, Recording(kind_of(module)), [g.path for g in guards_of(module)]))
+        for gm in graphs:
+            fired = set()
+            for module in modules:
+                module.FIRED = fired
+            made.append((gm, outcome(gm), fired))
+    return made
+
+
+def survivors(module: types.ModuleType, programs: list[Program], outcome: Callable) -> set[str]:
+    """The guards of a module without which the outcome of every program is the same."""
+    found = set()
+    for guard in guards_of(module):
+        with changed(module, Without(guard.line), [guard.path]):
+            fires = (p for p in programs if (module.__name__, guard.line) in p[2])
+            if all(outcome(gm) == expected for gm, expected, _ in fires):
+                found.add(guard.name)
+    return found
 
 
 def ce(z, t, **kwargs):
@@ -502,34 +552,24 @@ def outcome(gm: torch.fx.GraphModule) -> list:
 
 
 @pytest.fixture(scope="module")
-def programs() -> dict[str, tuple[torch.fx.GraphModule, list]]:
-    """The captured graph of each program, and what becomes of it."""
+def programs() -> dict[str, Program]:
+    """The captured graph of each program, what becomes of it, and the guards that fire."""
     torch.manual_seed(0)
     inputs = [torch.randn(s).requires_grad_() for s in ((B, S, D), (V, D), (V,))] + [torch.randint(0, V, (B, S))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         graphs = {name: graphs_of(program, *inputs)[-1] for name, program in PROGRAMS.items()}
         graphs |= {name: graphs_of(linear(program), *inputs, dynamic=True)[-1] for name, program in DYNAMIC.items()}
-        return {name: (gm, outcome(gm)) for name, gm in graphs.items()}
+        return dict(zip(graphs, with_what_fires(MODULES, list(graphs.values()), outcome), strict=True))
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_none_of_the_programs_is_fused(programs):
-    assert [name for name, (_, sites) in programs.items() if any(fused for fused, _, _ in sites)] == []
+    assert [name for name, (_, sites, _) in programs.items() if any(fused for fused, _, _ in sites)] == []
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("module", MODULES, ids=[module.__name__.rpartition(".")[2] for module in MODULES])
 def test_every_guard_is_needed(module, programs):
-    survivors = set()
-    for guard, mutant in mutants(module, leaves_out if module is unnamed else is_guard).items():
-        # First those that were refused in the guard's own words.
-        in_order = sorted(programs.values(), key=lambda p: not any(mutant.words in reason for _, reason, _ in p[1]))
-        whole = mutant.function.__code__
-        mutant.function.__code__ = mutant.code
-        try:
-            if all(outcome(gm) == expected for gm, expected in in_order):
-                survivors.add(guard)
-        finally:
-            mutant.function.__code__ = whole
-    assert survivors == {guard for guard in UNREACHED if guard.startswith(module.__name__.rpartition(".")[2] + ".")}
+    unreached = {guard for guard in UNREACHED if guard.startswith(module.__name__.rpartition(".")[2] + ".")}
+    assert survivors(module, list(programs.values()), outcome) == unreached
