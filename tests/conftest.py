@@ -1,11 +1,13 @@
 import contextlib
 import ctypes
 import gc
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor import cpu_vec_isa
 
 # Helper modules of the tests (capture.py) are imported by name from any folder below.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -22,6 +24,19 @@ def pytest_collection_finish():
     with contextlib.suppress(OSError, AttributeError):  # only glibc has it
         for setting in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             ctypes.CDLL("libc.so.6").mallopt(setting, 1 << 30)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def known_instructions():
+    """Each process finds out by loading libraries which vector instructions the CPU has, two seconds long.
+
+    In a run of many tests, a worker does so once, and its children take the CPU at its word if that was true.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        said = cpu_vec_isa.x86_isa_checker()
+        claimed = [isa for isa in cpu_vec_isa.supported_vec_isa_list if {*str(isa).split()} <= {*said}]
+        if claimed == cpu_vec_isa.valid_vec_isa_list():
+            os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from cce_inductor.bench import (
     arguments,
@@ -33,6 +34,7 @@ from cce_inductor.bench.main import RUN, main
 from cce_inductor.bench.readers import READERS
 from cce_inductor.instruments.child import GIB
 from cce_inductor.instruments.memory import MIB
+from cce_inductor.instruments.process import environment
 from cce_inductor.instruments.training import Spec
 
 CASE = Case(64, 32, 4096)
@@ -351,6 +353,8 @@ class TestRun:
     def test_from_arguments_to_report(self, tmp_path, monkeypatch, capsys):
         preset = replace(arguments.PRESETS["table"], repeat=2)
         monkeypatch.setitem(arguments.PRESETS, "table", preset)
+        # The cache of all tests: it knows what instructions the CPU has.
+        monkeypatch.setattr(rounds, "environment", lambda _, device: environment(cache_dir(), device))
         argv = ["--shape=64,32,4096", "--dtype=fp32", "--contender=eager", "--contender=ours"]
         assert main([*argv, "--out", str(tmp_path / "out"), "--docs", str(tmp_path / "docs")]) == 0
         printed = capsys.readouterr().out
