@@ -15,7 +15,6 @@ QUICK = (
     "entropy bonus",
     "largest logit with a gradient",
     "rank of the target",
-    "row by row (TRL)",
 )
 
 
