@@ -60,7 +60,7 @@ PINS := $(PINS_$(TORCH))
 INDUCTOR_CACHE := $(CURDIR)/$(VENV)/inductor-cache
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
 	TORCHINDUCTOR_CACHE_DIR=$(INDUCTOR_CACHE) HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 \
-	TOKENIZERS_PARALLELISM=false
+	TOKENIZERS_PARALLELISM=false AOT_INDUCTOR_ENABLE_LINE_TABLES=0
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 .PHONY: setup demo examples bench test test-all nightly gpu-check kernels coverage compatibility picture check clean

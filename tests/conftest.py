@@ -26,17 +26,18 @@ def pytest_collection_finish():
             ctypes.CDLL("libc.so.6").mallopt(setting, 1 << 30)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def known_instructions():
     """Each process finds out by loading libraries which vector instructions the CPU has, two seconds long.
 
-    In a run of many tests, a worker does so once, and its children take the CPU at its word if that was true.
+    Once a test has done so here, children take the CPU at its word if that was true.
     """
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        said = cpu_vec_isa.x86_isa_checker()
-        claimed = [isa for isa in cpu_vec_isa.supported_vec_isa_list if {*str(isa).split()} <= {*said}]
-        if claimed == cpu_vec_isa.valid_vec_isa_list():
-            os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
+    if not cpu_vec_isa.valid_vec_isa_list.cache_info().currsize:
+        return
+    said = cpu_vec_isa.x86_isa_checker()
+    claimed = [isa for isa in cpu_vec_isa.supported_vec_isa_list if {*str(isa).split()} <= {*said}]
+    if claimed == cpu_vec_isa.valid_vec_isa_list():
+        os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
 
 
 @pytest.fixture(autouse=True)

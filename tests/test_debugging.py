@@ -171,15 +171,12 @@ def test_dump_dir_has_the_rendered_kernels(tmp_path, inputs):
         assert "at::parallel_for" in (folder / name).read_text()
 
 
-def test_debug_folder_of_pytorch(tmp_path):
-    run(tmp_path, backend="backend='cce'", TORCH_COMPILE_DEBUG="1", TORCH_COMPILE_DEBUG_DIR=str(tmp_path))
+def test_debug_folder_structured_trace_and_log_of_pytorch(tmp_path):
+    trace = tmp_path / "trace"
+    debug = {"TORCH_COMPILE_DEBUG": "1", "TORCH_COMPILE_DEBUG_DIR": str(tmp_path)}
+    out = run(tmp_path, backend="backend='cce'", TORCH_TRACE=str(trace), TORCH_LOGS="+cce_inductor", **debug)
     found = list(tmp_path.glob("torch_compile_debug/run_*/cce_inductor/graph_0_pid_*/after.py"))
     assert len(found) == 1 and "linear_statistics" in found[0].read_text()
-
-
-def test_structured_trace_and_log(tmp_path):
-    trace = tmp_path / "trace"
-    out = run(tmp_path, backend="backend='cce'", TORCH_TRACE=str(trace), TORCH_LOGS="+cce_inductor")
     assert "fused: torch.nn.functional.cross_entropy at " in out.stderr and "declined: " in out.stderr
     assert "relu" in out.stderr and "train.py:5" in out.stderr
     text = "\n".join(p.read_text() for p in trace.iterdir())
