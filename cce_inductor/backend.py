@@ -143,11 +143,26 @@ def _left(site: Site) -> Site:
 
 
 def _eager_calls(settings: Settings) -> EagerCalls:
-    """What computes losses and statistics that are called eagerly, by the operators' eager implementation."""
+    """What computes losses and statistics that are called eagerly: the operators' eager implementation, or kernels."""
     return EagerCalls(
         lambda form: _settle([form], settings, None)[1],
         lambda form: _settle_statistic(form, settings),
+        (lambda form: _compiled_call(form, settings)) if settings.compiler == "inductor" else None,
     )
+
+
+def _compiled_call(form: Form, settings: Settings) -> Callable | None:
+    """The graph of an eager call, compiled; None where it is not fused, or has to run as it is.
+
+    It is in the record already.
+    """
+    result = rewrite(form.graph_module, settings, version.source_hash(), choose)
+    if not result.fused or not form.accepts(result) or result.uncompiled:
+        return None
+    result.graph_module.meta[_MARK] = True
+    compiled = compat.inductor_wrapper(None, {})(result.graph_module, form.inputs)
+    counters[COUNTERS]["calls_compiled"] += 1
+    return compiled
 
 
 # ---- plain torch.compile

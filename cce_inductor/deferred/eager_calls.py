@@ -1,7 +1,7 @@
 """Losses and statistics that are called eagerly on pending logits.
 
 The call becomes a graph of its own, with the head in front of it, which the pass rewrites; what comes out is run by the
-eager implementation of the operators.
+eager implementation of the operators. A loss that comes often is compiled (`often`).
 
 Such a statistic of the rows is a log-sum-exp, the entry of one class, the largest one, an entropy. Those of the same
 rows come from one product with the weight (`shared`). If logits that fit into the workspace are read in the end, that
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..graph.spellings import FUNCTIONS, METHODS, functions_of
 from ..rewrite.recipe import Logits
 from ..rewrite.result import Rewritten
+from . import often
 from .autograd import Largest, defer
 from .calls import (
     ByClasses,
@@ -64,7 +65,7 @@ class EagerCalls:
     """Computes what is called eagerly on pending logits: the ``fuse`` of :func:`defer`.
 
     loss, statistic: they rewrite the graph of one call by the settings of the compilation that deferred the logits; the
-    former records what became of the loss. known: what came out, for the next call of the same kind: a function, or
+    former records what became of the loss. compile: as of :class:`Often`; None where nothing is compiled. known: what came out, for the next call of the same kind: a function, or
     None where the call is not fused. of_rank: the same logits for another number of dimensions, as one object each, so
     that calls of one kind have one recipe. capacity: of how many kinds something is known; they are shapes as a rule.
     numbers: by what calls do but for the numbers in it, which numbers graphs have been made for. One that is another
@@ -75,11 +76,13 @@ class EagerCalls:
 
     loss: Callable[[Form], Rewritten]
     statistic: Callable[[Form], Rewritten]
+    compile: Callable[[Form], Callable | None] | None = None
     known: OrderedDict[Any, Callable | None] = field(default_factory=OrderedDict)
     of_rank: dict[tuple[Logits, int], Logits] = field(default_factory=dict)
     capacity: int = 256
     numbers: dict[Any, set] = field(default_factory=lambda: defaultdict(set))
     reads: bool = False
+    compiled: list[Form] = field(default_factory=list)
 
     def __call__(self, logits: DeferredLogits, call: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """``call(*args, **kwargs)``, in eager's shape and dtype, or NotImplemented where it has to read the logits.
@@ -299,7 +302,11 @@ class EagerCalls:
             reasons = [site.reason for site in result.sites] or ["it is no statistic of the rows that is served"]
             log.info("deferred logits are read for %s: %s", call.__name__, "; ".join(reasons))
             return None
-        return in_form(share(result.graph_module).forward, call)
+        compute = in_form(share(result.graph_module).forward, call)
+        work = pending[0].logits.numel() * pending[0].operands[0].shape[-1]
+        if self.compile is None or call in STATISTICS or work < often.LEAST:
+            return compute
+        return often.Often(call, compute, form, self.compile, self.compiled)
 
 
 def _has_pending_target(call: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
