@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
@@ -14,6 +15,7 @@ from . import compat, config, record, version
 from .config import Settings
 from .deferred import aliases, other_graphs, wrap
 from .deferred.eager_calls import EagerCalls
+from .deferred.often import Kernels
 from .deferred.other_graphs import Form
 from .lowering import register as lowering
 from .lowering.choose import choose
@@ -147,20 +149,16 @@ def _eager_calls(settings: Settings) -> EagerCalls:
     return EagerCalls(
         lambda form: _settle([form], settings, None)[1],
         lambda form: _settle_statistic(form, settings),
-        (lambda form: _compiled_call(form, settings)) if settings.compiler == "inductor" else None,
+        Kernels(lambda form: rewrite(form.graph_module, settings, version.source_hash(), choose), _compile_call)
+        if settings.compiler == "inductor"
+        else None,
     )
 
 
-def _compiled_call(form: Form, settings: Settings) -> Callable | None:
-    """The graph of an eager call, compiled; None where it is not fused, or has to run as it is.
-
-    It is in the record already.
-    """
-    result = rewrite(form.graph_module, settings, version.source_hash(), choose)
-    if not result.fused or not form.accepts(result) or result.uncompiled:
-        return None
-    result.graph_module.meta[_MARK] = True
-    compiled = compat.inductor_wrapper(None, {})(result.graph_module, form.inputs)
+def _compile_call(gm: GraphModule, inputs: Sequence[Tensor]) -> Callable:
+    """Compiles what the pass has made of an eager call, which is in the record already."""
+    gm.meta[_MARK] = True
+    compiled = compat.inductor_wrapper(None, {})(gm, inputs)
     counters[COUNTERS]["calls_compiled"] += 1
     return compiled
 

@@ -97,26 +97,32 @@ class Pending:
 
 def kind_of(pending: Sequence[Pending], call: Callable, args: Any, kwargs: Any) -> tuple:
     """What calls have in common that one function computes."""
-    device = pending[0].logits.device.type
     return (
         call,
-        tuple((p.recipe, _described(p.logits), tuple(map(_described, p.operands))) for p in pending),
+        tuple((p.recipe, described(p.logits), tuple(map(described, p.operands))) for p in pending),
         tree_map(_argument, (args, tuple(kwargs.items()))),
+        state(pending[0].logits.device.type),
+    )
+
+
+def state(device: str) -> tuple:
+    """What a graph depends on beside its inputs: grad mode, inference mode, autocast."""
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        torch.amp.is_autocast_available(device)
-        and torch.is_autocast_enabled(device)
-        and torch.get_autocast_dtype(device),
+        autocast and torch.get_autocast_dtype(device),
     )
 
 
 def _argument(x: Any) -> Any:
     if isinstance(x, ByClasses):
-        return x.spread, _described(x.classes)
-    return _described(x) if isinstance(x, Tensor) else x
+        return x.spread, described(x.classes)
+    return described(x) if isinstance(x, Tensor) else x
 
 
-def _described(tensor: Tensor) -> tuple:
+def described(tensor: Tensor) -> tuple:
+    """What a graph depends on of a tensor that it is given."""
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 

@@ -20,9 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..graph.spellings import FUNCTIONS, METHODS, functions_of
+from ..ops.library import FORWARD
 from ..rewrite.recipe import Logits
 from ..rewrite.result import Rewritten
-from . import often
 from .autograd import Largest, defer
 from .calls import (
     ByClasses,
@@ -39,9 +39,10 @@ from .calls import (
 from .entries import Entries
 from .lazy import WRITTEN
 from .mixtures import Spread
+from .often import Kernels
 from .other_graphs import Form, usable, with_inlined
 from .pending import Known, Recipe
-from .shared import share
+from .shared import Shared, share
 from .steps import Extra, Joint, Read, Step
 from .tensor import COMPARISONS, LOSSES, ROWS, STATISTICS, DeferredLogits
 
@@ -65,24 +66,24 @@ class EagerCalls:
     """Computes what is called eagerly on pending logits: the ``fuse`` of :func:`defer`.
 
     loss, statistic: they rewrite the graph of one call by the settings of the compilation that deferred the logits; the
-    former records what became of the loss. compile: as of :class:`Often`; None where nothing is compiled. known: what came out, for the next call of the same kind: a function, or
-    None where the call is not fused. of_rank: the same logits for another number of dimensions, as one object each, so
-    that calls of one kind have one recipe. capacity: of how many kinds something is known; they are shapes as a rule.
-    numbers: by what calls do but for the numbers in it, which numbers graphs have been made for. One that is another
-    each time, such as an annealed temperature, would make a graph each time.
+    former records what became of the loss. kernels: what compiles calls that come often, if anything does. known: what
+    came out, for the next call of the same kind: a function, or None where the call is not fused. of_rank: the same
+    logits for another number of dimensions, as one object each, so that calls of one kind have one recipe. capacity: of
+    how many kinds something is known; they are shapes as a rule. numbers: by what calls do but for the numbers in it,
+    which numbers graphs have been made for. One that is another each time, such as an annealed temperature, would make
+    a graph each time.
     reads: whether logits that fit into the workspace were read after a statistic of theirs had been computed without
     them, for which that was one product too many: from then on they are read at once.
     """
 
     loss: Callable[[Form], Rewritten]
     statistic: Callable[[Form], Rewritten]
-    compile: Callable[[Form], Callable | None] | None = None
+    kernels: Kernels | None = None
     known: OrderedDict[Any, Callable | None] = field(default_factory=OrderedDict)
     of_rank: dict[tuple[Logits, int], Logits] = field(default_factory=dict)
     capacity: int = 256
     numbers: dict[Any, set] = field(default_factory=lambda: defaultdict(set))
     reads: bool = False
-    compiled: list[Form] = field(default_factory=list)
 
     def __call__(self, logits: DeferredLogits, call: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """``call(*args, **kwargs)``, in eager's shape and dtype, or NotImplemented where it has to read the logits.
@@ -110,7 +111,7 @@ class EagerCalls:
         first = self._reached(logits)
         if first is None:
             return NotImplemented
-        shared = head.shared.of(first.operands)
+        shared = head.shared.of(first.operands, self.kernels.forward if self.kernels else FORWARD)
         first = self._of_rows(first)
         if call in ROWS:
             index = _rows_and_classes(args[1], logits) if call is Tensor.__getitem__ else None
@@ -302,11 +303,16 @@ class EagerCalls:
             reasons = [site.reason for site in result.sites] or ["it is no statistic of the rows that is served"]
             log.info("deferred logits are read for %s: %s", call.__name__, "; ".join(reasons))
             return None
-        compute = in_form(share(result.graph_module).forward, call)
-        work = pending[0].logits.numel() * pending[0].operands[0].shape[-1]
-        if self.compile is None or call in STATISTICS or work < often.LEAST:
-            return compute
-        return often.Often(call, compute, form, self.compile, self.compiled)
+        compute, kernels = share(result.graph_module).forward, self.kernels
+        if kernels is None or call in STATISTICS:
+            return in_form(compute, call)
+        kind = kind_of(pending, call, args, kwargs), same
+
+        def fused(shared: Shared, *given: Tensor) -> tuple:
+            compiled = kernels.of_loss(kind, form, given)
+            return compute(shared, *given) if compiled is None else compiled(*given)
+
+        return in_form(fused, call)
 
 
 def _has_pending_target(call: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:

@@ -6,19 +6,25 @@ from its third call on it has those kernels too, if it is large enough for the c
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import operator
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.fx import Graph, GraphModule
 
-from .calls import in_form
+from ..ops.library import FORWARD
+from ..rewrite.result import Rewritten
+from .calls import described, state
 from .other_graphs import Form
 
 log = logging.getLogger(__name__)
 
-# Calls of one kind before it is compiled, and kinds that are compiled for one head: as a rule they are shapes, and each
-# takes seconds.
+# Calls of one kind before it is compiled, and kinds that are compiled for one compiled model: as a rule they are
+# shapes, and each takes seconds.
 CALLS = 3
 KINDS = 8
 # Multiplications of one product of the hidden states and the weight. The kernels save 0.1 s for 2**32 on two cores.
@@ -26,35 +32,65 @@ LEAST = 1 << 28
 
 
 @dataclass
-class Often:
-    """What computes a `call` of one kind: `compute`, and what `compile` makes of `form` once it has come often.
+class Kernels:
+    """Makes kernels of what is called often on the logits of one compiled model.
 
-    compile: it is given a graph in which the pass has not been yet, and its inputs. None where the pass does not fuse
-    it with the kernels that there are. so_far: how many kinds of calls on the same head are compiled.
+    rewrite: the pass, for the kernels that there are. compile: it is given what the pass has made and real inputs.
+    known: by kind of call, what it was compiled to; None where it was tried and failed.
     """
 
-    call: Callable
-    compute: Callable
-    form: Form
-    compile: Callable[[Form], Callable | None]
-    so_far: list[Form]
-    calls: int = 0
+    rewrite: Callable[[Form], Rewritten]
+    compile: Callable[[GraphModule, Sequence[Tensor]], Callable]
+    calls: Counter[Hashable] = field(default_factory=Counter)
+    known: dict[Hashable, Callable | None] = field(default_factory=dict)
 
-    def __call__(self, shared: Any, *given: Tensor) -> Any:
-        """As `compute`: of a :class:`Shared` and of what the graph is given."""
-        self.calls += 1
-        if self.calls == CALLS and len(self.so_far) < KINDS:
-            self._compile(given)
-        return self.compute(shared, *given)
+    def of_loss(self, kind: Hashable, form: Form, given: Sequence[Tensor]) -> Callable | None:
+        """What computes the graph of a call of this kind, in the place of its eager implementation; None: nothing.
 
-    def _compile(self, given: Sequence[Tensor]) -> None:
-        inputs = [t.detach().requires_grad_(t.requires_grad) for t in given]
-        try:
-            compiled = self.compile(Form(self.form.graph_module, inputs))
-        except Exception:
-            log.exception("cce_inductor could not compile a loss that is called eagerly, and goes on without")
-            return
-        if compiled is not None:
-            self.so_far.append(self.form)
-            in_form_of_call = in_form(compiled, self.call)
-            self.compute = lambda shared, *given: in_form_of_call(*given)
+        form: the graph before the pass. given: its inputs.
+        """
+
+        def make(inputs: Sequence[Tensor]) -> Callable | None:
+            result = self.rewrite(Form(form.graph_module, list(inputs)))
+            fits = result.fused and form.accepts(result) and not result.uncompiled
+            return self.compile(result.graph_module, inputs) if fits else None
+
+        return self._often(kind, make, given)
+
+    def forward(
+        self, operands: Sequence[Tensor], names: str, row_mask: Tensor | None, statistics: str, *rest: Any
+    ) -> list[Tensor]:
+        """What the operator `linear_statistics` gives; behind the statistics there may be nothing."""
+        given = [*operands, *([] if row_mask is None else [row_mask])]
+
+        def make(inputs: Sequence[Tensor]) -> Callable:
+            graph = Graph()
+            nodes = [graph.placeholder(name) for name in names.split()]
+            mask = None if row_mask is None else graph.placeholder("row_mask")
+            made = graph.call_function(FORWARD, (nodes, names, mask, statistics, *rest))
+            graph.output(
+                tuple(graph.call_function(operator.getitem, (made, i)) for i in range(len(statistics.split())))
+            )
+            return self.compile(GraphModule(torch.nn.Module(), graph), inputs)
+
+        kind = (names, statistics, rest, *map(described, given), state(given[0].device.type))
+        compiled = self._often(kind, make, given)
+        if compiled is None:
+            return FORWARD(list(operands), names, row_mask, statistics, *rest)
+        return list(compiled(*given))
+
+    def _often(
+        self, kind: Hashable, make: Callable[[Sequence[Tensor]], Callable | None], given: Sequence[Tensor]
+    ) -> Callable | None:
+        """What calls of this kind were compiled to, or are now that they have come often."""
+        hidden, weight, *_ = given
+        if hidden.numel() * weight.numel() // hidden.shape[-1] < LEAST:
+            return None
+        self.calls[kind] += 1
+        if self.calls[kind] >= CALLS and kind not in self.known and len(self.known) < KINDS:
+            try:
+                self.known[kind] = make([t.detach().requires_grad_(t.requires_grad) for t in given])
+            except Exception:
+                log.exception("cce_inductor could not compile what is called eagerly on logits, and goes on without")
+                self.known[kind] = None
+        return self.known.get(kind)

@@ -7,7 +7,7 @@ them all: autograd adds up the gradients of what one operator gave.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,9 +32,14 @@ class Shared:
     def __init__(self) -> None:
         self._given: tuple[Tensor, ...] = ()
         self._found: list[tuple[tuple, Tensor | None, dict[str, Tensor]]] = []
+        self._forward: Callable[..., list[Tensor]] = FORWARD
 
-    def of(self, given: Sequence[Tensor]) -> Shared:
-        """This, for a call on these operands: what was computed from others, or by another way to them, is gone."""
+    def of(self, given: Sequence[Tensor], forward: Callable[..., list[Tensor]]) -> Shared:
+        """This, for a call on these operands: what was computed from others, or by another way to them, is gone.
+
+        forward: computes what the operator `linear_statistics` gives.
+        """
+        self._forward = forward
         if len(given) != len(self._given) or any(a is not b for a, b in zip(given, self._given, strict=True)):
             self._given, self._found = tuple(given), []
         return self
@@ -50,7 +55,7 @@ class Shared:
         target = given.pop("target", None)
         plain = given.keys() <= {"input", "weight", "bias"} and row_mask is None
         if not plain or Attributes(*rest[1:]).grad_filter != "exact":
-            return FORWARD(list(operands), names, row_mask, statistics, *rest)
+            return self._forward(list(operands), names, row_mask, statistics, *rest)
         key = (tuple((name, _seen(t)) for name, t in given.items()), rest, torch.is_grad_enabled())
         known: dict[str, Tensor] = {}
         for of, classes, made in self._found:
@@ -63,12 +68,14 @@ class Shared:
             # No call has the sum with the target and the one without.
             along = {*_ALONG} - known.keys() - ({"lse", "lse_low"} if "lse_rest" in asked else set())
             names_of = as_results(asked | along)
+            forward = self._forward
             if missing <= {*_OF_TARGET}:
-                names_of = as_results(asked)
+                # Without a sum over the classes, the eager implementation needs no product with the whole weight.
+                names_of, forward = as_results(asked), FORWARD
             if target is not None and asked & {*_OF_TARGET}:
                 given["target"] = target
-            made = FORWARD(list(given.values()), " ".join(given), None, " ".join(names_of), *rest)
-            found = dict(zip(names_of, made, strict=False))
+            computed = forward(list(given.values()), " ".join(given), None, " ".join(names_of), *rest)
+            found = dict(zip(names_of, computed, strict=False))
             self._found.append((key, None if target is None else target.clone(), found))
             known |= found
         return [known[name] for name in wanted]
