@@ -200,7 +200,7 @@ class EagerCalls:
         recipe, classes = given.recipe, given.logits.whole_shape()[-1]
         compute, (hidden, *rest) = recipe.compute, given.operands
         assert isinstance(compute, Logits)
-        if compute.class_dim != compute.rank - 1 or any(t.dim() > 1 for t in rest[1:]):
+        if compute.class_dim != compute.rank - 1 or any(t.dim() > 1 for t in rest[1:]) or recipe.other is not None:
             return given
         rows, left = hidden, list(recipe.steps)
         for step in recipe.steps:
@@ -251,6 +251,7 @@ class EagerCalls:
         assert isinstance(compute, Logits)
         whole = compute.class_dim == compute.rank - 1 and all(map(_is_entrywise, recipe.steps))
         whole &= all(t.dim() <= 1 for t in (*others, *extras))  # a second head has rows too
+        whole &= recipe.other is None
         if not whole or hidden.shape[:-1] != logits.shape[:-1] or not _of_leading(hidden.dim() - 1, call, args, kwargs):
             return NotImplemented
         rows = call(hidden, *args[1:], **kwargs)

@@ -6,7 +6,7 @@ What is only made in their image (``zeros_like``) is a plain tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ def _record(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if any(isinstance(a, Tensor) for a in kwargs.values()):
         return NotImplemented
     logits = args[given[0]]
-    if not _recordable(logits, *tensors):
+    if not all(_recordable(args[i], *tensors, *(args[k] for k in given)) for i in given):
         return NotImplemented
     if len(given) == 1 and len(args) == 2 and len(tensors) == 1 and not kwargs:
         made = _record_with_statistic(func, args, logits, tensors[0])
@@ -114,13 +114,17 @@ def _step_of(
             func = aten.where.ScalarSelf if at == 2 else aten.where.ScalarOther
         beside = moved((*args[:at], *args[at + 1 :]), 0, len(value.origin.extras))
         return value.copy(Step.of(func, beside, kwargs, at), extras)
-    # Steps do not say what has been computed without a gradient.
-    mixed = torch.is_grad_enabled() and len({args[i].requires_grad for i in given}) > 1
-    if mixed or kwargs:
+    if kwargs:
         return None
+    trains = _trains(args[i] for i in given)
     for part, i in enumerate(given):
         args[i] = Part(part)
-    return PendingValue.joint(func, values, tuple(args), extras)
+    return PendingValue.joint(func, values, trains, tuple(args), extras)
+
+
+def _trains(tensors: Iterable[Tensor]) -> list[bool]:
+    """Which of the tensors a gradient reaches from what is computed of them now."""
+    return [t.requires_grad and torch.is_grad_enabled() for t in tensors]
 
 
 def _record_with_statistic(func: Any, args: Sequence[Any], logits: DeferredLogits, other: Tensor) -> Any:
@@ -132,7 +136,8 @@ def _record_with_statistic(func: Any, args: Sequence[Any], logits: DeferredLogit
     meta = _meta(func, args, {})
     beside = [get_gradient_edge(other).node] if other.requires_grad else []
     first, second = (value, again) if args[0] is logits else (again, value)
-    made = PendingValue.joint(func, (first, second), beside=beside) if meta.shape == logits.shape else None
+    trains = _trains((logits, logits))
+    made = PendingValue.joint(func, (first, second), trains, beside=beside) if meta.shape == logits.shape else None
     return NotImplemented if made is None else DeferredLogits(made, meta, logits.device)
 
 
@@ -217,12 +222,11 @@ def _put_together(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any
     if not tensors or kwargs or not all(isinstance(t, DeferredLogits) for t in tensors):
         return NotImplemented
     first = tensors[0]
-    mixed = torch.is_grad_enabled() and len({t.requires_grad for t in tensors}) > 1
-    if mixed or len({t.dtype for t in tensors}) > 1 or not all(map(_recordable, tensors)):
+    if len({t.dtype for t in tensors}) > 1 or not all(_recordable(t, *tensors) for t in tensors):
         return NotImplemented
     meta = func([t._meta() for t in tensors], *dim)
     values = [t._value for t in tensors]
-    made = PendingValue.joint(func, values, (tuple(map(Part, range(len(values)))), *dim))
+    made = PendingValue.joint(func, values, _trains(tensors), (tuple(map(Part, range(len(values)))), *dim))
     return NotImplemented if made is None else DeferredLogits(made, meta, first.device)
 
 
@@ -295,8 +299,9 @@ RULES.lazy |= {
 }
 
 
-# What the tracer has no rule for but where it makes the entry of a target: the cosine of an angle and a margin.
-_AT_TARGET = ("function", "scatter", "scatter_add")
+# What the tracer has no rule for but where it makes the entry of a target, the cosine of an angle and a margin, or a
+# divergence.
+_AT_TARGET = ("function", "scatter", "scatter_add", "xlogy", "entr", "logaddexp", "lerp")
 
 
 def _entrywise() -> Iterator[tuple[Any, Callable]]:

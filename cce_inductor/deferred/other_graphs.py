@@ -28,7 +28,7 @@ from ..trace.unnamed import GIVEN
 from . import aliases
 from .lazy import WRITTEN
 from .pending import Recipe
-from .steps import Joint, Step
+from .steps import Joint, Step, other_head
 from .tensor import DeferredLogits
 
 log = logging.getLogger(__name__)
@@ -91,6 +91,7 @@ _WRITTEN: dict[Any, Callable[..., Any]] = {
     aten.t.default: lambda z: z.t(),
     aten.transpose.int: lambda z, dim0, dim1: z.transpose(dim0, dim1),
     aten.permute.default: lambda z, dims: z.permute(*dims),
+    other_head: other_head,
     **WRITTEN,
 }
 
@@ -98,7 +99,12 @@ _WRITTEN: dict[Any, Callable[..., Any]] = {
 def _record(recipe: Recipe, operands: Sequence[Proxy]) -> Proxy:
     """Records the logits of `recipe`."""
     assert isinstance(recipe.compute, Logits)
-    z = _written(recipe.compute.record(operands[: recipe.reads]), recipe.steps, operands[recipe.reads :])
+    logits, extras = recipe.compute.record(operands[: recipe.own]), [*operands[recipe.reads :]]
+    if recipe.other is not None:
+        other = recipe.other[0].record(operands[recipe.own : recipe.reads])  # type: ignore[attr-defined]
+        extras.append(other if any(recipe.needs[recipe.own : recipe.reads]) else other.detach())
+        logits = logits if any(recipe.needs[: recipe.own]) else logits.detach()
+    z = _written(logits, recipe.steps, extras)
     return z if any(recipe.needs) else z.detach()
 
 
@@ -182,7 +188,10 @@ def usable(logits: DeferredLogits, grad: bool = True) -> Recipe | None:
     if recipe is not None and not grad:
         # A view that was made under no_grad says that it requires grad, and leads nowhere.
         recipe = replace(recipe, needs=(False,) * len(recipe.needs), connected=True)
-    return recipe if recipe is not None and recipe.connected and isinstance(recipe.compute, Logits) else None
+    if recipe is None or not recipe.connected:
+        return None
+    recorded = [recipe.compute, *(recipe.other or ())[:1]]
+    return recipe if all(isinstance(compute, Logits) for compute in recorded) else None
 
 
 def _fake_operands(logits: DeferredLogits, recipe: Recipe) -> list[Tensor]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from .entries import Entries
 from .mixtures import Spreadable
 from .shared import Shared
 from .staleness import Operand
-from .steps import Extra, Joint, Part, Step, moved, surroundings
+from .steps import OTHER, Extra, Joint, Part, Step, moved, surroundings
 
 Compute = Callable[[Sequence[Tensor]], Tensor]
 # (pending logits, function, args, kwargs) -> what function(*args, **kwargs) gives, or NotImplemented.
@@ -28,6 +29,8 @@ Fuse = Callable[[Any, Callable, tuple, dict[str, Any]], Any]
 
 
 # ---------------------------------------------------------------------------------------------------- the head
+
+_HEADS = itertools.count()
 
 
 class PendingHead:
@@ -56,6 +59,7 @@ class PendingHead:
         self.watched = False  # somebody, such as a hook, waits for the gradient of the logits
         self.needs: tuple[bool, ...] = ()  # which operands a gradient reaches, if any
         self.graph: ValueGraph | None = None  # of the value that was read, for the backward through the logits
+        self.number = next(_HEADS)  # of two that a tensor follows from, the first is the older one
 
     def known_as(self, tensor: Tensor) -> PendingValue | None:
         """The value of logits, pending, that a tensor of the program is a statistic of: that statistic, or None."""
@@ -133,7 +137,8 @@ class ValueGraph(NamedTuple):
 class Recipe:
     """How a pending tensor follows from the operands of a head: ``steps`` behind ``compute(operands)``.
 
-    reads: how many operands the head has. The others are what the steps read besides.
+    reads: how many operands the head has, or both heads together. The others are what the steps read besides.
+    other: of a tensor that follows from two heads, what computes the other one's logits, and how many operands it has.
     needs: which operands a gradient reaches; none if the tensor does not require grad. connected: False for a tensor
     whose gradient does not end in the operands, such as ``logits.detach().requires_grad_()``. dtype, device: its own.
     offset: where it begins in the memory that it shares with other views. of: the value that it is the recipe of.
@@ -150,15 +155,29 @@ class Recipe:
     device: torch.device
     offset: int | torch.SymInt
     of: weakref.ref[PendingValue] = field(compare=False)
+    other: tuple[Compute, int] | None = None
+
+    @property
+    def own(self) -> int:
+        """How many operands the first head has."""
+        return self.reads if self.other is None else self.reads - self.other[1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recipe:
         return self
+
+
+class Other(NamedTuple):
+    """The other head that a value follows from. needs: whether a gradient reaches the first head, and this one."""
+
+    head: PendingHead
+    needs: tuple[bool, bool]
 
 
 @dataclass(frozen=True, eq=False)
 class Origin:
     """Where a pending value comes from.
 
+    other: where it follows from two heads, the younger one; it is not in the way of `steps` but within a joint one.
     recipe: stands in for what autograd would say, in a graph that is traced. extras: what the steps read besides the
     head's operands. beside: nodes of the autograd graph that statistics of the same logits come from, where `steps`
     compute these again.
@@ -169,10 +188,18 @@ class Origin:
     recipe: Recipe | None = None
     extras: tuple[Extra | Spreadable, ...] = ()
     beside: tuple[Any, ...] = ()
+    other: Other | None = None
 
     def then(self, step: Step | Joint, extras: Sequence[Extra | Spreadable] = (), beside: Sequence[Any] = ()) -> Origin:
         """The origin of what `step` makes of the value, where it reads these besides those known."""
-        return Origin(self.head, (*self.steps, step), None, (*self.extras, *extras), (*self.beside, *beside))
+        extras, beside = (*self.extras, *extras), (*self.beside, *beside)
+        return Origin(self.head, (*self.steps, step), None, extras, beside, self.other)
+
+    def needs(self, trains: bool) -> dict[PendingHead, bool]:
+        """Each head that the value follows from, and whether a gradient reaches it: of one head, `trains`."""
+        if self.other is None:
+            return {self.head: trains}
+        return dict(zip((self.head, self.other.head), self.other.needs, strict=True))
 
 
 # --------------------------------------------------------------------------------------------------- the value
@@ -317,18 +344,26 @@ class PendingValue:
     def joint(
         op: Any,
         values: Sequence[PendingValue],
+        trains: Sequence[bool],
         args: tuple | None = None,
         extras: Sequence[Extra | Spreadable] = (),
         beside: Sequence[Any] = (),
     ) -> PendingValue | None:
-        """The value ``op(*args)`` of several: pending, where all follow from one value; else None.
+        """The value ``op(*args)`` of several: pending, where all follow from one value, or from two heads; else None.
 
-        args: with a :class:`Part` for each value, and a :class:`Read` for each of `extras`; where it is None, op takes
-        the values alone. beside: see :class:`Origin`.
+        trains: which of the values a gradient reaches. Steps do not say what has been computed without one: all that
+        follow from a head must agree. args: with a :class:`Part` for each value, and a :class:`Read` for each of
+        `extras`; where it is None, op takes the values alone. beside: see :class:`Origin`.
         """
         origins = [value.origin for value in values]
+        needs = _needs(origins, trains)
+        if needs is None:
+            return None
+        first, *others = sorted(needs, key=lambda head: head.number)
         source = values[0]._common(values[1:])
-        if source is None or source.origin is None or any(origin is None for origin in origins):
+        if source is None and others:
+            source = next(v for v in values if v.origin is not None and v.origin.head is first)._root()
+        if source is None or source.origin is None or (others and source.origin.head is not first):
             return None
         n, known = len(source.origin.steps), len(source.origin.extras)
         own: list[Extra | Spreadable] = []
@@ -336,12 +371,15 @@ class PendingValue:
         nodes: list[Any] = []
         for origin in origins:
             assert origin is not None
-            parts.append(tuple(step.behind(known, len(own)) for step in origin.steps[n:]))
+            steps = origin.steps[n:] if origin.head is first else (OTHER, *origin.steps)
+            parts.append(tuple(step.behind(known, len(own)) for step in steps))
             own += origin.extras[known:]
             nodes += origin.beside[len(source.origin.beside) :]
         given = tuple(map(Part, range(len(values)))) if args is None else args
         step = Joint(op, tuple(parts), moved(given, 0, known + len(own)))
         origin = source.origin.then(step, (*own, *extras), (*nodes, *beside))
+        if others:
+            origin = replace(origin, other=Other(others[0], (needs[first], needs[others[0]])))
         copies = [extra.copy for extra in origin.extras]
 
         def make() -> Tensor:
@@ -366,6 +404,11 @@ class PendingValue:
         while value is not None:
             yield value
             value = value._source
+
+    def _root(self) -> PendingValue | None:
+        """The logits of the head that it is made from, whole; None in a graph that is traced."""
+        *_, root = self._behind()
+        return root if root.origin is not None and not root.origin.steps else None
 
     def stands_for(self) -> PendingValue | None:
         """In a graph that Dynamo traces: the value that the program has there."""
@@ -395,6 +438,19 @@ class PendingValue:
             if graph is not None and graph.reads_value:
                 self.memory.head.graph = None
         return tensor
+
+
+def _needs(origins: Sequence[Origin | None], trains: Sequence[bool]) -> dict[PendingHead, bool] | None:
+    """The heads that values follow from, one or two, each with whether a gradient reaches it; None where they do not
+    agree, where there are more, or where one is computed already."""
+    needs: dict[PendingHead, bool] = {}
+    for origin, reached in zip(origins, trains, strict=True):
+        if origin is None:
+            return None
+        for head, own in origin.needs(reached).items():
+            if needs.setdefault(head, own) != own:
+                return None
+    return needs if len(needs) <= 2 else None
 
 
 class Known:

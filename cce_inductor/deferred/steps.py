@@ -68,6 +68,15 @@ class Step(NamedTuple):
         return self._replace(args=moved(self.args, known, more))
 
 
+def other_head(logits: Any, other: Any) -> Any:
+    """The logits of the other head, of two that a tensor follows from."""
+    return other
+
+
+# They come last among the extras, where a step is taken.
+OTHER = Step(other_head, (Read(-1),), ())
+
+
 @dataclass(frozen=True)
 class Part:
     """Stands among the arguments of a :class:`Joint` for one of the tensors that it is made from: which of them."""
@@ -77,6 +86,8 @@ class Part:
 
 class Joint(NamedTuple):
     """A lazy operator on several tensors that all follow from a pending one, each by steps of `parts`: itself a step.
+
+    A part that begins with `OTHER` follows from the logits of another head.
 
     args: its arguments, with a :class:`Part` for each of those tensors.
     """

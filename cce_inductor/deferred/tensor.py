@@ -20,7 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from .. import compat
 from ..graph.spellings import NAMES, REDUCING, Fact, functions_of
-from .pending import Origin, PendingHead, PendingValue, Recipe
+from .pending import Origin, Other, PendingHead, PendingValue, Recipe
 from .staleness import DeferredLogitsError
 from .steps import Extra, surroundings
 
@@ -131,13 +131,14 @@ class DeferredLogits(torch.Tensor):
             return origin.recipe
         if not all(extra.unchanged for extra in origin.extras):
             return None  # only a read knows what it was
-        given = self._given()
-        reads = len(origin.head.operands)
+        given, other = self._given(), origin.other
+        reads = len(origin.head.operands) + (0 if other is None else len(other.head.operands))
         needs = tuple(t.requires_grad for t in given or ()) or (False,) * (reads + len(origin.extras))
         connected = given is not None or not self.requires_grad
         offset = self.storage_offset()
         own = (self.dtype, self.device, offset, weakref.ref(self._value))
-        return Recipe(origin.head.compute, reads, origin.steps, needs, connected, *own)
+        beside = None if other is None else (other.head.compute, len(other.head.operands))
+        return Recipe(origin.head.compute, reads, origin.steps, needs, connected, *own, other=beside)
 
     def operands(self) -> tuple[Tensor, ...]:
         """The operands of :meth:`recipe`, connected to autograd as these logits are.
@@ -146,7 +147,7 @@ class DeferredLogits(torch.Tensor):
         """
         origin = self._value.origin
         assert origin is not None
-        aliases = origin.head.check()
+        aliases = [alias for head in origin.needs(True) for alias in head.check()]
         return self._given() or (*aliases, *(extra.alias for extra in origin.extras))
 
     def _given(self) -> tuple[Tensor, ...] | None:
@@ -163,11 +164,11 @@ class DeferredLogits(torch.Tensor):
         extras = [extra.tensor for extra in origin.extras]
         # From there on the gradient goes to what the steps read besides.
         seen: set[Any] = {get_gradient_edge(t).node for t in extras if t.requires_grad} | {*origin.beside}
-        found: Any = None
+        needs, found = origin.needs(True), dict[Any, Any]()
         while stack:
             node = stack.pop()
-            if getattr(node, "head", None) is origin.head:
-                found = node
+            if getattr(node, "head", None) in needs:
+                found[node.head] = node.operands
                 continue
             behind = [n for n, _ in node.next_functions if n is not None] if node is not None else []
             foreign = isinstance(node, BackwardCFunction) and not getattr(node, "of_logits", False)
@@ -175,7 +176,10 @@ class DeferredLogits(torch.Tensor):
                 return None
             stack += [n for n in behind if n not in seen]  # more than one behind a product
             seen.update(behind)
-        return (*found.operands, *extras) if found is not None and not origin.head.watched else None
+        if any(head.watched or (trains and head not in found) for head, trains in needs.items()):
+            return None
+        of_heads = [t for head in needs for t in found.get(head) or [o.alias for o in head.operands]]
+        return (*of_heads, *extras)
 
     # What Dynamo and AOTAutograd make of us as an input of a graph: the operands of the head, or the computed values.
 
@@ -205,18 +209,23 @@ class DeferredLogits(torch.Tensor):
             value.memory.piece = not (offset == 0 and tensor.is_contiguous())
         else:
             operands = [inner[f"_operand_{i}"] for i in range(len(inner))]
-            head = PendingHead(recipe.compute, operands[: recipe.reads], None, recipe.dtype)
+            head = PendingHead(recipe.compute, operands[: recipe.own], None, recipe.dtype)
             dtype, device, offset = recipe.dtype, recipe.device, recipe.offset
-            extras = operands[recipe.reads :]
+            extras, other = operands[recipe.reads :], None
+            if recipe.other is not None:
+                second = PendingHead(recipe.other[0], operands[recipe.own : recipe.reads], None, recipe.dtype)
+                needs = any(recipe.needs[: recipe.own]), any(recipe.needs[recipe.own : recipe.reads])
+                other = Other(second, needs)
 
             def make() -> Tensor:
                 out = head()
+                beside = extras if other is None else [*extras, other.head()]
                 with surroundings(out.device, grad=False):
                     for step in recipe.steps:
-                        out = step(out, extras)
+                        out = step(out, beside)
                 return out
 
-            value = PendingValue(make, Origin(head, recipe.steps, recipe, tuple(map(Extra, extras))))
+            value = PendingValue(make, Origin(head, recipe.steps, recipe, tuple(map(Extra, extras)), other=other))
             value.given = recipe, operands
             if any(isinstance(s, torch.SymInt) for s in size):
                 # Dynamo gives us and the operands symbols of their own: say that they are the same sizes.
@@ -263,9 +272,11 @@ class DeferredLogits(torch.Tensor):
         if number is not None and (given := self._value.given) is not None:
             return given[1][int(number[1])]
         if number is not None and (origin := self._value.origin) is not None:
-            i, operands = int(number[1]), [operand.alias for operand in origin.head.operands]
+            i, heads = int(number[1]), [*origin.needs(True)]
+            operands = [operand.alias for head in heads for operand in head.operands]
             if i == 0 and not compat.is_tracing():
-                origin.head.check()  # a compiled function of somebody else's takes the operands from here
+                for head in heads:
+                    head.check()  # a compiled function of somebody else's takes the operands from here
             operands += [extra.alias for extra in origin.extras]
             if i < len(operands):
                 return operands[i]
