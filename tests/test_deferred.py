@@ -221,6 +221,7 @@ ARITHMETIC: dict[str, Callable[[Any], Any]] = {
     "scatter_number": lambda x: x.scatter(-1, FIRST[..., None], 0.5),
     "scatter_add": lambda x: x.scatter_add(-1, FIRST[..., None], torch.ones(B, S, 1, dtype=x.dtype)),
     "flip": lambda x: x.flip(1),
+    "logsumexp": lambda x: x.logsumexp(0),
     "roll": lambda x: x.roll(1, 1).roll(1),
     "repeat": lambda x: x.repeat(2, 1, 1),
     "index_select": lambda x: x.index_select(1, torch.tensor([1, 0, 1])),

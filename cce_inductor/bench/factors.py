@@ -7,7 +7,6 @@ import statistics
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 
-from ..deferred.often import CALLS
 from . import report
 from .docs import Section
 from .factored import FACTORED, LOOPS, QUICK, TWO_HEADS, Shape
@@ -47,7 +46,8 @@ def run(options: Options, quick: bool = False, two_heads: bool = False) -> Secti
                 )
                 for key, (name, own) in jobs.items()
             }
-            for turn in range(-CALLS if loss in LOOPS else -1, options.repeat):  # those below 0 warm up
+            # Turns below 0 warm up: a loss in a loop is compiled when it comes for the third time.
+            for turn in range(-3 if loss in LOOPS else -1, options.repeat):
                 for key, child in children.items():
                     seconds = child.ask("step", 10 * options.timeout)["seconds"]
                     if turn >= 0:

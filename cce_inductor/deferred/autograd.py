@@ -26,6 +26,7 @@ def defer(
     requires_grad: bool,
     fuse: Fuse | None = None,
     large: bool = False,
+    alone: bool = True,
 ) -> Tensor:
     """A tensor of this shape and dtype that stands for ``compute(operands)`` and computes it on first touch.
 
@@ -37,12 +38,13 @@ def defer(
     ``fuse`` is asked for the result when a function of ``LOSSES``, ``STATISTICS`` or ``ROWS`` is called on the pending
     logits, or on a pending tensor made from them; where it gives ``NotImplemented`` the call reads the logits.
     ``large`` says that a read had better be spared: what is done to the logits without a gradient is then recorded too.
+    ``alone``: whether ``fuse`` is asked for these logits alone. If not, it is for rows of them, and beside other ones.
 
     The operands are referred to, not copied.  A read after they have changed raises
     :class:`DeferredLogitsError`; see :class:`Operand` for what is recognised and what cannot be.
     """
     shape = torch.Size(shape)
-    head = PendingHead(compute, operands, shape, dtype, fuse, large)
+    head = PendingHead(compute, operands, shape, dtype, fuse, large, alone)
     if not requires_grad:
         logits = root(head, shape)
         keep(logits._value)

@@ -264,6 +264,7 @@ class EagerCalls:
             requires_grad=logits.requires_grad and torch.is_grad_enabled(),
             fuse=self,
             large=logits.head().large,
+            alone=logits.head().alone,
         )
         if not logits.head().large:
             taken.head().on_read = self._was_read

@@ -192,6 +192,13 @@ def _normalised(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: 
     return _copied(logits, func, (dim - logits.dim() if dim == logits.dim() - 1 else dim, *rest), kwargs)
 
 
+def _summed_up(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """A log-sum-exp over another dimension than the last one: of tensors in a stack, a mixture of two heads."""
+    dims, *_ = args
+    over_classes = any(dim % logits.dim() == logits.dim() - 1 for dim in (dims if dims else range(logits.dim())))
+    return NotImplemented if over_classes or not _recordable(logits) else _copied(logits, func, args, kwargs)
+
+
 def _rearranged(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """The same entries in other places, or several times, in memory of their own."""
     return _copied(logits, func, args, kwargs) if _recordable(logits) else NotImplemented
@@ -264,6 +271,7 @@ RULES.lazy |= {
     aten._to_copy.default: _copied,
     aten._log_softmax.default: _normalised,
     aten._softmax.default: _normalised,
+    aten.logsumexp.default: _summed_up,
     aten.gather.default: _gathered,
     aten.flip.default: _rearranged,
     aten.roll.default: _rearranged,

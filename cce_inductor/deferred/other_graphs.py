@@ -73,7 +73,7 @@ _WRITTEN: dict[Any, Callable[..., Any]] = {
     aten._unsafe_view.default: lambda z, size: z.reshape(*size),
     aten.slice.Tensor: lambda z, dim=0, start=None, end=None, step=1: _index(z, dim, slice(start, end, step)),
     aten.select.int: _index,
-    aten.logsumexp.default: lambda z, dim, keepdim: z.logsumexp(dim, keepdim),
+    aten.logsumexp.default: lambda z, dim, keepdim=False: z.logsumexp(dim, keepdim),
     aten.sum.dim_IntList: lambda z, dim, keepdim: z.sum(dim, keepdim),
     aten.amax.default: lambda z, dim, keepdim: z.amax(dim, keepdim),
     aten.gather.default: lambda z, dim, index: z.gather(dim, index),

@@ -37,8 +37,8 @@ class PendingHead:
     """What pending logits are computed from, and a call of which computes them: (..., V) of `shape` and `dtype`.
 
     Called once, by its :class:`PendingValue`, which then lets go of it. `shape` is None where the logits are those of a
-    graph that is being traced, of which only the operands are given. For `compute`, `operands`, `fuse` and
-    `large` see :func:`defer`. shared: what eager calls have computed of the rows.
+    graph that is being traced, of which only the operands are given. For `compute`, `operands`, `fuse`, `large` and
+    `alone` see :func:`defer`. shared: what eager calls have computed of the rows.
     """
 
     def __init__(
@@ -49,8 +49,10 @@ class PendingHead:
         dtype: torch.dtype,
         fuse: Fuse | None = None,
         large: bool = False,
+        alone: bool = True,
     ) -> None:
-        self.compute, self.shape, self.dtype, self.fuse, self.large = compute, shape, dtype, fuse, large
+        self.compute, self.shape, self.dtype = compute, shape, dtype
+        self.fuse, self.large, self.alone = fuse, large, alone
         self.shared = Shared()
         self.on_read: Callable[[], None] | None = None  # called when the logits are computed
         self.known: list[Known] = []  # statistics that the program has

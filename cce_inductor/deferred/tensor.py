@@ -436,7 +436,11 @@ def _fused(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     logits = args[0] if args else kwargs.get("input")
     if not isinstance(logits, DeferredLogits) or logits._value.origin is None:
         return NotImplemented
-    head = logits._value.origin.head
-    if head.fuse is None or compat.is_transforming():
+    compared = [logits]
+    if func in COMPARISONS:
+        compared += [x for x in (*args[1:], *kwargs.values()) if isinstance(x, DeferredLogits)]
+    origins = [x._value.origin for x in compared if x._value.origin is not None]
+    heads = [head for origin in origins for head in origin.needs(True) if head.alone or func in ROWS]
+    if not heads or heads[0].fuse is None or compat.is_transforming():
         return NotImplemented
-    return head.fuse(logits, func, args, kwargs)
+    return heads[0].fuse(logits, func, args, kwargs)

@@ -57,9 +57,10 @@ def with_deferred(compiled: Callable, result: Rewritten, fuse: Fuse, workspace_b
             shape=shape,
             dtype=deferral.dtype,
             requires_grad=deferral.requires_grad,
-            # Evaluation reads at the cost of plain logits: the operators' eager implementation is a little slower.
-            fuse=fuse if result.fused or deferral.requires_grad else None,
+            fuse=fuse,
             large=large,
+            # Evaluation reads at the cost of plain logits: the operators' eager implementation is a little slower.
+            alone=bool(result.fused) or deferral.requires_grad,
         )
 
     def run(*args: Any) -> tuple:
