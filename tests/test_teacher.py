@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from capture import FUSE_ALL
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -16,7 +17,7 @@ from cce_inductor.deferred import DeferredLogits
 
 N, D, V = 1024, 16, 512
 # Logits of more than a MiB are large.
-OPTIONS = {"min_vocab": 0, "compiler": "aot_eager", "workspace_mb": 1}
+OPTIONS = {**FUSE_ALL, "workspace_mb": 1}
 
 
 class Model(nn.Module):
@@ -96,7 +97,11 @@ def step(student: Any, teacher: Any, loss: Any, inputs: tuple[Tensor, Tensor, Te
 @pytest.mark.filterwarnings("ignore:reduction")
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize(
-    "where,how", [("compiled", "frozen"), *(("eager", how) for how in LOGITS)], ids=lambda word: word
+    "where,how",
+    [
+        *(("compiled", "frozen"), ("eager", "frozen"), ("eager", "trained")),
+        *(pytest.param("eager", how, marks=pytest.mark.slow) for how in ("detached", "itself")),
+    ],
 )
 def test_a_loss_outside_of_both_models(name: str, where: str, how: str) -> None:
     torch._dynamo.reset()
@@ -109,6 +114,54 @@ def test_a_loss_outside_of_both_models(name: str, where: str, how: str) -> None:
         for got, want in zip(step(*ours, inputs, how), expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
     assert counters["cce_inductor"]["deferred_materialized"] == 0
+
+
+@pytest.mark.parametrize("how", ["frozen", "trained"])
+def test_what_follows_from_two_heads_is_read_as_eager_has_it(how: str) -> None:
+    """Its entries, and the gradients of a loss that is not fused."""
+    torch._dynamo.reset()
+    student, teacher, inputs = Model(D), Model(24), data()
+    costs = torch.randn(N, V)
+
+    def difference(z: Tensor, r: Tensor, t: Tensor) -> Tensor:
+        d = z.log_softmax(-1) - r.log_softmax(-1)
+        assert not isinstance(z, DeferredLogits) or not d.is_materialized
+        return (d * costs).square().sum() + d[:3].abs().max()
+
+    ours = step(compiled(student), compiled(teacher), difference, inputs, how)
+    for got, want in zip(ours, step(student, teacher, difference, inputs, how), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_what_follows_from_two_heads_in_a_graph_of_its_own() -> None:
+    """Compiled functions take it as what it follows from, and are compiled for other such tensors apart."""
+    torch._dynamo.reset()
+    student, teacher, (x, y, _) = Model(D), Model(24), data()
+    of = compiled(lambda q, d: (q * d).sum(-1).mean())
+    counters["cce_inductor"].clear()
+
+    def loss(student: Any, teacher: Any, of: Any) -> Tensor:
+        z, r = frozen(student, teacher, x, y)
+        p, q = z.log_softmax(-1), r.log_softmax(-1)
+        return of(q.exp(), q - p) + 2 * of(p.exp(), p - q)
+
+    ours = compiled(student), compiled(teacher), of
+    for _ in range(2):
+        got, want = loss(*ours), loss(student, teacher, lambda q, d: (q * d).sum(-1).mean())
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+        for a, b in zip(*(torch.autograd.grad(made, list(student.parameters())) for made in (got, want)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_an_edit_of_one_of_two_weights_is_noticed() -> None:
+    torch._dynamo.reset()
+    student, teacher, (x, y, t) = Model(D), Model(24), data()
+    z, r = frozen(compiled(student), compiled(teacher), x, y)
+    d = z.log_softmax(-1) - r.log_softmax(-1)
+    with torch.no_grad():
+        teacher.head.weight.mul_(0.9)
+    with pytest.raises(cce_inductor.DeferredLogitsError, match="modified in place"):
+        d.gather(-1, t[:, None])
 
 
 def test_logits_of_few_rows_or_of_inference_mode_are_plain() -> None:
