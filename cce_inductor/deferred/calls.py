@@ -6,7 +6,7 @@ An argument that is as large as the logits, one-hot or not, stands in the graph 
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ..graph.builder import Builder
 from ..graph.spellings import functions_of
 from .mixtures import Spread, spread
 from .pending import Recipe
+from .steps import Joint, Read, Step
 from .tensor import DeferredLogits
 
 _MAX, _TOPK = functions_of("max"), functions_of("topk")
@@ -93,6 +94,25 @@ class Pending:
     logits: DeferredLogits
     recipe: Recipe
     operands: tuple[Tensor, ...]
+
+
+def with_numbers(recipe: Recipe, operands: Sequence[Tensor]) -> Recipe:
+    """A recipe whose steps have the numbers that they read from tensors of one element, which no gradient reaches."""
+    extras = operands[recipe.reads :]
+
+    def number(argument: Any) -> Any:
+        if not isinstance(argument, Read) or argument.spread is not None or argument.index < 0:
+            return argument
+        extra = extras[argument.index]
+        return extra.item() if extra.dim() == 0 and not extra.requires_grad else argument
+
+    def written(step: Step | Joint) -> Step | Joint:
+        made = step._replace(args=tuple(map(number, step.args)))
+        return (
+            made if isinstance(made, Step) else made._replace(parts=tuple(tuple(map(written, p)) for p in made.parts))
+        )
+
+    return replace(recipe, steps=tuple(map(written, recipe.steps)))
 
 
 def kind_of(pending: Sequence[Pending], call: Callable, args: Any, kwargs: Any) -> tuple:

@@ -35,6 +35,7 @@ from .calls import (
     read_as_one,
     same_classes,
     tensor_of,
+    with_numbers,
 )
 from .entries import Entries
 from .lazy import WRITTEN
@@ -138,7 +139,21 @@ class EagerCalls:
     def _function(
         self, pending: Sequence[Pending], call: Callable, args: tuple, kwargs: dict[str, Any], same: tuple
     ) -> Callable | None:
-        """What computes calls of this kind, known or made now; None where they are not fused."""
+        """What computes calls of this kind, known or made now; None where they are not fused.
+
+        A number in a tensor beside the logits is an input of the graph. If no loss is found so, it is one with that
+        number: the weight of a mixture has to be known.
+        """
+        compute = self._of_kind(pending, call, args, kwargs, same)
+        if compute is None and any(p.recipe.other is not None for p in pending):
+            numbered = [replace(p, recipe=with_numbers(p.recipe, p.operands)) for p in pending]
+            if [p.recipe for p in numbered] != [p.recipe for p in pending]:
+                return self._of_kind(numbered, call, args, kwargs, same)
+        return compute
+
+    def _of_kind(
+        self, pending: Sequence[Pending], call: Callable, args: tuple, kwargs: dict[str, Any], same: tuple
+    ) -> Callable | None:
         kind = kind_of(pending, call, args, kwargs), same
         try:
             hash(kind)

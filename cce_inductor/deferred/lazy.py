@@ -205,9 +205,14 @@ def _rearranged(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: 
 
 
 def _taken(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Rows or classes by one index, of one dimension."""
+    """Rows or classes by one index, of one dimension; rows by a mask of all of them."""
+    meta, value = logits._meta(), logits._value
     if func is aten.index_select.default:
         dim, index = args
+    elif _is_mask_of_rows(args[0], logits):
+        shape = (logits.shape[:-1].numel(), logits.shape[-1])
+        meta, value = meta.view(shape), value.view(Step.of(aten.view.default, (shape,), {}))
+        dim, index = 0, args[0][0].flatten().nonzero().squeeze(-1)
     else:
         found = [(i, index) for i, index in enumerate(args[0]) if index is not None]
         (dim, index), *more = found
@@ -216,11 +221,17 @@ def _taken(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[
     plain = type(index) is Tensor and index.dim() == 1 and index.dtype in (torch.int64, torch.int32)
     if not plain or not _recordable(logits) or (func is aten.index.Tensor and bool((index < 0).any())):
         return NotImplemented
-    origin = logits._value.origin
-    assert origin is not None
-    meta = aten.index_select.default(logits._meta(), dim, index.to("meta"))
-    step = Step.of(aten.index_select.default, (dim, Read(len(origin.extras))), {})
-    return DeferredLogits(logits._value.copy(step, [Extra(index)]), meta, logits.device)
+    assert value.origin is not None
+    meta = aten.index_select.default(meta, dim, index.to("meta"))
+    step = Step.of(aten.index_select.default, (dim, Read(len(value.origin.extras))), {})
+    return DeferredLogits(value.copy(step, [Extra(index)]), meta, logits.device)
+
+
+def _is_mask_of_rows(indices: Sequence[Any], logits: DeferredLogits) -> bool:
+    """Whether an index of pending logits is one mask, of all their rows."""
+    mask, *others = indices
+    shaped = not others and type(mask) is Tensor and mask.dtype == torch.bool and mask.shape == logits.shape[:-1]
+    return shaped and logits.is_contiguous() and _recordable(logits)
 
 
 def _put_together(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
