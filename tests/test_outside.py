@@ -202,6 +202,8 @@ def of_a_copy(z: Tensor, t: Tensor) -> Tensor:
 
 LOSSES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "masked_fill": lambda z, t: flat(z.masked_fill(PADDED, -torch.inf), t % 900),
+    "masked_fill_expanded": lambda z, t: flat(z.masked_fill(PADDED.expand_as(z), -torch.inf), t % 900),
+    "temperatures_expanded": lambda z, t: flat(z / (1 + 0.1 * t.float()).unsqueeze(-1).expand_as(z), t),
     "masked_by_where": lambda z, t: flat(torch.where(PADDED, -1e9, z), t % 900),
     "masked_by_a_sum": lambda z, t: flat(z + PADDED * -1e9, t % 900),
     "logit_adjustment": lambda z, t: flat(z + PRIOR, t),

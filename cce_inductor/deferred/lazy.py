@@ -65,6 +65,7 @@ def _record(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
     Whether it can be a part of a loss that is fused is for the tracer to say, when there is one.
     """
+    args = [_narrowed(a) for a in args]
     given = [i for i, a in enumerate(args) if isinstance(a, DeferredLogits)]
     leaves = tree_leaves((args, kwargs))
     tensors = [a for a in leaves if isinstance(a, Tensor) and not isinstance(a, DeferredLogits)]
@@ -101,6 +102,15 @@ def _record(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
     value = _step_of(func, [read(a) for a in args], kwargs, given, extras)
     return NotImplemented if value is None else DeferredLogits(value, meta, logits.device)
+
+
+def _narrowed(argument: Any) -> Any:
+    """A tensor that is expanded, as it was before; where a gradient reaches it, and anything else, as it is."""
+    if type(argument) is not Tensor or argument.requires_grad:
+        return argument
+    for dim, (size, stride) in enumerate(zip(argument.size(), argument.stride(), strict=True)):
+        argument = argument.narrow(dim, 0, 1) if stride == 0 and size > 1 else argument
+    return argument
 
 
 def _step_of(

@@ -1,7 +1,7 @@
 """Other words for the same: what a graph is rewritten to before it is followed, so that rules need not know both.
 
 `made_full`: ``scores.data.clone().fill_(0.1)`` reads no score; it makes a tensor full of a number. `broadcast`: a bias
-that is expanded or repeated to the shape of what it is added to broadcasts to that by itself.
+that is expanded or repeated to the shape of what it is added to broadcasts to that by itself, as a mask does.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def _shaped_like(made: Any) -> Node | None:
     return source if is_tensor(source) and not storages(source) & storages(made) else None
 
 
-_BROADCASTING = ("add", "sub", "mul", "div")
+# The operands of each op that may broadcast to another one.
+_BROADCASTING = dict.fromkeys(("add", "sub", "mul", "div"), ("input", "other"))
+_BROADCASTING |= {"masked_fill": ("mask",), "where": ("condition",)}
 
 
 def broadcast(graph: Graph) -> None:
@@ -61,17 +63,19 @@ def broadcast(graph: Graph) -> None:
     repeats: set[Node] = set()  # tensors that something smaller broadcasts to
     for node in list(graph.nodes):
         op = nodes.read(node)
-        if op is None or op.inplace or not is_tensor(node):
+        if op is None or not is_tensor(node) or (op.inplace and op.name != "masked_fill"):
             continue
         if op.name in _BROADCASTING:
             _broadcast_operand(graph, node, op, repeats)
-        if _repeats(node, op, repeats):
+        if not op.inplace and _repeats(node, op, repeats):
             repeats.add(node)
 
 
 def _broadcast_operand(graph: Graph, node: Node, op: nodes.Op, repeats: set[Node]) -> None:
-    for wide, other in ((op.args["input"], op.args["other"]), (op.args["other"], op.args["input"])):
-        if wide in repeats and is_tensor(other) and fake(wide).shape == fake(other).shape == fake(node).shape:
+    for wide in (op.args[name] for name in _BROADCASTING[op.name]):
+        others = [x for x in op.args.values() if is_tensor(x) and x is not wide]
+        whole = any(fake(other).shape == fake(node).shape for other in others)
+        if wide in repeats and whole and fake(wide).shape == fake(node).shape:
             node.replace_input_with(wide, _narrow(Builder(graph, node), wide))
             _erase_unused(wide)
             return

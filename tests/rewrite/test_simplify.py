@@ -33,6 +33,9 @@ FUSED = {
     "an expanded gain": lambda z, b, r, t: ce(z * torch.broadcast_to(b, z.shape).exp(), t),
     "expanded temperatures": lambda z, b, r, t: ce(z / r.expand(-1, V), t),
     "a prior in the logits' dtype": lambda z, b, r, t: ce(z + b.double().type_as(z), t),
+    "an expanded mask": lambda z, b, r, t: ce(z.masked_fill((b > 9).expand_as(z), -1e4), t),
+    "... in place": lambda z, b, r, t: ce((z * 1.0).masked_fill_((b > 9)[None].expand(N, -1), -1e4), t),
+    "... the condition of where": lambda z, b, r, t: ce(torch.where(~(b < 9).repeat(len(z), 1), -1e4, z), t),
     "class weights in their dtype": lambda z, b, r, t: F.cross_entropy(z, t, weight=b.detach().abs().double().to(z)),
 }
 NOT_FUSED = {
