@@ -54,7 +54,7 @@ def _shaped_like(made: Any) -> Node | None:
 
 
 # The operands of each op that may broadcast to another one.
-_BROADCASTING = dict.fromkeys(("add", "sub", "mul", "div"), ("input", "other"))
+_BROADCASTING: dict[str, tuple[str, ...]] = dict.fromkeys(("add", "sub", "mul", "div"), ("input", "other"))
 _BROADCASTING |= {"masked_fill": ("mask",), "where": ("condition",)}
 
 

@@ -132,8 +132,10 @@ TABLE: dict[int | str, Table] = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL, "gfx
 # With factors of rows and classes a kernel needs more registers: larger tiles spill, and so do these.
 _LARGEST_WITH_FACTORS = 128 * 128
 _SPILL_WITH_FACTORS: dict[tuple[int | str, str], list[Tiles]] = {
+    (80, "linear_statistics, kept"): [_MIDDLE],
     (80, "linear_statistics_dx"): [_MIDDLE],
     (80, "two_heads_dlogits"): _PAIRS[1:],
+    (90, "linear_statistics"): _FP32[:1],
     (100, "two_heads"): [_MIDDLE_TMA],
 }
 

@@ -51,13 +51,6 @@ def _repeat(node: Node, value: Tensor) -> Tensor:
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _count(part: Listed) -> int:
-    count = fake(part.indices).shape[0] if isinstance(part.indices, Node) else len(part.indices)
-    if not isinstance(count, int):
-        raise Refused("logits of a symbolic number of classes leave the graph", "return all of them")
-    return count
-
-
 @dataclass(frozen=True)
 class Deferral:
     """One graph output that is made lazy. `operands` are hidden states, weight, and what `compute` reads besides."""
@@ -155,7 +148,7 @@ class Outputs:
             weight_steps=() if made is None or not made.scales else made.steps(len(value.extra)),
             steps=value.steps,
             reads=len(sources),
-            columns=tuple(_count(part) if isinstance(part, Listed) else part for part in value.columns),
+            columns=tuple(int(part.count) if isinstance(part, Listed) else part for part in value.columns),
             terms=tuple(terms),
             concatenated=isinstance(head, SeveralHeads),
         )

@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch.fx import Node
 
+from ..graph.fakes import fake
 from ..graph.refusal import Refused
 
 Range = tuple[Any, Any, Any]  # start, stop and step of a slice
@@ -18,6 +20,11 @@ class Listed:
     """Classes by their indices: a (K,) node, or numbers."""
 
     indices: Node | tuple[int, ...]
+
+    @property
+    def count(self) -> int | torch.SymInt:
+        """How many classes."""
+        return fake(self.indices).shape[0] if isinstance(self.indices, Node) else len(self.indices)
 
 
 Columns = tuple[Range | Listed, ...]  # parts taken of the vocabulary, one after the other

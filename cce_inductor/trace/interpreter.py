@@ -182,6 +182,9 @@ class Interpreter(Walk):
         if isinstance(value.head, SeveralHeads) and value.head.stacked_at is not None:
             reason = "the logits of several heads leave the graph in one tensor"
             escapes.append(Refusal(n, reason, "return the logits of each head"))
+        elif any(isinstance(p, Listed) and not isinstance(p.count, int) for p in value.columns):
+            reason = "logits of a symbolic number of classes leave the graph"
+            escapes.append(Refusal(n, reason, "return all of them"))
         elif plain and value.kind in ("logits", "log_softmax"):
             outputs.append(value)
         else:

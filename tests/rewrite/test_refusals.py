@@ -531,3 +531,19 @@ def test_counters(inputs):
     fn = torch.compile(lambda h, w, t: ce(F.linear(h, w).relu(), t), backend="cce", options=FUSE_ALL)
     fn(*inputs)
     assert counters["cce_inductor"]["declined"] == 1 and counters["cce_inductor"]["fused"] == 0
+
+
+def test_columns_of_a_symbolic_number_that_are_returned(inputs):
+    """They fuse as long as they stay: what computes them has to know how many they are."""
+
+    def fn(h, w, t, columns):
+        z = F.linear(h, w)[..., columns]
+        return ce(z, t % 5), z[:1]
+
+    columns = torch.tensor([7, 3, 11, 0, 2])
+    assert_same_as_eager(fn, [*inputs, columns], fused=0, dynamic=True)
+    assert_same_as_eager(lambda *given: fn(*given)[0], [*inputs, columns], fused=1, dynamic=True)
+    with config.patch(min_vocab=0):
+        (gm,) = graphs_of(fn, *inputs, columns, dynamic=True)
+        (site,) = rewrite(gm, config.Settings(min_vocab=0), "v").sites
+    assert "symbolic number of classes leave the graph" in site.reason
