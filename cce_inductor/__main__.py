@@ -41,14 +41,13 @@ def _explain(arguments: list[str]) -> int:
     args = usage.parse_args(arguments)
     behind, own = ours.parse_known_args(args.arguments)
     html = behind.html or args.html
-    from . import record
+    from . import record, report
     from .backend import enable
-    from .report import Report
 
     enable()
     with record.collect() as graphs:
         # The script may end by sys.exit or an exception: what was compiled until then is reported all the same.
-        atexit.register(_write_report, Report(args.script, graphs), html and os.path.abspath(html))
+        atexit.register(_write_report, report.of(graphs, args.script), html and os.path.abspath(html))
         sys.argv = [args.script, *own]
         runpy.run_path(args.script, run_name="__main__")
     return 0

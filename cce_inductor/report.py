@@ -56,6 +56,11 @@ class Report:
         Path(path).write_text(html.render(self.records, self.of), encoding="utf-8")
 
 
+def of(graphs: list[record.GraphRecord], title: str = "") -> Report:
+    """The report of graphs that `record.collect` has collected. title: what was compiled."""
+    return Report(title, graphs)
+
+
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -83,4 +88,4 @@ def explain(fn: Callable, *args: Any, **kwargs: Any) -> Report:
         torch.compile(fn, backend=backend)(*args, **kwargs)
     counters[COUNTERS].clear()
     counters[COUNTERS].update(before)
-    return Report(getattr(fn, "__qualname__", type(fn).__name__), graphs)
+    return of(graphs, getattr(fn, "__qualname__", type(fn).__name__))

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 import cce_inductor
-from cce_inductor import config, doctor, record
-from cce_inductor.report import Report
+from cce_inductor import config, doctor, record, report
 
 SCRIPT = """
 import torch, torch.nn.functional as F
@@ -67,8 +66,8 @@ def test_the_report_has_the_options_that_a_loss_was_compiled_with(inputs):
     options = {"compiler": "aot_eager", "workspace_mb": 32, "grad_filter": 0.02}
     with record.collect() as graphs:
         torch.compile(returning, backend="cce", options=options)(*inputs)
-    text = str(report := Report("returning", graphs))
-    (site,) = report.sites
+    text = str(made := report.of(graphs))
+    (site,) = made.sites
     assert site.workspace_mb == 32 and "workspace_mb=32" in text
     assert "grad_filter: budget 0.02" in text
 
