@@ -238,7 +238,9 @@ def _taken(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[
 
 
 def _is_mask_of_rows(indices: Sequence[Any], logits: DeferredLogits) -> bool:
-    """Whether an index of pending logits is one mask, of all their rows."""
+    """Whether an index is one mask, of all rows of what follows from two heads. (Of one, see `EagerCalls`.)"""
+    if logits._value.origin is None or logits._value.origin.other is None:
+        return False
     mask, *others = indices
     shaped = not others and type(mask) is Tensor and mask.dtype == torch.bool and mask.shape == logits.shape[:-1]
     return shaped and logits.is_contiguous() and _recordable(logits)

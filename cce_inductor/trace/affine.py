@@ -93,6 +93,12 @@ class Affine:
         shifts = tuple(replace(s, factor=s.factor * factor) for s in self.shifts)
         return replace(self, scale=self.scale * factor, shifts=shifts, inner=self.inner * factor)
 
+    def squashed(self, form: str = "tanh", post: float = 1.0) -> Affine:
+        """Behind a softcap. A constant that is added in front of it has to be a bias, which the rows' factor scales."""
+        if self.of_rows and self.inner:
+            raise Refused("a softcap of logits with a constant behind a factor for each row", "leave the constant out")
+        return replace(self, capped=True, form=form, post=post)
+
     def times(self, factor: Factor) -> Affine:
         """Scaled by a tensor; only without a softcap, and a constant has to be a bias before it."""
         shifts = tuple(replace(s, factors=(*s.factors, factor)) for s in self.shifts)

@@ -152,9 +152,7 @@ def _squashed(value: Value, node: Node, function: Callable[[Tensor], Tensor], na
         raise Refused(
             f"{name} of logits that were capped, masked or shifted", "use one softcap, cap * tanh(logits / cap)"
         )
-    if value.affine.of_rows and value.affine.inner:
-        raise Refused(f"{name} of logits with a constant behind a factor for each row", "leave the constant out")
-    return value.then(node, lambda z, _: function(z), affine=replace(value.affine, capped=True))
+    return value.then(node, lambda z, _: function(z), affine=value.affine.squashed())
 
 
 def tanh(value: Value, node: Node, args: Args) -> Value:

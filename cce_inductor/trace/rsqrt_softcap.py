@@ -100,9 +100,7 @@ def softcap(value: Value, root: Value, node: Node, divides: bool) -> Value:
         raise Refused("the root of squared logits is detached", CURE)
     k, c = _of(root).k, _of(root).c
     factor = 1 / _factor(root) if divides else root.factor
-    affine = replace(
-        root.affine.scaled(math.sqrt(k / c)), capped=True, form="rsqrt", post=ratio * factor / math.sqrt(k)
-    )
+    affine = root.affine.scaled(math.sqrt(k / c)).squashed("rsqrt", ratio * factor / math.sqrt(k))
     rounded = value.rounded or root.rounded
     steps = _both(value, root, divides)
     arithmetic = (*value.arithmetic, *root.arithmetic, fake(node).dtype)

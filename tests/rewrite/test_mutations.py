@@ -31,6 +31,7 @@ from test_unnamed import LOSSES, NOTHING
 from cce_inductor import config
 from cce_inductor.rewrite.run import rewrite
 from cce_inductor.trace import (
+    affine,
     at_target,
     codes,
     decompose,
@@ -62,6 +63,7 @@ MODULES = (
     *(heads, layout, indexing, pointwise, masks, margins, at_target, softmax, rsqrt_softcap, reductions, ranking),
     *(several, merge_heads, decompose, interpreter, unnamed, two_heads, functions, embeddings, masks_of_two),
     log_mixtures,
+    affine,
 )
 
 

@@ -78,6 +78,12 @@ FOUND = {
         "p = z - (2 * z.exp()).sum(-1, keepdim=True).log()",
         "r0 = p.gather(-1, t.clamp(min=0)[..., None]).mean() + F.cross_entropy(z.view(-1, z.shape[-1]), t.view(-1))",
     ),
+    "a number behind a factor for each row, capped by a root": (
+        "z = F.linear(h, w)",
+        "z = torch.linspace(0.5, 1.5, z[..., 0].numel(), dtype=z.dtype).view(z.shape[:-1])[..., None] * z + 1.0",
+        "z = z / (1 + 0.1 * z.square()).sqrt()",
+        "r0 = F.cross_entropy(z.view(-1, z.shape[-1]), t.view(-1))",
+    ),
     "a bias with a gradient on detached logits": (
         "z = F.linear(h, w).detach() + b",
         "r0 = F.cross_entropy(z.view(-1, z.shape[-1]), t.view(-1))",

@@ -112,6 +112,16 @@ REFUSED = {
         "divided by a tensor with one number for each row behind",
         "in front of it",
     ),
+    "a number behind a temperature for each row, capped": (
+        lambda z, t: ce((z / torch.full((B, S, 1), 2.0) + 1.0).tanh(), t),
+        "a softcap of logits with a constant behind a factor for each row",
+        "leave the constant out",
+    ),
+    "a number behind a temperature for each row, capped by a root": (
+        lambda z, t: ce((y := z / torch.full((B, S, 1), 2.0) + 1.0) * torch.rsqrt(y.square() + 4.0), t),
+        "a softcap of logits with a constant behind a factor for each row",
+        "leave the constant out",
+    ),
     "a bias behind a temperature for each row": (
         lambda z, t: ce(z / torch.full((B, S, 1), 2.0) + torch.ones(V), t),
         "a bias is added behind a factor for each row",
