@@ -54,6 +54,7 @@ _MIDDLE = Tiles(128, 128, 64, 4, 8)
 _MIDDLE_TMA = Tiles(128, 128, 64, 4, 8, tma=True)
 _SPECIALISED = Tiles(128, 128, 64, 4, 4, tma=True, warp_specialize=True)
 _SMALL = Tiles(64, 128, 64, 4, 4)
+_EIGHT_WARPS = Tiles(64, 128, 64, 4, 8)  # of kernels that need many registers
 _CAST = [Tiles(128, 64, 32, 3, 8), Tiles(64, 128, 32, 2, 8), Tiles(64, 64, 32, 3, 4)]
 _CAST_BLOCKS = [Tiles(128, 64, 32, 2, 8)]
 # Of two heads, whose tiles are there at the same time.
@@ -65,7 +66,7 @@ _FP32_PAIRS = [Tiles(64, 64, 32, 2, 8)]
 _AMPERE = _table(
     {
         "linear_statistics": [_MIDDLE, _SMALL],
-        "linear_statistics, kept": [_MIDDLE, _SMALL],
+        "linear_statistics, kept": [_MIDDLE, _SMALL, _EIGHT_WARPS],
         "linear_statistics, bound": [_MIDDLE, Tiles(128, 64, 64, 4, 8)],
         "linear_statistics_dlogits": [_MIDDLE, _SMALL],
         "linear_statistics_dw": [_MIDDLE, _SMALL],
@@ -85,7 +86,7 @@ _BOUND = [Tiles(128, 64, 64, 4, 8, tma=True), Tiles(128, 64, 64, 4, 8)]
 _HOPPER = _table(
     {
         "linear_statistics": [_LARGE_TMA, _LARGE, _MIDDLE_TMA, _MIDDLE, _SMALL],
-        "linear_statistics, kept": [_MIDDLE_TMA, _MIDDLE, _SMALL],
+        "linear_statistics, kept": [_MIDDLE_TMA, _MIDDLE, _SMALL, _EIGHT_WARPS],
         "linear_statistics, bound": _BOUND,
         "linear_statistics_dlogits": [_TALL_TMA, _MIDDLE_TMA, _MIDDLE, _SMALL],
         "linear_statistics_dw": [_LARGE_TMA, _LARGE, _MIDDLE_TMA, _MIDDLE, _SMALL],
@@ -104,7 +105,7 @@ _HOPPER["linear_statistics, bound"]["fp32"] = [Tiles(128, 64, 16, 2, 8)]  # a st
 _BLACKWELL = _table(
     {
         "linear_statistics": [_LARGE_TMA, _MIDDLE, _SMALL],
-        "linear_statistics, kept": [_MIDDLE_TMA, Tiles(64, 128, 64, 4, 8)],
+        "linear_statistics, kept": [_MIDDLE_TMA, _EIGHT_WARPS],
         "linear_statistics, bound": _BOUND,
         "linear_statistics_dlogits": [_LARGE_TMA, _MIDDLE_TMA, _MIDDLE, _SMALL],
         "linear_statistics_dw": [_LARGE_TMA, _SPECIALISED, _MIDDLE, _SMALL],
@@ -132,10 +133,12 @@ TABLE: dict[int | str, Table] = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL, "gfx
 # With factors of rows and classes a kernel needs more registers: larger tiles spill, and so do these.
 _LARGEST_WITH_FACTORS = 128 * 128
 _SPILL_WITH_FACTORS: dict[tuple[int | str, str], list[Tiles]] = {
-    (80, "linear_statistics, kept"): [_MIDDLE],
+    (80, "linear_statistics, kept"): [_MIDDLE, _SMALL],
     (80, "linear_statistics_dx"): [_MIDDLE],
     (80, "two_heads_dlogits"): _PAIRS[1:],
     (90, "linear_statistics"): _FP32[:1],
+    (90, "linear_statistics, kept"): [_MIDDLE_TMA, _MIDDLE, _SMALL],
+    (100, "linear_statistics_dw, added"): [_MIDDLE_TMA, _MIDDLE],
     (100, "two_heads"): [_MIDDLE_TMA],
 }
 
