@@ -147,6 +147,22 @@ def test_what_follows_from_two_heads_is_read_as_eager_has_it(how: str) -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("how", ["frozen", "trained"])
+def test_what_follows_from_two_heads_may_be_detached(how: str) -> None:
+    """It has the value of the tensor that a gradient reaches: the two are not one function of the logits."""
+    torch._dynamo.reset()
+    student, teacher, inputs = Model(D), Model(24), data()
+
+    def loss(z: Tensor, r: Tensor, t: Tensor) -> Tensor:
+        p, q = z.log_softmax(-1), r.log_softmax(-1)
+        d = p - q
+        return (d.detach() * p.exp()).sum(-1).mean() + ((d - d.detach()) * q.exp()).sum(-1).mean()
+
+    ours = step(compiled(student), compiled(teacher), loss, inputs, how)
+    for got, want in zip(ours, step(student, teacher, loss, inputs, how), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
 def test_what_follows_from_two_heads_in_a_graph_of_its_own() -> None:
     """Compiled functions take it as what it follows from, and are compiled for other such tensors apart."""
     torch._dynamo.reset()

@@ -198,10 +198,17 @@ class Origin:
         return Origin(self.head, (*self.steps, step), None, extras, beside, self.other)
 
     def needs(self, trains: bool) -> dict[PendingHead, bool]:
-        """Each head that the value follows from, and whether a gradient reaches it: of one head, `trains`."""
-        if self.other is None:
-            return {self.head: trains}
-        return dict(zip((self.head, self.other.head), self.other.needs, strict=True))
+        """Each head that the value follows from, and whether a gradient reaches it from a tensor that `trains`.
+
+        A detached tensor has the value of one that is not.
+        """
+        needs = (True,) if self.other is None else self.other.needs
+        return {head: trains and need for head, need in zip(self.heads, needs, strict=True)}
+
+    @property
+    def heads(self) -> tuple[PendingHead, ...]:
+        """Those that the value follows from: one, or two."""
+        return (self.head,) if self.other is None else (self.head, self.other.head)
 
 
 # --------------------------------------------------------------------------------------------------- the value
