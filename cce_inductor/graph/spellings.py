@@ -269,7 +269,8 @@ SPELLINGS = (
     ),
     Spelling("isinf", "input", (torch.isinf,), ("isinf",), _EXACT),
     Spelling("or", "input other", (operator.or_, torch.bitwise_or, torch.logical_or), ("logical_or",), _EXACT),
-    Spelling("not", "input", (operator.invert, torch.bitwise_not, torch.logical_not), ("logical_not",), _EXACT),
+    Spelling("not", "input", (operator.invert, torch.logical_not, torch.bitwise_not), ("logical_not",), _EDIT),
+    Spelling("not", "input", (), ("bitwise_not",)),
     Spelling("eq", "input other", (operator.eq, torch.eq), ("eq", "__eq__"), _EXACT),
     Spelling("ne", "input other", (operator.ne, torch.ne, torch.not_equal), ("ne", "not_equal", "__ne__"), _EXACT),
     # rows: views

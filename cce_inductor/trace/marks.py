@@ -65,11 +65,10 @@ def _mask(node: Any, value: Value) -> Mark | None:
     if not is_tensor(node) or fake(node).dtype != torch.bool or written_after(node) or not node.args:
         return None
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    source = node.args[0]
-    if name.strip("_") in ("invert", "bitwise_not", "logical_not"):
+    source, op = node.args[0], nodes.read(node)
+    if op is not None and op.name == "not":
         found = mark(source, value) if is_tensor(source) and fake(source).dtype == torch.bool else None
         return found and replace(found, elsewhere=not found.elsewhere, at_target=not found.at_target)
-    op = nodes.read(node)
     if name in ("bool", "to", "type"):
         return _truth(source, value, lambda number: number != 0)
     if op is None or op.name not in _COMPARED:

@@ -51,8 +51,7 @@ def marks_target(node: Any, value: Value) -> bool:
     op = nodes.read(node)
     read = [n for n in node.all_input_nodes if is_tensor(n)]
     if op is None:
-        name = nodes.called(node).strip("_")
-        return name in _OF_MASKS and any(marks_target(n, value) for n in read)
+        return nodes.called(node) == "bool" and any(marks_target(n, value) for n in read)
     if op.name in ("eq", "ne") and len(read) == 2:
         classes = [n for n in read if is_vocabulary_vector(fake(n), value.fake, value.class_dim) and counts(n)]
         return bool(classes) and any(is_row_vector(n, value) for n in read)
@@ -87,10 +86,6 @@ def compares_labels(node: Any, value: Value) -> bool:
             return True
         stack += read
     return False
-
-
-# Operations on masks, which logits have no use for.
-_OF_MASKS = ("invert", "bitwise_not", "logical_not", "bool")
 
 
 def _scatters_one(op: nodes.Op, value: Value) -> bool:
