@@ -164,7 +164,7 @@ class EagerCalls:
             if self._has_too_many_numbers(first.recipe, first.logits, call, spreads):
                 return None
             try:
-                self.known[kind] = self._make(pending, call, args, kwargs, same)
+                self.known[kind] = self._make(kind, pending, call, args, kwargs, same)
             except _NotTriedError:
                 return None  # the next call may be right, or what it lacked may be there
             if len(self.known) > self.capacity:
@@ -289,6 +289,7 @@ class EagerCalls:
 
     def _make(
         self,
+        kind: tuple,
         pending: Sequence[Pending],
         call: Callable,
         args: Any,
@@ -323,7 +324,6 @@ class EagerCalls:
         compute, kernels = share(result.graph_module).forward, self.kernels
         if kernels is None or call in STATISTICS:
             return in_form(compute, call)
-        kind = kind_of(pending, call, args, kwargs), same
 
         def fused(shared: Shared, *given: Tensor) -> tuple:
             compiled = kernels.of_loss(kind, form, given)

@@ -332,7 +332,7 @@ RULES.lazy |= {
 
 # What the tracer has no rule for but where it makes the entry of a target, the cosine of an angle and a margin, or a
 # divergence.
-_AT_TARGET = ("function", "scatter", "scatter_add", "xlogy", "entr", "logaddexp", "lerp")
+_WITHOUT_A_RULE = ("function", "scatter", "scatter_add", "xlogy", "entr", "logaddexp", "lerp")
 
 
 def _entrywise() -> Iterator[tuple[Any, Callable]]:
@@ -341,7 +341,7 @@ def _entrywise() -> Iterator[tuple[Any, Callable]]:
         row, called = NAMES[name], getattr(function, "__name__", "")
         packet = getattr(aten, called, None)
         ruled = row.rules and row.facts & Fact.ENTRYWISE and not row.facts & Fact.VIEW
-        known = ruled or row.beside or name in _AT_TARGET
+        known = ruled or row.beside or name in _WITHOUT_A_RULE
         if packet is not None and known and getattr(torch, called, None) is function:
             for operator in (getattr(packet, overload) for overload in packet.overloads()):
                 schema = operator._schema

@@ -84,13 +84,15 @@ class Kernels:
         self, kind: Hashable, make: Callable[[Sequence[Tensor]], Callable | None], given: Sequence[Tensor]
     ) -> Callable | None:
         """What calls of this kind were compiled to, or are now that they have come often."""
+        if kind in self.known:
+            return self.known[kind]
         hidden, weight, *_ = given
         if hidden.numel() * weight.numel() // hidden.shape[-1] < LEAST:
             return None
         if len(self.calls) >= COUNTED:
             self.calls.clear()  # shapes that are others each time: none of them comes often
         self.calls[kind] += 1
-        if self.calls[kind] >= CALLS and kind not in self.known and len(self.known) < KINDS:
+        if self.calls[kind] >= CALLS and len(self.known) < KINDS:
             try:
                 self.known[kind] = make([t.detach().requires_grad_(t.requires_grad) for t in given])
             except Exception:

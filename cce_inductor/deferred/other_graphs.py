@@ -190,8 +190,8 @@ def usable(logits: DeferredLogits, grad: bool = True) -> Recipe | None:
         recipe = replace(recipe, needs=(False,) * len(recipe.needs), connected=True)
     if recipe is None or not recipe.connected:
         return None
-    recorded = [recipe.compute, *(recipe.other or ())[:1]]
-    return recipe if all(isinstance(compute, Logits) for compute in recorded) else None
+    other = recipe.compute if recipe.other is None else recipe.other[0]
+    return recipe if isinstance(recipe.compute, Logits) and isinstance(other, Logits) else None
 
 
 def _fake_operands(logits: DeferredLogits, recipe: Recipe) -> list[Tensor]:

@@ -132,7 +132,7 @@ class DeferredLogits(torch.Tensor):
         if not all(extra.unchanged for extra in origin.extras):
             return None  # only a read knows what it was
         given, other = self._given(), origin.other
-        reads = len(origin.head.operands) + (0 if other is None else len(other.head.operands))
+        reads = sum(len(head.operands) for head in origin.heads)
         needs = tuple(t.requires_grad for t in given or ()) or (False,) * (reads + len(origin.extras))
         connected = given is not None or not self.requires_grad
         offset = self.storage_offset()
@@ -147,7 +147,7 @@ class DeferredLogits(torch.Tensor):
         """
         origin = self._value.origin
         assert origin is not None
-        aliases = [alias for head in origin.needs(True) for alias in head.check()]
+        aliases = [alias for head in origin.heads for alias in head.check()]
         return self._given() or (*aliases, *(extra.alias for extra in origin.extras))
 
     def _given(self) -> tuple[Tensor, ...] | None:
@@ -272,10 +272,9 @@ class DeferredLogits(torch.Tensor):
         if number is not None and (given := self._value.given) is not None:
             return given[1][int(number[1])]
         if number is not None and (origin := self._value.origin) is not None:
-            i, heads = int(number[1]), [*origin.needs(True)]
-            operands = [operand.alias for head in heads for operand in head.operands]
+            i, operands = int(number[1]), [operand.alias for head in origin.heads for operand in head.operands]
             if i == 0 and not compat.is_tracing():
-                for head in heads:
+                for head in origin.heads:
                     head.check()  # a compiled function of somebody else's takes the operands from here
             operands += [extra.alias for extra in origin.extras]
             if i < len(operands):
@@ -440,7 +439,7 @@ def _fused(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     if func in COMPARISONS:
         compared += [x for x in (*args[1:], *kwargs.values()) if isinstance(x, DeferredLogits)]
     origins = [x._value.origin for x in compared if x._value.origin is not None]
-    heads = [head for origin in origins for head in origin.needs(True) if head.alone or func in ROWS]
+    heads = [head for origin in origins for head in origin.heads if head.alone or func in ROWS]
     if not heads or heads[0].fuse is None or compat.is_transforming():
         return NotImplemented
     return heads[0].fuse(logits, func, args, kwargs)
