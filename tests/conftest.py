@@ -32,7 +32,7 @@ def known_instructions():
 
     Once a test has done so here, children take the CPU at its word if that was true.
     """
-    if not cpu_vec_isa.valid_vec_isa_list.cache_info().currsize:
+    if "TORCHINDUCTOR_VEC_ISA_OK" in os.environ or not cpu_vec_isa.valid_vec_isa_list.cache_info().currsize:
         return
     said = cpu_vec_isa.x86_isa_checker()
     claimed = [isa for isa in cpu_vec_isa.supported_vec_isa_list if {*str(isa).split()} <= {*said}]
