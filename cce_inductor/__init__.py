@@ -14,9 +14,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from . import config as config
     from .backend import cce_backend as cce_backend
-    from .backend import disable as disable
-    from .backend import enable as enable
     from .deferred import DeferredLogitsError as DeferredLogitsError
+    from .eager_heads import defer_head as defer_head
     from .ops.api import linear_cross_entropy as linear_cross_entropy
     from .ops.api import linear_logsumexp as linear_logsumexp
     from .ops.diagnostics import diagnostics as diagnostics
@@ -24,11 +23,14 @@ if TYPE_CHECKING:
     from .report import Report as Report
     from .report import Site as Site
     from .report import explain as explain
+    from .switch import disable as disable
+    from .switch import enable as enable
 
 _HOME = {
     "cce_backend": "backend",
-    "enable": "backend",
-    "disable": "backend",
+    "enable": "switch",
+    "disable": "switch",
+    "defer_head": "eager_heads",
     "linear_cross_entropy": "ops.api",
     "linear_logsumexp": "ops.api",
     "emo_loss": "ops.emo",

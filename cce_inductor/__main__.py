@@ -42,7 +42,7 @@ def _explain(arguments: list[str]) -> int:
     behind, own = ours.parse_known_args(args.arguments)
     html = behind.html or args.html
     from . import record, report
-    from .backend import enable
+    from .switch import enable
 
     enable()
     with record.collect() as graphs:

@@ -8,7 +8,7 @@ def autoload() -> None:
     if os.environ.get("CCE_INDUCTOR", "0").strip().lower() in ("", "0", "false", "off", "no"):
         return
     try:
-        from .backend import enable
+        from .switch import enable
 
         enable()
     except Exception as error:

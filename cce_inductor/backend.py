@@ -1,6 +1,5 @@
 """The torch.compile backend: rewrite the captured graph, hand it on, make the deferred outputs lazy."""
 
-import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -84,9 +83,9 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings,
     as_it_is = form.as_it_is or result.uncompiled or not compat.outputs(result.graph_module)
     compiled = _as_it_is(result.graph_module) if as_it_is else compiler(result.graph_module, form.inputs)
     if result.deferrals:
-        compiled = wrap.with_deferred(compiled, result, _eager_calls(settings), settings.workspace_bytes)
+        compiled = wrap.with_deferred(compiled, result, eager_calls(settings), settings.workspace_bytes)
     if form.inlined or form.read or form.unused:
-        compiled = wrap.with_logits(compiled, form)
+        compiled = wrap.with_logits(compiled, form, gm)
     # The parts of a graph that DDPOptimizer has cut are compiled before anybody knows what the others return.
     return wrap.computed_on_entry(compiled) if compat.is_part_of_a_graph() else compiled
 
@@ -144,7 +143,7 @@ def _left(site: Site) -> Site:
     return replace(site, fused=False, reason=reason, cure="compute it behind the loss", kernel="", deferred=0)
 
 
-def _eager_calls(settings: Settings) -> EagerCalls:
+def eager_calls(settings: Settings) -> EagerCalls:
     """What computes losses and statistics that are called eagerly: the operators' eager implementation, or kernels."""
     return EagerCalls(
         lambda form: _settle([form], settings, None)[1],
@@ -161,46 +160,6 @@ def _compile_call(gm: GraphModule, inputs: Sequence[Tensor]) -> Callable:
     compiled = compat.inductor_wrapper(None, {})(gm, inputs)
     counters[COUNTERS]["calls_compiled"] += 1
     return compiled
-
-
-# ---- plain torch.compile
-
-_original_compile_fx: Callable | None = None
-
-
-def enable() -> None:
-    """Gives every later ``torch.compile(model)`` with the default backend the same pass, as `CCE_INDUCTOR=1` does."""
-    global _original_compile_fx
-    import torch._inductor.compile_fx as module
-
-    if _original_compile_fx is not None:
-        return
-    original = _original_compile_fx = module.compile_fx
-
-    @functools.wraps(original)
-    def compile_fx(model_: Any, example_inputs_: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(model_, GraphModule):
-            return original(model_, example_inputs_, *args, **kwargs)
-        return compile_graph(
-            model_, example_inputs_, config.current(), lambda gm, inputs: original(gm, inputs, *args, **kwargs)
-        )
-
-    module.compile_fx = compile_fx
-
-
-def disable() -> None:
-    """Undoes `enable`. What is already compiled stays as it is: call ``torch._dynamo.reset()`` to compile it anew."""
-    global _original_compile_fx
-    import torch._inductor.compile_fx as module
-
-    if _original_compile_fx is not None:
-        module.compile_fx = _original_compile_fx  # type: ignore[assignment]
-        _original_compile_fx = None
-
-
-def enabled() -> bool:
-    """Whether plain ``torch.compile`` uses the pass."""
-    return _original_compile_fx is not None
 
 
 def _reset() -> None:

@@ -287,6 +287,28 @@ def is_transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def has_forward_gradients() -> bool:
+    """Whether forward-mode differentiation is active."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def has_dispatch_modes() -> bool:
+    """Whether a mode below autograd sees every operator, such as one of fake tensors or of a checkpoint's policy."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def is_autocast(tensor: torch.Tensor) -> bool:
+    """Whether autocast is on for the device of a tensor."""
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype that a product of this tensor has now."""
+    on = is_autocast(tensor) and tensor.dtype != torch.float64
+    return torch.get_autocast_dtype(tensor.device.type) if on else tensor.dtype
+
+
 def is_transformed(tensor: torch.Tensor) -> bool:
     """Whether a tensor is one of a torch.func transform, which has no memory of its own."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
@@ -394,6 +416,17 @@ def _by_fsdp1(parameter: torch.Tensor) -> bool:
 def keeps_graph() -> bool:
     """Whether the backward that is running is one of several through its graph: ``retain_graph``."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def running_node(frame: Any) -> Any:
+    """The node of the autograd graph that calls the function of this frame itself, rather than a hook of Python's; or
+    None."""
+    from torch.autograd.graph import _engine_run_backward
+
+    caller = frame.f_back  # None in the thread of a device
+    if caller is not None and caller.f_code is not _engine_run_backward.__code__:
+        return None
+    return torch._C._current_autograd_node()
 
 
 def boxed_grads(given: tuple) -> list[torch.Tensor | None]:

@@ -31,6 +31,7 @@ class Settings:
     min_vocab: int = 4096
     defer_logits: bool = True
     defer_without_loss: bool = True
+    eager_heads: bool = False
     workspace_mb: int = 64
     gradients_in_forward: bool = True
     diagnostics: bool = False
@@ -120,6 +121,11 @@ KNOBS: dict[str, Knob] = {
         "do so too in a graph without a loss, where there are more than four times as many classes as the hidden "
         "states have columns, and the logits require grad or are larger than `workspace_mb`: a loss outside of the "
         "graph can then be fused",
+    ),
+    "eager_heads": Knob(
+        _boolean,
+        "after `enable()` or CCE_INDUCTOR=1: every `nn.Linear` with so many classes that runs eagerly in training gives "
+        "lazy logits too. Off, since a program that keeps logits past `optimizer.step()` would then get an error",
     ),
     "workspace_mb": Knob(
         _integer(1),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from . import backend, compat, config, version
+from . import compat, config, switch, version
 
 
 def _torch() -> list[tuple[str, str]]:
@@ -62,7 +62,7 @@ def _hooks() -> list[tuple[str, str]]:
         ),
         (
             "plain torch.compile",
-            "uses cce_inductor" if backend.enabled() else "does not use cce_inductor (enable() turns it on)",
+            "uses cce_inductor" if switch.enabled() else "does not use cce_inductor (enable() turns it on)",
         ),
     ]
 

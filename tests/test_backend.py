@@ -10,7 +10,7 @@ from capture import THROUGH_AOT
 from torch._dynamo.utils import counters
 
 import cce_inductor
-from cce_inductor import backend, config, record
+from cce_inductor import backend, config, record, switch
 
 
 def rand(*shape):
@@ -85,7 +85,7 @@ def test_enable_gives_plain_compile_the_pass(inputs, enabled):
 
     with config.patch(min_vocab=0):
         value, logits = torch.compile(returning)(*inputs)
-    assert backend.enabled() and counters["cce_inductor"] == {"fused": 1, "declined": 0, "deferred": 1}
+    assert switch.enabled() and counters["cce_inductor"] == {"fused": 1, "declined": 0, "deferred": 1}
     assert isinstance(logits, cce_inductor.deferred.DeferredLogits)
     torch.testing.assert_close(value, loss(*inputs))
     torch.testing.assert_close(logits + 0, F.linear(*inputs[:2]))
@@ -98,7 +98,7 @@ def test_enable_twice_and_disable(inputs):
     cce_inductor.enable()
     cce_inductor.enable()
     cce_inductor.disable()
-    assert module.compile_fx is original and not backend.enabled()
+    assert module.compile_fx is original and not switch.enabled()
     with config.patch(min_vocab=0):
         torch.compile(loss, options={"max_autotune": False})(*inputs)
     assert counters["cce_inductor"]["fused"] == 0

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import compat
-from .lazy import entries
+from .gradient import PendingGradient, added, of_leaves
+from .lazy import entries, rows
 from .pending import Compute, Fuse, Origin, PendingHead, PendingValue, SharedMemory, ValueGraph
 from .staleness import check_allocated, operand_name
 from .steps import surroundings
@@ -27,6 +28,7 @@ def defer(
     fuse: Fuse | None = None,
     large: bool = False,
     alone: bool = True,
+    eager: bool = False,
 ) -> Tensor:
     """A tensor of this shape and dtype that stands for ``compute(operands)`` and computes it on first touch.
 
@@ -39,12 +41,14 @@ def defer(
     logits, or on a pending tensor made from them; where it gives ``NotImplemented`` the call reads the logits.
     ``large`` says that a read had better be spared: what is done to the logits without a gradient is then recorded too.
     ``alone``: whether ``fuse`` is asked for these logits alone. If not, it is for rows of them, and beside other ones.
+    ``eager``: whether a loss is behind the logits in the autograd graph wherever it can be, as in eager mode; else it
+    goes around them, unless somebody waits for their gradient.
 
     The operands are referred to, not copied.  A read after they have changed raises
     :class:`DeferredLogitsError`; see :class:`Operand` for what is recognised and what cannot be.
     """
     shape = torch.Size(shape)
-    head = PendingHead(compute, operands, shape, dtype, fuse, large, alone)
+    head = PendingHead(compute, operands, shape, dtype, fuse, large, alone, eager)
     if not requires_grad:
         logits = root(head, shape)
         keep(logits._value)
@@ -97,6 +101,9 @@ class DeferLogits(torch.autograd.Function):
         grad = compat.boxed_grads(given)
         needed = ctx.needs_input_grad[3:]
         grads: list[Tensor | None] = [None] * len(needed)
+        if isinstance(grad[0], PendingGradient):
+            made = of_leaves(grad[0], ctx.head)
+            grads, grad[0] = made or grads, grad[0].rest if made else grad[0].value()
         if grad[0] is None:
             return (None,) * 3 + tuple(grads)
         operands = ctx.saved_tensors  # raises, as for eager's head, if one of them has been modified in place
@@ -115,7 +122,7 @@ class DeferLogits(torch.autograd.Function):
             else:
                 found = _graph_of(ctx, operands).gradients(wanted, grad, compat.keeps_graph())
         for i, g in zip(wanted, found, strict=True):
-            grads[i] = g
+            grads[i] = added(grads[i], g)
         return (None,) * 3 + tuple(grads)
 
 
@@ -128,6 +135,33 @@ def _graph_of(ctx: Any, operands: Sequence[Tensor]) -> ValueGraph:
     elif not compat.keeps_graph():
         ctx.head.graph = None
     return graph
+
+
+class Rows(torch.autograd.Function):
+    """Gives rows of pending logits, pending, a gradient that leads back to all of them: pending where it is."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: DeferredLogits, index: Tensor) -> Tensor:
+        """These rows of (N, V) logits: nothing is computed."""
+        ctx.of_logits = True
+        ctx.like = logits._meta(), logits.device
+        ctx.save_for_backward(index)
+        ctx.set_materialize_grads(False)
+        return rows(logits, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        """The gradient of the logits, from that of the rows."""
+        (grad,), (index,) = grads, ctx.saved_tensors
+        meta, device = ctx.like
+
+        def of_all(grad: Tensor) -> Tensor:
+            return grad.new_zeros(meta.shape).index_add(0, index, grad)
+
+        if not isinstance(grad, PendingGradient):
+            return None if grad is None else of_all(grad), None
+        rest = None if grad.rest is None else of_all(grad.rest)
+        return PendingGradient(meta, device, [*grad.parts], rest, lambda: of_all(grad.value())), None
 
 
 class Largest(torch.autograd.Function):

@@ -12,6 +12,7 @@ import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from ..graph.spellings import FUNCTIONS, METHODS, functions_of
 from ..ops.library import FORWARD
 from ..rewrite.recipe import Logits
 from ..rewrite.result import Rewritten
-from .autograd import Largest, defer
+from .autograd import Largest, Rows, defer
 from .calls import (
     ByClasses,
     Pending,
@@ -38,13 +39,14 @@ from .calls import (
     with_numbers,
 )
 from .entries import Entries
+from .gradient import behind, gradients
 from .lazy import WRITTEN
 from .mixtures import Spread
 from .often import Kernels
 from .other_graphs import Form, usable, with_inlined
 from .pending import Known, Recipe
 from .shared import Shared, share
-from .steps import Extra, Joint, Read, Step
+from .steps import Extra, Joint, Read, Step, autocast_now
 from .tensor import COMPARISONS, LOSSES, ROWS, STATISTICS, DeferredLogits
 
 log = logging.getLogger(__name__)
@@ -93,7 +95,7 @@ class EagerCalls:
         """
         if call is Tensor.__getitem__ and not any(isinstance(i, Tensor) for i in tree_leaves(args[1])):
             return NotImplemented  # a view
-        head = logits.head()
+        head, given = logits.head(), (args, kwargs)
         trains = logits.requires_grad and torch.is_grad_enabled()
         if not head.large and ((call not in LOSSES and self.reads) or (call in ROWS and not trains)):
             log.info("deferred logits are read for %s: they are small, and would be read in the end", call.__name__)
@@ -112,13 +114,17 @@ class EagerCalls:
         first = self._reached(logits)
         if first is None:
             return NotImplemented
+        # Those whose gradient somebody waits for.
+        waiting = [z for z in (logits, second) if z is not None and trains and z.between() is not None]
+        if waiting and call in STATISTICS and any(t.requires_grad for t in others):
+            return NotImplemented
         shared = head.shared.of(first.operands, self.kernels.forward if self.kernels else FORWARD)
         first = self._of_rows(first)
         if call in ROWS:
             index = _rows_and_classes(args[1], logits) if call is Tensor.__getitem__ else None
             if index is not None:
                 return self._entries_at(logits, *index)
-            return self._taken(first, call, args, kwargs)
+            return _rows_of(logits, call, args, kwargs) if waiting else self._taken(first, call, args, kwargs)
         pending = [first]
         if second is not None:
             beside = self._reached(second)
@@ -131,7 +137,13 @@ class EagerCalls:
             return NotImplemented
         if call in STATISTICS and not head.large:
             head.on_read = self._was_read
-        made = compute(shared, *(t for p in pending for t in p.operands), *others)
+        operands = [t for p in pending for t in p.operands]
+        run = partial(compute, shared)
+        if waiting:
+            own = [t for p, z in zip(pending, (logits, second), strict=False) if any(z is w for w in waiting) for t in p.operands]
+            made = _behind(waiting, own, run, (*operands, *others), call, *given)
+        else:
+            made = run(*operands, *others)
         if call in STATISTICS:
             _remember(logits, call, args, kwargs, made)
         return made
@@ -330,6 +342,51 @@ class EagerCalls:
             return compute(shared, *given) if compiled is None else compiled(*given)
 
         return in_form(fused, call)
+
+
+def _behind(
+    logits: Sequence[DeferredLogits],
+    own: Sequence[Tensor],
+    run: Callable,
+    given: Sequence[Tensor],
+    call: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> Any:
+    """``run(*given)``, which gives what ``call(*args, **kwargs)`` does, behind the logits in the autograd graph."""
+    mode = autocast_now(logits[0].device)
+
+    def dense(grads: Sequence[Tensor | None], others: Sequence[Tensor] | None) -> Sequence[Tensor]:
+        plain = [z.of_values(others is not None) for z in logits]
+
+        def known(x: Any) -> Any:
+            return next((t for z, t in zip(logits, plain, strict=True) if x is z), x)
+
+        with mode(), torch.enable_grad():
+            made = call(*tree_map(known, args), **tree_map(known, kwargs))
+        return gradients(made, grads, plain, others)
+
+    form: Any = tuple
+
+    def parts(*given: Tensor) -> Sequence[Any]:
+        nonlocal form
+        made = run(*given)
+        form = type(made)
+        return [made] if isinstance(made, Tensor) else list(made)
+
+    made = behind(logits, own, given, parts, dense)
+    return made[0] if issubclass(form, Tensor) else form(made)
+
+
+def _rows_of(logits: DeferredLogits, call: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Rows of logits, by a tensor: behind the logits in the autograd graph, or NotImplemented."""
+    leading = logits.shape[:-1]
+    if not _of_leading(logits.dim() - 1, call, args, kwargs):
+        return NotImplemented
+    numbers = torch.arange(leading.numel(), device=logits.device).view(leading)
+    taken = call(numbers, *args[1:], **kwargs)
+    made: Any = Rows.apply(logits.reshape(-1, logits.shape[-1]), taken.flatten())
+    return made.view(*taken.shape, logits.shape[-1])
 
 
 def _has_pending_target(call: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:

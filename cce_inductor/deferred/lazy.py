@@ -231,10 +231,19 @@ def _taken(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[
     plain = type(index) is Tensor and index.dim() == 1 and index.dtype in (torch.int64, torch.int32)
     if not plain or not _recordable(logits) or (func is aten.index.Tensor and bool((index < 0).any())):
         return NotImplemented
+    return _selected(value, meta, logits.device, dim, index)
+
+
+def _selected(value: PendingValue, meta: Tensor, device: torch.device, dim: int, index: Tensor) -> DeferredLogits:
     assert value.origin is not None
     meta = aten.index_select.default(meta, dim, index.to("meta"))
     step = Step.of(aten.index_select.default, (dim, Read(len(value.origin.extras))), {})
-    return DeferredLogits(value.copy(step, [Extra(index)]), meta, logits.device)
+    return DeferredLogits(value.copy(step, [Extra(index)]), meta, device)
+
+
+def rows(logits: DeferredLogits, index: Tensor) -> DeferredLogits:
+    """Some rows of pending logits, pending."""
+    return _selected(logits._value, logits._meta(), logits.device, 0, index)
 
 
 def _is_mask_of_rows(indices: Sequence[Any], logits: DeferredLogits) -> bool:

@@ -37,8 +37,8 @@ class PendingHead:
     """What pending logits are computed from, and a call of which computes them: (..., V) of `shape` and `dtype`.
 
     Called once, by its :class:`PendingValue`, which then lets go of it. `shape` is None where the logits are those of a
-    graph that is being traced, of which only the operands are given. For `compute`, `operands`, `fuse`, `large` and
-    `alone` see :func:`defer`. shared: what eager calls have computed of the rows.
+    graph that is being traced, of which only the operands are given. For `compute`, `operands`, `fuse`, `large`,
+    `alone` and `eager` see :func:`defer`. shared: what eager calls have computed of the rows.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class PendingHead:
         fuse: Fuse | None = None,
         large: bool = False,
         alone: bool = True,
+        eager: bool = False,
     ) -> None:
         self.compute, self.shape, self.dtype = compute, shape, dtype
         self.fuse, self.large, self.alone = fuse, large, alone
@@ -58,10 +59,20 @@ class PendingHead:
         self.known: list[Known] = []  # statistics that the program has
         self.operands = [Operand.record(i, t) for i, t in enumerate(operands)]
         self.device = operands[0].device
+        self.eager = eager
         self.watched = False  # somebody, such as a hook, waits for the gradient of the logits
         self.needs: tuple[bool, ...] = ()  # which operands a gradient reaches, if any
         self.graph: ValueGraph | None = None  # of the value that was read, for the backward through the logits
         self.number = next(_HEADS)  # of two that a tensor follows from, the first is the older one
+        self._leaves: list[Tensor] = []
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The operands, as leaves that a loss leads to whose gradient is to come by way of the logits."""
+        if not self._leaves:
+            given = zip(self.operands, self.needs, strict=True)
+            self._leaves = [operand.alias.detach().requires_grad_(need) for operand, need in given]
+        return self._leaves
 
     def known_as(self, tensor: Tensor) -> PendingValue | None:
         """The value of logits, pending, that a tensor of the program is a statistic of: that statistic, or None."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -24,6 +24,15 @@ def surroundings(device: torch.device, *, grad: bool) -> Iterator[None]:
         if torch.amp.is_autocast_available(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
         yield
+
+
+def autocast_now(device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """Makes the autocast mode that there is now, for later."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind):
+        return contextlib.nullcontext
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return lambda: torch.autocast(kind, enabled=enabled, dtype=dtype)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import re
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +51,13 @@ class Rules:
 RULES = Rules()
 
 
+class Way(NamedTuple):
+    """How autograd leads from pending logits to their head. operands: for a loss; between: None if it goes around."""
+
+    operands: tuple[Tensor, ...]
+    between: frozenset[Any] | None
+
+
 class DeferredLogits(torch.Tensor):
     """Logits that are computed when something looks at their values.
 
@@ -61,8 +68,9 @@ class DeferredLogits(torch.Tensor):
     A view of one is one too, also once the values are there, and shares its (empty) storage: by that, Dynamo and
     AOTAutograd know what shares memory.
 
-    Unlike eager's logits: a hook on them, or ``retain_grad()``, sees gradients that come *through* them but not the
-    fused loss's own, and ``torch.autograd.grad(loss, logits)`` finds no path.  ``set_``, ``resize_`` and an assignment
+    Unlike eager's logits: a hook on them, or ``retain_grad()``, that comes *after* a loss has been computed sees
+    gradients that come through them but not the fused loss's own, and ``torch.autograd.grad(loss, logits)`` finds no
+    path.  ``set_``, ``resize_`` and an assignment
     to ``.data`` are errors where they change shape, dtype, device or strides, and so is a backward through views that
     were taken before ``t_`` and the like.
     """
@@ -103,6 +111,10 @@ class DeferredLogits(torch.Tensor):
         """These logits as a plain tensor, connected to autograd and sharing memory with all further reads."""
         # The one view that is none of us. Whoever has it may edit it unseen.
         return aten._reshape_alias(self, self.size(), self.stride())
+
+    def of_values(self, connected: bool) -> Tensor:
+        """The values in a plain tensor that requires grad: a leaf, or connected to autograd as these logits are."""
+        return self.materialize() if connected else self._value.get().detach().requires_grad_()
 
     def head(self) -> PendingHead:
         """The head that these pending logits come from."""
@@ -151,35 +163,54 @@ class DeferredLogits(torch.Tensor):
         return self._given() or (*aliases, *(extra.alias for extra in origin.extras))
 
     def _given(self) -> tuple[Tensor, ...] | None:
-        """The operands that autograd leads to from here, or None where a gradient must take the way that it leads.
+        """The operands for a loss that is computed from here; None where a gradient must take the way that it leads.
 
-        That is so if it does not lead to the head's own operands, if anybody watches the logits' gradient (FSDP's
-        pre-backward hooks are on a model's outputs), or if something other than the lazy operators is on the way
-        (DDP puts a function with side effects behind a model's outputs).
+        They are those of the head, around the logits, as a rule. If anybody watches the logits' gradient (FSDP's hooks
+        are on a model's outputs), or if something other than the lazy operators is on the way (DDP puts a function
+        with side effects behind a model's outputs), they are leaves: see :mod:`gradient`. None if autograd does not
+        lead to the head.
         """
+        way = self._way()
+        return None if way is None else way.operands
+
+    def between(self) -> frozenset[Any] | None:
+        """The nodes of the autograd graph from here to the head, if a fused loss has to be behind the logits in it."""
+        way = self._way() if self._value.origin is not None else None
+        return None if way is None else way.between
+
+    def _way(self) -> Way | None:
         origin = self._value.origin
         assert origin is not None
         with torch._C.DisableTorchFunctionSubclass():  # looking for it is not watching
             stack: list[Any] = [self.grad_fn]
         extras = [extra.tensor for extra in origin.extras]
+        watched = any(head.watched for head in origin.heads)
         # From there on the gradient goes to what the steps read besides.
-        seen: set[Any] = {get_gradient_edge(t).node for t in extras if t.requires_grad} | {*origin.beside}
-        needs, found = origin.needs(True), dict[Any, Any]()
+        around = {get_gradient_edge(t).node for t in extras if t.requires_grad}
+        seen: set[Any] = {*around, *(() if watched or origin.head.eager else origin.beside)}
+        needs, found, between = origin.needs(True), dict[Any, Any](), set[Any]()
         while stack:
             node = stack.pop()
             if getattr(node, "head", None) in needs:
                 found[node.head] = node.operands
                 continue
             behind = [n for n, _ in node.next_functions if n is not None] if node is not None else []
-            foreign = isinstance(node, BackwardCFunction) and not getattr(node, "of_logits", False)
-            if not behind or foreign:
+            if not behind:
                 return None
+            if not isinstance(node, BackwardCFunction):
+                between.add(node)
+            elif not getattr(node, "of_logits", False):
+                watched = True
             stack += [n for n in behind if n not in seen]  # more than one behind a product
             seen.update(behind)
-        if any(head.watched or (trains and head not in found) for head, trains in needs.items()):
+        if any(trains and head not in found for head, trains in needs.items()):
+            return None
+        if origin.other is None and not around and (watched or origin.head.eager):
+            return Way((*origin.head.leaves, *extras), frozenset(between))
+        if watched:
             return None
         of_heads = [t for head in needs for t in found.get(head) or [o.alias for o in head.operands]]
-        return (*of_heads, *extras)
+        return Way((*of_heads, *extras), None)
 
     # What Dynamo and AOTAutograd make of us as an input of a graph: the operands of the head, or the computed values.
 
@@ -300,6 +331,8 @@ class DeferredLogits(torch.Tensor):
     @torch.compiler.disable
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if any(getattr(kind, "beyond_logits", False) for kind in types):
+            return NotImplemented
         if func is aten._reshape_alias.default:
             return func(args[0]._value.expose(), *args[1:], **kwargs)
         rule = RULES.lazy.get(func)

@@ -6,23 +6,50 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from .. import compat
 from ..rewrite.outputs import Deferral
 from ..rewrite.result import Rewritten
 from .autograd import computed, defer
+from .gradient import Dense, behind, gradients
 from .other_graphs import Form
 from .pending import Fuse
+from .steps import autocast_now
 from .tensor import DeferredLogits
 
 
-def with_logits(compiled: Callable, form: Form) -> Callable:
-    """A compiled function for the program's arguments, where its graph takes logits in the way that `form` says."""
+def with_logits(compiled: Callable, form: Form, gm: GraphModule) -> Callable:
+    """A compiled function for the program's arguments, where its graph takes logits in the way that `form` says.
+
+    gm: the graph as it was captured, with the logits as inputs.
+    """
 
     def run(*args: Any) -> Any:
-        return compiled(*form.arguments(args))
+        given = form.arguments(args)
+        waiting = [i for i in sorted(form.inlined) if args[i].between() is not None]
+        if not waiting:
+            return compiled(*given)
+        logits = [args[i] for i in waiting]
+        leaves = [t for z in logits for t in z.head().leaves]
+        return tuple(behind(logits, leaves, given, compiled, _dense(gm, args, waiting)))
 
     return run
+
+
+def _dense(gm: GraphModule, args: Sequence[Any], at: Sequence[int]) -> Dense:
+    """The gradients of the logits at these places, through the graph as PyTorch runs it in eager mode."""
+    mode = autocast_now(args[at[0]].device)
+
+    def dense(grads: Sequence[Tensor | None], others: Sequence[Tensor] | None) -> Sequence[Tensor]:
+        plain = [t.materialize() if isinstance(t, DeferredLogits) else t for t in args]
+        for i in at:
+            plain[i] = args[i].of_values(others is not None)
+        with mode(), torch.enable_grad():
+            made = gm.forward(*plain)
+        return gradients(made, grads, [plain[i] for i in at], others)
+
+    return dense
 
 
 def computed_on_entry(compiled: Callable) -> Callable:

@@ -1,0 +1,230 @@
+"""Heads that run eagerly: their forward gives pending logits.
+
+Who compiles a model block by block leaves its head to PyTorch, FSDP2's hooks break the graph in front of it, and many
+models are not compiled at all. `defer_head` does it for one module, the knob `eager_heads` for every `torch.nn.Linear`
+that is a head over a vocabulary. A loss on such logits, eager or compiled apart, is then fused as on those that a
+compiled head gives.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F  # noqa: F401 - torch.jit.script resolves the source of Linear.forward here
+from torch import Tensor, nn
+
+from . import backend, compat, config
+from .config import Settings
+from .deferred import defer
+from .deferred.eager_calls import EagerCalls
+from .rewrite.recipe import Logits
+from .trace.heads import large
+
+log = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=nn.Module)
+_linear_forward = nn.Linear.forward
+
+
+# ------------------------------------------------------------------------------------------------------- one module
+
+
+def defer_head(module: M) -> M:
+    """Has a head give pending logits in training, whatever runs it: eager mode, FSDP2's hooks, a checkpoint.
+
+    `module` is changed in place and returned: an ``nn.Linear``, or any module that is called with hidden states (..., D)
+    and gives logits (..., V), such as one that PEFT or a quantiser has put in its place; that is compiled by itself.
+    Its parameters, ``state_dict``, type and hooks stay as they are, and so does what it computes: its forward only
+    waits until somebody needs the values. It may be called before or after ``fully_shard`` and ``DistributedDataParallel``.
+
+    The logits are plain ones where no gradient is recorded, in evaluation (``module.eval()``), under ``torch.func``,
+    forward-mode differentiation, ``torch.export`` and ``torch.jit``, where FSDP frees the weight behind the forward, and
+    by the knobs ``defer_logits`` and ``min_vocab``. Raises TypeError for what is no module.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"defer_head takes a torch.nn.Module, the head of a model, and not {type(module).__name__}")
+    before = vars(module).get("forward")
+    if not isinstance(before, Deferring):
+        module.forward = Deferring(module, before)
+    return module
+
+
+class Deferring:
+    """The forward of a module that gives pending logits. It is copied and pickled with its module.
+
+    before: a forward that the module had of its own, as others put there; None where it has its class's.
+    """
+
+    def __init__(self, module: nn.Module, before: Callable | None) -> None:
+        self.module, self.before = module, before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.original(*args, **kwargs)
+        return self._deferred(*args, **kwargs)
+
+    @property
+    def original(self) -> Callable:
+        """The forward that it stands for."""
+        return functools.partial(type(self.module).forward, self.module) if self.before is None else self.before
+
+    @torch.compiler.disable(recursive=False)
+    def _deferred(self, *args: Any, **kwargs: Any) -> Any:
+        module, settings = self.module, config.current()
+        if not _in_training(module) or not settings.defer_logits:
+            return self.original(*args, **kwargs)
+        if self.before is None and isinstance(module, nn.Linear) and _is_linear(type(module).forward):
+            made = logits(module, *args, **kwargs, settings=settings) if len(args) + len(kwargs) == 1 else None
+            return self.original(*args, **kwargs) if made is None else made
+        if module not in _compiled:
+            _compiled[module] = torch.compile(self.original, backend=backend.cce_backend)
+        return _compiled[module](*args, **kwargs)
+
+
+_compiled: WeakKeyDictionary[nn.Module, Callable] = WeakKeyDictionary()
+
+
+def _is_linear(forward: Any) -> bool:
+    return forward in (_linear_forward, nn.Linear.forward)
+
+
+# ------------------------------------------------------------------------------------------------- every linear head
+
+
+def enable() -> None:
+    """Lets every ``nn.Linear`` that is a head give pending logits where the knob `eager_heads` says so."""
+    nn.Linear.forward = _forward  # type: ignore[method-assign]
+
+
+def disable() -> None:
+    """Undoes :func:`enable`."""
+    nn.Linear.forward = _linear_forward  # type: ignore[method-assign]
+
+
+@functools.wraps(_linear_forward)
+def _forward(self: nn.Linear, input: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or not _is_head(self):
+        return _linear_forward(self, input)
+    return _of_head(self, input)
+
+
+def _is_head(module: nn.Linear) -> bool:
+    return module.training and module.out_features >= config.min_vocab and torch.is_grad_enabled()  # type: ignore[attr-defined]
+
+
+@torch.compiler.disable(recursive=False)
+def _of_head(module: nn.Linear, input: Tensor) -> Tensor:
+    settings = config.current()
+    if not settings.defer_logits or not _in_training(module):
+        return _linear_forward(module, input)
+    if not settings.eager_heads:
+        _say_what_would_be(module, input, settings)
+        return _linear_forward(module, input)
+    made = logits(module, input, settings=settings)
+    return _linear_forward(module, input) if made is None else made
+
+
+_said = False
+
+
+def _say_what_would_be(module: nn.Linear, input: Tensor, settings: Settings) -> None:
+    """Once a run: a head that runs eagerly, and the knob that would reach it."""
+    global _said
+    if not _said and _why_not(module, input, settings) is None:
+        _said = True
+        log.warning(
+            "%s runs outside of every compiled graph, so its logits are written%s. CCE_INDUCTOR_EAGER_HEADS=1, or "
+            "cce_inductor.defer_head(module), lets it give pending logits, which a loss is fused with.",
+            module,
+            compat.python_stack().rstrip().replace("  File", " (File") + ")",
+        )
+
+
+# --------------------------------------------------------------------------------------------------------- the logits
+
+_calls: dict[Settings, EagerCalls] = {}
+_recipes: dict[tuple[torch.dtype, bool, int], Logits] = {}  # one object each: compiled losses are guarded on it
+
+
+def _in_training(module: nn.Module) -> bool:
+    """Whether a module is trained, by plain PyTorch."""
+    if not module.training or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return False
+    return not (
+        torch.jit.is_tracing()
+        or torch.jit.is_scripting()
+        or compat.is_tracing()
+        or compat.is_transforming()
+        or compat.has_forward_gradients()
+        or compat.has_dispatch_modes()
+    )
+
+
+def logits(module: nn.Linear, input: Tensor, *, settings: Settings) -> Tensor | None:
+    """What a linear head gives for hidden states (..., D), pending; None where that must be plain logits."""
+    reason = _why_not(module, input, settings)
+    if reason is not None:
+        log.debug("%s gives plain logits: %s", module, reason)
+        return None
+    dtype = compat.autocast_dtype(input)
+    key = dtype, module.bias is not None, input.dim()
+    if key not in _recipes:
+        _recipes[key] = _recipe(*key)
+    if settings not in _calls:
+        _calls[settings] = backend.eager_calls(settings)
+    operands = [input, module.weight, *([] if module.bias is None else [module.bias])]
+    shape = torch.Size((*input.shape[:-1], module.weight.shape[0]))
+    return defer(
+        _recipes[key],
+        operands,
+        shape=shape,
+        dtype=dtype,
+        requires_grad=True,
+        fuse=_calls[settings],
+        large=shape.numel() * dtype.itemsize > settings.workspace_bytes,
+        eager=True,
+    )
+
+
+def _recipe(dtype: torch.dtype, biased: bool, rank: int) -> Logits:
+    return Logits(
+        dtype=dtype,
+        transposed=False,
+        pointwise=False,
+        biased=biased,
+        rank=rank,
+        class_dim=rank - 1,
+        steps=(),
+        reads=2 + biased,
+    )
+
+
+def _why_not(module: nn.Linear, input: Tensor, settings: Settings) -> str | None:
+    """Why a head gives plain logits; None where they may be pending."""
+    operands = [input, module.weight, *([] if module.bias is None else [module.bias])]
+    if not all(type(t) in (Tensor, nn.Parameter) for t in operands):
+        return "an operand is of a tensor subclass"
+    hidden, weight, *bias = operands
+    if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        return "the shapes do not fit"
+    if any(b.shape != weight.shape[:1] for b in bias):
+        return "the shapes do not fit"
+    if not large(*weight.shape, settings):
+        return "it is no head over a vocabulary"
+    if len({t.device for t in operands}) > 1 or hidden.device.type not in ("cpu", "cuda"):
+        return "its device"
+    dtypes = {t.dtype for t in operands}
+    if not all(t.is_floating_point() for t in operands) or (len(dtypes) > 1 and not compat.is_autocast(hidden)):
+        return "its dtypes"
+    if not hidden.numel() or not any(t.requires_grad for t in operands):
+        return "nothing is trained through it"
+    if any(t.is_inference() for t in operands):
+        return "an operand is of inference mode"
+    if compat.is_freed_after_forward(weight):
+        return "FSDP frees its weight after the forward: reshard_after_forward=False keeps it"
+    return None
