@@ -207,6 +207,16 @@ MATRIX_READERS = (
     "out.append(-({v}.log_softmax(-1) * one_hot({v})).sum(-1).mean())",
     "out.append(F.cross_entropy({v} - 0.3 * one_hot({v}), torch.ones({v}.shape[0], dtype=torch.long)))",
 )
+# Of tensors that require grad; what they are given is compared as the numbers of a program are.
+HOOKS = (
+    "{v}.register_hook(lambda g: None)",
+    "{v}.register_hook(lambda g: g)",
+    "{v}.register_hook(lambda g: g * 1.5)",
+    "{v}.register_hook(lambda g: out.append(({n}, g.sum())))",
+    "{v}.register_hook(lambda g: out.append(({n}, g.clone())) or g)",
+    "{v}.grad_fn.register_prehook(lambda gs: out.append(({n}, gs[0].sum())))",
+    "{v}.retain_grad()",
+)
 RETURNS = ("", "{v}", "{v}[1:]", "{v}.view({v}.shape)", "({v}, {v} * 2)", "{v}.detach()", "({v}[:1], {v}[1:])")
 BACKENDS = ("cce", "cce", "aot_eager", "eager", "cce fullgraph", "aot_eager fullgraph")
 
@@ -215,13 +225,15 @@ BACKENDS = ("cce", "cce", "aot_eager", "eager", "cce fullgraph", "aot_eager full
 class Program:
     """lines of `run(head, h, w, compiled)`; pieces, functions that a line calls: name, arguments, lines, backend.
 
-    large: whether the logits are taken for large ones, of which everything is recorded.
+    large: whether the logits are taken for large ones, of which everything is recorded. behind: whether the head is taken
+    for one that runs eagerly, with losses behind its logits in the autograd graph.
     """
 
     lines: list[str] = field(default_factory=list)
     pieces: list[tuple[str, str, list[str], str]] = field(default_factory=list)
     whole: bool = False  # compiled as one function, with graph breaks
     large: bool = False
+    behind: bool = False
 
     def __str__(self) -> str:
         text = ""
@@ -240,7 +252,7 @@ class Writer:
     def __init__(self, seed: int, kind: str) -> None:
         self.random = random.Random(seed)
         self.kind = kind
-        self.program = Program(whole=kind == "whole", large=kind == "large")
+        self.program = Program(whole=kind == "whole", large=kind == "large", behind=kind == "hooks" and seed % 3 > 0)
         self.known = {"z": 2}  # variables, and their dimensions as far as they are known (0: any)
         self.count = 0
 
@@ -287,6 +299,13 @@ class Writer:
             return [self.pick(READERS + MATRIX_READERS * 2 if matrix else READERS).format(v=v)]
         if self.kind in ("eager", "large"):
             return self.edit(v, matrix)
+        # PyTorch crashes at a hook on a view whose base an autograd function, or a compiled one, has edited.
+        crashes = bool(self.program.pieces) or any("Dirty" in line for line in self.program.lines)
+        # A hook that comes after the loss sees nothing of it, unless the loss is behind the logits anyway.
+        early = self.program.behind or not any("out.append" in line for line in self.program.lines)
+        if self.kind == "hooks" and early and not crashes and self.random.random() < 0.7:
+            self.count += 1
+            return [self.pick(HOOKS).format(v=v, n=self.count)]
         if self.kind == "whole":
             return ["torch._dynamo.graph_break()"]
         return self.piece(v, matrix)
@@ -348,7 +367,7 @@ _MATRICES = {
 
 def write(seed: int, kind: str) -> Program:
     """Program number `seed` of a kind: "eager", "large" (the same, of large logits), "pieces" (some of it in compiled
-    functions) or "whole" (all of it)."""
+    functions), "hooks" (the same, with hooks, of a head that runs eagerly) or "whole" (all of it)."""
     writer = Writer(seed, kind)
     return writer.write(writer.random.randint(2, 6))
 
@@ -447,8 +466,11 @@ def run(program: Program, head: Callable, compiled: Callable[[str], Callable], n
         out = given["run"](h, w)
         outcome.values = [_plain(x) for x in out]
         terms = [x.double().sum() for x in out if isinstance(x, Tensor) and x.requires_grad and x.is_floating_point()]
+        given = len(out)
         if terms:
-            outcome.values += [_plain(g) for g in torch.autograd.grad(sum(terms), (h, w), allow_unused=True)]
+            grads = torch.autograd.grad(sum(terms), (h, w), allow_unused=True)
+            seen = sorted(out[given:], key=lambda pair: pair[0])
+            outcome.values += [_plain(x) for x in (*(x for _, x in seen), *grads)]
     except Exception as error:
         # Dynamo puts the place of an error in front of it, and its own advice behind.
         outcome.error, outcome.message = type(error).__name__, str(error)
@@ -530,7 +552,7 @@ def check(program: Program, number: int = 0) -> tuple[str, Outcome, Outcome]:
         expected = run(program, linear, eager, number)
         if program.whole or program.pieces:
             torch._dynamo.reset()
-        got = run(program, deferring_head(program.large), with_cce, number)
+        got = run(program, deferring_head(program.large, program.behind), with_cce, number)
         if same(got, expected):
             return ("error" if expected.error else "right"), got, expected
         # What is documented: another shape for logits by `set_` and the like; what AOTAutograd makes of tensor
@@ -558,21 +580,21 @@ def check(program: Program, number: int = 0) -> tuple[str, Outcome, Outcome]:
 _head: list[Callable] = []
 
 
-def deferring_head(large: bool = False) -> Callable:
-    """A compiled head whose logits are deferred, and are taken for `large` ones."""
+def deferring_head(large: bool = False, behind: bool = False) -> Callable:
+    """A compiled head whose logits are deferred, and are taken for `large` ones, or for those of an eager head."""
     from cce_inductor.deferred import DeferredLogits
 
     if not _head:
         _head.append(torch.compile(linear, backend="cce", options=OPTIONS))
     made = _head[0](torch.zeros(N, D, requires_grad=True), torch.zeros(V, D))
     assert isinstance(made, DeferredLogits), made
-    return _large if large else _head[0]
 
+    def head(h: Tensor, w: Tensor) -> Tensor:
+        z: Any = _head[0](h, w)
+        z.head().large, z.head().eager = large, behind
+        return z
 
-def _large(h: Tensor, w: Tensor) -> Tensor:
-    z: Any = _head[0](h, w)
-    z.head().large = True
-    return z
+    return head
 
 
 def main() -> None:

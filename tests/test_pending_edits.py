@@ -50,6 +50,11 @@ def test_edits_of_large_logits(start: int) -> None:
     run("large", range(start, start + 50))
 
 
+@pytest.mark.parametrize("start", range(0, 100, 50))
+def test_hooks(start: int) -> None:
+    run("hooks", range(start, start + 50))
+
+
 @pytest.mark.parametrize("start", [*(pytest.param(i, marks=pytest.mark.slow) for i in (0, 20)), 40, 60, 80])
 def test_edits_in_compiled_functions(start: int) -> None:
     run("pieces", range(start, start + 20))
@@ -65,7 +70,7 @@ def test_edits_between_graph_breaks(start: int) -> None:
     "kind,start",
     [
         (kind, start)
-        for kind, n in (("eager", 2000), ("large", 1000), ("pieces", 1000), ("whole", 500))
+        for kind, n in (("eager", 2000), ("large", 1000), ("hooks", 1000), ("pieces", 1000), ("whole", 500))
         for start in range(1000, 1000 + n, 100)
     ],
 )
@@ -86,6 +91,20 @@ FOUND: dict[str, tuple[str, Program]] = {
     "an_edit_that_no_version_counts": (
         "lenient",
         Program(["v = z - z.logsumexp(-1, keepdim=True)", "z.data.add_(1.5)", "read(out, z)", "read(out, v)"]),
+    ),
+    "a_bias_added_in_place_where_another_backend_compiles": (
+        "right",
+        Program(
+            ["v = first(piece(z), out)", "read(out, z)", "read(out, v)"],
+            [("piece", "a", ["a.add_(torch.ones(a.shape[-1]))", "return a[1:]"], "aot_eager")],
+        ),
+    ),
+    "a_diagonal_edited_where_another_backend_may_not_break_the_graph": (
+        "right",
+        Program(
+            ["first(piece(z), out)", "read(out, z)"],
+            [("piece", "a", ["a.diagonal().fill_(0.5)", "return a.sum()"], "aot_eager fullgraph")],
+        ),
     ),
 }
 

@@ -13,6 +13,7 @@ tensor        ``DeferredLogits``, the tensor subclass
 lazy          the operators that are answered without the values
 edits         edits of pending logits in place, recorded as what they make of them
 on_values     every other operator: it runs on the values, hence on plain tensors
+gradient      the gradient of logits whose loss is behind them in the autograd graph: pending too
 autograd      :func:`defer`, which makes deferred logits, and their ``grad_fn``
 aliases       what in a graph shares memory with deferred logits that it is given
 other_graphs  the loss in another graph: a compiled graph that is given pending logits

@@ -11,10 +11,11 @@ from torch import Tensor
 from .. import compat
 from .gradient import PendingGradient, added, of_leaves
 from .lazy import entries, rows
-from .pending import Compute, Fuse, Origin, PendingHead, PendingValue, SharedMemory, ValueGraph
+from .pending import Compute, Fuse, Origin, PendingHead, PendingValue, SharedMemory
 from .staleness import check_allocated, operand_name
 from .steps import surroundings
 from .tensor import DeferredLogits
+from .value_graph import ValueGraph
 from .without_gradient import keep
 
 

@@ -354,10 +354,10 @@ def _behind(
     kwargs: dict[str, Any],
 ) -> Any:
     """``run(*given)``, which gives what ``call(*args, **kwargs)`` does, behind the logits in the autograd graph."""
-    mode = autocast_now(logits[0].device)
+    mode, values = autocast_now(logits[0].device), [z.as_now() for z in logits]
 
     def dense(grads: Sequence[Tensor | None], others: Sequence[Tensor] | None) -> Sequence[Tensor]:
-        plain = [z.of_values(others is not None) for z in logits]
+        plain = [value(others is not None) for value in values]
 
         def known(x: Any) -> Any:
             return next((t for z, t in zip(logits, plain, strict=True) if x is z), x)

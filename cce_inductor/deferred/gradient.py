@@ -129,9 +129,6 @@ class PendingGradient(Tensor):
             made = _sum(*args)
             if made is not NotImplemented:
                 return made
-        if func in _FROM_SHAPE:
-            grad = args[0]
-            return func(grad._meta(), *args[1:], **{"device": grad.device, **kwargs})
         if _is_on_its_way(sys._getframe(), func, args, kwargs):
             return _joined(*args) if func is aten.cat.default else _moved(args[0], func, args[1:], kwargs)
         with torch.overrides.enable_reentrant_dispatch():  # by autograd, below which we are
@@ -154,16 +151,35 @@ def _value(t: Tensor) -> Tensor:
     return t.value() if isinstance(t, PendingGradient) else t
 
 
-# Operators for which only shape, dtype and device of the gradient matter.
-_FROM_SHAPE = {
-    aten.new_empty.default,
-    aten.new_zeros.default,
-    aten.new_ones.default,
-    aten.new_full.default,
-    aten.empty_like.default,
-    aten.zeros_like.default,
-    aten.ones_like.default,
-    aten.full_like.default,
+# What the nodes between logits and their head do to a gradient, all of it linear: the others compute it.
+_LINEAR = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.expand.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.t.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.flip.default,
+    aten.roll.default,
+    aten.slice_backward.default,
+    aten.select_backward.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten._to_copy.default,
+    aten.neg.default,
+    aten.mul.Tensor,
+    aten.mul.Scalar,
+    aten.div.Tensor,
+    aten.div.Scalar,
+    aten.masked_fill.Scalar,
+    aten.sum.dim_IntList,
+    aten.tanh_backward.default,
+    aten._softmax_backward_data.default,
+    aten._log_softmax_backward_data.default,
 }
 
 
@@ -172,7 +188,7 @@ def _is_on_its_way(frame: Any, func: Any, args: Any, kwargs: Any) -> bool:
 
     frame: of what was called. A hook, too, runs while its node does.
     """
-    if func._schema.is_mutable or not args:
+    if func not in _LINEAR and func is not aten.cat.default:
         return False
     first, *others = args
     grads = [t for t in (first if func is aten.cat.default else [first]) if isinstance(t, PendingGradient)]

@@ -132,7 +132,7 @@ def _run_on_connected(func: Any, args: Any, kwargs: Any) -> Any:
 def _computed_view(of: DeferredLogits, tensor: Tensor, meta: Tensor) -> DeferredLogits:
     """`tensor`, a view of the value of some logits, as a view of them, of the form of `meta`."""
     with torch.inference_mode(of.is_inference()):  # as what it is a view of, wherever it is made
-        value = PendingValue.computed(tensor, of._value.memory)
+        value = PendingValue.computed(tensor, of._value.memory, of._value if of._value.fake else None)
         return DeferredLogits(value, meta, tensor.device, of, meta.storage_offset())
 
 

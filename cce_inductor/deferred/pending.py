@@ -13,7 +13,6 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import compat
@@ -22,6 +21,7 @@ from .mixtures import Spreadable
 from .shared import Shared
 from .staleness import Operand
 from .steps import OTHER, Extra, Joint, Part, Step, moved, surroundings
+from .value_graph import ValueGraph
 
 Compute = Callable[[Sequence[Tensor]], Tensor]
 # (pending logits, function, args, kwargs) -> what function(*args, **kwargs) gives, or NotImplemented.
@@ -106,41 +106,6 @@ class PendingHead:
             if self.on_read is not None:
                 self.on_read()
         return out.detach() if grad else out
-
-
-class ValueGraph(NamedTuple):
-    """How a head's value leads back to its operands: an edge, and not the value, which lives as long as eager's logits.
-
-    reads_value: whether a gradient is computed from the value itself, as that of tanh is. Autograd would not notice an
-    edit there: they are done below it.
-    """
-
-    edge: GradientEdge
-    operands: Sequence[Tensor]
-    reads_value: bool
-
-    @classmethod
-    def of(cls, out: Tensor, operands: Sequence[Tensor]) -> ValueGraph:
-        """The graph of logits that were computed from these operands with gradients recorded."""
-        node = type((out if out._base is None else out._base).grad_fn)
-        reads_value = any(hasattr(node, name) for name in ("_saved_result", "saved_tensors"))
-        return cls(get_gradient_edge(out.view_as(out)), operands, reads_value)
-
-    def gradients(self, wanted: Sequence[int], grad: list[Tensor | None], retain: bool) -> Sequence[Tensor | None]:
-        """Those of the operands at `wanted`; None for one that no gradient reaches.
-
-        grad: the logits' own, in a list, from which it is gone as soon as it is used. retain: whether another backward
-        comes through this graph.
-        """
-        assert grad[0] is not None
-        # A backward holds what it is started with until its end, so that is a tensor without memory.
-        start = grad[0].new_zeros(()).expand(grad[0].shape)
-        handle = self.edge.node.register_prehook(lambda _: (grad.pop(),))
-        try:
-            inputs = [self.operands[i] for i in wanted]
-            return torch.autograd.grad(self.edge, inputs, start, retain_graph=retain, allow_unused=True)
-        finally:
-            handle.remove()
 
 
 # ------------------------------------------------------------------------------------- how a value follows from it
@@ -269,9 +234,11 @@ class PendingValue:
         self.given: tuple[Recipe, list[Tensor]] | None = None
 
     @classmethod
-    def computed(cls, tensor: Tensor, memory: SharedMemory | None = None) -> PendingValue:
-        """The value that `tensor` holds, in the memory of others if it is a view of theirs."""
-        value = cls(lambda: tensor, memory=memory)
+    def computed(
+        cls, tensor: Tensor, memory: SharedMemory | None = None, source: PendingValue | None = None
+    ) -> PendingValue:
+        """The value that `tensor` holds, in the memory of others if it is a view of theirs: of `source`, if traced."""
+        value = cls(lambda: tensor, source=source, memory=memory)
         value._tensor, value._make = tensor, None
         return value
 

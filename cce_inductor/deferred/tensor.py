@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
@@ -22,7 +23,7 @@ from .. import compat
 from ..graph.spellings import NAMES, REDUCING, Fact, functions_of
 from .pending import Origin, Other, PendingHead, PendingValue, Recipe
 from .staleness import DeferredLogitsError
-from .steps import Extra, surroundings
+from .steps import Extra, Step, surroundings
 
 aten = torch.ops.aten
 
@@ -112,9 +113,24 @@ class DeferredLogits(torch.Tensor):
         # The one view that is none of us. Whoever has it may edit it unseen.
         return aten._reshape_alias(self, self.size(), self.stride())
 
-    def of_values(self, connected: bool) -> Tensor:
-        """The values in a plain tensor that requires grad: a leaf, or connected to autograd as these logits are."""
-        return self.materialize() if connected else self._value.get().detach().requires_grad_()
+    def as_now(self) -> Callable[[bool], Tensor]:
+        """Gives, later, these logits in a plain tensor, connected to autograd as they are or a leaf that requires grad.
+
+        It has the values of now, whatever becomes of the memory.
+        """
+        value, version = self._value, self._version
+        kept = value.copy(Step.of(aten.clone.default, (), {}))
+
+        def get(connected: bool) -> Tensor:
+            if connected and self._value is value and self._version == version:
+                return self.materialize()
+            if connected:
+                raise DeferredLogitsError(
+                    "a loss is differentiated twice whose logits have been edited in place since: edit a copy of them"
+                )
+            return (value if kept.pending else kept).get().detach().requires_grad_()
+
+        return get
 
     def head(self) -> PendingHead:
         """The head that these pending logits come from."""
@@ -141,7 +157,9 @@ class DeferredLogits(torch.Tensor):
             return None
         if origin.recipe is not None:
             return origin.recipe
-        if not all(extra.unchanged for extra in origin.extras):
+        with unset_fake_temporarily():  # another backend's AOTAutograd may be asking
+            unchanged = all(extra.unchanged for extra in origin.extras)
+        if not unchanged:
             return None  # only a read knows what it was
         given, other = self._given(), origin.other
         reads = sum(len(head.operands) for head in origin.heads)

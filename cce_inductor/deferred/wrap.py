@@ -40,11 +40,10 @@ def with_logits(compiled: Callable, form: Form, gm: GraphModule) -> Callable:
 def _dense(gm: GraphModule, args: Sequence[Any], at: Sequence[int]) -> Dense:
     """The gradients of the logits at these places, through the graph as PyTorch runs it in eager mode."""
     mode = autocast_now(args[at[0]].device)
+    values = {i: t.as_now() for i, t in enumerate(args) if isinstance(t, DeferredLogits)}
 
     def dense(grads: Sequence[Tensor | None], others: Sequence[Tensor] | None) -> Sequence[Tensor]:
-        plain = [t.materialize() if isinstance(t, DeferredLogits) else t for t in args]
-        for i in at:
-            plain[i] = args[i].of_values(others is not None)
+        plain = [values[i](others is not None) if i in values else t for i, t in enumerate(args)]
         with mode(), torch.enable_grad():
             made = gm.forward(*plain)
         return gradients(made, grads, [plain[i] for i in at], others)
