@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -212,6 +213,13 @@ def can_use_tma(*matrices: Any) -> bool:
     return rows and bool(possible(*matrices))
 
 
+def rank() -> int:
+    """The number of this process in its group of processes, 0 where there is no group."""
+    import torch.distributed as dist
+
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def is_tracing() -> bool:
     """Whether Dynamo or AOTAutograd is at work: what is asked of a tensor now is not asked for its values."""
     from torch._guards import CompileContext, TracingContext
@@ -382,6 +390,12 @@ def python_stack() -> str:
         if not code.co_filename.startswith(_NOT_THE_PROGRAM):
             return f'  File "{code.co_filename}", line {line}, in {code.co_name}\n'
     return ""
+
+
+def program_place() -> str:
+    """``file:line`` of that frame; "" if there is none."""
+    found = re.search(r'File "(.+)", line (\d+)', python_stack())
+    return f"{found[1]}:{found[2]}" if found else ""
 
 
 def is_freed_after_forward(weight: torch.Tensor) -> bool:

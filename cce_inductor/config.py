@@ -124,8 +124,8 @@ KNOBS: dict[str, Knob] = {
     ),
     "eager_heads": Knob(
         _boolean,
-        "after `enable()` or CCE_INDUCTOR=1: every `nn.Linear` with so many classes that runs eagerly in training gives "
-        "lazy logits too. Off, since a program that keeps logits past `optimizer.step()` would then get an error",
+        "after `enable()` or CCE_INDUCTOR=1: every `nn.Linear` with so many classes that runs eagerly in training "
+        "gives lazy logits too. Off, since a program that keeps logits past `optimizer.step()` would then get an error",
     ),
     "workspace_mb": Knob(
         _integer(1),

@@ -8,9 +8,10 @@ compiled head gives.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -18,11 +19,12 @@ import torch
 import torch.nn.functional as F  # noqa: F401 - torch.jit.script resolves the source of Linear.forward here
 from torch import Tensor, nn
 
-from . import backend, compat, config
+from . import backend, compat, config, notice, record
 from .config import Settings
 from .deferred import defer
 from .deferred.eager_calls import EagerCalls
 from .rewrite.recipe import Logits
+from .rewrite.site import Site
 from .trace.heads import large
 
 log = logging.getLogger(__name__)
@@ -37,14 +39,15 @@ _linear_forward = nn.Linear.forward
 def defer_head(module: M) -> M:
     """Has a head give pending logits in training, whatever runs it: eager mode, FSDP2's hooks, a checkpoint.
 
-    `module` is changed in place and returned: an ``nn.Linear``, or any module that is called with hidden states (..., D)
-    and gives logits (..., V), such as one that PEFT or a quantiser has put in its place; that is compiled by itself.
-    Its parameters, ``state_dict``, type and hooks stay as they are, and so does what it computes: its forward only
-    waits until somebody needs the values. It may be called before or after ``fully_shard`` and ``DistributedDataParallel``.
+    `module` is changed in place and returned: an ``nn.Linear``, or any module that is called with hidden states
+    (..., D) and gives logits (..., V), such as one that PEFT or a quantiser has put in its place; that is compiled by
+    itself. Its parameters, ``state_dict``, type and hooks stay as they are, and so does what it computes: its forward
+    only waits until somebody needs the values. It may be called before or after ``fully_shard`` and
+    ``DistributedDataParallel``.
 
     The logits are plain ones where no gradient is recorded, in evaluation (``module.eval()``), under ``torch.func``,
-    forward-mode differentiation, ``torch.export`` and ``torch.jit``, where FSDP frees the weight behind the forward, and
-    by the knobs ``defer_logits`` and ``min_vocab``. Raises TypeError for what is no module.
+    forward-mode differentiation, ``torch.export`` and ``torch.jit``, where FSDP frees the weight behind the forward,
+    and by the knobs ``defer_logits`` and ``min_vocab``. Raises TypeError for what is no module.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"defer_head takes a torch.nn.Module, the head of a model, and not {type(module).__name__}")
@@ -106,6 +109,17 @@ def disable() -> None:
     nn.Linear.forward = _linear_forward  # type: ignore[method-assign]
 
 
+@contextlib.contextmanager
+def enabled() -> Iterator[None]:
+    """:func:`enable` for the time of a ``with`` block."""
+    before = nn.Linear.forward
+    enable()
+    try:
+        yield
+    finally:
+        nn.Linear.forward = before  # type: ignore[method-assign]
+
+
 @functools.wraps(_linear_forward)
 def _forward(self: nn.Linear, input: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or not _is_head(self):
@@ -123,26 +137,30 @@ def _of_head(module: nn.Linear, input: Tensor) -> Tensor:
     if not settings.defer_logits or not _in_training(module):
         return _linear_forward(module, input)
     if not settings.eager_heads:
-        _say_what_would_be(module, input, settings)
+        if _why_not(module, input, settings) is None:
+            _out_of_reach(module, settings)
         return _linear_forward(module, input)
     made = logits(module, input, settings=settings)
     return _linear_forward(module, input) if made is None else made
 
 
-_said = False
-
-
-def _say_what_would_be(module: nn.Linear, input: Tensor, settings: Settings) -> None:
-    """Once a run: a head that runs eagerly, and the knob that would reach it."""
-    global _said
-    if not _said and _why_not(module, input, settings) is None:
-        _said = True
-        log.warning(
-            "%s runs outside of every compiled graph, so its logits are written%s. CCE_INDUCTOR_EAGER_HEADS=1, or "
-            "cce_inductor.defer_head(module), lets it give pending logits, which a loss is fused with.",
-            module,
-            compat.python_stack().rstrip().replace("  File", " (File") + ")",
-        )
+def _out_of_reach(module: nn.Linear, settings: Settings) -> None:
+    """A head runs eagerly that the knob would reach: for the notice, the record, and an error under ``strict``."""
+    notice.saw_head(str(module))
+    vocab, width = module.weight.shape
+    site = Site(
+        fused=False,
+        reason="its head runs outside of every graph, and its loss with it or behind it",
+        cure="set CCE_INDUCTOR_EAGER_HEADS=1 (eager_heads), or call cce_inductor.defer_head(module)",
+        loss=str(module),
+        node="",
+        location=compat.program_place(),
+        vocab=str(vocab),
+        width=str(width),
+    )
+    record.outside(site)
+    if settings.strict:
+        raise backend.DeclinedError(f"cce_inductor, with strict=True:\n{site}")
 
 
 # --------------------------------------------------------------------------------------------------------- the logits
@@ -214,7 +232,7 @@ def _why_not(module: nn.Linear, input: Tensor, settings: Settings) -> str | None
         return "the shapes do not fit"
     if any(b.shape != weight.shape[:1] for b in bias):
         return "the shapes do not fit"
-    if not large(*weight.shape, settings):
+    if not large(weight.shape[0], weight.shape[1], settings):
         return "it is no head over a vocabulary"
     if len({t.device for t in operands}) > 1 or hidden.device.type not in ("cpu", "cuda"):
         return "its device"

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from torch.fx import GraphModule
 
-from . import compat
+from . import compat, notice
 from .config import Settings
 from .page.graphs import GraphRecord, Pair, pairs
 from .rewrite.result import Rewritten
+from .rewrite.site import Site
 
 log = logging.getLogger("cce_inductor")
 
@@ -44,6 +45,7 @@ def record(gm: GraphModule, result: Rewritten, settings: Settings) -> None:
         entry.pairs = _pairs(gm, result)
     for collector in _collectors:
         collector.append(entry)
+    notice.saw_graph(result.sites, len(result.deferrals))
     for site in result.sites:
         log.info("%s", site)
     if not result.sites:
@@ -62,6 +64,14 @@ def record(gm: GraphModule, result: Rewritten, settings: Settings) -> None:
         for name, text in artifacts.items():
             (target / name).write_text(text())
     _write_page()
+
+
+def outside(site: Site) -> None:
+    """Writes down what runs outside of every graph, once where a collector is open."""
+    log.info("%s", site)
+    for collector in _collectors:
+        if not any(site in entry.sites for entry in collector):
+            collector.append(GraphRecord(next(_numbers), [site], 0))
 
 
 def kernel(name: str, text: str) -> None:

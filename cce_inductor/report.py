@@ -74,6 +74,7 @@ def explain(fn: Callable, *args: Any, **kwargs: Any) -> Report:
     `fn` is a function or a module, not compiled yet. Its forward runs for real, so it has its usual side effects;
     nothing is compiled and no compiled code of yours is touched.
     """
+    from . import eager_heads
     from .backend import COUNTERS, compile_graph, counters
 
     fn = getattr(fn, "_orig_mod", getattr(fn, "_torchdynamo_orig_callable", fn))
@@ -84,7 +85,7 @@ def explain(fn: Callable, *args: Any, **kwargs: Any) -> Report:
     def backend(gm: Any, inputs: Any) -> Any:
         return compile_graph(gm, inputs, settings, lambda rewritten, _: rewritten.forward)
 
-    with record.collect() as graphs:
+    with record.collect() as graphs, eager_heads.enabled():
         torch.compile(fn, backend=backend)(*args, **kwargs)
     counters[COUNTERS].clear()
     counters[COUNTERS].update(before)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from . import config, eager_heads
+from . import config, eager_heads, notice
 from .backend import compile_graph
 
 _original_compile_fx: Callable | None = None
@@ -34,6 +34,7 @@ def enable() -> None:
 
     module.compile_fx = compile_fx
     eager_heads.enable()
+    notice.start()
 
 
 def disable() -> None:
@@ -45,6 +46,7 @@ def disable() -> None:
         module.compile_fx = _original_compile_fx  # type: ignore[assignment]
         _original_compile_fx = None
     eager_heads.disable()
+    notice.stop()
 
 
 def enabled() -> bool:

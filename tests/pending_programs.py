@@ -225,8 +225,8 @@ BACKENDS = ("cce", "cce", "aot_eager", "eager", "cce fullgraph", "aot_eager full
 class Program:
     """lines of `run(head, h, w, compiled)`; pieces, functions that a line calls: name, arguments, lines, backend.
 
-    large: whether the logits are taken for large ones, of which everything is recorded. behind: whether the head is taken
-    for one that runs eagerly, with losses behind its logits in the autograd graph.
+    large: whether the logits are taken for large ones, of which everything is recorded. behind: whether the head is
+    taken for one that runs eagerly, with losses behind its logits in the autograd graph.
     """
 
     lines: list[str] = field(default_factory=list)

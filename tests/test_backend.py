@@ -10,7 +10,7 @@ from capture import THROUGH_AOT
 from torch._dynamo.utils import counters
 
 import cce_inductor
-from cce_inductor import backend, config, record, switch
+from cce_inductor import config, record, switch
 
 
 def rand(*shape):

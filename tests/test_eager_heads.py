@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import cce_inductor
-from cce_inductor import config, eager_heads
+from cce_inductor import backend, config
 from cce_inductor.deferred import DeferredLogits
 
 B, S, D, V = 2, 12, 16, 4096
@@ -132,7 +132,9 @@ READ: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a hook that changes it": hooked(lambda g: 2.0 * g),
     "a hook that looks at it": hooked(lambda g: None if g.norm() > 0 else g * 0.0),
     "a dense reader beside": lambda z, t: hooked(lambda g: g)(z, t) + 1e-2 * z.square().mean(),
-    "a hook that changes one of two": lambda z, t: hooked(lambda g: 2.0 * g)(z.flatten(0, 1).view_as(z), t) + flat(z, t),
+    "a hook that changes one of two": lambda z, t: (
+        hooked(lambda g: 2.0 * g)(z.flatten(0, 1).view_as(z), t) + flat(z, t)
+    ),
 }
 
 
@@ -375,15 +377,86 @@ def test_what_is_patched_is_given_back() -> None:
     assert nn.Linear.forward is before
 
 
-def test_a_head_out_of_reach_is_named_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eager_heads, "_said", False)
+def test_a_head_out_of_reach_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
     cce_inductor.enable()
     try:
         with caplog.at_level(logging.WARNING):
             for _ in range(3):
                 assert type(Model()(data()[0])) is Tensor
+        with config.patch(strict=True), pytest.raises(backend.DeclinedError, match="runs outside of every graph"):
+            Model()(data()[0])
     finally:
         cce_inductor.disable()
-    (record,) = [r for r in caplog.records if r.name.startswith("cce_inductor")]
-    assert "CCE_INDUCTOR_EAGER_HEADS=1" in record.getMessage() and "out_features=4096" in record.getMessage()
-    assert "test_eager_heads.py" in record.getMessage()
+    (line,) = [r for r in caplog.records if r.name.startswith("cce_inductor")]
+    assert "CCE_INDUCTOR_EAGER_HEADS=1" in line.getMessage() and "out_features=4096" in line.getMessage()
+    assert "test_eager_heads.py:" in line.getMessage()
+
+
+def test_explain_sees_a_head_that_runs_outside() -> None:
+    model, (x, t) = Model(), data()
+
+    @torch.compiler.disable
+    def skipped() -> Tensor:
+        return flat(model(x), t)
+
+    (site,) = cce_inductor.explain(lambda: skipped() + 1.0).sites
+    assert not site.fused and "CCE_INDUCTOR_EAGER_HEADS=1" in str(site) and "test_eager_heads.py:" in site.location
+
+
+# ------------------------------------------------------------------------------------------------ what a run is told
+
+
+def told(run: Callable[[], None], caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """What is logged for a run under ``enable()``."""
+    cce_inductor.enable()
+    try:
+        with caplog.at_level(logging.INFO, "cce_inductor.run"):
+            run()
+    finally:
+        cce_inductor.disable()
+    return [r for r in caplog.records if r.name == "cce_inductor.run"]
+
+
+def trained(model: Any, loss: Callable[[Tensor, Tensor], Tensor], steps: int = 5) -> Callable[[], None]:
+    def run() -> None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        x, t = data()
+        compiled = torch.compile(model)
+        for _ in range(steps):
+            loss(compiled(x), t).backward()
+            optimizer.step()
+
+    return run
+
+
+def test_a_run_is_told_once_that_its_losses_fused(caplog: pytest.LogCaptureFixture) -> None:
+    (line,) = told(trained(Model(), flat), caplog)
+    assert line.levelno == logging.INFO
+    size = B * S * V * 4 / 2**20
+    assert f"after 3 steps: 1 loss over a vocabulary fused ({size:,.0f} MiB of logits not written)" in line.getMessage()
+    assert "1 logits deferred, 0 times read, 0 declined" in line.getMessage()
+
+
+def test_a_run_is_warned_where_nothing_fused(caplog: pytest.LogCaptureFixture) -> None:
+    def run() -> None:
+        x, t = data()
+        weight = torch.zeros(V, D, requires_grad=True)
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        for _ in range(4):
+            flat(F.linear(x, weight), t).backward()
+            optimizer.step()
+
+    (line,) = told(run, caplog)
+    assert line.levelno == logging.WARNING and "0 losses over a vocabulary fused" in line.getMessage()
+    assert "torch.compile has captured nothing" in line.getMessage() and "cce_inductor explain" in line.getMessage()
+
+
+def test_a_line_that_reads_logits_again_and_again_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    def loss(z: Tensor, t: Tensor) -> Tensor:
+        z.std().item()
+        return flat(z, t)
+
+    lines = [line.getMessage() for line in told(trained(Model(), loss), caplog)]
+    (named,) = [text for text in lines if "need" in text]
+    assert "test_eager_heads.py:" in named
+    assert "3 times read" in lines[-1]

@@ -140,7 +140,12 @@ class EagerCalls:
         operands = [t for p in pending for t in p.operands]
         run = partial(compute, shared)
         if waiting:
-            own = [t for p, z in zip(pending, (logits, second), strict=False) if any(z is w for w in waiting) for t in p.operands]
+            own = [
+                t
+                for p, z in zip(pending, (logits, second), strict=False)
+                if any(z is w for w in waiting)
+                for t in p.operands
+            ]
             made = _behind(waiting, own, run, (*operands, *others), call, *given)
         else:
             made = run(*operands, *others)

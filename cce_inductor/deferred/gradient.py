@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -119,10 +120,11 @@ class PendingGradient(Tensor):
             return f"PendingGradient(not computed yet, size={tuple(self.shape)}, dtype={self.dtype})"
         return repr(self._value)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     beyond_logits = True  # an operator on both is for this class to answer
 
     @classmethod
+    @torch.compiler.disable
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is aten.add.Tensor and not kwargs:
@@ -246,7 +248,10 @@ class Behind(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, made: _Made, n: int, *given: Any) -> tuple[Tensor, ...]:
-        """The outputs, in memory of their own. given: `n` logits, the others that a gradient reaches, and the outputs detached."""
+        """The outputs, in memory of their own.
+
+        given: `n` logits, the others that a gradient reaches, and the outputs detached.
+        """
         ctx.of_logits = True
         ctx.made = made
         ctx.logits = [(z._meta(), z.device, z.head()) for z in given[:n]]
@@ -274,8 +279,12 @@ class Behind(torch.autograd.Function):
         result = []
         for i, (meta, device, _) in enumerate(ctx.logits):
             parts = known if part is None else [*known, (part, i)]
-            result.append(PendingGradient(meta, device, parts, None, lambda i=i: values()[i]))
+            result.append(PendingGradient(meta, device, parts, None, partial(_entry, values, i)))
         return (*none, *result, *of_others, *rest)
+
+
+def _entry(values: Callable[[], Sequence[Tensor]], i: int) -> Tensor:
+    return values()[i]
 
 
 def _once(make: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tensor]]:

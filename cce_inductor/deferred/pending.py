@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .. import compat
+from .. import compat, notice
 from .entries import Entries
 from .mixtures import Spreadable
 from .shared import Shared
@@ -101,6 +101,7 @@ class PendingHead:
             )
         if not isinstance(out, (FakeTensor, FunctionalTensor)):
             counters["cce_inductor"]["deferred_materialized"] += 1
+            notice.saw_read()
             self.operands, self.graph = [], graph  # a value is computed once: nothing will be compared again
             self.shared, self.known = Shared(), []
             if self.on_read is not None:
