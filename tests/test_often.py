@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,8 @@ from test_outside import Model, V, entry, flat, label_smoother
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from cce_inductor import compat
+import cce_inductor
+from cce_inductor import compat, config
 from cce_inductor.deferred import often
 
 
@@ -67,6 +69,19 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "inductor_wrapper", lambda mode, options: AsItIs())
 
 
+def deferring_head(model: Model) -> Callable[[Tensor], Tensor]:
+    """The model in eager mode, with a head that gives pending logits."""
+    with_head = copy.copy(model)
+    with_head._modules = {**model._modules, "head": copy.copy(model.head)}
+    cce_inductor.defer_head(with_head.head)
+
+    def call(x: Tensor) -> Tensor:
+        with config.patch(min_vocab=0):
+            return with_head(x)
+
+    return call
+
+
 def step(model: Any, call: Any, loss: Callable, b: int = 2, s: int = 12) -> list[Tensor]:
     x, t = torch.randn(b, s, 16), torch.randint(0, V, (b, s))
     made = loss(call(x), t)
@@ -101,6 +116,26 @@ def test_other_shapes_are_compiled_apart_and_not_without_end(large, uncompiled, 
         for seed in range(4):
             assert_step(model, compiled, flat, seed, s=length)
     assert ours()["calls_compiled"] == 2
+
+
+def test_rows_that_vary_are_compiled_once_for_any_number(large, uncompiled):
+    model = Model()
+    compiled = torch.compile(model, backend="cce", options={"min_vocab": 0}, dynamic=True)
+    made = []
+    for length in (3, 4, 5, 6, 7, 5, 9, 11):
+        assert_step(model, compiled, flat, length, s=length)
+        made.append(ours()["calls_compiled"])
+    assert made[:2] == [0, 0] and made[2] == 1 and made == [*made[:2], *[1] * 6]
+    assert ours()["deferred_materialized"] == 0
+
+
+@pytest.mark.slow
+def test_kernels_for_any_number_of_rows(large):
+    """With Inductor, behind a head that runs eagerly."""
+    model = Model()
+    for length in (3, 4, 5, 6, 11, 12, 3):
+        assert_step(model, deferring_head(model), flat, length, s=length)
+    assert ours()["calls_compiled"] == 1 and ours()["deferred_materialized"] == 0
 
 
 @pytest.mark.parametrize("compiler", ["inductor", "aot_eager"])

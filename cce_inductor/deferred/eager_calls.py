@@ -12,12 +12,10 @@ import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..graph.spellings import FUNCTIONS, METHODS, functions_of
@@ -27,13 +25,13 @@ from ..rewrite.result import Rewritten
 from .autograd import Largest, Rows, defer
 from .calls import (
     ByClasses,
+    Call,
+    Fakes,
+    NotTriedError,
     Pending,
     are_plain,
     by_classes,
-    call_graph,
     in_form,
-    kind_of,
-    read_as_one,
     same_classes,
     tensor_of,
     with_numbers,
@@ -43,9 +41,9 @@ from .gradient import behind, gradients
 from .lazy import WRITTEN
 from .mixtures import Spread
 from .often import Kernels
-from .other_graphs import Form, usable, with_inlined
+from .other_graphs import Form, usable
 from .pending import Known, Recipe
-from .shared import Shared, share
+from .shared import share
 from .steps import Extra, Joint, Read, Step, autocast_now
 from .tensor import COMPARISONS, LOSSES, ROWS, STATISTICS, DeferredLogits
 
@@ -58,10 +56,6 @@ _MAX, _TOPK, _KL_DIV = functions_of("max"), functions_of("topk"), functions_of("
 
 # So many graphs that differ in nothing but a number.
 _NUMBERS = 8
-
-
-class _NotTriedError(Exception):
-    """A call on pending logits raised where it was tried on fake tensors: nothing is known of calls of its kind."""
 
 
 @dataclass
@@ -132,57 +126,55 @@ class EagerCalls:
                 return NotImplemented
             pending.append(self._of_rows(beside))
         same = same_classes(first.operands[first.recipe.reads :], others) if second is None else ()
-        compute = self._function(pending, call, args, kwargs, same)
-        if compute is None:
+        found = self._function(Call(call, pending, args, kwargs, same))
+        if found is None:
             return NotImplemented
         if call in STATISTICS and not head.large:
             head.on_read = self._was_read
-        operands = [t for p in pending for t in p.operands]
-        run = partial(compute, shared)
+        made_by, compute = found
+
+        def run(*tensors: Tensor) -> Any:
+            served = self.kernels is not None and call not in STATISTICS
+            compiled = self.kernels.of_loss(made_by, tensors) if self.kernels is not None and served else None
+            return in_form(call, compute(shared, *tensors) if compiled is None else compiled(*tensors))
+
+        tensors = (*(t for p in pending for t in p.operands), *others)
         if waiting:
-            own = [
-                t
-                for p, z in zip(pending, (logits, second), strict=False)
-                if any(z is w for w in waiting)
-                for t in p.operands
-            ]
-            made = _behind(waiting, own, run, (*operands, *others), call, *given)
+            own = [t for p in pending if any(p.logits is z for z in waiting) for t in p.operands]
+            made = _behind(waiting, own, run, tensors, call, *given)
         else:
-            made = run(*operands, *others)
+            made = run(*tensors)
         if call in STATISTICS:
             _remember(logits, call, args, kwargs, made)
         return made
 
-    def _function(
-        self, pending: Sequence[Pending], call: Callable, args: tuple, kwargs: dict[str, Any], same: tuple
-    ) -> Callable | None:
-        """What computes calls of this kind, known or made now; None where they are not fused.
+    def _function(self, call: Call) -> tuple[Call, Callable] | None:
+        """What computes calls of this kind, known or made now, and the call as it takes it; None where it is not fused.
 
         A number in a tensor beside the logits is an input of the graph. If no loss is found so, it is one with that
         number: the weight of a mixture has to be known.
         """
-        compute = self._of_kind(pending, call, args, kwargs, same)
-        if compute is None and any(p.recipe.other is not None for p in pending):
-            numbered = [replace(p, recipe=with_numbers(p.recipe, p.operands)) for p in pending]
-            if [p.recipe for p in numbered] != [p.recipe for p in pending]:
-                return self._of_kind(numbered, call, args, kwargs, same)
-        return compute
+        compute = self._of_kind(call)
+        if compute is None and any(p.recipe.other is not None for p in call.pending):
+            numbered = [replace(p, recipe=with_numbers(p.recipe, p.operands)) for p in call.pending]
+            if [p.recipe for p in numbered] != [p.recipe for p in call.pending]:
+                call = replace(call, pending=numbered)
+                compute = self._of_kind(call)
+        return None if compute is None else (call, compute)
 
-    def _of_kind(
-        self, pending: Sequence[Pending], call: Callable, args: tuple, kwargs: dict[str, Any], same: tuple
-    ) -> Callable | None:
-        kind = kind_of(pending, call, args, kwargs), same
+    def _of_kind(self, call: Call) -> Callable | None:
+        kind = call.kind
         try:
             hash(kind)
         except TypeError:  # an argument without a hash, such as a list
             return None
         if kind not in self.known:
-            first, spreads = pending[0], [x.spread for x in args if isinstance(x, ByClasses)]
-            if self._has_too_many_numbers(first.recipe, first.logits, call, spreads):
+            first, spreads = call.pending[0], [x.spread for x in call.args if isinstance(x, ByClasses)]
+            if self._has_too_many_numbers(first.recipe, first.logits, call.function, spreads):
                 return None
             try:
-                self.known[kind] = self._make(kind, pending, call, args, kwargs, same)
-            except _NotTriedError:
+                self.known[kind] = self._make(call)
+            except NotTriedError:
                 return None  # the next call may be right, or what it lacked may be there
             if len(self.known) > self.capacity:
                 self.known.popitem(last=False)
@@ -304,49 +296,20 @@ class EagerCalls:
             taken = step(taken, extras)
         return taken
 
-    def _make(
-        self,
-        kind: tuple,
-        pending: Sequence[Pending],
-        call: Callable,
-        args: Any,
-        kwargs: Any,
-        same: tuple[tuple[int, int], ...],
-    ) -> Callable | None:
+    def _make(self, call: Call) -> Callable | None:
         """The rewritten graph of one call, as a function of the operands and the call's other tensors.
 
-        None, for a reason that has been logged, where it is not fused. same: see :func:`same_classes`.
+        None, for a reason that has been logged, where it is not fused.
         """
-        mode = FakeTensorMode()
-        grad = torch.is_grad_enabled()
-        try:
-            gm, inputs = call_graph(mode, [p.logits for p in pending], call, args, kwargs)
-        except Exception as error:  # what is wrong with the call is for the call to say
-            name = call.__name__
-            log.info("deferred logits are read for %s, which could not be tried: %s", name, error, exc_info=True)
-            raise _NotTriedError from error
-        heads = {
-            i: (p.recipe, [_fake(mode, t, n and grad) for t, n in zip(p.operands, p.recipe.needs, strict=True)])
-            for i, p in enumerate(pending)
-        }
-        form = with_inlined(gm, inputs, {i: p.logits for i, p in enumerate(pending)}, heads)
+        form = call.form(Fakes())
         if form is None:
             return None  # it has logged why
-        read_as_one(form.graph_module, same, pending[0].recipe.reads)
-        result = (self.statistic if call in STATISTICS else self.loss)(form)
+        result = (self.statistic if call.function in STATISTICS else self.loss)(form)
         if not form.accepts(result):
             reasons = [site.reason for site in result.sites] or ["it is no statistic of the rows that is served"]
-            log.info("deferred logits are read for %s: %s", call.__name__, "; ".join(reasons))
+            log.info("deferred logits are read for %s: %s", call.function.__name__, "; ".join(reasons))
             return None
-        compute, kernels = share(result.graph_module).forward, self.kernels
-        if kernels is None or call in STATISTICS:
-            return in_form(compute, call)
-
-        def fused(shared: Shared, *given: Tensor) -> tuple:
-            compiled = kernels.of_loss(kind, form, given)
-            return compute(shared, *given) if compiled is None else compiled(*given)
-
-        return in_form(fused, call)
+        return share(result.graph_module).forward
 
 
 def _behind(
@@ -400,10 +363,6 @@ def _has_pending_target(call: Callable, args: tuple, kwargs: dict[str, Any]) -> 
     given.apply_defaults()
     target = given.arguments["target"]
     return given.arguments["reduction"] != "none" and isinstance(target, (DeferredLogits, ByClasses))
-
-
-def _fake(mode: FakeTensorMode, tensor: Tensor, needs: bool) -> Tensor:
-    return mode.from_tensor(tensor.detach(), static_shapes=True).requires_grad_(needs)
 
 
 # Functions that give entries of logits as they are.
