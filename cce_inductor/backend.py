@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
-from . import compat, config, record, version
+from . import compat, config, notice, record, version
 from .config import Settings
 from .deferred import aliases, other_graphs, wrap
 from .deferred.eager_calls import EagerCalls
@@ -119,7 +119,9 @@ def _settle(forms: Iterable[Form], settings: Settings, choose: Chooser | None) -
 def _settle_statistic(form: Form, settings: Settings) -> Rewritten:
     """Rewrites the graph of one statistic: no loss, so the record and ``strict`` have nothing to say about it."""
     result = rewrite(form.graph_module, settings, version.source_hash(), statistics=True)
-    counters[COUNTERS]["statistics"] += form.accepts(result)
+    if form.accepts(result):
+        counters[COUNTERS]["statistics"] += 1
+        notice.saw_statistic()
     return result
 
 

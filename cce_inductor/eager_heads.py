@@ -45,9 +45,10 @@ def defer_head(module: M) -> M:
     only waits until somebody needs the values. It may be called before or after ``fully_shard`` and
     ``DistributedDataParallel``.
 
-    The logits are plain ones where no gradient is recorded, in evaluation (``module.eval()``), under ``torch.func``,
+    The logits are plain ones in evaluation (``module.eval()``), under ``torch.inference_mode``, ``torch.func``,
     forward-mode differentiation, ``torch.export`` and ``torch.jit``, where FSDP frees the weight behind the forward,
-    and by the knobs ``defer_logits`` and ``min_vocab``. Raises TypeError for what is no module.
+    and by the knobs ``defer_logits`` and ``min_vocab``; but under ``torch.no_grad`` those of an ``nn.Linear`` that are
+    larger than ``workspace_mb`` may be a teacher's, and wait too. Raises TypeError for what is no module.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"defer_head takes a torch.nn.Module, the head of a model, and not {type(module).__name__}")
@@ -79,11 +80,13 @@ class Deferring:
     @torch.compiler.disable(recursive=False)
     def _deferred(self, *args: Any, **kwargs: Any) -> Any:
         module, settings = self.module, config.current()
-        if not _in_training(module) or not settings.defer_logits:
+        if not settings.defer_logits or not _is_plain_pytorch():
             return self.original(*args, **kwargs)
         if self.before is None and isinstance(module, nn.Linear) and _is_linear(type(module).forward):
             made = logits(module, *args, **kwargs, settings=settings) if len(args) + len(kwargs) == 1 else None
             return self.original(*args, **kwargs) if made is None else made
+        if not module.training or not torch.is_grad_enabled():
+            return self.original(*args, **kwargs)
         if module not in _compiled:
             _compiled[module] = torch.compile(self.original, backend=backend.cce_backend)
         return _compiled[module](*args, **kwargs)
@@ -128,16 +131,16 @@ def _forward(self: nn.Linear, input: Tensor) -> Tensor:
 
 
 def _is_head(module: nn.Linear) -> bool:
-    return module.training and module.out_features >= config.min_vocab and torch.is_grad_enabled()  # type: ignore[attr-defined]
+    return module.out_features >= config.min_vocab  # type: ignore[attr-defined,no-any-return]
 
 
 @torch.compiler.disable(recursive=False)
 def _of_head(module: nn.Linear, input: Tensor) -> Tensor:
     settings = config.current()
-    if not settings.defer_logits or not _in_training(module):
+    if not settings.defer_logits or not _is_plain_pytorch():
         return _linear_forward(module, input)
     if not settings.eager_heads:
-        if _why_not(module, input, settings) is None:
+        if torch.is_grad_enabled() and _why_not(module, input, settings) is None:
             _out_of_reach(module, settings)
         return _linear_forward(module, input)
     made = logits(module, input, settings=settings)
@@ -169,12 +172,11 @@ _calls: dict[Settings, EagerCalls] = {}
 _recipes: dict[tuple[torch.dtype, bool, int], Logits] = {}  # one object each: compiled losses are guarded on it
 
 
-def _in_training(module: nn.Module) -> bool:
-    """Whether a module is trained, by plain PyTorch."""
-    if not module.training or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-        return False
+def _is_plain_pytorch() -> bool:
+    """Whether a module runs as a program's own, and not under a transform or a mode of PyTorch's."""
     return not (
-        torch.jit.is_tracing()
+        torch.is_inference_mode_enabled()
+        or torch.jit.is_tracing()
         or torch.jit.is_scripting()
         or compat.is_tracing()
         or compat.is_transforming()
@@ -196,17 +198,24 @@ def logits(module: nn.Linear, input: Tensor, *, settings: Settings) -> Tensor | 
     if settings not in _calls:
         _calls[settings] = backend.eager_calls(settings)
     operands = [input, module.weight, *([] if module.bias is None else [module.bias])]
+    trains = torch.is_grad_enabled()
     shape = torch.Size((*input.shape[:-1], module.weight.shape[0]))
     return defer(
         _recipes[key],
         operands,
         shape=shape,
         dtype=dtype,
-        requires_grad=True,
+        requires_grad=trains,
         fuse=_calls[settings],
-        large=shape.numel() * dtype.itemsize > settings.workspace_bytes,
+        large=_is_large(module, input, settings),
+        alone=trains,
         eager=True,
     )
+
+
+def _is_large(module: nn.Linear, input: Tensor, settings: Settings) -> bool:
+    rows = input.numel() // max(input.shape[-1], 1)
+    return rows * module.weight.shape[0] * compat.autocast_dtype(input).itemsize > settings.workspace_bytes
 
 
 def _recipe(dtype: torch.dtype, biased: bool, rank: int) -> Logits:
@@ -239,7 +248,9 @@ def _why_not(module: nn.Linear, input: Tensor, settings: Settings) -> str | None
     dtypes = {t.dtype for t in operands}
     if not all(t.is_floating_point() for t in operands) or (len(dtypes) > 1 and not compat.is_autocast(hidden)):
         return "its dtypes"
-    if not hidden.numel() or not any(t.requires_grad for t in operands):
+    trains = torch.is_grad_enabled() and module.training and any(t.requires_grad for t in operands)
+    # Large logits without a gradient may be a teacher's.
+    if not hidden.numel() or not (trains or (not torch.is_grad_enabled() and _is_large(module, input, settings))):
         return "nothing is trained through it"
     if any(t.is_inference() for t in operands):
         return "an operand is of inference mode"

@@ -27,12 +27,14 @@ STEPS = 3  # of an optimizer, after which a run has compiled what it will
 class Run:
     """What has happened since the pass was turned on.
 
-    losses: the records of losses, by where they stand. reads: how often a line of the program has read deferred logits.
+    losses: the records of losses, by where they stand. statistics: kinds of those that are called on deferred logits
+    and computed without them. reads: how often a line of the program has read such logits.
     """
 
     steps: int = 0
     graphs: int = 0
     deferred: int = 0
+    statistics: int = 0
     losses: dict[Any, Any] = field(default_factory=dict)
     reads: Counter[str] = field(default_factory=Counter)
     head: str = ""
@@ -71,6 +73,12 @@ def saw_graph(losses: Iterable[Any], deferred: int) -> None:
                 _run.losses[loss.location, loss.loss] = loss
 
 
+def saw_statistic() -> None:
+    """A statistic that is called on deferred logits is computed without them."""
+    if _run is not None:
+        _run.statistics += 1
+
+
 def saw_read() -> None:
     """Deferred logits have been computed for the program; the second time that a line does so, it is named."""
     if _run is None:
@@ -107,10 +115,8 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
 def _count_step() -> None:
     if _run is None:
         return
-    _run.steps += 1
+    _run.steps += 1  # the hook stays: others are being called, and their list must not change meanwhile
     if _run.steps == STEPS:
-        while _hooks:
-            _hooks.pop().remove()
         level, text = summary(_run)
         _say(level, "%s", text)
 
@@ -123,14 +129,17 @@ def summary(run: Run) -> tuple[int, str]:
     text = f"after {run.steps} steps: {_losses(len(fused))} fused"
     if size:
         text += f" ({size:,.0f} MiB of logits not written)"
+    if run.statistics:
+        text += f", {run.statistics} statistics of logits computed without them"
     text += f", {run.deferred} logits deferred, {sum(run.reads.values())} times read, {len(declined)} declined"
     if not run.graphs:
         text += "; torch.compile has captured nothing"
     if declined:
         text += f". {declined[0]}"
-    if declined or not fused:
+    served = bool(fused or run.statistics)
+    if declined or not served:
         text += f". More: python -m cce_inductor explain {sys.argv[0] or 'SCRIPT'}"
-    return (logging.INFO if fused else logging.WARNING), text
+    return (logging.INFO if served else logging.WARNING), text
 
 
 def _losses(n: int) -> str:

@@ -311,6 +311,26 @@ def test_plain_logits_where_nothing_is_trained() -> None:
     assert type(model.requires_grad_(True).eval()(x)) is Tensor
 
 
+def test_a_teacher_and_a_student_without_any_graph() -> None:
+    student, teacher, x = deferring(), deferring(Model(nn.Linear(D, V, bias=False))).eval(), data()[0]
+
+    def loss(student: Any, teacher: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            r = teacher(x) / 2.0
+        return F.kl_div((student(x) / 2.0).log_softmax(-1), r.log_softmax(-1), reduction="batchmean", log_target=True)
+
+    with config.patch(workspace_mb=1):
+        x = x.repeat(2 * 2**20 // (B * S * V * 4) * B + B, 1, 1)
+        with torch.no_grad():
+            assert type(teacher(x)) is DeferredLogits and type(teacher(x[:1, :1])) is Tensor
+        got = torch.autograd.grad(loss(student, teacher, x), list(student.parameters()))
+    assert not ours()["deferred_materialized"] and ours()["fused"] == 1
+    plain = Model(), Model(nn.Linear(D, V, bias=False))
+    plain[1].load_state_dict(teacher.state_dict())
+    for g, e in zip(got, torch.autograd.grad(loss(*plain, x), list(plain[0].parameters())), strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-6)
+
+
 def test_export_and_functional_calls() -> None:
     model, (x, t) = deferring(), data()
     exported = torch.export.export(model, (x,))

@@ -640,12 +640,12 @@ def test_an_eager_loss_is_recorded_where_it_stands() -> None:
 
 def test_a_call_that_could_not_be_tried_is_logged_and_tried_again(monkeypatch: Any, caplog: Any) -> None:
     """What went wrong once says nothing of the next call of the same kind."""
-    from cce_inductor.deferred import eager_calls
+    from cce_inductor.deferred import calls
 
     torch.manual_seed(0)
     w, x, t = torch.randn(V, D, requires_grad=True), torch.randn(S, D), torch.randint(0, V, (S,))
     head = torch.compile(lambda x, w: F.linear(x, w), backend="cce", options=FUSE_ALL)
-    original = eager_calls.call_graph
+    original = calls.call_graph
     faults = [RuntimeError("deliberate")]
 
     def once_broken(*args: Any) -> Any:
@@ -653,7 +653,7 @@ def test_a_call_that_could_not_be_tried_is_logged_and_tried_again(monkeypatch: A
             raise faults.pop()
         return original(*args)
 
-    monkeypatch.setattr(eager_calls, "call_graph", once_broken)
+    monkeypatch.setattr(calls, "call_graph", once_broken)
     want = F.cross_entropy(F.linear(x, w), t)
     with caplog.at_level("INFO", logger="cce_inductor"), Counted() as counted:
         torch.testing.assert_close(F.cross_entropy(head(x, w), t), want)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import cce_inductor
+from cce_inductor import config
 from cce_inductor.deferred import DeferredLogits
 
 N, D, V = 1024, 16, 512
@@ -81,6 +82,9 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
         (z.log_softmax(-1) - r.log_softmax(-1)).gather(-1, t[:, None]).square().mean()
     ),
     "GKD": gkd,
+    "GKD, shifted": lambda z, r, t: gkd(
+        *(x.unflatten(0, (2, -1))[:, :-1] for x in (z, r)), t.unflatten(0, (2, -1))[:, 1:]
+    ),
     "an expected value": lambda z, r, t: (z.softmax(-1) * r).sum(-1).mean(),
 }  # fmt: skip
 
@@ -113,6 +117,7 @@ def step(student: Any, teacher: Any, loss: Any, inputs: tuple[Tensor, Tensor, Te
     [
         *(("compiled", "frozen"), ("eager", "frozen"), ("eager", "trained")),
         *(pytest.param("eager", how, marks=pytest.mark.slow) for how in ("detached", "itself")),
+        ("heads", "frozen"),
     ],
 )
 def test_a_loss_outside_of_both_models(name: str, where: str, how: str) -> None:
@@ -121,12 +126,17 @@ def test_a_loss_outside_of_both_models(name: str, where: str, how: str) -> None:
     student, teacher, inputs = Model(D), Model(24), data()
     expected = step(student, teacher, loss, inputs, how)
     ours = compiled(student), compiled(teacher), compiled(loss) if where == "compiled" else loss
+    if where == "heads":  # which run eagerly
+        ours = student, teacher, loss
+        for model in (student, teacher):
+            cce_inductor.defer_head(model.head)
     counters["cce_inductor"].clear()
-    for _ in range(2):
-        for got, want in zip(step(*ours, inputs, how), expected, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    with config.patch(**OPTIONS):
+        for _ in range(2):
+            for got, want in zip(step(*ours, inputs, how), expected, strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
     # Where Dynamo breaks the graph, at a mask, a tensor as large as the logits leaves it.
-    reads = 4 if name == "GKD" and where == "compiled" else 0
+    reads = 4 if name.startswith("GKD") and where == "compiled" else 0
     assert counters["cce_inductor"]["deferred_materialized"] == reads
 
 

@@ -9,6 +9,7 @@ The parts, from the inside out:
 staleness     whether the operands of the head are still what they were when the logits were deferred
 pending       a value that is not computed yet: from which head (``PendingHead``), by which operators since (``Step``),
               and in whose memory. Tensors that share all their elements share one ``PendingValue``
+way           how autograd leads from a pending tensor to its heads
 tensor        ``DeferredLogits``, the tensor subclass
 lazy          the operators that are answered without the values
 edits         edits of pending logits in place, recorded as what they make of them

@@ -12,6 +12,7 @@ import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ from .mixtures import Spread
 from .often import Kernels
 from .other_graphs import Form, usable
 from .pending import Known, Recipe
-from .shared import share
+from .shared import Shared, share
 from .steps import Extra, Joint, Read, Step, autocast_now
 from .tensor import COMPARISONS, LOSSES, ROWS, STATISTICS, DeferredLogits
 
@@ -109,7 +110,7 @@ class EagerCalls:
         if first is None:
             return NotImplemented
         # Those whose gradient somebody waits for.
-        waiting = [z for z in (logits, second) if z is not None and trains and z.between() is not None]
+        waiting = [z for z in (logits, second) if z is not None and z.waits]
         if waiting and call in STATISTICS and any(t.requires_grad for t in others):
             return NotImplemented
         shared = head.shared.of(first.operands, self.kernels.forward if self.kernels else FORWARD)
@@ -131,14 +132,8 @@ class EagerCalls:
             return NotImplemented
         if call in STATISTICS and not head.large:
             head.on_read = self._was_read
-        made_by, compute = found
-
-        def run(*tensors: Tensor) -> Any:
-            served = self.kernels is not None and call not in STATISTICS
-            compiled = self.kernels.of_loss(made_by, tensors) if self.kernels is not None and served else None
-            return in_form(call, compute(shared, *tensors) if compiled is None else compiled(*tensors))
-
         tensors = (*(t for p in pending for t in p.operands), *others)
+        run = partial(self._run, *found, shared)
         if waiting:
             own = [t for p in pending if any(p.logits is z for z in waiting) for t in p.operands]
             made = _behind(waiting, own, run, tensors, call, *given)
@@ -147,6 +142,13 @@ class EagerCalls:
         if call in STATISTICS:
             _remember(logits, call, args, kwargs, made)
         return made
+
+    def _run(self, call: Call, compute: Callable, shared: Shared, *tensors: Tensor) -> Any:
+        """What a call gives, from the operands of its logits and its other tensors: by kernels, if it has come often."""
+        compiled = None
+        if self.kernels is not None and call.function not in STATISTICS:
+            compiled = self.kernels.of_loss(call, tensors)
+        return in_form(call.function, compute(shared, *tensors) if compiled is None else compiled(*tensors))
 
     def _function(self, call: Call) -> tuple[Call, Callable] | None:
         """What computes calls of this kind, known or made now, and the call as it takes it; None where it is not fused.

@@ -104,18 +104,23 @@ def _record(recipe: Recipe, operands: Sequence[Proxy]) -> Proxy:
         other = recipe.other[0].record(operands[recipe.own : recipe.reads])  # type: ignore[attr-defined]
         extras.append(other if any(recipe.needs[recipe.own : recipe.reads]) else other.detach())
         logits = logits if any(recipe.needs[: recipe.own]) else logits.detach()
-    z = _written(logits, recipe.steps, extras)
+    z = _written(logits, recipe.steps, extras, {})
     return z if any(recipe.needs) else z.detach()
 
 
-def _written(z: Proxy, steps: Sequence[Step | Joint], extras: Sequence[Proxy]) -> Proxy:
+def _written(z: Proxy, steps: Sequence[Step | Joint], extras: Sequence[Proxy], known: dict[Any, Proxy]) -> Proxy:
+    """Records steps on a tensor. known: what each step has made of each: parts of a joint one have steps in common."""
     for step in steps:
         if step.op not in _WRITTEN:
             raise _NotRecordableError(f"{step.op} lies between the head and the loss")
-        if isinstance(step, Joint):
-            z = step.of([_written(z, steps, extras) for steps in step.parts], extras, _WRITTEN[step.op])
-        else:
-            z = step(z, extras, _WRITTEN[step.op])
+        key = z.node, step
+        if key not in known:
+            if isinstance(step, Joint):
+                parts = [_written(z, part, extras, known) for part in step.parts]
+                known[key] = step.of(parts, extras, _WRITTEN[step.op])
+            else:
+                known[key] = step(z, extras, _WRITTEN[step.op])
+        z = known[key]
     return z
 
 

@@ -11,19 +11,18 @@ import re
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import get_gradient_edge
 
 from .. import compat
 from ..graph.spellings import NAMES, REDUCING, Fact, functions_of
 from .pending import Origin, Other, PendingHead, PendingValue, Recipe
 from .staleness import DeferredLogitsError
 from .steps import Extra, Step, surroundings
+from .way import Way, way
 
 aten = torch.ops.aten
 
@@ -50,13 +49,6 @@ class Rules:
 # The rules make tensors of the class below, so their modules (`lazy`, `on_values`) import this one and put them in
 # here; the package imports both, hence the rules are there before anybody has deferred logits.
 RULES = Rules()
-
-
-class Way(NamedTuple):
-    """How autograd leads from pending logits to their head. operands: for a loss; between: None if it goes around."""
-
-    operands: tuple[Tensor, ...]
-    between: frozenset[Any] | None
 
 
 class DeferredLogits(torch.Tensor):
@@ -191,44 +183,20 @@ class DeferredLogits(torch.Tensor):
         way = self._way()
         return None if way is None else way.operands
 
+    @property
+    def waits(self) -> bool:
+        """Whether a loss that is computed now has to be behind these logits in the autograd graph."""
+        return self.requires_grad and torch.is_grad_enabled() and self.between() is not None
+
     def between(self) -> frozenset[Any] | None:
         """The nodes of the autograd graph from here to the head, if a fused loss has to be behind the logits in it."""
         way = self._way() if self._value.origin is not None else None
         return None if way is None else way.between
 
     def _way(self) -> Way | None:
-        origin = self._value.origin
-        assert origin is not None
+        assert self._value.origin is not None
         with torch._C.DisableTorchFunctionSubclass():  # looking for it is not watching
-            stack: list[Any] = [self.grad_fn]
-        extras = [extra.tensor for extra in origin.extras]
-        watched = any(head.watched for head in origin.heads)
-        # From there on the gradient goes to what the steps read besides.
-        around = {get_gradient_edge(t).node for t in extras if t.requires_grad}
-        seen: set[Any] = {*around, *(() if watched or origin.head.eager else origin.beside)}
-        needs, found, between = origin.needs(True), dict[Any, Any](), set[Any]()
-        while stack:
-            node = stack.pop()
-            if getattr(node, "head", None) in needs:
-                found[node.head] = node.operands
-                continue
-            behind = [n for n, _ in node.next_functions if n is not None] if node is not None else []
-            if not behind:
-                return None
-            if not isinstance(node, BackwardCFunction):
-                between.add(node)
-            elif not getattr(node, "of_logits", False):
-                watched = True
-            stack += [n for n in behind if n not in seen]  # more than one behind a product
-            seen.update(behind)
-        if any(trains and head not in found for head, trains in needs.items()):
-            return None
-        if origin.other is None and not around and (watched or origin.head.eager):
-            return Way((*origin.head.leaves, *extras), frozenset(between))
-        if watched:
-            return None
-        of_heads = [t for head in needs for t in found.get(head) or [o.alias for o in head.operands]]
-        return Way((*of_heads, *extras), None)
+            return way(self.grad_fn, self._value.origin)
 
     # What Dynamo and AOTAutograd make of us as an input of a graph: the operands of the head, or the computed values.
 

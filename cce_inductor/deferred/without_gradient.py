@@ -25,7 +25,7 @@ def keep(value: PendingValue) -> None:
     if value.fake:
         return
     _kept.add(value)
-    if not _hooks:
+    if not _hooks:  # it stays: where hooks are called, their list must not change
         _hooks.append(register_optimizer_step_pre_hook(_before_step))
 
 
@@ -38,8 +38,6 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
             _kept.discard(value)
         elif any(_memory(operand.alias) in changed for operand in origin.head.operands):
             value.get()
-    if not _kept and _hooks:
-        _hooks.pop().remove()
 
 
 def _memory(tensor: Tensor) -> int:

@@ -27,7 +27,7 @@ def with_logits(compiled: Callable, form: Form, gm: GraphModule) -> Callable:
 
     def run(*args: Any) -> Any:
         given = form.arguments(args)
-        waiting = [i for i in sorted(form.inlined) if args[i].between() is not None]
+        waiting = [i for i in sorted(form.inlined) if args[i].waits]
         if not waiting:
             return compiled(*given)
         logits = [args[i] for i in waiting]

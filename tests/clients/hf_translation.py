@@ -1,0 +1,44 @@
+# with: CCE_INDUCTOR=1
+"""Hugging Face's Seq2SeqTrainer with label smoothing, which it computes from `outputs.logits`: T5, tied embeddings."""
+
+import client
+import torch
+from transformers import (
+    DataCollatorForSeq2Seq,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+client.watch()
+torch.manual_seed(0)
+config = T5Config(
+    vocab_size=client.VOCAB,
+    d_model=client.WIDTH,
+    d_kv=32,
+    d_ff=2 * client.WIDTH,
+    num_layers=2,
+    num_heads=2,
+    dropout_rate=0.0,
+    decoder_start_token_id=0,
+)
+arguments = Seq2SeqTrainingArguments(
+    output_dir=client.folder(),
+    per_device_train_batch_size=client.ROWS,
+    max_steps=client.STEPS,
+    logging_steps=1,
+    report_to=[],
+    use_cpu=True,
+    torch_compile=True,
+    disable_tqdm=True,
+    learning_rate=1e-2,
+    save_strategy="no",
+    label_smoothing_factor=0.1,
+)
+model = T5ForConditionalGeneration(config)
+collator = DataCollatorForSeq2Seq(client.tokenizer(), model=model)
+data = [{name: row.tolist() for name, row in example.items()} for example in client.rows()]
+trainer = Seq2SeqTrainer(model=model, args=arguments, train_dataset=data, data_collator=collator)
+trainer.train()
+client.done([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
