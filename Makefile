@@ -12,6 +12,7 @@
 #   make test PYTHON=python3.13 VENV=.venv-3.13   the same with another Python
 #   make nightly                  the same with torch's next release, where PyTorch's index of those can be reached
 #   make test-all                 the slow tests too, and AOTAutograd behind every rewritten graph
+#   make test-clients             trainers of others, from the registry, without us and with: docs/trainers.md
 #   make gpu-check                on a machine with a GPU: its tests and benchmark, with the packages PYTHON has
 #   make kernels                  docs/kernels.md: registers, spills and shared memory of the GPU kernels
 #   make coverage                 docs/coverage.md: which spellings and which models fuse
@@ -31,6 +32,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 EXAMPLES_ARGS ?=
+CLIENTS_ARGS ?= --docs docs/trainers.md
 DEVICE ?= cpu
 
 VENV ?= .venv-$(TORCH)
@@ -64,7 +66,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 
 	TOKENIZERS_PARALLELISM=false AOT_INDUCTOR_ENABLE_LINE_TABLES=0
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
-.PHONY: setup demo examples bench test test-all nightly gpu-check kernels coverage compatibility picture check clean
+.PHONY: setup demo examples bench test test-all test-clients nightly gpu-check kernels coverage compatibility picture check clean
 
 setup: $(STAMP)
 
@@ -107,6 +109,14 @@ test: $(STAMP)
 test-all: $(EXAMPLES_STAMP)
 	rm -rf $(INDUCTOR_CACHE)
 	CCE_TEST_COMPILER=aot_eager $(PYTEST) -m "not gpu" $(PYTEST_ARGS)
+
+# The real packages, apart from everything else.
+test-clients:
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install "torch==$(TORCH)" $(TRITON)
+	.venv-clients/bin/python -m pip install "torch==$(TORCH)" --editable ".[clients]"
+	.venv-clients/bin/python -m pip install --no-deps litgpt typeshed-client
+	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/.venv-clients/inductor-cache .venv-clients/bin/python tests/clients/run_all.py $(CLIENTS_ARGS)
 
 # A new environment each time: the index has another torch every night.
 nightly:

@@ -137,9 +137,27 @@ def summary(run: Run) -> tuple[int, str]:
     if declined:
         text += f". {declined[0]}"
     served = bool(fused or run.statistics)
+    if not served:
+        text += "".join(f". {why}" for (module, name), why in OWN_HEADS.items() if _is_loaded(module, name))
     if declined or not served:
         text += f". More: python -m cce_inductor explain {sys.argv[0] or 'SCRIPT'}"
     return (logging.INFO if served else logging.WARNING), text
+
+
+# Frameworks that multiply by the head's weight themselves, by chunks, where nobody sees a loss over a vocabulary.
+OWN_HEADS = {
+    ("trl.trainer.utils", "add_fused_lm_head"): (
+        "TRL's trainers compute log-probabilities from lm_head.weight by a function of their own; docs/trainers.md says "
+        "which settings hand the loss back"
+    ),
+    ("torchtitan.components.loss", "ChunkedLossWrapper"): (
+        "torchtitan's ChunkedLossWrapper runs the head by chunks with a backward of its own; its CrossEntropyLoss is fused"
+    ),
+}
+
+
+def _is_loaded(module: str, name: str) -> bool:
+    return hasattr(sys.modules.get(module), name)
 
 
 def _losses(n: int) -> str:

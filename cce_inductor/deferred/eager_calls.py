@@ -144,7 +144,7 @@ class EagerCalls:
         return made
 
     def _run(self, call: Call, compute: Callable, shared: Shared, *tensors: Tensor) -> Any:
-        """What a call gives, from the operands of its logits and its other tensors: by kernels, if it has come often."""
+        """What a call gives, from the operands of its logits and its other tensors: by kernels if it came often."""
         compiled = None
         if self.kernels is not None and call.function not in STATISTICS:
             compiled = self.kernels.of_loss(call, tensors)

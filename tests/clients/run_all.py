@@ -53,7 +53,7 @@ def run(name: str, ours: dict[str, str]) -> dict[str, Any]:
     return {"error": "\n".join((done.stdout + done.stderr).splitlines()[-12:])}
 
 
-def verdict(plain: dict[str, Any], ours: dict[str, Any]) -> str:
+def verdict(name: str, plain: dict[str, Any], ours: dict[str, Any]) -> str:
     """ "ok", or what is wrong."""
     for found in (plain, ours):
         if "error" in found:
@@ -61,8 +61,8 @@ def verdict(plain: dict[str, Any], ours: dict[str, Any]) -> str:
     pairs = zip(plain["losses"], ours["losses"], strict=True)
     if any(abs(a - b) > TOLERANCE * max(abs(a), 1e-2) for a, b in pairs):
         return f"the losses part: {plain['losses']} without us, {ours['losses']}"
-    counts = ours["counts"]
-    if not counts.get("fused") and not counts.get("statistics"):
+    counts, expected = ours["counts"], "# fuses nothing: " not in (HERE / f"{name}.py").read_text()
+    if expected and not counts.get("fused") and not counts.get("statistics"):
         return f"nothing was fused: {counts}"
     if ours["peak"] > 1.03 * plain["peak"] + 8:
         return f"{ours['peak']:.0f} MiB instead of {plain['peak']:.0f}"
@@ -95,7 +95,7 @@ def main() -> int:
     failed, rows = False, []
     for name in args.names or PROGRAMS:
         plain, ours = run(name, {"CCE_INDUCTOR": "0"}), run(name, environment(name))
-        said = verdict(plain, ours)
+        said = verdict(name, plain, ours)
         failed |= said != "ok"
         rows.append(row(name, plain, ours))
         print(f"{name}: {said}\n{rows[-1]}", flush=True)

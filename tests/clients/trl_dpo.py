@@ -1,4 +1,5 @@
 # with: CCE_INDUCTOR=1 CCE_INDUCTOR_EAGER_HEADS=1
+# fuses nothing: TRL multiplies by lm_head.weight in a function of its own
 """TRL's DPOTrainer: log-probabilities of chosen and rejected answers, a reference model, metrics of the logits."""
 
 import client

@@ -399,6 +399,7 @@ def _(d: Draft) -> None:
 
 VALUES = {
     "contiguous": "z.contiguous()",
+    "to_dense": "z.to_dense()",
     "clone": "z.clone()",
     "times a number": "z * 0.5",
     "a number times": "0.25 * z",
