@@ -147,11 +147,12 @@ def summary(run: Run) -> tuple[int, str]:
 # Frameworks that multiply by the head's weight themselves, by chunks, where nobody sees a loss over a vocabulary.
 OWN_HEADS = {
     ("trl.trainer.utils", "add_fused_lm_head"): (
-        "TRL's trainers compute log-probabilities from lm_head.weight by a function of their own; docs/trainers.md says "
-        "which settings hand the loss back"
+        "TRL's trainers compute log-probabilities from lm_head.weight by a function of their own; docs/trainers.md "
+        "says which settings hand the loss back"
     ),
     ("torchtitan.components.loss", "ChunkedLossWrapper"): (
-        "torchtitan's ChunkedLossWrapper runs the head by chunks with a backward of its own; its CrossEntropyLoss is fused"
+        "torchtitan's ChunkedLossWrapper runs the head by chunks with a backward of its own; its CrossEntropyLoss is "
+        "fused"
     ),
 }
 
