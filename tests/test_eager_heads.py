@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from allocations import Allocations
 from test_outside import centred, entry, flat, label_smoother, label_smoothing
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -351,6 +352,34 @@ def test_inside_a_compiled_model_it_is_no_more_than_a_linear() -> None:
     model, (x, t) = deferring(), data()
     torch.compile(lambda x, t: flat(model(x), t), backend="cce", fullgraph=True)(x, t).backward()
     assert ours() == {"fused": 1, "declined": 0, "deferred": 0}
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "label smoother", "a hook", "hooks behind views", "z-loss beside"])
+def test_no_tensor_of_logits_is_allocated(name: str) -> None:
+    model, rows = deferring(), 512
+    x, t = torch.randn(2, rows // 2, D), torch.randint(V, (2, rows // 2))
+    with config.patch(workspace_mb=1):
+        for _ in range(2):  # the first one makes the graph of the call
+            with Allocations() as seen:
+                FUSED[name](model(x), t).backward()
+    assert seen.largest <= 2**20 + 4 * rows * D < rows * V * 4 / 2 and not ours()["deferred_materialized"]
+
+
+def test_chunks_of_hidden_states_in_the_head() -> None:
+    """As torchtune's chunked loss has it."""
+    model, (x, t) = Model(), data()
+
+    def loss(model: Any) -> Tensor:
+        chunks = [model(h) for h in x.chunk(4, dim=1)]
+        parts = zip(chunks, t.chunk(4, dim=1), strict=True)
+        return (
+            sum(F.cross_entropy(z.reshape(-1, V).float(), y.reshape(-1), reduction="sum") for z, y in parts) / t.numel()
+        )
+
+    expected = torch.autograd.grad(loss(model), list(model.parameters()))
+    for g, e in zip(torch.autograd.grad(loss(deferring(model)), list(model.parameters())), expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-6)
+    assert not ours()["deferred_materialized"] and ours()["fused"] == 1
 
 
 class Scaled(nn.Module):

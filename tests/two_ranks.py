@@ -77,7 +77,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "fsdp1": _fsdp1,
     "fsdp1_mixed": lambda m: _fsdp1(m, mixed_precision=MixedPrecision(torch.bfloat16, torch.float32)),
 }
-ORDERS = ("wrap(compile)", "compile(wrap)", "wrap(defer_head)", "defer_head(wrap)")
+ORDERS = ("wrap(compile)", "compile(wrap)", "wrap(defer_head)", "defer_head(wrap)", "wrap(blocks)")
 INSIDE = ("loss_inside", "loss_in_another_graph")
 
 
@@ -87,7 +87,9 @@ def made(wrapper: str, order: str | None) -> Any:
     if order == "wrap(compile)":
         model.compile(**options)
     head = model.head
-    if order == "wrap(defer_head)":
+    if order == "wrap(blocks)":  # as torchtitan compiles
+        model.trunk.compile(**options)
+    if order in ("wrap(defer_head)", "wrap(blocks)"):
         cce_inductor.defer_head(head)
     model = WRAPPERS[wrapper](model)
     if order == "defer_head(wrap)":
@@ -116,13 +118,15 @@ def case(wrapper: str, order: str | None, inside: bool, x: Tensor, t: Tensor) ->
     torch._dynamo.reset()
     eager_heads._calls.clear()  # a loss is counted when it is rewritten
     before = dict(counters["cce_inductor"])
-    model = made(wrapper, order)
+    model, loss_fn = made(wrapper, order), loss_of
+    if order == "wrap(blocks)":
+        loss_fn = torch.compile(loss_of, backend=cce_inductor.cce_backend, options=THROUGH_AOT)
     found: dict[str, Any] = {}
 
     def step(read: bool) -> Any:
         model.zero_grad(set_to_none=True)
         out = model(x, t) if inside else model(x)
-        loss = out["loss"] if inside else loss_of(out["logits"], t)
+        loss = out["loss"] if inside else loss_fn(out["logits"], t)
         if read:
             found["logits"] = attempt(lambda: out["logits"].detach() + 0)
         loss.backward()
