@@ -257,7 +257,10 @@ class TestArguments:
             ("headline --shape 1,2,3 --shape 1,2,4", "headline takes one --shape"),
             ("--model some.gguf", "table takes no --model"),
             ("step --dtype autocast", "step on cpu has no dtype autocast, it has fp32, bf16"),
-            ("step --contender eager", "has no contender eager, it has compile, compile+logits, ours+logits"),
+            (
+                "step --contender quack",
+                "has no contender quack, it has eager, ours+head, compile, compile+logits, ours+logits",
+            ),
         ],
     )
     def test_errors_say_what_is_wrong(self, capsys, argv, message):

@@ -56,6 +56,19 @@ def _loss_only(model: Any) -> Callable:
     return torch.compile(lambda ids: model(input_ids=ids, labels=ids).loss)
 
 
+def _eager(model: Any) -> Callable:
+    """Nothing is compiled."""
+    return lambda ids: model(input_ids=ids, labels=ids)
+
+
+def _eager_with_head(model: Any) -> Callable:
+    """The same, but the head gives pending logits."""
+    import cce_inductor
+
+    cce_inductor.defer_head(model.get_output_embeddings())
+    return _eager(model)
+
+
 def _ours() -> Callable:
     import cce_inductor
 
@@ -66,6 +79,8 @@ def _ours() -> Callable:
 CALLS: dict[str, Callable[[Any], Callable]] = {
     PLAIN: _loss_of_outputs,
     FUSED: lambda model: _loss_of_outputs(model, backend=_ours()),
+    "eager": _eager,
+    "ours+head": _eager_with_head,
     "compile": _loss_only,
     "compile+logits": _with_outputs,
     "ours+logits": lambda model: _with_outputs(model, backend=_ours()),
