@@ -14,8 +14,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from . import config as config
     from .backend import cce_backend as cce_backend
+    from .backend import defer_head as defer_head
     from .deferred import DeferredLogitsError as DeferredLogitsError
-    from .eager_heads import defer_head as defer_head
     from .ops.api import linear_cross_entropy as linear_cross_entropy
     from .ops.api import linear_logsumexp as linear_logsumexp
     from .ops.diagnostics import diagnostics as diagnostics
@@ -30,7 +30,7 @@ _HOME = {
     "cce_backend": "backend",
     "enable": "switch",
     "disable": "switch",
-    "defer_head": "eager_heads",
+    "defer_head": "backend",
     "linear_cross_entropy": "ops.api",
     "linear_logsumexp": "ops.api",
     "emo_loss": "ops.emo",

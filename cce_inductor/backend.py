@@ -10,16 +10,18 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
-from . import compat, config, notice, record, version
+from . import compat, config, eager_heads, notice, record, version
 from .config import Settings
 from .deferred import aliases, other_graphs, wrap
 from .deferred.eager_calls import EagerCalls
 from .deferred.often import Kernels
 from .deferred.other_graphs import Form
+from .eager_heads import defer_head as defer_head
 from .lowering import register as lowering
 from .lowering.choose import choose
 from .ops import library, ranking, with_gradients  # noqa: F401 - they register the operators
 from .ops.choice import Chooser
+from .record import DeclinedError as DeclinedError
 from .rewrite.result import Rewritten
 from .rewrite.run import faulty, rewrite
 from .rewrite.site import Site
@@ -29,10 +31,6 @@ log = logging.getLogger(__name__)
 
 COUNTERS = "cce_inductor"
 _MARK = "cce_inductor_rewritten"
-
-
-class DeclinedError(RuntimeError):
-    """Raised under ``strict``: a loss over a vocabulary was not fused."""
 
 
 def cce_backend(
@@ -170,6 +168,12 @@ def _reset() -> None:
 
 
 cce_backend.reset = _reset  # type: ignore[attr-defined]
+cce_backend.settings_of = lambda kwargs: config.split_options(kwargs.get("options"))[0]  # type: ignore[attr-defined]
+eager_heads.BACKEND.calls, eager_heads.BACKEND.compile = eager_calls, cce_backend
+
+
+# For functions that Dynamo leaves to Python, once it has tried to trace something.
+compat.on_compile_start(eager_heads.enable)
 
 
 @compat.on_compile_start

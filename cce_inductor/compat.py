@@ -213,6 +213,27 @@ def can_use_tma(*matrices: Any) -> bool:
     return rows and bool(possible(*matrices))
 
 
+# What Dynamo does with the functions that run now. In C++, hence not one of those itself.
+dynamo_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback
+
+
+def running_backend(callback: Any) -> Any:
+    """What ``torch.compile`` was given as the backend of the compiled function that is running, wrapped by PyTorch.
+
+    callback: of `dynamo_callback`. None in plain eager mode. Where Dynamo has left a function to Python, what that
+    calls runs eagerly all the same.
+    """
+    while hasattr(callback, "_torchdynamo_orig_backend"):
+        callback = callback._torchdynamo_orig_backend
+    return callback or None
+
+
+def as_if_in(function: Any, other: Any) -> Any:
+    """`function`, which Dynamo treats as one of the file of `other`: PyTorch's own it traces only within others."""
+    function.__code__ = function.__code__.replace(co_filename=other.__code__.co_filename)
+    return function
+
+
 def rank() -> int:
     """The number of this process in its group of processes, 0 where there is no group."""
     import torch.distributed as dist

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F  # noqa: F401 - torch.jit.script resolves the source of Linear.forward here
 from torch import Tensor, nn
 
-from . import backend, compat, config, notice, record
+from . import compat, config, notice, record
 from .config import Settings
 from .deferred import defer
 from .deferred.eager_calls import EagerCalls
@@ -31,6 +32,20 @@ log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
 _linear_forward = nn.Linear.forward
+
+
+@dataclass
+class Backend:
+    """What `backend`, which imports this module, gives it.
+
+    calls: what computes losses that are called on the logits, by the settings. compile: the backend for torch.compile.
+    """
+
+    calls: Callable[[Settings], EagerCalls] | None = None
+    compile: Callable | None = None
+
+
+BACKEND = Backend()
 
 
 # ------------------------------------------------------------------------------------------------------- one module
@@ -77,7 +92,7 @@ class Deferring:
         """The forward that it stands for."""
         return functools.partial(type(self.module).forward, self.module) if self.before is None else self.before
 
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable
     def _deferred(self, *args: Any, **kwargs: Any) -> Any:
         module, settings = self.module, config.current()
         if not settings.defer_logits or not _is_plain_pytorch():
@@ -88,7 +103,7 @@ class Deferring:
         if not module.training or not torch.is_grad_enabled():
             return self.original(*args, **kwargs)
         if module not in _compiled:
-            _compiled[module] = torch.compile(self.original, backend=backend.cce_backend)
+            _compiled[module] = torch.compile(self.original, backend=BACKEND.compile or "cce")
         return _compiled[module](*args, **kwargs)
 
 
@@ -127,24 +142,45 @@ def enabled() -> Iterator[None]:
 def _forward(self: nn.Linear, input: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or not _is_head(self):
         return _linear_forward(self, input)
-    return _of_head(self, input)
+    return _of_head(self, input, compat.dynamo_callback())
+
+
+# Not traced by itself where a compiled function leaves it to Python: PyTorch's own forward is not, either.
+compat.as_if_in(_forward, _linear_forward)
 
 
 def _is_head(module: nn.Linear) -> bool:
     return module.out_features >= config.min_vocab  # type: ignore[attr-defined,no-any-return]
 
 
-@torch.compiler.disable(recursive=False)
-def _of_head(module: nn.Linear, input: Tensor) -> Tensor:
-    settings = config.current()
+@torch.compiler.disable
+def _of_head(module: nn.Linear, input: Tensor, callback: Any) -> Tensor:
+    compiled_by = _settings_of_caller(callback)
+    settings = config.current() if compiled_by is None else compiled_by
     if not settings.defer_logits or not _is_plain_pytorch():
         return _linear_forward(module, input)
-    if not settings.eager_heads:
+    every = settings.eager_heads and notice.is_watching()
+    if not (every or (compiled_by is not None and settings.defer_without_loss)):
         if torch.is_grad_enabled() and _why_not(module, input, settings) is None:
             _out_of_reach(module, settings)
         return _linear_forward(module, input)
     made = logits(module, input, settings=settings)
     return _linear_forward(module, input) if made is None else made
+
+
+def _settings_of_caller(callback: Any) -> Settings | None:
+    """Those of the compiled function that is running, if our pass is in it. None elsewhere.
+
+    Dynamo has left a part of it to Python then, with the head.
+    """
+    running = compat.running_backend(callback)
+    if running is None:
+        return None
+    backend = getattr(running, "compiler_fn", running)
+    if hasattr(backend, "settings_of"):
+        settings: Settings = backend.settings_of(getattr(running, "kwargs", {}))
+        return settings
+    return config.current() if notice.is_watching() and getattr(running, "compiler_name", "") == "inductor" else None
 
 
 def _out_of_reach(module: nn.Linear, settings: Settings) -> None:
@@ -162,8 +198,8 @@ def _out_of_reach(module: nn.Linear, settings: Settings) -> None:
         width=str(width),
     )
     record.outside(site)
-    if settings.strict:
-        raise backend.DeclinedError(f"cce_inductor, with strict=True:\n{site}")
+    if settings.strict and notice.is_watching():
+        raise record.DeclinedError(f"cce_inductor, with strict=True:\n{site}")
 
 
 # --------------------------------------------------------------------------------------------------------- the logits
@@ -196,7 +232,8 @@ def logits(module: nn.Linear, input: Tensor, *, settings: Settings) -> Tensor | 
     if key not in _recipes:
         _recipes[key] = _recipe(*key)
     if settings not in _calls:
-        _calls[settings] = backend.eager_calls(settings)
+        assert BACKEND.calls is not None
+        _calls[settings] = BACKEND.calls(settings)
     operands = [input, module.weight, *([] if module.bias is None else [module.bias])]
     trains = torch.is_grad_enabled()
     shape = torch.Size((*input.shape[:-1], module.weight.shape[0]))

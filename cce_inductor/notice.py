@@ -62,6 +62,11 @@ def stop() -> None:
         _hooks.pop().remove()
 
 
+def is_watching() -> bool:
+    """Whether the pass is on for plain PyTorch."""
+    return _run is not None
+
+
 def saw_graph(losses: Iterable[Any], deferred: int) -> None:
     """A graph has been rewritten: the records of its losses, and how many of its outputs are deferred."""
     if _run is not None:

@@ -19,6 +19,11 @@ from .rewrite.site import Site
 
 log = logging.getLogger("cce_inductor")
 
+
+class DeclinedError(RuntimeError):
+    """Raised under ``strict``: a loss over a vocabulary was not fused."""
+
+
 _collectors: list[list[GraphRecord]] = []
 _numbers = itertools.count()
 _latest: GraphRecord | None = None  # the graph that was recorded last

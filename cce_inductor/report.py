@@ -85,6 +85,8 @@ def explain(fn: Callable, *args: Any, **kwargs: Any) -> Report:
     def backend(gm: Any, inputs: Any) -> Any:
         return compile_graph(gm, inputs, settings, lambda rewritten, _: rewritten.forward)
 
+    backend.settings_of = lambda kwargs: settings  # type: ignore[attr-defined]
+
     with record.collect() as graphs, eager_heads.enabled():
         torch.compile(fn, backend=backend)(*args, **kwargs)
     counters[COUNTERS].clear()

@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import cce_inductor
-from cce_inductor import backend, config
+from cce_inductor import backend, config, eager_heads
 from cce_inductor.deferred import DeferredLogits
 
 B, S, D, V = 2, 12, 16, 4096
@@ -382,6 +382,28 @@ def test_chunks_of_hidden_states_in_the_head() -> None:
     assert not ours()["deferred_materialized"] and ours()["fused"] == 1
 
 
+class Looped(Model):
+    """Dynamo does not break a graph inside a loop: it leaves the whole function to Python, the head and the loss too."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:  # type: ignore[override]
+        for _ in range(2):
+            x = torch.tanh(self.trunk(x))
+            torch._dynamo.graph_break()
+        return flat(self.head(x), t)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_function_that_dynamo_leaves_to_python(plain: bool) -> None:
+    """plain: with another backend, or none, the same head gives plain logits."""
+    model, (x, t) = Looped(), data()
+    expected = torch.autograd.grad(model(x, t), list(model.parameters()))
+    run = torch.compile(model, backend="aot_eager") if plain else torch.compile(model, backend="cce")
+    for g, e in zip(torch.autograd.grad(run(x, t), list(model.parameters())), expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-6)
+    assert ours().get("fused", 0) == (not plain) and not ours()["deferred_materialized"]
+    assert type(model.head(x)) is Tensor
+
+
 class Scaled(nn.Module):
     """As adapters are: a module that is no `nn.Linear`, around one."""
 
@@ -417,13 +439,12 @@ def test_adapters_around_eager_heads(enabled: None) -> None:
 
 
 def test_what_is_patched_is_given_back() -> None:
-    before = nn.Linear.forward
     cce_inductor.enable()
-    assert nn.Linear.forward is not before
+    assert nn.Linear.forward is not eager_heads._linear_forward
     torch.jit.script(nn.Linear(2, 3))
     torch.fx.symbolic_trace(Model())
     cce_inductor.disable()
-    assert nn.Linear.forward is before
+    assert nn.Linear.forward is eager_heads._linear_forward
 
 
 def test_a_head_out_of_reach_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
