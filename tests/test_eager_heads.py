@@ -383,7 +383,7 @@ def test_chunks_of_hidden_states_in_the_head() -> None:
 
 
 class Looped(Model):
-    """Dynamo does not break a graph inside a loop: it leaves the whole function to Python, the head and the loss too."""
+    """Dynamo does not break a graph inside a loop: it leaves the whole function to Python, head and loss too."""
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:  # type: ignore[override]
         for _ in range(2):
