@@ -297,7 +297,7 @@ SPELLINGS = (
         _RESHAPE | Fact.ENTRYWISE,
         ("layout.copy",),
     ),
-    Spelling("copy", "input", (), ("to_dense",), _RESHAPE | Fact.ENTRYWISE, ("layout.copy",)),
+    Spelling("copy", "input", (), ("to_dense",)),
     Spelling("expand", "input *size", (), ("expand",), _EXPAND, ("layout.expand",)),
     Spelling("expand_as", "input other", (), ("expand_as",), _EXPAND, ("layout.expand_as",)),
     Spelling("broadcast_to", "input size", (torch.broadcast_to,), ("broadcast_to",), _EXPAND, ("layout.expand",)),
