@@ -18,7 +18,7 @@ from ..trace.functions import of_two
 from ..trace.interpreter import Interpreter
 from ..trace.trace import Decomposition
 from ..trace.unnamed import behind_break, unnamed
-from . import cleanup, emit, emit_ranking, groups, reads, site
+from . import cleanup, emit, emit_ranking, groups, reads, site, split_heads
 from .outputs import Deferral, Outputs
 from .plan import Plan, make_plans, name_bundles, one_linear_loss, record
 from .result import Rewritten
@@ -60,7 +60,8 @@ def _rewrite(gm: GraphModule, settings: Settings, version: str, choose: Chooser 
     # A region is run again for the backward, by PyTorch: what is formed in its forward only must not leave it.
     inside = replace(settings, gradients_in_forward=False, diagnostics=False, defer_logits=False)
     regions = {name: _rewrite(region, inside, version, choose, statistics) for name, region in checkpointed(gm)}
-    result = _rewrite_graph(gm, settings, version, choose, statistics)
+    result = _rewrite_split(gm, settings, version, choose, statistics)
+    result = result or _rewrite_graph(gm, settings, version, choose, statistics)
     sites = [site for region in regions.values() for site in region.sites]
     result.sites[:0] = sites
     result.unnamed += sum(region.unnamed for region in regions.values())
@@ -69,6 +70,22 @@ def _rewrite(gm: GraphModule, settings: Settings, version: str, choose: Chooser 
             result.graph_module = copy_graph(gm)
         for name, region in regions.items():
             setattr(result.graph_module, name, region.graph_module)
+    return result
+
+
+def _rewrite_split(
+    gm: GraphModule, settings: Settings, version: str, choose: Chooser | None, statistics: bool
+) -> Rewritten | None:
+    """The pass over a graph with heads that are split over ranks, if it can be rewritten as if they were not."""
+    graph = split_heads.plain(gm) if split_heads.is_possible() else None
+    if graph is None:
+        return None
+    # What is kept from the forward, or left out by a bound, is of all classes; logits leave the graph as they are.
+    exact = replace(settings, grad_filter="exact", gradients_in_forward=False, diagnostics=False, defer_logits=False)
+    result = _rewrite_graph(graph, exact, version, choose, statistics)
+    if not result.fused or not split_heads.localise(result.graph_module):
+        return None
+    result.sites = [replace(made, kernel=f"{made.kernel}; split over ranks, exact") for made in result.sites]
     return result
 
 

@@ -1,0 +1,54 @@
+"""Heads that are split over ranks: one loss of all of them, without any rank's logits. On two and on three ranks.
+
+Values and gradients are those of one process in float64. The ranks run all cases once (`tensor_parallel`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tensor_parallel
+import torch
+import torch.distributed as dist
+from tensor_parallel import CASES
+
+pytestmark = [
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo"),
+    pytest.mark.xdist_group("tensor_parallel"),
+]
+RANKS = (2, 3)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[Any, Any]]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        for n in RANKS:
+            torch.multiprocessing.spawn(tensor_parallel.work, (n, str(folder)), nprocs=n)
+    return {n: [torch.load(folder / f"{n}-{rank}.pt", weights_only=True) for rank in range(n)] for n in RANKS}
+
+
+@pytest.mark.parametrize("n", RANKS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_is_one_head(n: int, case: Any, ranks: dict[int, list[dict[Any, Any]]]) -> None:
+    for found in (results[case] for results in ranks[n]):
+        assert isinstance(found, dict), found
+        if case[1] == "returned" or case[2] < n:  # the logits are needed, or a rank has no part of them
+            assert not found["fused"] and "a tensor-parallel head" in found["reasons"][0]
+        else:
+            assert found["fused"] >= 1, found["reasons"]
+        torch.testing.assert_close(found["value"].double(), found["exact"], rtol=1e-5, atol=1e-6)
+        for g, e in found["grads"]:
+            assert float((g - e).abs().max()) <= 1e-5 * float(e.abs().max()) + 1e-7
+    first, *others = (results[case]["value"] for results in ranks[n])
+    assert all(torch.equal(first, value) for value in others)
+
+
+@pytest.mark.parametrize("n", RANKS)
+def test_one_collective_in_the_forward_and_one_for_the_hidden_states(
+    n: int, ranks: dict[int, list[dict[Any, Any]]]
+) -> None:
+    for results in ranks[n]:
+        assert results["collectives"] == {"forward": {"all_gather_into_tensor": 1}, "backward": {"all_reduce": 1}}
