@@ -98,6 +98,28 @@ def text(n: int, length: int = LENGTH) -> list[str]:
     return [" ".join(f"w{i}" for i in row) for row in tokens(n, length).tolist()]
 
 
+def arguments(**others: Any) -> dict[str, Any]:
+    """What the trainers of Hugging Face and of TRL are given alike."""
+    return {
+        "output_dir": folder(),
+        "per_device_train_batch_size": ROWS,
+        "max_steps": STEPS,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        **others,
+    }
+
+
+def history(trainer: Any, *names: str) -> list[float]:
+    """What such a trainer has logged under these names, step by step."""
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [entry[name] for entry in steps for name in names if name in entry]
+
+
 def folder() -> str:
     """Where a program may write."""
     return os.environ["CLIENT_FOLDER"]

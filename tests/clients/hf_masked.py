@@ -40,4 +40,4 @@ arguments = TrainingArguments(
 )
 trainer = Trainer(model=BertForMaskedLM(config), args=arguments, train_dataset=masked())
 trainer.train()
-client.done([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+client.done(client.history(trainer, "loss"))

@@ -41,4 +41,4 @@ collator = DataCollatorForSeq2Seq(client.tokenizer(), model=model)
 data = [{name: row.tolist() for name, row in example.items()} for example in client.rows()]
 trainer = Seq2SeqTrainer(model=model, args=arguments, train_dataset=data, data_collator=collator)
 trainer.train()
-client.done([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+client.done(client.history(trainer, "loss"))

@@ -10,17 +10,7 @@ client.watch()
 model = client.llama()
 torch.manual_seed(0)
 model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "lm_head"], init_lora_weights=False))
-arguments = TrainingArguments(
-    output_dir=client.folder(),
-    per_device_train_batch_size=client.ROWS,
-    max_steps=client.STEPS,
-    logging_steps=1,
-    report_to=[],
-    use_cpu=True,
-    disable_tqdm=True,
-    learning_rate=1e-2,
-    save_strategy="no",
-)
+arguments = TrainingArguments(**client.arguments())
 trainer = Trainer(model=model, args=arguments, train_dataset=client.rows())
 trainer.train()
-client.done([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+client.done(client.history(trainer, "loss"))

@@ -8,18 +8,13 @@ from trl import DPOConfig, DPOTrainer
 
 client.watch()
 config = DPOConfig(
-    output_dir=client.folder(),
-    per_device_train_batch_size=client.ROWS // 2,
-    max_steps=client.STEPS,
-    logging_steps=1,
-    report_to=[],
-    use_cpu=True,
-    bf16=False,
-    disable_tqdm=True,
-    learning_rate=1e-3,
-    save_strategy="no",
-    max_length=client.LENGTH,
-    gradient_checkpointing=False,
+    **client.arguments(
+        per_device_train_batch_size=client.ROWS // 2,
+        bf16=False,
+        learning_rate=1e-3,
+        max_length=client.LENGTH,
+        gradient_checkpointing=False,
+    )
 )
 n = 2 * client.ROWS * client.STEPS
 texts = [line.split() for line in client.text(2 * n)]
@@ -34,5 +29,4 @@ trainer = DPOTrainer(
     model=client.llama(), ref_model=client.llama(), args=config, train_dataset=data, processing_class=client.tokenizer()
 )
 trainer.train()
-history = [entry for entry in trainer.state.log_history if "loss" in entry]
-client.done([entry[k] for entry in history for k in sorted(entry) if k == "loss" or "log" in k])
+client.done(client.history(trainer, "loss", "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"))

@@ -7,19 +7,9 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 client.watch()
 config = GKDConfig(
-    output_dir=client.folder(),
-    per_device_train_batch_size=client.ROWS,
-    max_steps=client.STEPS,
-    logging_steps=1,
-    report_to=[],
-    use_cpu=True,
-    bf16=False,
-    disable_tqdm=True,
-    learning_rate=1e-3,
-    save_strategy="no",
-    max_length=client.LENGTH,
-    gradient_checkpointing=False,
-    lmbda=0.0,
+    **client.arguments(
+        bf16=False, learning_rate=1e-3, max_length=client.LENGTH, gradient_checkpointing=False, lmbda=0.0
+    )
 )
 n = 2 * client.ROWS * client.STEPS
 texts = [line.split() for line in client.text(n)]
@@ -42,4 +32,4 @@ trainer = GKDTrainer(
     processing_class=client.tokenizer(),
 )
 trainer.train()
-client.done([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+client.done(client.history(trainer, "loss"))

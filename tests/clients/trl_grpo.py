@@ -9,20 +9,14 @@ from trl import GRPOConfig, GRPOTrainer
 
 client.watch()
 config = GRPOConfig(
-    output_dir=client.folder(),
-    per_device_train_batch_size=client.ROWS,
-    num_generations=client.ROWS,
-    max_completion_length=64,
-    max_steps=client.STEPS,
-    logging_steps=1,
-    report_to=[],
-    use_cpu=True,
-    bf16=False,
-    disable_tqdm=True,
-    learning_rate=1e-3,
-    save_strategy="no",
-    gradient_checkpointing=False,
-    seed=0,
+    **client.arguments(
+        num_generations=client.ROWS,
+        max_completion_length=64,
+        bf16=False,
+        learning_rate=1e-3,
+        gradient_checkpointing=False,
+        seed=0,
+    )
 )
 texts = [line.split() for line in client.text(64)]
 data = Dataset.from_dict({"prompt": [" ".join(line[:192]) + " " for line in texts]})
@@ -41,5 +35,4 @@ trainer = GRPOTrainer(
 )
 torch.manual_seed(0)
 trainer.train()
-history = [entry for entry in trainer.state.log_history if "loss" in entry]
-client.done([entry[k] for entry in history for k in ("grad_norm", "entropy") if k in entry])
+client.done(client.history(trainer, "grad_norm", "entropy"))

@@ -12,18 +12,7 @@ except ImportError:
 
 client.watch()
 config = KTOConfig(
-    output_dir=client.folder(),
-    per_device_train_batch_size=client.ROWS,
-    max_steps=client.STEPS,
-    logging_steps=1,
-    report_to=[],
-    use_cpu=True,
-    bf16=False,
-    disable_tqdm=True,
-    learning_rate=1e-3,
-    save_strategy="no",
-    max_length=client.LENGTH,
-    gradient_checkpointing=False,
+    **client.arguments(bf16=False, learning_rate=1e-3, max_length=client.LENGTH, gradient_checkpointing=False)
 )
 n = 2 * client.ROWS * client.STEPS
 texts = [line.split() for line in client.text(n)]
@@ -38,4 +27,4 @@ trainer = KTOTrainer(
     model=client.llama(), ref_model=client.llama(), args=config, train_dataset=data, processing_class=client.tokenizer()
 )
 trainer.train()
-client.done([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+client.done(client.history(trainer, "loss"))
