@@ -1,5 +1,5 @@
 # with: CCE_INDUCTOR=1
-"""Hugging Face's Seq2SeqTrainer with label smoothing, which it computes from `outputs.logits`: T5, tied embeddings."""
+"""Hugging Face's Seq2SeqTrainer with label smoothing: T5, tied embeddings, a loss that the trainer computes itself."""
 
 import client
 import torch
