@@ -5,6 +5,8 @@ Values and gradients are those of one process in float64. The ranks run all case
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,23 +19,27 @@ pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo"),
     pytest.mark.xdist_group("tensor_parallel"),
 ]
-RANKS = (2, 3)
+RANKS = (2, pytest.param(3, marks=pytest.mark.slow))
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[Any, Any]]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[Any, Any]]]:
     folder = tmp_path_factory.mktemp("ranks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        for n in RANKS:
+
+    @functools.cache
+    def results(n: int) -> list[dict[Any, Any]]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", "1")
             torch.multiprocessing.spawn(tensor_parallel.work, (n, str(folder)), nprocs=n)
-    return {n: [torch.load(folder / f"{n}-{rank}.pt", weights_only=True) for rank in range(n)] for n in RANKS}
+        return [torch.load(folder / f"{n}-{rank}.pt", weights_only=True) for rank in range(n)]
+
+    return results
 
 
 @pytest.mark.parametrize("n", RANKS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_is_one_head(n: int, case: Any, ranks: dict[int, list[dict[Any, Any]]]) -> None:
-    for found in (results[case] for results in ranks[n]):
+def test_is_one_head(n: int, case: Any, ranks: Callable[[int], list[dict[Any, Any]]]) -> None:
+    for found in (results[case] for results in ranks(n)):
         assert isinstance(found, dict), found
         if case[1] == "returned" or case[2] < n:  # the logits are needed, or a rank has no part of them
             assert not found["fused"] and "a tensor-parallel head" in found["reasons"][0]
@@ -42,13 +48,13 @@ def test_is_one_head(n: int, case: Any, ranks: dict[int, list[dict[Any, Any]]]) 
         torch.testing.assert_close(found["value"].double(), found["exact"], rtol=1e-5, atol=1e-6)
         for g, e in found["grads"]:
             assert float((g - e).abs().max()) <= 1e-5 * float(e.abs().max()) + 1e-7
-    first, *others = (results[case]["value"] for results in ranks[n])
+    first, *others = (results[case]["value"] for results in ranks(n))
     assert all(torch.equal(first, value) for value in others)
 
 
 @pytest.mark.parametrize("n", RANKS)
 def test_one_collective_in_the_forward_and_one_for_the_hidden_states(
-    n: int, ranks: dict[int, list[dict[Any, Any]]]
+    n: int, ranks: Callable[[int], list[dict[Any, Any]]]
 ) -> None:
-    for results in ranks[n]:
+    for results in ranks(n):
         assert results["collectives"] == {"forward": {"all_gather_into_tensor": 1}, "backward": {"all_reduce": 1}}
