@@ -31,6 +31,7 @@ _CODE: dict[Any, Callable[..., str]] = {
     _ATEN.div.Scalar: lambda a, b: f"{a} / {b}",
     _ATEN.neg.default: lambda a: f"{a}.neg()",
     _ATEN.detach.default: lambda a: a,
+    _ATEN.alias.default: lambda a: a,
     _ATEN.exp.default: lambda a: f"exp({a})",
     _ATEN.expm1.default: lambda a: f"{a}.expm1()",
     _ATEN.log.default: lambda a: f"{a}.log()",
