@@ -9,6 +9,7 @@ compiled head gives.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import logging
 from collections.abc import Callable, Iterator
@@ -70,6 +71,7 @@ def defer_head(module: M) -> M:
     before = vars(module).get("forward")
     if not isinstance(before, Deferring):
         module.forward = Deferring(module, before)
+        module.__prepare_scriptable__ = module.forward.without  # type: ignore[assignment] # torch.jit.script asks for it
     return module
 
 
@@ -86,6 +88,15 @@ class Deferring:
         if torch.compiler.is_compiling():
             return self.original(*args, **kwargs)
         return self._deferred(*args, **kwargs)
+
+    def without(self) -> nn.Module:
+        """The module as it was before, with the same parameters."""
+        made = copy.copy(self.module)
+        for name in ("forward", "__prepare_scriptable__"):
+            vars(made).pop(name)
+        if self.before is not None:
+            made.forward = self.before
+        return made
 
     @property
     def original(self) -> Callable:

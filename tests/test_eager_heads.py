@@ -303,6 +303,7 @@ def test_plain_logits_where_nothing_is_trained() -> None:
         assert type(model(x)) is Tensor
     assert type(torch.vmap(model)(x)) is Tensor
     assert type(torch.jit.trace(model, x)(x)) is Tensor
+    assert type(torch.jit.script(model)(x)) is Tensor
     with config.patch(min_vocab=V + 1):
         assert type(model(x)) is Tensor
     with config.patch(defer_logits=False):

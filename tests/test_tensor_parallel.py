@@ -13,7 +13,7 @@ import pytest
 import tensor_parallel
 import torch
 import torch.distributed as dist
-from tensor_parallel import CASES
+from tensor_parallel import CASES, MORE
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo"),
@@ -36,8 +36,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict
     return results
 
 
-@pytest.mark.parametrize("n", RANKS)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "n,case",
+    [*((2, case) for case in CASES), *(pytest.param(3, case, marks=pytest.mark.slow) for case in CASES + MORE)],
+    ids=str,
+)
 def test_is_one_head(n: int, case: Any, ranks: Callable[[int], list[dict[Any, Any]]]) -> None:
     for found in (results[case] for results in ranks(n)):
         assert isinstance(found, dict), found

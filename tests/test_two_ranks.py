@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import two_ranks
 from torch import Tensor
-from two_ranks import INSIDE, ORDERS, RANKS, WRAPPERS
+from two_ranks import CASES, INSIDE, RANKS
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo"),
@@ -36,8 +36,7 @@ def close(got: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("where", INSIDE)
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("wrapper,order", CASES)
 def test_two_ranks(wrapper: str, order: str, where: str, ranks: list[dict[Any, Any]]) -> None:
     for results in ranks:
         got, plain = results[wrapper, order, where], results[wrapper, None, where]
