@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import logging
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from allocations import Allocations
 from test_outside import centred, entry, flat, label_smoother, label_smoothing
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import cce_inductor
@@ -233,6 +235,20 @@ def test_two_backwards_through_one_graph() -> None:
     loss.backward()
     for p, g in zip(model.parameters(), once, strict=True):
         torch.testing.assert_close(p.grad, 2 * g)
+
+
+def test_a_loss_that_is_kept_keeps_nothing_else() -> None:
+    model, (x, t) = deferring(), data()
+    hidden = torch.tanh(model.trunk(x))
+    seen = StorageWeakRef(hidden.untyped_storage())
+    z = model.head(hidden)
+    loss = flat(z, t)
+    loss.backward()
+    del hidden, z
+    gc.collect()
+    assert seen.expired()
+    with pytest.raises(RuntimeError, match="a second time"):
+        loss.backward()
 
 
 def test_a_checkpoint_around_the_head() -> None:

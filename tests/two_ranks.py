@@ -82,8 +82,9 @@ OF_HEADS = ("wrap(defer_head)", "defer_head(wrap)", "wrap(blocks)")
 INSIDE = ("loss_inside", "loss_in_another_graph")
 # Wrappers with what is compiled, and in which order; those of heads that run eagerly where they tell something new.
 CASES = [(w, order) for w in WRAPPERS if "head_kept" not in w for order in COMPILED]
-CASES += [(w, order) for w in ("ddp_static", "fsdp2", "fsdp2_head_kept", "fsdp2_head_kept_mixed") for order in OF_HEADS]
-CASES += [("fsdp2_head_kept", "wrap(compile)"), ("fsdp2_reshard", "wrap(defer_head)")]
+CASES += [("fsdp2_head_kept", order) for order in ("wrap(compile)", *OF_HEADS)]
+CASES += [(w, "wrap(defer_head)") for w in ("ddp_static", "fsdp2_head_kept_mixed", "fsdp2_reshard")]
+CASES += [("fsdp2", "wrap(blocks)")]
 
 
 def made(wrapper: str, order: str | None) -> Any:

@@ -105,6 +105,8 @@ class DeferLogits(torch.autograd.Function):
         if isinstance(grad[0], PendingGradient):
             made = of_leaves(grad[0], ctx.head)
             grads, grad[0] = made or grads, grad[0].rest if made else grad[0].value()
+            if grad[0] is None and not compat.keeps_graph():  # who keeps the loss must not keep the hidden states
+                ctx.head, ctx.operands = None, ()
         if grad[0] is None:
             return (None,) * 3 + tuple(grads)
         operands = ctx.saved_tensors  # raises, as for eager's head, if one of them has been modified in place

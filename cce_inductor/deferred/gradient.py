@@ -264,6 +264,11 @@ class Behind(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         """The gradients of the logits, pending, and those of the others."""
         none, rest, made = (None, None), (None,) * len(grads), ctx.made
+        if made is None:
+            raise RuntimeError(
+                "backward through a loss that was fused with its head a second time: its graph is gone, as that of any "
+                "operator is then. Give the first backward retain_graph=True."
+            )
         if all(g is None for g in grads):
             return (*none, *(None for _ in (*ctx.logits, *ctx.others)), *rest)
         if torch.is_grad_enabled():  # to be differentiated itself
@@ -281,6 +286,8 @@ class Behind(torch.autograd.Function):
         for i, (meta, device, _) in enumerate(ctx.logits):
             parts = known if part is None else [*known, (part, i)]
             result.append(PendingGradient(meta, device, parts, None, partial(_entry, values, i)))
+        if not compat.keeps_graph():  # who keeps the loss must not keep the hidden states
+            ctx.made, ctx.logits, ctx.others = None, (), ()
         return (*none, *result, *of_others, *rest)
 
 
