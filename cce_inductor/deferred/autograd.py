@@ -102,11 +102,13 @@ class DeferLogits(torch.autograd.Function):
         grad = compat.boxed_grads(given)
         needed = ctx.needs_input_grad[3:]
         grads: list[Tensor | None] = [None] * len(needed)
-        if isinstance(grad[0], PendingGradient):
-            made = of_leaves(grad[0], ctx.head)
-            grads, grad[0] = made or grads, grad[0].rest if made else grad[0].value()
-            if grad[0] is None and not compat.keeps_graph():  # who keeps the loss must not keep the hidden states
-                ctx.head, ctx.operands = None, ()
+        pending = grad[0]
+        if isinstance(pending, PendingGradient):
+            made = of_leaves(pending, ctx.head)
+            grads, grad[0] = (grads, pending.value()) if made is None else (made, pending.rest)
+            if made is not None and pending.rest is None and not compat.keeps_graph():
+                ctx.head, ctx.operands = None, ()  # who keeps the loss must not keep the hidden states
+        del pending
         if grad[0] is None:
             return (None,) * 3 + tuple(grads)
         operands = ctx.saved_tensors  # raises, as for eager's head, if one of them has been modified in place
