@@ -255,6 +255,7 @@ class Writer:
         self.program = Program(whole=kind == "whole", large=kind == "large", behind=kind == "hooks" and seed % 3 > 0)
         self.known = {"z": 2}  # variables, and their dimensions as far as they are known (0: any)
         self.count = 0
+        self.edited = False
 
     def pick(self, choices: tuple[str, ...]) -> str:
         return self.random.choice(choices)
@@ -270,6 +271,7 @@ class Writer:
         return name
 
     def edit(self, v: str, matrix: bool) -> list[str]:
+        self.edited = True
         others = [n for n in self.known if n != v]
         if v == "z" and not others and self.random.random() < 0.1:
             return [self.pick(SHAPE_EDITS).format(v=v)]
@@ -299,8 +301,8 @@ class Writer:
             return [self.pick(READERS + MATRIX_READERS * 2 if matrix else READERS).format(v=v)]
         if self.kind in ("eager", "large"):
             return self.edit(v, matrix)
-        # PyTorch crashes at a hook on a view whose base an autograd function, or a compiled one, has edited.
-        crashes = bool(self.program.pieces) or any("Dirty" in line for line in self.program.lines)
+        # PyTorch crashes at a hook on a view whose base has been edited in some ways.
+        crashes = self.edited
         # A hook that comes after the loss sees nothing of it, unless the loss is behind the logits anyway.
         early = self.program.behind or not any("out.append" in line for line in self.program.lines)
         if self.kind == "hooks" and early and not crashes and self.random.random() < 0.7:

@@ -99,6 +99,20 @@ FOUND: dict[str, tuple[str, Program]] = {
             [("piece", "a", ["a.add_(torch.ones(a.shape[-1]))", "return a[1:]"], "aot_eager")],
         ),
     ),
+    "a_copy_before_an_edit_where_another_backend_may_not_break_the_graph": (
+        "right",
+        Program(
+            ["out.append(z.detach().clone())", "first(piece(z), out)", "read(out, z)"],
+            [
+                (
+                    "piece",
+                    "a",
+                    ["with torch.no_grad():", "    a.view(-1, a.shape[-1])[:, 3:] = -5.0", "return a.sum()"],
+                    "aot_eager fullgraph",
+                )
+            ],
+        ),
+    ),
     "a_diagonal_edited_where_another_backend_may_not_break_the_graph": (
         "right",
         Program(

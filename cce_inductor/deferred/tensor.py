@@ -271,7 +271,8 @@ class DeferredLogits(torch.Tensor):
 
     @property
     def _values(self) -> Tensor:  # type: ignore[override]
-        return self._value.get()
+        value = self._value
+        return value.expose() if value.memory.edited_in_graph else value.get()
 
     def _is_traced_to_the_end(self) -> bool:
         """Whether another backend's AOTAutograd traces what follows from this tensor, and is given its value.
