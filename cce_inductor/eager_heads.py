@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from . import compat, config, notice, record
 from .config import Settings
 from .deferred import defer
+from .deferred.calls import are_plain
 from .deferred.eager_calls import EagerCalls
 from .rewrite.recipe import Logits
 from .rewrite.site import Site
@@ -245,7 +246,7 @@ def logits(module: nn.Linear, input: Tensor, *, settings: Settings) -> Tensor | 
     if settings not in _calls:
         assert BACKEND.calls is not None
         _calls[settings] = BACKEND.calls(settings)
-    operands = [input, module.weight, *([] if module.bias is None else [module.bias])]
+    operands = _operands(module, input)
     trains = torch.is_grad_enabled()
     shape = torch.Size((*input.shape[:-1], module.weight.shape[0]))
     return defer(
@@ -259,6 +260,10 @@ def logits(module: nn.Linear, input: Tensor, *, settings: Settings) -> Tensor | 
         alone=trains,
         eager=True,
     )
+
+
+def _operands(module: nn.Linear, input: Tensor) -> list[Tensor]:
+    return [input, module.weight, *([] if module.bias is None else [module.bias])]
 
 
 def _is_large(module: nn.Linear, input: Tensor, settings: Settings) -> bool:
@@ -281,8 +286,8 @@ def _recipe(dtype: torch.dtype, biased: bool, rank: int) -> Logits:
 
 def _why_not(module: nn.Linear, input: Tensor, settings: Settings) -> str | None:
     """Why a head gives plain logits; None where they may be pending."""
-    operands = [input, module.weight, *([] if module.bias is None else [module.bias])]
-    if not all(type(t) in (Tensor, nn.Parameter) for t in operands):
+    operands = _operands(module, input)
+    if not are_plain(operands):
         return "an operand is of a tensor subclass"
     hidden, weight, *bias = operands
     if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:

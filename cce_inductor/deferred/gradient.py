@@ -29,8 +29,7 @@ class Part:
     """What one fused loss gives: the gradient of what it was computed from.
 
     outputs: what it computed, which leads to the leaves of each head. grads: their gradients. heads: of each of the
-    logits that it was called on. between: the nodes of the autograd graph from these to their heads. dense: gives the
-    gradients of the logits.
+    logits that it was called on. between: the nodes of the autograd graph from these to their heads.
     """
 
     def __init__(
@@ -39,19 +38,11 @@ class Part:
         grads: Sequence[Tensor | None],
         heads: Sequence[PendingHead],
         between: frozenset[Any],
-        dense: Callable[[], Sequence[Tensor]],
     ) -> None:
         given = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
         self.outputs, self.grads = [o for o, _ in given], [g for _, g in given]
         self.heads, self.between = tuple(heads), between
-        self._make, self._dense = dense, list[Tensor]()
         self._found: dict[int, Tensor | None] | None = None
-
-    def dense(self, i: int) -> Tensor:
-        """The gradient of logits `i`."""
-        if not self._dense:
-            self._dense = list(self._make())
-        return self._dense[i]
 
     @property
     def alone(self) -> bool:
@@ -279,8 +270,7 @@ class Behind(torch.autograd.Function):
         values = _once(lambda: made.dense([g if g is None else _value(g) for g in grads], None))
         part = None
         if any(g is not None for g in own):
-            dense = (lambda: made.dense(own, None)) if known else values
-            part = Part(made.outputs, own, [head for _, _, head in ctx.logits], made.between, dense)
+            part = Part(made.outputs, own, [head for _, _, head in ctx.logits], made.between)
         of_others = part.now(made.copies) if part is not None else [None for _ in ctx.others]
         result = []
         for i, (meta, device, _) in enumerate(ctx.logits):

@@ -26,7 +26,6 @@ from ..graph import nodes
 from ..graph.builder import Builder
 from ..graph.fakes import example
 from ..graph.regions import copy_graph
-from ..ops.call import Attributes
 from ..ops.library import FORWARD
 
 # Operands and statistics that a head has a part of on each rank, or all of it.
@@ -133,9 +132,9 @@ def _follow(node: Node, made: dict[Node, Node], weight: Node) -> bool:
     builder = Builder(node.graph, node)
 
     def given(n: Node) -> Node:
-        if n in made or not isinstance(value := example(n), DTensor):
+        if n in made or not isinstance(example(n), DTensor):
             return made.get(n, n)
-        if any(not isinstance(p, Replicate) for p in value.placements):
+        if _is_split(n):
             raise LookupError
         return builder.call(everywhere, n, weight).node
 
@@ -235,8 +234,7 @@ def _localise(graph: Graph, node: Node, weight: Node) -> bool:
         if "target" in given:
             placed = builder.call(local_target, given["target"], weight)
             given["target"], inside = placed[0].node, placed[1].node
-        attributes = Attributes(*rest)
-        out = builder.call(FORWARD, list(given.values()), names, row_mask, statistics, training, *attributes.args())
+        out = builder.call(FORWARD, list(given.values()), names, row_mask, statistics, training, *rest)
         parts = [out[i].node for i in range(len(wanted))]
         return builder.call(merged, parts, wanted, inside, weight).node
 

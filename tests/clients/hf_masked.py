@@ -26,18 +26,7 @@ config = BertConfig(
     hidden_dropout_prob=0.0,
     attention_probs_dropout_prob=0.0,
 )
-arguments = TrainingArguments(
-    output_dir=client.folder(),
-    per_device_train_batch_size=client.ROWS,
-    max_steps=client.STEPS,
-    logging_steps=1,
-    report_to=[],
-    use_cpu=True,
-    torch_compile=True,
-    disable_tqdm=True,
-    learning_rate=1e-2,
-    save_strategy="no",
-)
+arguments = TrainingArguments(**client.arguments(torch_compile=True))
 trainer = Trainer(model=BertForMaskedLM(config), args=arguments, train_dataset=masked())
 trainer.train()
 client.done(client.history(trainer, "loss"))

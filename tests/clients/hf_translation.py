@@ -23,19 +23,7 @@ config = T5Config(
     dropout_rate=0.0,
     decoder_start_token_id=0,
 )
-arguments = Seq2SeqTrainingArguments(
-    output_dir=client.folder(),
-    per_device_train_batch_size=client.ROWS,
-    max_steps=client.STEPS,
-    logging_steps=1,
-    report_to=[],
-    use_cpu=True,
-    torch_compile=True,
-    disable_tqdm=True,
-    learning_rate=1e-2,
-    save_strategy="no",
-    label_smoothing_factor=0.1,
-)
+arguments = Seq2SeqTrainingArguments(**client.arguments(torch_compile=True, label_smoothing_factor=0.1))
 model = T5ForConditionalGeneration(config)
 collator = DataCollatorForSeq2Seq(client.tokenizer(), model=model)
 data = [{name: row.tolist() for name, row in example.items()} for example in client.rows()]
