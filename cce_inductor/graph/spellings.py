@@ -58,9 +58,8 @@ class Spelling:
 
     Rules are named as ``module.function`` below `trace`. head: reads the result as logits of a head. several: for more
     than one tensor of logits; it comes first. beside: for logits and what may be a statistic of theirs. rules: for one
-    tensor of logits; they compete in this order, and the first that does not give None has it.
-
-    A name that stands twice has everything but its spellings in its first row.
+    tensor of logits; they compete in this order, and the first that does not give None has it. A name that stands twice
+    has everything but its spellings in its first row.
     """
 
     name: str
@@ -268,7 +267,9 @@ SPELLINGS = (
         beside="ranking.compared",
     ),
     Spelling("isinf", "input", (torch.isinf,), ("isinf",), _EXACT),
+    Spelling("and", "input other", (operator.and_, torch.bitwise_and, torch.logical_and), ("logical_and",), _EXACT),
     Spelling("or", "input other", (operator.or_, torch.bitwise_or, torch.logical_or), ("logical_or",), _EXACT),
+    Spelling("xor", "input other", (operator.xor, torch.bitwise_xor, torch.logical_xor), ("logical_xor",), _EXACT),
     Spelling("not", "input", (operator.invert, torch.logical_not, torch.bitwise_not), ("logical_not",), _EDIT),
     Spelling("not", "input", (), ("bitwise_not",)),
     Spelling("eq", "input other", (operator.eq, torch.eq), ("eq", "__eq__"), _EXACT),

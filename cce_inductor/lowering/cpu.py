@@ -168,6 +168,8 @@ def gradient_layouts(operands: dict[str, Any], needs: list[str]) -> dict[str, ir
 ABSENT = {
     "bias": torch.float32,
     "target": torch.int64,
+    "row_label": torch.int64,
+    "class_label": torch.int64,
     "column_weight": torch.float32,
     "row_scale": torch.float32,
     "column_scale": torch.float32,

@@ -11,7 +11,7 @@ from torch._inductor.utils import ceildiv
 
 from ..filters import Filter
 from ..ops import diagnostics
-from ..ops.call import SCALES, Attributes
+from ..ops.call import LABELS, SCALES, Attributes
 from ..ops.library import BACKWARD, MM
 from . import cuda_budget
 from .buffers import in_memory, numbers, op, part, zeros
@@ -34,7 +34,7 @@ class Backward:
 
     def __init__(self, call: KernelCall, tangents: dict[str, Any], saved: dict[str, Any], needs: list[str]):
         self.call, self.needs = call, needs
-        given = call.named("input", "weight", "bias", *SCALES, "target", "column_weight") | call.rows
+        given = call.named("input", "weight", "bias", *SCALES, "target", *LABELS, "column_weight") | call.rows
         if "lse" in tangents or "entropy" in tangents:
             given |= {name.upper(): in_memory(saved[name]) for name in ("lse", "entropy") if name in saved}
         given |= {f"G_{name.upper()}": in_memory(t) for name, t in tangents.items()}

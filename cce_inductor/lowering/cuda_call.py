@@ -46,7 +46,9 @@ class KernelCall:
             raise Apart("the kernels for GPUs know no entries")
         self.attributes, self.rest = attributes, rest
         self.compute = attributes.compute_dtype or operands["input"].get_dtype()
-        reason = unsupported_dtype([self.compute, *(t.get_dtype() for n, t in operands.items() if n != "target")])
+        reason = unsupported_dtype(
+            [self.compute, *(d for t in operands.values() if (d := t.get_dtype()) != torch.int64)]
+        )
         if reason:
             raise Unsupported(reason)
         self.given = operands

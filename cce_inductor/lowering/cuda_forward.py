@@ -9,7 +9,7 @@ from torch._inductor.utils import ceildiv
 from ..filters import Filter
 from ..ops import statistics as table
 from ..ops.bound import BLOCK, INFLATION, LAST, LOWERING, OFFSET, STEPS
-from ..ops.call import SCALES, Attributes
+from ..ops.call import LABELS, SCALES, Attributes
 from .buffers import in_memory, numbers, op, part, zeros
 from .cuda_call import LEAST_SPLIT, PARTS, KernelCall
 from .schedules import rounds, whole_tiles
@@ -43,7 +43,7 @@ def exact(call: KernelCall, statistics: list[str], kept: dict[str, Any] | None =
     names = dict.fromkeys(name for statistic in statistics for name in PARTS[statistic])
     size = [splits * call.n]
     parts = {name: call.empty(size, torch.int64 if name == "ARGMAX" else torch.float32) for name in names}
-    inputs = call.named("input", "weight", "bias", *SCALES, "target", "column_weight") | call.rows
+    inputs = call.named("input", "weight", "bias", *SCALES, "target", *LABELS, "column_weight") | call.rows
     wanted = repr(" ".join(statistics))
     outputs = parts | (kept or {})
     call.launch("linear_statistics", inputs, outputs, [call.n, splits], SPLIT=split, STATISTICS=wanted, PITCH=pitch)

@@ -15,6 +15,8 @@ from .bound import group
 from .softcap import FORMS
 from .statistics import Statistic, parse
 
+# Labels of the rows and of the classes: where two are equal, lse_rest leaves the class out.
+LABELS = ("row_label", "class_label")
 OPERANDS = (
     "input",
     "weight",
@@ -22,6 +24,7 @@ OPERANDS = (
     "row_scale",
     "column_scale",
     "target",
+    *LABELS,
     "entries",
     "column_weight",
     "seed",
@@ -327,6 +330,7 @@ def _check_rows(call: Call) -> None:
         t = ops["target"]
         _check(t.dtype == torch.int64, f"target must hold class indices of dtype torch.int64, got {t.dtype}")
         _check(t.shape == x.shape[:1], f"target must have one class per row, {_shape(x)[:1]}, got {_shape(t)}")
+    _check_labels(call)
     if "entries" in ops:
         e = ops["entries"]
         _check(e.dtype == torch.int64, f"entries must hold class indices of dtype torch.int64, got {e.dtype}")
@@ -340,6 +344,15 @@ def _check_rows(call: Call) -> None:
             mask.dtype == torch.bool and mask.shape == x.shape[:1],
             "row_mask must be bool, with one entry per row",
         )
+
+
+def _check_labels(call: Call) -> None:
+    ops, given = call.operands, {*LABELS} & {*call.operands}
+    _check(len(given) != 1, f"row_label and class_label come together, got {' '.join(given)} alone")
+    for name, of in zip(LABELS, (call.input, call.weight), strict=True) if given else ():
+        t, size = ops[name], _shape(of)[:1]
+        _check(t.dtype == torch.int64, f"{name} must hold labels of dtype torch.int64, got {t.dtype}")
+        _check(tuple(t.shape) == size, f"{name} must be {size}, got {_shape(t)}")
 
 
 def _shape(t: Tensor) -> tuple:

@@ -21,7 +21,7 @@ from .call import OF_HEAD, OTHER, SCALES, Call, cut
 from .pairs import Side, gradient_of_values, gradient_of_weights
 from .picked import Picked, picked, picked_logits
 from .softcap import capped, capped_and_inner, times_slope
-from .statistics import TABLE, Statistic, Tile, finish_all, in_order, update_all
+from .statistics import TABLE, Statistic, Tile, fill_left_out, finish_all, in_order, update_all
 from .strips import gradient, summed
 
 # A tile at most: enough for a GEMM to run at its rate, and small enough for the passes over it to run in cache.
@@ -115,7 +115,15 @@ class Operands:
             place = torch.searchsorted(slab, target).clamp(max=max(slab.shape[0] - 1, 0))
             target = torch.where(slab[place] == target, place, -1) if slab.shape[0] else torch.full_like(target, -1)
         entries = None if self.entries is None else self.entries[block]
-        return Tile(z, start, target, self.column("column_weight", slab), entries)
+        same_label = self.same_label(block, slab)
+        return Tile(z, start, target, self.column("column_weight", slab), entries, same_label=same_label)
+
+    def same_label(self, block: slice, slab: Columns) -> Tensor | None:
+        """(rows, columns): where the class has the row's label, or None without labels."""
+        if "class_label" not in self.call.operands:
+            return None
+        own = self.rows(self.call.operands["row_label"], block)
+        return own[:, None] == self.call.operands["class_label"][slab]
 
 
 def check_targets(operands: Operands) -> None:
@@ -395,9 +403,7 @@ def dlogits(
         keep = any(row.kind == "signed" for row in rows)
         p = known["p"] = log_p.exp() if keep else log_p.exp_()
         if rest:
-            inside, column = tile.target_position()
-            own = torch.where(inside, 0, p.gather(1, column[:, None])[:, 0])
-            p.scatter_(1, column[:, None], own[:, None])
+            fill_left_out(tile, p, 0.0)
     dz: Tensor | None = None
     for row in rows:
         assert row.add_gradient is not None

@@ -9,7 +9,7 @@ vectors of length N (entry_logits: to K numbers a row, (N, K)), and the gradient
 |--------------|-------------------|--------------------------------|---------|-----------------|
 | lse          | log sum_j exp z_j | p_j                            | dense   | yes             |
 | lse_low      | what rounding left of lse | none                   | none    | yes             |
-| lse_rest     | log sum_{j != t} exp z_j | exp(z_j - lse_rest), 0 at j = t | dense | no      |
+| lse_rest     | log sum_{j in R} exp z_j | exp(z_j - lse_rest), 0 elsewhere | dense | no     |
 | lse_rest_low | what rounding left of lse_rest | none              | none    | no              |
 | target_logit | z_t               | 1 at j = t                     | sparse  | yes             |
 | entry_logits | z_e of K classes e | 1 at j = e                    | sparse  | yes             |
@@ -42,7 +42,8 @@ Where all logits are large, lse has few digits behind the point. `lse + lse_low`
 exact as `log_softmax`, which subtracts the maximum first. It is 0 where lse is not finite. See `with_all_digits` for
 the gradient.
 
-For lse_rest the target is left out while the others are summed: taken out of the whole sum, it would leave nothing but
+R are all classes but the target and, where the operands row_label and class_label are given, those whose label is the
+row's. They are left out while the others are summed: taken out of the whole sum, the target would leave nothing but
 rounding where it holds nearly all mass. No call has lse and lse_rest (`call.check`): in the kernels they are one sum.
 """
 
@@ -76,6 +77,7 @@ class Tile:
     column_weight: Tensor | None  # (columns,)
     entries: Tensor | None = None  # (rows, K) class indices over the whole vocabulary
     other: Tensor | None = None  # (rows, columns), the other head's logits
+    same_label: Tensor | None = None  # (rows, columns), bool: classes that lse_rest leaves out besides the target
 
     def position(self, classes: Tensor | None) -> tuple[Tensor, Tensor]:
         """For each class, whether it lies in this tile, and its column in the tile (0 where it does not)."""
@@ -174,9 +176,15 @@ def _finish_lse_low(state: RunningExp) -> Tensor:
 
 
 def _update_rest(state: RunningExp | None, tile: Tile) -> RunningExp:
+    return _update_exp(state, replace(tile, z=fill_left_out(tile, tile.z.clone(), -torch.inf)), False)
+
+
+def fill_left_out(tile: Tile, of: Tensor, number: float) -> Tensor:
+    """`of`, (rows, columns), with a number in place of what lse_rest leaves out, in place."""
     inside, column = tile.target_position()
-    own = torch.where(inside, -torch.inf, tile.z.gather(1, column[:, None])[:, 0])
-    return _update_exp(state, replace(tile, z=tile.z.scatter(1, column[:, None], own[:, None])), False)
+    own = torch.where(inside, number, of.gather(1, column[:, None])[:, 0])
+    of.scatter_(1, column[:, None], own[:, None])
+    return of if tile.same_label is None else of.masked_fill_(tile.same_label, number)
 
 
 def _finish_entropy(state: RunningExp) -> Tensor:

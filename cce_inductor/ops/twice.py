@@ -42,7 +42,10 @@ def _statistics(call: Call, operands: dict[str, Tensor], names: list[str]) -> di
             found[name] = z.logsumexp(1)
         elif name == "lse_rest":
             inside = operands["target"] if call.row_mask is None else operands["target"] * call.row_mask
-            found[name] = z.scatter(1, inside[:, None], -torch.inf).logsumexp(1)
+            rest = z.scatter(1, inside[:, None], -torch.inf)
+            if "row_label" in operands:
+                rest = rest.masked_fill(operands["row_label"][:, None] == operands["class_label"], -torch.inf)
+            found[name] = rest.logsumexp(1)
         elif name == "target_logit":
             inside = operands["target"] if call.row_mask is None else operands["target"] * call.row_mask
             found[name] = z.gather(1, inside[:, None])[:, 0]

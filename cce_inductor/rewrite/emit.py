@@ -17,7 +17,7 @@ from ..graph.builder import Builder, Proxy
 from ..graph.fakes import example, fake
 from ..graph.hoist import Hoist
 from ..graph.memory import storages, written
-from ..ops.call import OTHER, SEEDS, Attributes, sampled
+from ..ops.call import LABELS, OTHER, SEEDS, Attributes, sampled
 from ..ops.diagnostics import meter
 from ..ops.library import FORWARD
 from ..ops.losses import computed, cross_entropy, tangents
@@ -107,6 +107,7 @@ class _Arguments:
             else:
                 self.target = _without_ignored(builder, self.target, bundle)
             self.operands.setdefault("target", self.target)
+        self.operands |= _labels(builder, bundle)
         self._take_entries(builder, bundle)
         self.operands |= scales if bias is None else {"bias": bias, **scales}
         if group.column_weight is not None:
@@ -203,6 +204,19 @@ def _classes(builder: Builder, reduction: Reduction) -> Proxy:
     if isinstance(reduction, Loss) and reduction.ignores:
         return builder.call(torch.where, p.ne(reduction.arguments.ignore_index), p, 0)
     return builder.call(torch.where, p < 0, p + operands.vocab(builder, value), p) if reduction.wraps else p
+
+
+def _labels(builder: Builder, bundle: Bundle) -> dict[str, Proxy]:
+    """The labels of the rows and of the classes, where those that are equal are left out."""
+    if bundle.first.value.labels is None:
+        return {}
+    rows: list[Any] = []
+    for value in (g.value for g in bundle.groups):
+        assert value.labels is not None
+        rows.append(operands.column(value, builder.proxy(value.labels.rows), value.labels.start).squeeze(-1))
+    of_rows = builder.call(torch.cat, rows) if len(rows) > 1 else rows[0]
+    of_classes = operands.flat(builder, bundle.first.value.labels.classes)
+    return dict(zip(LABELS, (of_rows.to(torch.int64), of_classes.to(torch.int64)), strict=True))
 
 
 def _scales(builder: Builder, bundle: Bundle, detach: bool, made: Codes | None) -> dict[str, Proxy]:

@@ -140,6 +140,7 @@ class Group(Shared[Reduction]):
             logits = {value.head.node, *descendants(value.head.node)}
             given += [value.one.input, *(n for node, _ in value.rows for n in node.all_input_nodes if n not in logits)]
             given += [s.node for s in value.affine.scales if s.of_rows]
+            given += [] if value.labels is None else [value.labels.rows, value.labels.classes]
         given += [r.classes for r in self.entries if r.classes is not None]
         return given if self.target is None else [*given, self.target]
 

@@ -414,6 +414,8 @@ def _check_independence(trace: Trace) -> None:
     behind = {n for part in trace.with_parts for n in descendants(part.first.node, shapes)}
     for r in trace.reductions:
         others: list[Any] = [r.classes, *r.value.affine.nodes]
+        labels = r.value.labels
+        others += [] if labels is None else [labels.rows, labels.classes]
         others += [*(m.node for m in r.value.masks), *r.others, *(r.other.operands() if r.other else ())]
         others += [part.indices for part in r.value.columns if isinstance(part, Listed)]
         if isinstance(r, Loss):

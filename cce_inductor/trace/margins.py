@@ -1,16 +1,16 @@
 """Logits whose entry at the target is another one: margins (ArcFace, CosFace), however they are spelled.
 
-Three things. Where such logits begin (`begins`): an entry is written at the target, or one-hot tensors put it there,
+Two things. Where such logits begin (`begins`): an entry is written at the target, or one-hot tensors put it there,
 as in ``one_hot * phi + (1 - one_hot) * z``. What is done to them afterwards (`follows`), and so to their entry as well.
-And where they end: a loss of them is ``softplus(rest - entry)``, with `rest` the log-sum-exp over all other classes.
-The nodes that compute the entry are put into the graph where the logits begin, those of the loss in front of the loss.
+And where they end: margin_losses.py. The nodes that compute the entry are put into the graph where the logits begin,
+those of the loss in front of the loss.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,24 +18,23 @@ from torch.fx import Node
 
 from ..graph import nodes
 from ..graph.builder import Builder, Proxy
-from ..graph.fakes import example, fake, is_number, is_tensor
-from ..graph.memory import storages, written, written_after
+from ..graph.fakes import fake, is_number, is_tensor
+from ..graph.memory import written_after
 from ..graph.nodes import Op
 from ..graph.refusal import Refused
 from ..graph.spellings import Fact
-from ..ops.losses import cross_entropy, normalizer
-from . import rules
+from . import margin_losses, rules
 from .at_target import OUT_OF_PLACE, Expression, is_pointwise, own_entry
-from .decompose import in_dtype_of, widened
 from .indexing import positions
+from .labels import left_out
 from .marks import mark
 from .operands import vocab
 from .reasons import MARGIN
-from .reduction import Loss, Reduction
+from .reduction import Reduction
 from .reductions import is_arange
 from .shapes import is_row_vector, same_rows, same_shape
-from .targets import base, diagonal, same_classes
-from .values import Args, Diagonal, Edit, Value
+from .targets import as_column, base
+from .values import Diagonal, Edit, Labels, Value
 from .walk import Entry, Walk
 
 # ---- where they begin
@@ -44,6 +43,11 @@ from .walk import Entry, Walk
 def begins(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
     """Whether a node, which no other rule takes, gives logits with another entry at the target."""
     writes = _WRITES.get(op.name) if op is not None else None
+    try:
+        if op is not None and _mask_labels(walk, node, op, touched):
+            return True
+    except Refused:
+        pass
     try:
         if writes is not None and op is not None and touched[0] in walk.values:
             return writes(walk, node, op, walk.values[touched[0]])
@@ -60,17 +64,19 @@ def _edited(
     classes: Any,
     record: Callable[[Builder, Proxy, Value], Any],
     partial: bool = False,
+    labels: Labels | None = None,
+    filled: tuple[Node, Node] | None = None,
 ) -> bool:
     """Notes that `node` gives the logits of `entry` with another one at `classes`: what `record` makes of these.
 
-    partial: whether `classes` may be none in rows, which the loss then ignores.
+    partial: whether `classes` may be none in rows, which the loss then ignores. labels, filled: of `Value`, `Edit`.
     """
     value = entry.values[0]
     _plain(value, classes)
     builder, before = Builder(walk.graph, node), node.prev
 
     def column() -> tuple[Node, Node]:
-        index = _column(builder, classes, value)
+        index = as_column(builder, classes, value)
         index = index.clamp(0, vocab(builder, value) - 1) if partial else index
         found = record(builder, index, value)
         if not isinstance(found, torch.fx.Proxy) or not is_tensor(found.node):
@@ -83,8 +89,8 @@ def _edited(
     entry.trace.entries.update(walk.visit_added(before, node))
     target = base(classes) if isinstance(classes, Node) else classes
     logits = node if is_tensor(node) else op.args["input"]  # setitem gives nothing
-    edit = Edit(target, index, at_target, logits, len(value.rows), value.order, partial)
-    walk.put_or_edit(node, op, entry, [replace(value, node=node, edit=edit)])
+    edit = Edit(target, index, at_target, logits, len(value.rows), value.order, partial, filled)
+    walk.put_or_edit(node, op, entry, [replace(value, node=node, edit=edit, labels=labels)])
     return True
 
 
@@ -99,14 +105,6 @@ def _plain(value: Value, classes: Any) -> None:
         raise Refused(*MARGIN)
     if not is_row_vector(classes, value) and not same_rows(classes, value):
         raise Refused(*MARGIN)
-
-
-def _column(builder: Builder, classes: Node | Diagonal, value: Value) -> Proxy:
-    """The classes, 1 wide where those of the logits are."""
-    if isinstance(classes, Diagonal):
-        return diagonal(builder, value)
-    p = builder.proxy(classes)
-    return p if fake(classes).dim() == value.fake.dim() else p.unsqueeze(value.class_dim)
 
 
 def _scattered(walk: Walk, node: Node, op: Op, entry: Entry) -> bool:
@@ -169,6 +167,43 @@ _WRITES: dict[str, Callable[[Walk, Node, Op, Entry], bool]] = {
 }
 
 
+# ---- classes that have the row's label
+
+
+def _mask_labels(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
+    """Logits or their exponentials, of which a mask leaves out the classes of the row's label, but for one perhaps."""
+    entry = walk.values.get(touched[0])
+    ways = entry.values if entry is not None and len(touched) == 1 else []
+    value = next((v for v in ways if v.class_dim == v.fake.dim() - 1), None)
+    found = None if value is None else left_out(op, value)
+    if found is None or value is None or entry is None or value.edit or value.without or value.labels:
+        return False
+    entry = replace(entry, values=[value])
+    mask, number, keeps = found
+    builder, before = Builder(walk.graph, node), node.prev
+    if keeps and value.kind == "logits":
+        filled = None if number == -math.inf else builder.run(mask.filled, builder, number)
+        walk.visit_added(before, node)
+        return _edited(
+            walk,
+            node,
+            op,
+            entry,
+            mask.kept,
+            lambda b, index, v: own_entry(b, index, v),
+            mask.partial,
+            mask.labels,
+            filled,
+        )
+    if keeps or number != -math.inf or value.class_dim != value.fake.dim() - 1:
+        raise Refused(*MARGIN)
+    classes = Diagonal() if mask.kept is None else mask.kept
+    index = builder.run(lambda: as_column(builder, classes, value)).node
+    walk.visit_added(before, node)
+    walk.put_or_edit(node, op, entry, [replace(value, node=node, without=index, labels=mask.labels)])
+    return True
+
+
 # ---- put together from one-hot tensors
 
 
@@ -211,7 +246,7 @@ def follows(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
     if len(touched) > 1:
         raise Refused(*MARGIN)
     if value.without is not None:
-        return _summed(walk, node, op, entry)
+        return margin_losses.without(walk, node, op, entry)
     edit = value.edit
     assert edit is not None
     if node not in walk.given and op.name == "scatter":
@@ -222,11 +257,11 @@ def follows(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
         walk.put(node, entry.trace, [plain.at(node)])
         return True
     if op.has(Fact.LOSS):
-        walk.decompose(node, entry.trace, lambda b: _loss(b, walk, value, node, op.args))
+        walk.decompose(node, entry.trace, lambda b: margin_losses.loss(b, walk, value, node, op.args))
         return True
     made = rules.apply(op, plain, node)
     if isinstance(made, Reduction):
-        walk.decompose(node, entry.trace, lambda b: _read(b, walk, value, made))
+        walk.decompose(node, entry.trace, lambda b: margin_losses.read(b, walk, value, made))
         return True
     if not isinstance(made, Value) or (made.picked, made.columns, made.masks) != (None, value.columns, value.masks):
         raise Refused(*MARGIN)
@@ -267,8 +302,8 @@ def _done_to_the_entry(walk: Walk, node: Node, op: Op, value: Value, edit: Edit)
     """What an op on every entry makes of the one at the target."""
     builder, before = Builder(walk.graph, node), node.prev
 
-    def record() -> Proxy:
-        e = builder.proxy(edit.entry)
+    def record(n: Node) -> Proxy:
+        e = builder.proxy(n)
         if op.name in ("cast", "copy", "detach"):
             return e.detach() if op.name == "detach" else e
         if op.name == "neg":
@@ -280,9 +315,23 @@ def _done_to_the_entry(walk: Walk, node: Node, op: Op, value: Value, edit: Edit)
 
     if op.name not in ("cast", "copy", "detach", "neg", *OUT_OF_PLACE) or op.args.get("alpha", 1) != 1:
         raise Refused(*MARGIN)
-    made = builder.run(record)
+    if value.labels is not None and edit.filled is None and not _keeps_infinite(op):
+        raise Refused(*MARGIN)
+    made, filled = builder.run(record, edit.entry).node, edit.filled
+    if filled is not None:
+        filled = builder.run(record, filled[0]).node, filled[1]
     walk.visit_added(before, node)
-    return replace(edit, entry=made.node, logits=node)
+    return replace(edit, entry=made, logits=node, filled=filled)
+
+
+def _keeps_infinite(op: Op) -> bool:
+    """Whether an op gives -inf for -inf, whatever else it takes as long as that is finite."""
+    if op.name in ("cast", "copy", "detach", "add"):
+        return True
+    other = op.args.get("other")
+    if not is_tensor(op.args["input"]):
+        return False  # it is subtracted, or what divides
+    return op.name == "sub" or (op.name in ("mul", "div") and isinstance(other, (int, float)) and other > 0)
 
 
 def _beside(builder: Builder, x: Any, value: Value, edit: Edit) -> Any:
@@ -291,159 +340,3 @@ def _beside(builder: Builder, x: Any, value: Value, edit: Edit) -> Any:
     if is_tensor(x) and (fake(x).numel() == 1 or (is_row_vector(x, value) and len(value.rows) == edit.start)):
         return builder.proxy(x)
     raise Refused(*MARGIN)
-
-
-def _summed(walk: Walk, node: Node, op: Op, entry: Entry) -> bool:
-    """What reads logits without the class of each row that was edited: nodes that were added (`_others`)."""
-    (value,) = entry.values
-    without = value.without
-    made = rules.apply(op, replace(value, without=None), node)
-    if isinstance(made, Value):
-        walk.put(node, entry.trace, [replace(made, without=without)])
-        return True
-    assert isinstance(made, Reduction)
-    if made.given is None:
-        if any(mask.fill != -math.inf for mask in value.masks):
-            raise Refused("logits with a margin are masked with a finite number", "mask them with -inf")
-        names, flat = _WITHOUT[op.name]
-        made = replace(made, statistics=names, given=without, flat=flat)
-    else:
-        # Of the other classes, the target's entry is one: what is read of it must be what was summed, bit by bit. By
-        # itself it would be a product of two rows, which rounds otherwise; so all classes are asked for something.
-        made = replace(made, statistics=("target_logit", "argmax"))
-    entry.trace.reductions.append(made)
-    return True
-
-
-# The statistics that a sum over all classes but one needs, and the sum.
-_WITHOUT: dict[str, tuple[tuple[str, ...], Callable[[Any], Any]]] = {
-    "logsumexp": (("lse_rest", "lse_rest_low", "target_logit"), lambda s: s.lse_rest),
-    "sum": (("target_logit", "logit_sum"), lambda s: s.logit_sum - s.target_logit),
-}
-
-
-# ---- where they end
-
-
-def _others(builder: Builder, value: Value, edit: Edit) -> Any:
-    """The logits without those entries. value: of `edit.logits`."""
-    z = widened(builder.proxy(edit.logits))
-    if edit.classes is None:
-        return z[..., 1:]
-    return builder.call(torch.scatter, z, value.class_dim, _mapped(builder, edit.classes, value, edit.start), -math.inf)
-
-
-@dataclass(frozen=True)
-class _Sums:
-    """What a loss reads of such logits, recorded, 1 wide where the classes are.
-
-    own: the entry of the row's target, or 0 where that is -inf. lse: the log-sum-exp less `own`. entry: that of the
-    target less `own`: 0, or -inf. total: the sum of all entries, less `own` as often. `own` is subtracted from every
-    term: where the target holds nearly all mass, the loss has all its digits.
-    """
-
-    own: Any
-    lse: Any
-    entry: Any
-    total: Callable[[], Any]
-
-
-def _sums(builder: Builder, walk: Walk, value: Value, edit: Edit, target: Any) -> _Sums:
-    """target: the classes that are read, recorded, 1 wide; None: those of the edit."""
-    of = walk.values[edit.logits].values[0]
-    c = of.class_dim
-    others, e = _others(builder, of, edit), widened(_mapped(builder, edit.entry, of, edit.start))
-    own = e
-    if target is not None:
-        index = _mapped(builder, edit.classes, of, edit.start)
-        own = builder.call(torch.where, target.eq(index), e, others.gather(c, target))
-    gone = own.eq(-math.inf)
-    own = builder.call(torch.where, gone, 0.0, own)
-    lse = builder.call(torch.logaddexp, (others - own).logsumexp(c, True), e - own)
-    entry = builder.call(torch.where, gone, -math.inf, 0.0).to(example(lse.node).dtype)
-
-    def in_rows(p: Any) -> Any:
-        for _, row_map in value.rows[len(of.rows) :]:
-            p = row_map(p, 1)
-        return p
-
-    def total() -> Any:
-        classes = vocab(builder, value) + (edit.classes is None and not isinstance(value.vocab, int))
-        return in_rows((others.sum(c, True) + e) - own * classes)
-
-    return _Sums(in_rows(own), in_rows(lse), in_rows(entry), total)
-
-
-def _mapped(builder: Builder, n: Node | None, value: Value, start: int) -> Any:
-    """A tensor with one number for each row that the logits had at row map `start`, for those of `value`."""
-    assert n is not None
-    p = builder.proxy(n)
-    for _, row_map in value.rows[start:]:
-        p = row_map(p, 1)
-    return p
-
-
-def _another(walk: Walk, value: Value, target: Node | None, edit: Edit) -> bool:
-    """Whether logits are read at other classes than those of the edit, as far as one can see."""
-    if value.order is edit.order and target is not None:
-        if edit.target is None and _is_zero(target):
-            return False
-        if edit.target is not None and same_classes(target, edit.target):
-            return False
-        if edit.target is not None and not edit.partial and value.rows == walk.values[edit.logits].values[0].rows:
-            return True
-    raise Refused("logits with a margin at one target are read at another", "use the same class indices in both")
-
-
-def _is_zero(node: Node) -> bool:
-    """Whether a tensor is full of zeros."""
-    op = nodes.read(node)
-    while op is not None and op.name == "cast":
-        node = op.args["input"]
-        op = nodes.read(node)
-    if op is None or not op.has(Fact.CONSTANT) or written(node.graph.nodes, storages(node)):
-        return False
-    return op.args["fill_value"] == 0
-
-
-def _loss(builder: Builder, walk: Walk, value: Value, node: Node, args: Args) -> Proxy:
-    """A loss over classes."""
-    made = rules.apply(nodes.read(node), replace(value, edit=None), node)  # type: ignore[arg-type]
-    edit, c = value.edit, value.class_dim
-    assert isinstance(made, Loss) and edit is not None
-    if not made.ignores:
-        raise Refused("class probabilities for logits with a margin", "use class indices")
-    if made.column_weight is not None:
-        raise Refused("label smoothing with class weights over logits with a margin", "smooth the loss yourself")
-    another = _another(walk, value, made.target, edit)
-    target = builder.proxy(args["target"])
-    row_mask = target.ne(made.arguments.ignore_index)
-    at = builder.call(torch.where, row_mask, target, 0).unsqueeze(c) if another else None
-    sums = _sums(builder, walk, value, edit, at)
-    weight = None if made.weight is None else builder.proxy(made.weight)
-    stats = {"lse": sums.lse.squeeze(c), "target_logit": sums.entry.squeeze(c), "lse_low": 0.0}
-    if made.arguments.label_smoothing:
-        stats["logit_sum"] = sums.total().squeeze(c)
-    return in_dtype_of(cross_entropy(stats, target, row_mask, weight, vocab(builder, value), made.arguments), node)
-
-
-def _read(builder: Builder, walk: Walk, value: Value, made: Reduction) -> Proxy:
-    """The entry of the target, its log-probability, or the log-sum-exp."""
-    edit, c = value.edit, value.class_dim
-    assert edit is not None
-    logarithm = value.kind == "log_softmax" and value.factor == 1.0
-    if not (value.kind == "logits" or logarithm) or (edit.partial and (made.given is None or made.wraps)):
-        raise Refused(*MARGIN)
-    if made.given is not None:
-        at = _column(builder, made.given, value) if _another(walk, value, made.target, edit) else None
-        if at is not None and made.wraps:
-            at = builder.call(torch.where, at < 0, at + vocab(builder, value), at)
-        sums = _sums(builder, walk, value, edit, at)
-        result = sums.entry - normalizer(sums.lse) if logarithm else sums.entry + sums.own
-    elif value.kind == "logits" and made.statistics == ("lse", "lse_low"):
-        of = walk.values[edit.logits].values[0]
-        e = widened(_mapped(builder, edit.entry, of, edit.start))
-        result = builder.call(torch.logaddexp, _others(builder, of, edit).logsumexp(c, True), e)
-    else:
-        raise Refused(*MARGIN)
-    return in_dtype_of(made.shape(result.squeeze(c)), made.node)

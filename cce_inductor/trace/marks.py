@@ -50,7 +50,7 @@ def mark(node: Any, value: Value) -> Mark | None:
     return _mask(node, value)
 
 
-_COMPARED = {
+COMPARED = {
     "eq": operator.eq,
     "ne": operator.ne,
     "gt": operator.gt,
@@ -71,9 +71,9 @@ def _mask(node: Any, value: Value) -> Mark | None:
         return found and replace(found, elsewhere=not found.elsewhere, at_target=not found.at_target)
     if name in ("bool", "to", "type"):
         return _truth(source, value, lambda number: number != 0)
-    if op is None or op.name not in _COMPARED:
+    if op is None or op.name not in COMPARED:
         return None
-    compare, other = _COMPARED[op.name], op.args["other"]
+    compare, other = COMPARED[op.name], op.args["other"]
     if is_number(other):
         return _truth(source, value, lambda number: compare(number, other))
     for classes, target in ((source, other), (other, source)):

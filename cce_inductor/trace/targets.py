@@ -78,3 +78,11 @@ def diagonal(builder: Builder, value: Value) -> Any:
     # A symbolic number of rows is that of the classes (`Value.has_diagonal`).
     count = rows if isinstance(rows, int) else vocab(builder, value)
     return builder.call(torch.arange, count, device=value.fake.device).unsqueeze(value.class_dim)
+
+
+def as_column(builder: Builder, classes: Node | Diagonal, value: Value) -> Any:
+    """The classes, 1 wide where those of the logits are."""
+    if isinstance(classes, Diagonal):
+        return diagonal(builder, value)
+    p = builder.proxy(classes)
+    return p if fake(classes).dim() == value.fake.dim() else p.unsqueeze(value.class_dim)

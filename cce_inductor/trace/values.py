@@ -198,6 +198,19 @@ class Comparison(Function):
 
 
 @dataclass(frozen=True)
+class Labels:
+    """Labels of the rows and of the classes: a row's logits leave out the classes that share its label.
+
+    rows: one for each row, 1 wide where the classes are. classes: (V,)-like. start: how many of `Value.rows` had been
+    applied by then.
+    """
+
+    rows: Node
+    classes: Node
+    start: int
+
+
+@dataclass(frozen=True)
 class Edit:
     """Another entry at the target of each row (`margins`), or one of its own in front of the others.
 
@@ -205,7 +218,8 @@ class Edit:
     where the classes are; no target and no classes where it stands in front. logits: the last node of logits.
     start: how many of `Value.rows` there were where the entry was put in, which `classes` and `entry` are in front of.
     order: `Value.order` there. partial: whether rows may have no such class, and some other in `classes`: those that
-    the loss ignores.
+    the loss ignores. filled: what is in the place of the classes that `Value.labels` leaves out, and how many they are
+    in each row, both 1 wide as well; None where that is -inf.
     """
 
     target: Node | Diagonal | None
@@ -215,6 +229,7 @@ class Edit:
     start: int
     order: Node | None
     partial: bool = False
+    filled: tuple[Node, Node] | None = None
 
 
 @dataclass(frozen=True)
@@ -225,7 +240,7 @@ class Value:
     of a tensor with one for each row) of the only entry that is not 0, or what it was multiplied with over all
     classes, or None. columns, masks: of the vocabulary. terms: of the rows. rows: what happened to the leading
     dimensions. order: the last node that changed which rows there are, or their order; None if none did. edit: of the
-    entry at the target. without: the class of each row that is left out. rounded:
+    entry at the target. without: the class of each row that is left out. labels: of those that are left out. rounded:
     cast to a dtype narrower than the head's. arithmetic: the dtype of each result on the way from the head's.
     """
 
@@ -244,6 +259,7 @@ class Value:
     order: Node | None = None
     edit: Edit | None = None
     without: Node | None = None
+    labels: Labels | None = None
     # How eager computed the values, for deferred logits: ops in order, and tensors they read besides the head's. The
     # first `plain` of them gave logits still.
     steps: tuple[Step, ...] = field(default=(), compare=False)
@@ -280,7 +296,7 @@ class Value:
     @property
     def whole(self) -> bool:
         """Whether these are logits, with all entries as they were."""
-        return self.kind == "logits" and self.picked is None and self.edit is None
+        return self.kind == "logits" and self.picked is None and self.edit is None and self.labels is None
 
     @property
     def words(self) -> str:
@@ -324,6 +340,7 @@ class Value:
             affine.scales,
             self.columns,
             self.masks,
+            self.labels,
         )
 
     def gains_gradient(self, node: Node) -> bool:

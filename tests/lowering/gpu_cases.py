@@ -294,16 +294,34 @@ def distilled(x, w, b, t):
 REST = "lse_rest lse_rest_low target_logit logit_sum argmax"
 
 
-def margin(x, w, b, t):
-    rest, low, target_logit, *others = FORWARD([x, w, b, t], "input weight bias target", None, REST, True, *ATTRIBUTES)
+def _labels(x, w, b, t):
+    """Of the rows, and of the classes: 11 of them. Dynamo takes the inputs in the order in which they are seen."""
+    assert x.shape[1] == w.shape[1] and b.shape == w.shape[:1]
+    return t % 11 << 40, torch.arange(w.shape[0], device=w.device) % 11 << 40
+
+
+def margin(x, w, b, t, *labels):
+    names = "input weight bias target" + " row_label class_label" * bool(labels)
+    rest, low, target_logit, *others = FORWARD([x, w, b, t, *labels], names, None, REST, True, *ATTRIBUTES)
     return _with_margin((rest - target_logit) + low, target_logit, *others, t)
 
 
-def margin_from_logits(x, w, b, t):
+def margin_from_logits(x, w, b, t, *labels):
     z = F.linear(x, w, b)
     target_logit = z.gather(1, t[:, None])[:, 0]
-    rest = z.scatter(1, t[:, None], -torch.inf).logsumexp(1)
+    rest = z.scatter(1, t[:, None], -torch.inf)
+    for of_rows, of_classes in [labels] if labels else []:
+        rest = rest.masked_fill(of_rows[:, None] == of_classes, -torch.inf)
+    rest = rest.logsumexp(1)
     return _with_margin(rest - target_logit, target_logit, z.sum(1), z.argmax(1), t)
+
+
+def with_labels(x, w, b, t):
+    return margin(x, w, b, t, *_labels(x, w, b, t))
+
+
+def with_labels_from_logits(x, w, b, t):
+    return margin_from_logits(x, w, b, t, *_labels(x, w, b, t))
 
 
 def _with_margin(difference, target_logit, logit_sum, argmax, t):
@@ -396,6 +414,7 @@ CASES = {
     "codes, TMA": Case(quantised, d=32, dtype=torch.bfloat16, tiles=replace(SMALL, tma=True)),
     "codes, gradients in the forward": Case(quantised, dtype=torch.bfloat16, early=True, tiles=KEEPING),
     "margin": Case(margin, margin_from_logits, sharp=4.0),
+    "margin and labels, splits": Case(with_labels, with_labels_from_logits, n=33, v=4500, d=20),
     "margin, bfloat16, splits": Case(margin, margin_from_logits, n=33, v=4500, d=20, dtype=torch.bfloat16),
     "two heads": Case(distilled, kernels=DISTILLED),
     "two heads, bfloat16": Case(distilled, dtype=torch.bfloat16, kernels=DISTILLED),

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from cce_inductor import version
-from cce_inductor.ops.call import DIFFERENTIABLE_OPERANDS, SCALES, Attributes
+from cce_inductor.ops.call import DIFFERENTIABLE_OPERANDS, LABELS, SCALES, Attributes
 from cce_inductor.ops.library import FORWARD
 from cce_inductor.ops.with_gradients import WITH_GRADIENTS
 
@@ -58,9 +58,10 @@ def with_gradients(names: str, attributes: Attributes) -> Callable[..., Sequence
 def from_logits(names: str, attributes: Attributes) -> Callable[..., Sequence[Tensor]]:
     """The same statistics as `forward`'s, from all logits, and in the dtype of the operands."""
 
-    def call(x, w, target, bias=None, column_weight=None, row_mask=None, entries=None, **factors):
-        z = logits(x, w, bias, attributes.scale, attributes.softcap or None, attributes.softcap_form, **factors)
-        out = statistics(names, z, target, column_weight, entries)
+    def call(x, w, target, bias=None, column_weight=None, row_mask=None, entries=None, **others):
+        labels = {name: others.pop(name) for name in LABELS if name in others}
+        z = logits(x, w, bias, attributes.scale, attributes.softcap or None, attributes.softcap_form, **others)
+        out = statistics(names, z, target, column_weight, entries, **labels)
         if row_mask is None:
             return out
         return [torch.where(row_mask if t.dim() == 1 else row_mask[:, None], t, 0) for t in out]

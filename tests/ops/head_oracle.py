@@ -64,14 +64,23 @@ def statistics(
     target: Tensor | None = None,
     column_weight: Tensor | None = None,
     entries: Tensor | None = None,
+    row_label: Tensor | None = None,
+    class_label: Tensor | None = None,
 ) -> list[Tensor]:
     """The statistics named, from all logits."""
     log_p = z.log_softmax(1)
+
+    def rest() -> Tensor:
+        others = z.scatter(1, target[:, None], -torch.inf)
+        if row_label is None or class_label is None:
+            return others.logsumexp(1)
+        return others.masked_fill(row_label[:, None] == class_label[None, :], -torch.inf).logsumexp(1)
+
     every: dict[str, Callable[[], Tensor]] = {
         "lse": lambda: z.logsumexp(1),
         "target_logit": lambda: z.gather(1, target[:, None])[:, 0],
         "entry_logits": lambda: z.gather(1, entries),
-        "lse_rest": lambda: z.scatter(1, target[:, None], -torch.inf).logsumexp(1),
+        "lse_rest": rest,
         "logit_sum": lambda: z.sum(1) if column_weight is None else z @ column_weight.to(z.dtype),
         "entropy": lambda: -(log_p.exp() * log_p).sum(1),
         "argmax": lambda: z.argmax(1),
@@ -168,11 +177,10 @@ def check_error_rule(case: str, result: dict, eager: dict, exact: dict, dtype: t
 
 
 def operands(
-    x: Tensor, w: Tensor, target: Tensor, bias=None, column_weight=None, row_scale=None, column_scale=None, entries=None
+    x: Tensor, w: Tensor, target: Tensor, bias=None, column_weight=None, **others: Tensor | None
 ) -> dict[str, Tensor]:
     """The operands that are given, by the names the operators know them by."""
-    every = {"input": x, "weight": w, "target": target, "bias": bias, "column_weight": column_weight}
-    every |= {"row_scale": row_scale, "column_scale": column_scale, "entries": entries}
+    every = {"input": x, "weight": w, "target": target, "bias": bias, "column_weight": column_weight, **others}
     return {name: t for name, t in every.items() if t is not None}
 
 

@@ -9,7 +9,7 @@ from head_oracle import Head, some_rows
 from torch._dynamo.utils import counters
 
 from cce_inductor.lowering.register import register
-from cce_inductor.ops.call import Attributes
+from cce_inductor.ops.call import LABELS, Attributes
 from cce_inductor.ops.library import FORWARD
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "lowering"))
@@ -25,13 +25,19 @@ def confident(dtype: torch.dtype, bias: bool = True) -> Head:
     return head.to(dtype)
 
 
+def labels(n: int = 150, v: int = 333) -> dict[str, torch.Tensor]:
+    """One of each row, and of each class, which lie in every second place: of 64 bits, and some rows have one alone."""
+    of_classes = torch.randint(40, (v, 2), generator=torch.Generator().manual_seed(3)) << 40
+    return {"row_label": torch.arange(n) % 41 << 40, "class_label": of_classes[:, 1]}
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_values_and_gradients(dtype, small_tiles):
-    for softcap, masked in ((0.0, False), (5.0, True)):
+    for softcap, masked, left_out in ((0.0, False, {}), (5.0, True, {}), (0.0, True, labels()), (5.0, False, labels())):
         head, attributes = confident(dtype), Attributes(scale=0.7, softcap=softcap)
         mask = some_rows(150) if masked else None
-        ours = differentiate(forward(NAMES, attributes), head, NAMES, row_mask=mask)
-        compare(f"{dtype}, {softcap}, {masked}", ours, head, NAMES, attributes, row_mask=mask)
+        ours = differentiate(forward(NAMES, attributes), head, NAMES, row_mask=mask, **left_out)
+        compare(f"{dtype}, {softcap}, {masked}", ours, head, NAMES, attributes, row_mask=mask, **left_out)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +49,22 @@ def test_compiled(dtype, softcap):
     counters.clear()
     operator = Operator(NAMES, scale=0.7, softcap=softcap, workspace=1 << 18)
     operator.check(f"{dtype}", confident(dtype), row_mask=some_rows(150))
+    assert counters["inductor"]["cpp_templated_kernel_counter"] == 2
+
+
+@pytest.mark.parametrize(
+    "dtype,softcap,masked",
+    [
+        (torch.float32, 0.0, True),
+        *(pytest.param(d, 5.0, False, marks=pytest.mark.slow) for d in (torch.float32, torch.bfloat16)),
+    ],
+)
+def test_compiled_with_labels(dtype, softcap, masked):
+    register()
+    torch._dynamo.reset()
+    counters.clear()
+    operator = Operator(NAMES, scale=0.7, softcap=softcap, workspace=1 << 18)
+    operator.check(f"{dtype}", confident(dtype), row_mask=some_rows(150) if masked else None, **labels())
     assert counters["inductor"]["cpp_templated_kernel_counter"] == 2
 
 
@@ -70,7 +92,7 @@ def test_second_derivatives_are_those_of_the_logits():
     results = []
     for fn in (forward(names, Attributes()), from_logits(names, Attributes())):
         x, w = head.x.clone().requires_grad_(), head.w.clone().requires_grad_()
-        rest, z = fn(x, w, head.target)
+        rest, z = fn(x, w, head.target, row_label=torch.arange(9) // 2, class_label=torch.arange(12) // 3)
         first = torch.autograd.grad(torch.nn.functional.softplus(rest - z).sum(), (x, w), create_graph=True)
         results.append(torch.autograd.grad(sum(g.square().sum() for g in first), (x, w)))
     for ours, plain in zip(*results, strict=True):
@@ -83,3 +105,22 @@ def test_not_in_one_call_with_the_whole_sum(others):
     with pytest.raises(RuntimeError, match="two calls"):
         names = f"lse_rest target_logit {others}"
         FORWARD([head.x, head.w, head.target], "input weight target", None, names, False, *Attributes().args())
+
+
+@pytest.mark.parametrize(
+    "given,message",
+    [
+        ({"row_label": torch.zeros(37, dtype=torch.int64)}, "row_label and class_label come together"),
+        ({"row_label": torch.zeros(37), "class_label": torch.zeros(131, dtype=torch.int64)}, "row_label must hold"),
+        (
+            dict.fromkeys(LABELS, torch.zeros(37, dtype=torch.int64)),
+            r"class_label must be \(131,\)",
+        ),
+    ],
+)
+def test_labels_that_do_not_fit(given, message):
+    head = Head.make()
+    operands = [head.x, head.w, head.target, *given.values()]
+    names = " ".join(["input weight target", *given])
+    with pytest.raises(RuntimeError, match=message):
+        FORWARD(operands, names, None, "lse_rest target_logit", False, *Attributes().args())

@@ -102,6 +102,131 @@ POSITIVES = {
     "probabilities": lambda z: F.cross_entropy(z, eye()),
     "not among the negatives": lambda z: (z.masked_fill(bools(), -math.inf).logsumexp(1) - z.diagonal()).mean(),
 }
+
+
+def equal(t, u=None):
+    return t[:, None] == (t if u is None else u)
+
+
+def pairs(z, mask, number=-math.inf, **kwargs):
+    return F.cross_entropy(z.masked_fill(mask, number), rows(), **kwargs)
+
+
+# Of similarities and labels: other rows of the row's label are no negatives.
+LABELS = {
+    "masked": lambda z, t: pairs(z, equal(t) & ~bools()),
+    "masked in place": lambda z, t: F.cross_entropy(z.masked_fill_(equal(t) & ~bools(), -math.inf), rows()),
+    "a number": lambda z, t: pairs(z, equal(t) & ~bools(), -1.5),
+    "a number, divided": lambda z, t: F.cross_entropy(z.masked_fill(equal(t) & ~bools(), -1e9) / 0.5, rows()),
+    "a number, times a tensor": lambda z, t: F.cross_entropy(
+        z.masked_fill(equal(t) & ~bools(), -1.0) * t.float().amax() - 0.3, rows()
+    ),
+    "the sign changes": lambda z, t: F.cross_entropy(-z.masked_fill(equal(t) & ~bools(), 1.5), rows()),
+    "logical functions": lambda z, t: pairs(z, torch.logical_and(torch.eq(t.view(-1, 1), t), bools().logical_not())),
+    "either of the two": lambda z, t: pairs(z, ~(torch.logical_or(t[:, None] != t, bools()))),
+    "not the diagonal": lambda z, t: pairs(z, equal(t) ^ bools()),
+    "a difference": lambda z, t: pairs(z, (equal(t).float() - eye()).bool()),
+    "a difference compared": lambda z, t: pairs(z, (equal(t).float() - eye()) > 0.5),
+    "a product": lambda z, t: pairs(z, (equal(t).int() * (1 - eye(dtype=torch.int32))) == 1),
+    "the diagonal filled": lambda z, t: pairs(z, filled(equal(t), False)),
+    "the diagonal written": lambda z, t: pairs(z, written(equal(t), (rows(), rows()), False)),
+    "the diagonal masked": lambda z, t: pairs(z, equal(t).masked_fill(bools(), False)),
+    "where": lambda z, t: F.cross_entropy(torch.where(equal(t) & ~bools(), -1e4, z), rows()),
+    "where not": lambda z, t: F.cross_entropy(torch.where(~equal(t) | bools(), z, torch.tensor(-1e4)), rows()),
+    "written by a mask": lambda z, t: F.cross_entropy(written(z.clone(), equal(t) & ~bools()), rows()),
+    "added": lambda z, t: F.cross_entropy(z + torch.zeros(N, N).masked_fill(equal(t) & ~bools(), -math.inf), rows()),
+    "added by where": lambda z, t: F.cross_entropy(z + torch.where(equal(t) & ~bools(), -math.inf, 0.0), rows()),
+    "labels of the classes": lambda z, t: pairs(z, equal(t, t.roll(1)) & ~bools()),
+    "labels of 16 bits": lambda z, t: pairs(z, equal(t.short()) & ~bools()),
+    "of every row": lambda z, t: (pairs(z, equal(t) & ~bools(), reduction="none") * torch.linspace(0, 1, N)).sum(),
+    "log-probabilities": lambda z, t: -z.masked_fill(equal(t) & ~bools(), -math.inf).log_softmax(1).diagonal().mean(),
+    "a log-sum-exp": lambda z, t: (z.masked_fill(equal(t) & ~bools(), -3.0).logsumexp(1) - z.diagonal()).mean(),
+    "no row of the label": lambda z, t: (z.masked_fill(equal(t), -math.inf).logsumexp(1) - z.diagonal()).mean(),
+    "exponentials": lambda z, t: (torch.log((z.exp() * (t[:, None] != t).float()).sum(1)) - z.diagonal()).mean(),
+    "exponentials, the mask first": lambda z, t: (torch.log((~equal(t) * z.exp()).sum(1)) - z.diagonal()).mean(),
+    "exponentials, averaged": lambda z, t: (torch.log((~equal(t) * z.exp()).mean(1)) - z.diagonal()).mean(),
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_equal_labels(name, inputs):
+    assert_same_as_eager(lambda q, k, t: LABELS[name](similarities(q, k), t), inputs, fused=1)
+
+
+@pytest.mark.parametrize("name", ["masked", "the diagonal filled", "a number", "log-probabilities"])
+def test_equal_labels_of_a_batch_with_itself(name, inputs):
+    assert_same_as_eager(lambda q, k, t: LABELS[name](similarities(q, q) + k.sum() * 0, t), inputs, fused=1)
+
+
+# With a target that is not the diagonal.
+OF_A_TARGET = {
+    "one-hot rows": lambda z, t, u: z.masked_fill(equal(u, t) & ~F.one_hot(t, N).bool(), -math.inf),
+    "scattered": lambda z, t, u: z.masked_fill(equal(u, t).scatter(1, t[:, None], False), -math.inf),
+    "written": lambda z, t, u: z.masked_fill(written(equal(u, t), (rows(), t), False), -math.inf),
+    "numbers compared": lambda z, t, u: z.masked_fill(equal(u, t) & (t[:, None] != rows()), -1.0),
+    "rows of a view": lambda z, t, u: z.masked_fill(equal(u, t) & (t[:, None] != rows()), -1.0)[None].flatten(0, 1),
+    "in two dimensions": lambda z, t, u: (
+        z.view(2, -1, N).masked_fill((u.view(2, -1, 1) == t) & ~F.one_hot(t.view(2, -1), N).bool(), -1.0).view(N, N)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_A_TARGET)
+def test_equal_labels_but_for_the_target(name, inputs):
+    def fn(q, k, t):
+        return F.cross_entropy(OF_A_TARGET[name](similarities(q, k), t, t.flip(0)), t)
+
+    assert_same_as_eager(fn, inputs, fused=1)
+
+
+def test_equal_labels_where_rows_are_ignored(inputs):
+    def fn(q, k, t):
+        target = torch.where(rows() % 3 == 0, -100, t)
+        z = similarities(q, k).masked_fill(equal(t.flip(0), t) & (target[:, None] != rows()), -math.inf)
+        return F.cross_entropy(z, target)
+
+    assert_same_as_eager(fn, inputs, fused=1)
+
+
+def test_equal_labels_both_ways(inputs):
+    def fn(q, k, t):
+        z = similarities(q, k)
+        return sum(pairs(y, equal(t) & ~bools()) for y in (z, z.T))
+
+    assert_same_as_eager(fn, inputs, fused=2)
+
+
+def test_equal_labels_of_symbolic_sizes():
+    def fn(q, k, t):
+        n = q.shape[0]
+        mask = equal(t) & ~torch.eye(n, dtype=torch.bool)
+        return F.cross_entropy(similarities(q, k).masked_fill(mask, -1e9), torch.arange(n))
+
+    counters.clear()
+    compiled = torch.compile(fn, backend="cce", dynamic=True, options=FUSE_ALL)
+    for n in (N, N + 4):
+        q, k, t = torch.randn(n, D), torch.randn(n, D), torch.randint(0, 4, (n,))
+        torch.testing.assert_close(compiled(q, k, t), fn(q, k, t))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["cce_inductor"]["fused"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_error_rule_where_labels_are_equal(dtype):
+    """The positive has nearly all the mass of what is left, and the masked ones have as much."""
+    n, d = 256, 32
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    x = x[torch.arange(n) // 4] + 0.3 * x
+
+    def loss(x):
+        z = F.normalize(x, dim=-1) @ F.normalize(x + x.roll(1, 1) * 0.1, dim=-1).T / 0.05
+        mask = equal(torch.arange(n) // 4) & ~torch.eye(n, dtype=torch.bool)
+        return F.cross_entropy(z.masked_fill(mask, -math.inf), torch.arange(n), reduction="none")
+
+    assert_error_rule(loss, (x,), dtype)
+
+
 BOTH = {**LEFT_OUT, **POSITIVES}
 
 
@@ -174,23 +299,43 @@ def test_the_error_rule_where_a_row_is_most_like_itself(dtype):
     assert_error_rule(nt_xent, (x,), dtype)
 
 
-def equal(t):
-    return t[:, None] == t
-
-
 # What has no statistic, or is no diagonal: with a part of the reason.
 UNFUSED = {
-    "equal labels are masked": (
+    "equal labels are masked, and another class is the target": (
         lambda z, t: ce(z.masked_fill(equal(t) & ~bools(), -math.inf)),
+        "read at another",
+    ),
+    "equal labels are masked, the target's too": (
+        lambda z, t: pairs(z, equal(t, t.roll(1)), -5.0),
         "where labels are equal",
     ),
-    "equal labels are masked by where": (
-        lambda z, t: F.cross_entropy(torch.where(equal(t) & ~bools(), -1e4, z), rows()),
+    "equal labels are masked, and the loss is smoothed": (
+        lambda z, t: F.cross_entropy(z.masked_fill(equal(t) & ~bools(), -1e4), rows(), label_smoothing=0.1),
+        "label smoothing over classes that are masked",
+    ),
+    "labels that are no integers": (
+        lambda z, t: F.cross_entropy(z.masked_fill(equal(t * 0.5) & ~bools(), -math.inf), rows()),
         "where labels are equal",
     ),
-    "equal labels are written to": (
-        lambda z, t: F.cross_entropy(written(z.clone(), equal(t) & ~bools()), rows()),
+    "two comparisons of labels": (
+        lambda z, t: F.cross_entropy(z.masked_fill(equal(t) & equal(t // 2) & ~bools(), -math.inf), rows()),
         "where labels are equal",
+    ),
+    "labels that are written to afterwards": (
+        lambda z, t: (lambda u, m: (u.fill_(0), F.cross_entropy(z.masked_fill(m, -math.inf), rows()))[1])(
+            *(lambda u: (u, equal(u) & ~bools()))(t.clone())
+        ),
+        "where labels are equal",
+    ),
+    "the mask is written twice": (
+        lambda z, t: F.cross_entropy(
+            z.masked_fill(written(filled(equal(t), False), (rows(), partners()), False), -math.inf), rows()
+        ),
+        "where labels are equal",
+    ),
+    "the sign of what is masked changes": (
+        lambda z, t: F.cross_entropy(-z.masked_fill(equal(t) & ~bools(), -math.inf).clamp(min=-9), rows()),
+        "",
     ),
     "equal labels are subtracted": (lambda z, t: ce(z - 1e9 * (equal(t).float() - eye())), "where labels are equal"),
     "supervised": (
