@@ -466,6 +466,26 @@ def test_changed_weights_are_a_named_error(where: str) -> None:
                 loss(logits, t)
 
 
+def test_a_loss_that_edits_what_logits_are_made_of_without_needing_it() -> None:
+    """The bias alone has a gradient: the hidden states may change once the loss is computed, as in eager mode."""
+    model, (x, t) = Model(bias=True), data()
+    weight, bias = model.head.weight.detach(), model.head.bias
+
+    def head(x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = x * 1
+        return hidden, F.linear(hidden, weight, bias)
+
+    def loss(hidden: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        hidden.mul_(2.0)
+        return LOSSES["view"](z, t)
+
+    found = []
+    for first, second in ((head, loss), (compiled(head), compiled(loss))):
+        value = second(*first(x), t)
+        found.append([value.detach(), *torch.autograd.grad(value, bias)])
+    same(found[1], found[0])
+
+
 def test_two_losses_on_one_pending_tensor() -> None:
     model, (x, t) = Model(), data()
 

@@ -111,13 +111,14 @@ class DeferLogits(torch.autograd.Function):
         del pending
         if grad[0] is None:
             return (None,) * 3 + tuple(grads)
-        operands = ctx.saved_tensors  # raises, as for eager's head, if one of them has been modified in place
+        create_graph = torch.is_grad_enabled()
+        # Raises, as for eager's head, if one of them has been modified in place. What a read has left knows by itself.
+        operands = ctx.saved_tensors if create_graph or ctx.head.graph is None else ()
         for i, operand in enumerate(operands):
             check_allocated(operand_name(i), operand)
         wanted = [i for i, need in enumerate(needed) if need]
-        create_graph = torch.is_grad_enabled()
         found: Sequence[Tensor | None]
-        with surroundings(operands[0].device, grad=True):
+        with surroundings(ctx.head.device, grad=True):
             if create_graph:
                 # Aliases, not detached for the sake of create_graph; the operands' own hooks must not run here.
                 inputs = [t.view_as(t) if need else t.detach() for t, need in zip(operands, needed, strict=True)]

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import compat
+from .lazy import ALONG
 from .pending import PendingHead
 from .tensor import DeferredLogits
 
@@ -157,8 +158,7 @@ _LINEAR = {
     aten.t.default,
     aten.transpose.int,
     aten.permute.default,
-    aten.flip.default,
-    aten.roll.default,
+    *ALONG,
     aten.slice_backward.default,
     aten.select_backward.default,
     aten.clone.default,

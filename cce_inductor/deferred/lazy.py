@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..graph.spellings import FUNCTIONS, NAMES, Fact
+from ..graph import spellings
+from ..graph.facts import Fact
+from ..graph.spellings import FUNCTIONS, NAMES, function_of
 from .mixtures import Spreadable, spread
 from .pending import PendingValue
 from .steps import Extra, Part, Read, Step, moved
@@ -296,6 +298,10 @@ def _device(logits: DeferredLogits, kwargs: dict[str, Any]) -> torch.device:
     return logits.device if device is None else torch.empty(0, device=device).device  # "cuda" is "cuda:0"
 
 
+# operator -> the function of torch that moves rows along dimensions as it does.
+ALONG: dict[Any, Callable] = {
+    getattr(aten, name).default: function_of(name) for name, row in NAMES.items() if row.rules == (spellings.ALONG,)
+}
 RULES.lazy |= {
     aten.detach.default: _aliased,
     aten.alias.default: _aliased,
@@ -305,8 +311,7 @@ RULES.lazy |= {
     aten._softmax.default: _normalised,
     aten.logsumexp.default: _summed_up,
     aten.gather.default: _gathered,
-    aten.flip.default: _rearranged,
-    aten.roll.default: _rearranged,
+    **dict.fromkeys(ALONG, _rearranged),
     aten.repeat.default: _rearranged,
     aten.index_select.default: _taken,
     aten.index.Tensor: _taken,

@@ -26,7 +26,7 @@ from ..rewrite.recipe import RECORDED, Logits
 from ..rewrite.result import Rewritten
 from ..trace.unnamed import GIVEN
 from . import aliases
-from .lazy import WRITTEN
+from .lazy import ALONG, WRITTEN
 from .pending import Recipe
 from .steps import Joint, Step, other_head
 from .tensor import DeferredLogits
@@ -78,8 +78,7 @@ _WRITTEN: dict[Any, Callable[..., Any]] = {
     aten.amax.default: lambda z, dim, keepdim: z.amax(dim, keepdim),
     aten.gather.default: lambda z, dim, index: z.gather(dim, index),
     aten.index_select.default: lambda z, dim, index: z.index_select(dim, index),
-    aten.flip.default: lambda z, dims: z.flip(*dims),
-    aten.roll.default: lambda z, shifts, dims=(): z.roll(shifts, dims) if dims else z.roll(*shifts),
+    **ALONG,
     aten.repeat.default: lambda z, repeats: z.repeat(*repeats),
     aten.cat.default: torch.cat,
     aten.stack.default: torch.stack,

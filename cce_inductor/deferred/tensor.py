@@ -18,7 +18,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .. import compat
-from ..graph.spellings import NAMES, REDUCING, Fact, functions_of
+from ..graph.facts import Fact
+from ..graph.spellings import NAMES, REDUCING, functions_of
 from .pending import Origin, Other, PendingHead, PendingValue, Recipe
 from .staleness import DeferredLogitsError
 from .steps import Extra, Step, surroundings

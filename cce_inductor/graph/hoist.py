@@ -6,9 +6,9 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from . import memory, nodes
+from .facts import Fact
 from .fakes import example
 from .memory import storages
-from .spellings import Fact
 
 
 class Hoist:

@@ -9,7 +9,8 @@ import torch
 from torch.fx import Node
 
 from .. import compat
-from .spellings import FUNCTIONS, METHODS, NAMES, Fact
+from .facts import Fact
+from .spellings import FUNCTIONS, METHODS, NAMES
 
 # Other names for the same parameter.
 _RENAMED = {

@@ -14,9 +14,9 @@ from torch.fx import Graph, Node
 
 from . import nodes
 from .builder import Builder
+from .facts import Fact
 from .fakes import example, fake, is_number, is_tensor, same
 from .memory import storages, written
-from .spellings import Fact
 
 
 def made_full(graph: Graph) -> None:

@@ -5,7 +5,6 @@ known of the op, and there is the rule for what it makes of logits. A new spelli
 new op is a row, and a function in the module of `trace` that the row names.
 """
 
-import enum
 import inspect
 import operator
 from collections.abc import Callable
@@ -16,37 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from .. import compat
+from .facts import EDIT, EXACT, EXPAND, INTO, NOTHING, RESHAPE, ROWS, SHARED, VIEW, Fact
 
-
-class Fact(enum.Flag):
-    """What is known of an op whatever it is given. `SPELLINGS` has it beside the name; nothing else lists names."""
-
-    PURE = enum.auto()  # a view or exact arithmetic, of its arguments alone: it may be computed earlier (`hoist`)
-    VIEW = enum.auto()  # the result may lie in the memory of its first argument
-    IN_ORDER = enum.auto()  # all entries of its first argument, in their order
-    EACH_ONCE = enum.auto()  # no entry of its first argument twice
-    REPEATS = enum.auto()  # the same entries again, along new dimensions or old ones
-    HANDS_ON = enum.auto()  # entries of its first argument, as they are but for a cast
-    ENTRYWISE = enum.auto()  # every entry from those at the same place
-    ANY_PLACE = enum.auto()  # the logits may be any of its arguments, not only the first
-    IN_PLACE = enum.auto()  # with an underscore, as an operator or by nature it writes into its first argument
-    OF_SQUARES = enum.auto()  # it takes squares of the logits, on the way to a softcap
-    CONSTANT = enum.auto()  # a new tensor full of one number
-    METADATA = enum.auto()  # it reads no entry of its first argument, but its shape or dtype
-    NORMALISES = enum.auto()  # it sums over all classes: a softmax, its logarithm, a log-sum-exp
-    PICKS = enum.auto()  # it takes entries of some classes out of each row
-    LOSS = enum.auto()  # a loss over classes
-
-
-_NOTHING = Fact(0)
-_ROWS = Fact.PURE | Fact.HANDS_ON | Fact.EACH_ONCE
-_VIEW = _ROWS | Fact.VIEW
-_RESHAPE = _VIEW | Fact.IN_ORDER
-_EXPAND = (_VIEW & ~Fact.EACH_ONCE) | Fact.REPEATS
-_EXACT = Fact.PURE | Fact.ENTRYWISE
-_EDIT = _EXACT | Fact.IN_PLACE
-_SHARED = _EXACT | Fact.VIEW | Fact.HANDS_ON
-_INTO = Fact.IN_PLACE | Fact.ENTRYWISE
+# The rule of ops that move rows along the dimensions they name, whatever they do there.
+ALONG = "layout.along"
 
 
 @dataclass(frozen=True)
@@ -66,7 +38,7 @@ class Spelling:
     parameters: str
     functions: tuple[Callable, ...] = ()
     methods: tuple[str, ...] = ()
-    facts: Fact = _NOTHING
+    facts: Fact = NOTHING
     rules: tuple[str, ...] = ()
     head: str = ""
     beside: str = ""
@@ -135,7 +107,7 @@ SPELLINGS = (
         "input *rest",
         (),
         ("to", "float", "double", "half", "bfloat16", "long", "int", "type", "type_as", "cpu", "cuda"),
-        _EXACT | Fact.HANDS_ON | Fact.OF_SQUARES,
+        EXACT | Fact.HANDS_ON | Fact.OF_SQUARES,
         ("pointwise.cast",),
     ),
     Spelling(
@@ -143,7 +115,7 @@ SPELLINGS = (
         "input other",
         (operator.mul, torch.mul, torch.multiply),
         ("mul", "multiply", "__mul__", "__rmul__"),
-        _EXACT | Fact.IN_PLACE | Fact.ANY_PLACE | Fact.OF_SQUARES,
+        EXACT | Fact.IN_PLACE | Fact.ANY_PLACE | Fact.OF_SQUARES,
         ("pointwise.mul",),
         several="several.multiplied",
     ),
@@ -152,7 +124,7 @@ SPELLINGS = (
         "input other rounding_mode=None",
         (operator.truediv, torch.div, torch.true_divide, torch.divide),
         ("div", "true_divide", "divide", "__truediv__"),
-        _INTO | Fact.ANY_PLACE | Fact.OF_SQUARES,
+        INTO | Fact.ANY_PLACE | Fact.OF_SQUARES,
         ("pointwise.div",),
         beside="softmax.over_sum",
         several="several.divided",
@@ -162,7 +134,7 @@ SPELLINGS = (
         "input other alpha=1",
         (operator.add, torch.add),
         ("add", "__add__", "__radd__"),
-        _EXACT | Fact.IN_PLACE | Fact.ANY_PLACE | Fact.OF_SQUARES,
+        EXACT | Fact.IN_PLACE | Fact.ANY_PLACE | Fact.OF_SQUARES,
         ("pointwise.add",),
         several="several.added",
     ),
@@ -171,7 +143,7 @@ SPELLINGS = (
         "input other alpha=1",
         (operator.sub, torch.sub, torch.subtract),
         ("sub", "subtract", "__sub__"),
-        _EXACT | Fact.IN_PLACE | Fact.ANY_PLACE,
+        EXACT | Fact.IN_PLACE | Fact.ANY_PLACE,
         ("pointwise.sub",),
         beside="softmax.minus_lse",
         several="several.added",
@@ -182,12 +154,12 @@ SPELLINGS = (
         "input",
         (operator.neg, torch.neg, torch.negative),
         ("neg", "negative", "__neg__"),
-        _EDIT,
+        EDIT,
         ("pointwise.neg",),
     ),
-    Spelling("tanh", "input", (torch.tanh, F.tanh), ("tanh",), _INTO, ("pointwise.tanh",)),
+    Spelling("tanh", "input", (torch.tanh, F.tanh), ("tanh",), INTO, ("pointwise.tanh",)),
     Spelling(
-        "sigmoid", "input", (torch.sigmoid, F.sigmoid, torch.special.expit), ("sigmoid",), _INTO, ("pointwise.sigmoid",)
+        "sigmoid", "input", (torch.sigmoid, F.sigmoid, torch.special.expit), ("sigmoid",), INTO, ("pointwise.sigmoid",)
     ),
     Spelling("square", "input", (torch.square,), ("square",), Fact.ENTRYWISE, ("rsqrt_softcap.square",)),
     Spelling("sqrt", "input", (torch.sqrt,), ("sqrt",), Fact.ENTRYWISE | Fact.OF_SQUARES, ("rsqrt_softcap.sqrt",)),
@@ -213,12 +185,12 @@ SPELLINGS = (
     Spelling("exp", "input", (torch.exp,), ("exp",), Fact.ENTRYWISE, ("softmax.exp",)),
     Spelling("log", "input", (torch.log,), ("log",), Fact.ENTRYWISE, ("softmax.log",)),
     Spelling(
-        "clamp", "input min=None max=None", (torch.clamp, torch.clip), ("clamp", "clip"), _EXACT, ("softmax.clamp",)
+        "clamp", "input min=None max=None", (torch.clamp, torch.clip), ("clamp", "clip"), EXACT, ("softmax.clamp",)
     ),
-    Spelling("detach", "input", (torch.detach, compat.DATA), ("detach",), _SHARED, ("pointwise.detach",)),
+    Spelling("detach", "input", (torch.detach, compat.DATA), ("detach",), SHARED, ("pointwise.detach",)),
     # masks over the vocabulary
-    Spelling("masked_fill", "input mask value", (torch.masked_fill,), ("masked_fill",), _EDIT, ("masks.masked_fill",)),
-    Spelling("where", "condition input other", (torch.where,), (), _EXACT | Fact.ANY_PLACE, ("masks.where",)),
+    Spelling("masked_fill", "input mask value", (torch.masked_fill,), ("masked_fill",), EDIT, ("masks.masked_fill",)),
+    Spelling("where", "condition input other", (torch.where,), (), EXACT | Fact.ANY_PLACE, ("masks.where",)),
     Spelling("setitem", "input index value", (operator.setitem,), ("__setitem__",), Fact.IN_PLACE, ("masks.setitem",)),
     Spelling(
         "scatter",
@@ -239,7 +211,7 @@ SPELLINGS = (
         "input other",
         (operator.gt, torch.gt, torch.greater),
         ("gt", "greater", "__gt__"),
-        _EXACT,
+        EXACT,
         beside="ranking.compared",
     ),
     Spelling(
@@ -247,7 +219,7 @@ SPELLINGS = (
         "input other",
         (operator.ge, torch.ge, torch.greater_equal),
         ("ge", "greater_equal", "__ge__"),
-        _EXACT,
+        EXACT,
         beside="ranking.compared",
     ),
     Spelling(
@@ -255,7 +227,7 @@ SPELLINGS = (
         "input other",
         (operator.lt, torch.lt, torch.less),
         ("lt", "less", "__lt__"),
-        _EXACT,
+        EXACT,
         beside="ranking.compared",
     ),
     Spelling(
@@ -263,51 +235,51 @@ SPELLINGS = (
         "input other",
         (operator.le, torch.le, torch.less_equal),
         ("le", "less_equal", "__le__"),
-        _EXACT,
+        EXACT,
         beside="ranking.compared",
     ),
-    Spelling("isinf", "input", (torch.isinf,), ("isinf",), _EXACT),
-    Spelling("and", "input other", (operator.and_, torch.bitwise_and, torch.logical_and), ("logical_and",), _EXACT),
-    Spelling("or", "input other", (operator.or_, torch.bitwise_or, torch.logical_or), ("logical_or",), _EXACT),
-    Spelling("xor", "input other", (operator.xor, torch.bitwise_xor, torch.logical_xor), ("logical_xor",), _EXACT),
-    Spelling("not", "input", (operator.invert, torch.logical_not, torch.bitwise_not), ("logical_not",), _EDIT),
+    Spelling("isinf", "input", (torch.isinf,), ("isinf",), EXACT),
+    Spelling("and", "input other", (operator.and_, torch.bitwise_and, torch.logical_and), ("logical_and",), EXACT),
+    Spelling("or", "input other", (operator.or_, torch.bitwise_or, torch.logical_or), ("logical_or",), EXACT),
+    Spelling("xor", "input other", (operator.xor, torch.bitwise_xor, torch.logical_xor), ("logical_xor",), EXACT),
+    Spelling("not", "input", (operator.invert, torch.logical_not, torch.bitwise_not), ("logical_not",), EDIT),
     Spelling("not", "input", (), ("bitwise_not",)),
-    Spelling("eq", "input other", (operator.eq, torch.eq), ("eq", "__eq__"), _EXACT),
-    Spelling("ne", "input other", (operator.ne, torch.ne, torch.not_equal), ("ne", "not_equal", "__ne__"), _EXACT),
+    Spelling("eq", "input other", (operator.eq, torch.eq), ("eq", "__eq__"), EXACT),
+    Spelling("ne", "input other", (operator.ne, torch.ne, torch.not_equal), ("ne", "not_equal", "__ne__"), EXACT),
     # rows: views
-    Spelling("view", "input *size", (), ("view", "reshape"), _RESHAPE, ("layout.view",), several="several.grouped"),
-    Spelling("view_as", "input other", (), ("view_as", "reshape_as"), _RESHAPE, ("layout.view_as",)),
-    Spelling("reshape", "input shape", (torch.reshape,), (), _RESHAPE, ("layout.reshape",), several="several.grouped"),
-    Spelling("flatten", "input start_dim=0 end_dim=-1", (torch.flatten,), ("flatten",), _RESHAPE, ("layout.flatten",)),
+    Spelling("view", "input *size", (), ("view", "reshape"), RESHAPE, ("layout.view",), several="several.grouped"),
+    Spelling("view_as", "input other", (), ("view_as", "reshape_as"), RESHAPE, ("layout.view_as",)),
+    Spelling("reshape", "input shape", (torch.reshape,), (), RESHAPE, ("layout.reshape",), several="several.grouped"),
+    Spelling("flatten", "input start_dim=0 end_dim=-1", (torch.flatten,), ("flatten",), RESHAPE, ("layout.flatten",)),
     Spelling(
         "unflatten",
         "input dim sizes",
         (torch.unflatten,),
         ("unflatten",),
-        _RESHAPE,
+        RESHAPE,
         ("layout.unflatten",),
         several="several.grouped",
     ),
-    Spelling("unsqueeze", "input dim", (torch.unsqueeze,), ("unsqueeze",), _RESHAPE, ("layout.unsqueeze",)),
-    Spelling("squeeze", "input dim=None", (torch.squeeze,), ("squeeze",), _RESHAPE, ("layout.squeeze",)),
+    Spelling("unsqueeze", "input dim", (torch.unsqueeze,), ("unsqueeze",), RESHAPE, ("layout.unsqueeze",)),
+    Spelling("squeeze", "input dim=None", (torch.squeeze,), ("squeeze",), RESHAPE, ("layout.squeeze",)),
     Spelling(
         "copy",
         "input memory_format=None",
         (torch.clone,),
         ("contiguous", "clone"),
-        _RESHAPE | Fact.ENTRYWISE,
+        RESHAPE | Fact.ENTRYWISE,
         ("layout.copy",),
     ),
     Spelling("copy", "input", (), ("to_dense",)),
-    Spelling("expand", "input *size", (), ("expand",), _EXPAND, ("layout.expand",)),
-    Spelling("expand_as", "input other", (), ("expand_as",), _EXPAND, ("layout.expand_as",)),
-    Spelling("broadcast_to", "input size", (torch.broadcast_to,), ("broadcast_to",), _EXPAND, ("layout.expand",)),
+    Spelling("expand", "input *size", (), ("expand",), EXPAND, ("layout.expand",)),
+    Spelling("expand_as", "input other", (), ("expand_as",), EXPAND, ("layout.expand_as",)),
+    Spelling("broadcast_to", "input size", (torch.broadcast_to,), ("broadcast_to",), EXPAND, ("layout.expand",)),
     Spelling(
         "transpose",
         "input dim0 dim1",
         (torch.transpose, torch.swapaxes, torch.swapdims),
         ("transpose", "swapaxes", "swapdims"),
-        _VIEW,
+        VIEW,
         ("layout.transpose",),
     ),
     Spelling(
@@ -315,31 +287,31 @@ SPELLINGS = (
         "input source destination",
         (torch.movedim, torch.moveaxis),
         ("movedim", "moveaxis"),
-        _VIEW,
+        VIEW,
         ("layout.movedim",),
     ),
-    Spelling("t", "input", (torch.t,), ("t",), _VIEW, ("layout.t",)),
-    Spelling("permute", "input *dims", (), ("permute",), _VIEW, ("layout.permute",)),
+    Spelling("t", "input", (torch.t,), ("t",), VIEW, ("layout.t",)),
+    Spelling("permute", "input *dims", (), ("permute",), VIEW, ("layout.permute",)),
     Spelling("permute", "input dims", (torch.permute,)),
     # As ``z.mT``: Dynamo has no function of its own for it (`compat.attribute_read`). Not PURE: it may read a shape.
-    Spelling("getattr", "input name", (), (), _VIEW & ~Fact.PURE, ("layout.getattr",)),
+    Spelling("getattr", "input name", (), (), VIEW & ~Fact.PURE, ("layout.getattr",)),
     # rows: by indices
     Spelling(
         "getitem",
         "input index",
         (operator.getitem,),
         ("__getitem__",),
-        _VIEW,
+        VIEW,
         ("reductions.getitem", "indexing.getitem"),
     ),
-    Spelling("select", "input dim index", (torch.select,), ("select",), _VIEW, ("indexing.select",)),
-    Spelling("narrow", "input dim start length", (torch.narrow,), ("narrow",), _VIEW, ("indexing.narrow",)),
+    Spelling("select", "input dim index", (torch.select,), ("select",), VIEW, ("indexing.select",)),
+    Spelling("narrow", "input dim start length", (torch.narrow,), ("narrow",), VIEW, ("indexing.narrow",)),
     Spelling(
         "index_select",
         "input dim index",
         (torch.index_select,),
         ("index_select",),
-        _ROWS & ~Fact.EACH_ONCE,
+        ROWS & ~Fact.EACH_ONCE,
         ("indexing.index_select",),
     ),
     Spelling(
@@ -347,7 +319,7 @@ SPELLINGS = (
         "input dim index sparse_grad=False",
         (torch.gather,),
         ("gather",),
-        (_ROWS & ~Fact.EACH_ONCE) | Fact.PICKS,
+        (ROWS & ~Fact.EACH_ONCE) | Fact.PICKS,
         ("reductions.gather", "indexing.gather"),
     ),
     Spelling("diagonal", _DIAGONAL, (torch.diagonal,), ("diagonal",), Fact.PICKS, several="several.diagonal"),
@@ -358,13 +330,14 @@ SPELLINGS = (
         "input repeats dim=None output_size=None",
         (torch.repeat_interleave,),
         ("repeat_interleave",),
-        _ROWS & ~Fact.EACH_ONCE,
+        ROWS & ~Fact.EACH_ONCE,
         ("layout.repeat_interleave",),
     ),
-    Spelling("repeat", "input *sizes", (), ("repeat",), (_ROWS & ~Fact.EACH_ONCE) | Fact.REPEATS, ("layout.repeat",)),
-    Spelling("flip", "input dims", (torch.flip,), (), _ROWS, ("layout.flip",)),
+    Spelling("repeat", "input *sizes", (), ("repeat",), (ROWS & ~Fact.EACH_ONCE) | Fact.REPEATS, ("layout.repeat",)),
+    Spelling("flip", "input dims", (torch.flip,), (), ROWS, (ALONG,)),
     Spelling("flip", "input *dims", (), ("flip",)),
-    Spelling("roll", "input shifts dims=None", (torch.roll,), ("roll",), _ROWS, ("layout.roll",)),
+    Spelling("roll", "input shifts dims=None", (torch.roll,), ("roll",), ROWS, (ALONG,)),
+    Spelling("rot90", "input k=1 dims=(0,1)", (torch.rot90,), ("rot90",), ROWS, (ALONG,)),
     # rows: parts, and put together
     Spelling(
         "split",
@@ -445,14 +418,14 @@ SPELLINGS = (
         Fact.NORMALISES,
         ("reductions.logsumexp",),
     ),
-    Spelling("sum", _REDUCE, (torch.sum,), ("sum",), _NOTHING, ("ranking.counted", "reductions.total")),
-    Spelling("mean", _REDUCE, (torch.mean,), ("mean",), _NOTHING, ("ranking.share", "reductions.mean")),
+    Spelling("sum", _REDUCE, (torch.sum,), ("sum",), NOTHING, ("ranking.counted", "reductions.total")),
+    Spelling("mean", _REDUCE, (torch.mean,), ("mean",), NOTHING, ("ranking.share", "reductions.mean")),
     Spelling(
-        "count_nonzero", "input dim=None", (torch.count_nonzero,), ("count_nonzero",), _NOTHING, ("ranking.counted",)
+        "count_nonzero", "input dim=None", (torch.count_nonzero,), ("count_nonzero",), NOTHING, ("ranking.counted",)
     ),
-    Spelling("argmax", "input dim=None keepdim=False", (torch.argmax,), ("argmax",), _NOTHING, ("reductions.argmax",)),
-    Spelling("amax", "input dim keepdim=False", (torch.amax,), ("amax",), _NOTHING, ("reductions.amax",)),
-    Spelling("max", "input dim keepdim=False", (torch.max,), ("max",), _NOTHING, ("reductions.max_and_class",)),
+    Spelling("argmax", "input dim=None keepdim=False", (torch.argmax,), ("argmax",), NOTHING, ("reductions.argmax",)),
+    Spelling("amax", "input dim keepdim=False", (torch.amax,), ("amax",), NOTHING, ("reductions.amax",)),
+    Spelling("max", "input dim keepdim=False", (torch.max,), ("max",), NOTHING, ("reductions.max_and_class",)),
     Spelling(
         "topk", "input k dim=-1 largest=True sorted=True", (torch.topk,), ("topk",), Fact.PICKS, ("ranking.topk",)
     ),
@@ -491,6 +464,11 @@ REDUCING = ("reductions.", "ranking.")
 
 FUNCTIONS = {f: (s.name, s.signature) for s in SPELLINGS for f in s.functions}
 METHODS = {m: (s.name, s.signature) for s in SPELLINGS for m in s.methods}
+
+
+def function_of(name: str) -> Callable:
+    """The function of torch that a canonical name stands for, with the parameters of its row."""
+    return next(row.functions[0] for row in SPELLINGS if row.name == name)
 
 
 def functions_of(*names: str) -> frozenset[Callable]:

@@ -6,9 +6,9 @@ from torch.fx import Graph, Node
 
 from ..graph import nodes
 from ..graph.builder import Builder, Proxy
+from ..graph.facts import Fact
 from ..graph.nodes import Op
 from ..graph.regions import descendants
-from ..graph.spellings import Fact
 from ..trace import operands
 from ..trace.codes import codes
 from ..trace.trace import Trace

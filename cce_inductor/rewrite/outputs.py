@@ -15,9 +15,9 @@ from torch.fx.node import map_arg
 
 from ..graph import nodes
 from ..graph.builder import Builder
+from ..graph.facts import Fact
 from ..graph.fakes import fake
 from ..graph.refusal import Refused
-from ..graph.spellings import Fact
 from ..trace import operands
 from ..trace.affine import Listed
 from ..trace.codes import codes

@@ -13,7 +13,7 @@ from ..trace.trace import Trace
 WORDS = {
     "lse": "log-sum-exp",
     "lse_low": "",
-    "lse_rest": "log-sum-exp without the target",
+    "lse_rest": "log-sum-exp without the target, or more classes",
     "lse_rest_low": "",
     "target_logit": "logit of the target",
     "entry_logits": "logits of K classes of each row",
@@ -79,7 +79,7 @@ def _uses(trace: Trace, defers: bool) -> Iterator[tuple[Node, Read]]:
 def _words(name: str) -> str:
     divergence = TABLE[name].divergence
     if divergence is None:
-        return WORDS[name]
+        return WORDS.get(name, name)
     return OF_MIXTURES[divergence.name] if TABLE[name].has_divergence else ""
 
 

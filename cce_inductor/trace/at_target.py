@@ -17,11 +17,11 @@ from torch.fx import Node
 
 from ..graph import nodes
 from ..graph.builder import Builder, Proxy
+from ..graph.facts import Fact
 from ..graph.fakes import fake, is_number, is_tensor
 from ..graph.memory import storages, written
 from ..graph.nodes import Op
 from ..graph.refusal import Refused
-from ..graph.spellings import Fact
 from .affine import IDENTITY
 from .decompose import widened
 from .marks import Mark, mark

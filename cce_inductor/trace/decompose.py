@@ -19,10 +19,10 @@ from torch.fx import Node
 
 from ..graph import nodes
 from ..graph.builder import Builder, Proxy
+from ..graph.facts import Fact
 from ..graph.fakes import example, fake
 from ..graph.memory import written_after
 from ..graph.refusal import Refused
-from ..graph.spellings import Fact
 from ..ops.losses import cross_entropy, normalizer
 from .one_hot import coefficient
 from .operands import vocab

@@ -9,10 +9,10 @@ from torch.fx import Graph, Node
 from .. import compat
 from ..config import Settings
 from ..graph import nodes
+from ..graph.facts import Fact
 from ..graph.fakes import fake, is_tensor
 from ..graph.refusal import Refusal
 from ..graph.regions import descendants
-from ..graph.spellings import Fact
 from ..ops.picked import FEWEST
 from . import rules
 from .heads import large

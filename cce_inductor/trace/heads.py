@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .. import compat
 from ..config import Settings
 from ..graph import nodes
+from ..graph.facts import Fact
 from ..graph.fakes import example, fake, is_tensor, same
 from ..graph.memory import storages, written
 from ..graph.refusal import Refusal, Refused
-from ..graph.spellings import Fact
 from .affine import Affine, Shift
 from .shapes import is_vocabulary_vector
 from .values import Head, RowMap, SeveralHeads, Value

@@ -22,10 +22,10 @@ from torch.fx.node import map_arg
 
 from ..graph import nodes
 from ..graph.builder import Builder, Proxy
+from ..graph.facts import Fact
 from ..graph.fakes import fake, is_number, is_tensor, same
 from ..graph.nodes import Op
 from ..graph.refusal import Refused
-from ..graph.spellings import Fact
 from .decompose import in_dtype_of, widened
 from .log_mixtures import LogOfMixture, only_used_by, takes_out
 from .one_hot import coefficient, mixture

@@ -18,11 +18,11 @@ from torch.fx.node import map_arg
 
 from ..graph import memory, nodes
 from ..graph.builder import Builder
+from ..graph.facts import Fact
 from ..graph.fakes import example, fake, is_symbolic, is_tensor, same
 from ..graph.nodes import Op
 from ..graph.refusal import Refusal, Refused
 from ..graph.regions import descendants
-from ..graph.spellings import Fact
 from . import decompose, embeddings, inner, log_mixtures, margins, ranking, rsqrt_softcap, rules, two_heads
 from .affine import Listed
 from .at_target import is_pointwise

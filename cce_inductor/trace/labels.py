@@ -17,11 +17,11 @@ from torch.fx import Node
 
 from ..graph import memory, nodes
 from ..graph.builder import Builder
+from ..graph.facts import Fact
 from ..graph.fakes import fake, is_number, is_tensor
 from ..graph.memory import written_after
 from ..graph.nodes import Op
 from ..graph.refusal import Refused
-from ..graph.spellings import Fact
 from .marks import COMPARED, mark
 from .operands import exact_dtype
 from .reasons import LABELS

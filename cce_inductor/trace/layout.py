@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ..graph import nodes
 from ..graph.fakes import differentiates, example, fake, same
 from ..graph.refusal import Refused
+from ..graph.spellings import function_of
 from .indexing import columns
 from .values import Args, Value
 
@@ -179,19 +181,16 @@ def getattr(value: Value, node: Node, args: Args) -> Value:
     raise Refused(f"the attribute {name} of the logits is read", "read it from the hidden states")
 
 
-def flip(value: Value, node: Node, args: Args) -> Value:
-    dims = [d % value.fake.dim() for d in _one(args["dims"])]
-    if value.class_dim in dims:
-        raise Refused("the vocabulary is reversed", "reverse the weight instead")
-    return value.mapped(node, lambda h, _: h.flip(dims), value.class_dim, node)
-
-
-def roll(value: Value, node: Node, args: Args) -> Value:
-    shifts, dims = args["shifts"], args["dims"]
-    listed = [dims] if isinstance(dims, int) else dims
-    if not listed or value.class_dim in [d % value.fake.dim() for d in listed]:
-        raise Refused("the vocabulary is rolled", "roll only leading dimensions")
-    return value.mapped(node, lambda h, _: h.roll(shifts, dims), value.class_dim, node)
+def along(value: Value, node: Node, args: Args) -> Value:
+    """An op that moves entries along the dimensions that it names: it does the same to the hidden states."""
+    given = {name: argument for name, argument in args.items() if name != "input"}
+    dims = _one(given["dims"]) if isinstance(given["dims"], (list, tuple)) else [given["dims"]]
+    if None in dims or value.class_dim in [d % value.fake.dim() for d in dims]:
+        raise Refused(f"{nodes.describe(node)} moves the classes", "move leading dimensions, or rows of the weight")
+    op = nodes.read(node)
+    assert op is not None
+    function, given["dims"] = function_of(op.name), dims
+    return value.mapped(node, lambda h, _: function(h, **given), value.class_dim, node)
 
 
 def repeat_interleave(value: Value, node: Node, args: Args) -> Value:

@@ -15,11 +15,11 @@ from torch.fx import Node
 
 from ..graph import nodes
 from ..graph.builder import Builder, Proxy
+from ..graph.facts import Fact
 from ..graph.fakes import example
 from ..graph.memory import storages, written
 from ..graph.nodes import Op
 from ..graph.refusal import Refused
-from ..graph.spellings import Fact
 from ..ops.losses import cross_entropy, normalizer
 from . import rules
 from .decompose import in_dtype_of, widened

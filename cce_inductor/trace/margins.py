@@ -18,11 +18,11 @@ from torch.fx import Node
 
 from ..graph import nodes
 from ..graph.builder import Builder, Proxy
+from ..graph.facts import Fact
 from ..graph.fakes import fake, is_number, is_tensor
 from ..graph.memory import written_after
 from ..graph.nodes import Op
 from ..graph.refusal import Refused
-from ..graph.spellings import Fact
 from . import margin_losses, rules
 from .at_target import OUT_OF_PLACE, Expression, is_pointwise, own_entry
 from .indexing import positions

@@ -11,9 +11,9 @@ from torch.fx import Node
 
 from ..graph import memory, nodes
 from ..graph.builder import Builder
+from ..graph.facts import Fact
 from ..graph.fakes import fake, is_number, is_symbolic, is_tensor, same
 from ..graph.memory import written_after
-from ..graph.spellings import Fact
 from .affine import Factor
 from .operands import symbolic
 from .shapes import is_row_vector, is_vocabulary_vector, same_rows, same_shape
@@ -25,7 +25,7 @@ def one_hot_target(node: Node, value: Value) -> Node | None:
     """The class indices of a one-hot tensor of the logits' shape with the classes last, cast or not; else None."""
     seen = node
     while True:
-        op = nodes.read(seen)
+        op = nodes.read(seen) if is_tensor(seen) else None
         if op is None or op.inplace or op.name not in ("cast", "one_hot", "copy") or written_after(seen):
             return None
         if op.name == "one_hot":

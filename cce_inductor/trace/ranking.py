@@ -13,9 +13,9 @@ import torch
 from torch.fx import Node
 
 from ..graph import nodes
+from ..graph.facts import Fact
 from ..graph.fakes import fake, is_tensor
 from ..graph.refusal import Refused
-from ..graph.spellings import Fact
 from ..ops.ranking import LARGEST
 from .pointwise import not_rounded
 from .reduction import Reduction

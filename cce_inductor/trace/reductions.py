@@ -11,9 +11,9 @@ import torch
 from torch.fx import Node
 
 from ..graph import nodes
+from ..graph.facts import Fact
 from ..graph.fakes import fake, is_number, is_tensor, same
 from ..graph.refusal import Refused
-from ..graph.spellings import Fact
 from ..ops.losses import CrossEntropy
 from .indexing import full, positions
 from .one_hot import one_hot_target

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch.fx import Node
 
+from ..graph.facts import Fact
 from ..graph.nodes import Op
-from ..graph.spellings import NAMES, REDUCING, Fact
+from ..graph.spellings import NAMES, REDUCING
 from . import (
     heads,
     indexing,

@@ -7,9 +7,9 @@ from torch.fx import Node
 
 from ..graph import nodes
 from ..graph.builder import Builder
+from ..graph.facts import Fact
 from ..graph.fakes import fake, is_tensor
 from ..graph.memory import parted, storages, written
-from ..graph.spellings import Fact
 from .indexing import full
 from .operands import vocab
 from .values import Diagonal, Value

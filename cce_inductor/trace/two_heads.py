@@ -17,10 +17,10 @@ from torch.fx import Node
 
 from ..graph import memory, nodes
 from ..graph.builder import Builder, Proxy
+from ..graph.facts import Fact
 from ..graph.fakes import fake, is_number, is_tensor, same
 from ..graph.nodes import Op
 from ..graph.refusal import Refused
-from ..graph.spellings import Fact
 from . import masks_of_two, rules
 from .decompose import in_dtype_of, widened
 from .functions import Change, LogMixture, Product, comparable, in_functions, of_two, put_function, read_with

@@ -19,9 +19,9 @@ from torch.fx.node import map_arg
 from .. import compat
 from ..config import Settings
 from ..graph import memory, nodes
+from ..graph.facts import Fact
 from ..graph.fakes import example, fake
 from ..graph.refusal import Refusal
-from ..graph.spellings import Fact
 from .findings import Finding
 from .heads import large
 from .interpreter import Interpreter

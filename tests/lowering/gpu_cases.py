@@ -375,7 +375,9 @@ CASES = {
     "blocks": Case(plain, dtype=torch.bfloat16, sweeps=(Sweep(32, 256, EVERY),)),
     "chunk": Case(softcapped, sweeps=(Sweep(32, 512, EVERY),)),
     "chunk of float32 weights in bfloat16": Case(plain, autocast=True, sweeps=(Sweep(32, 512, EVERY),)),
-    "separate": Case(plain, dtype=torch.bfloat16, sweeps=(Sweep(32, 512, EVERY[:1]), Sweep(0, 256, EVERY[1:]))),
+    "separate": Case(
+        plain, dtype=torch.bfloat16, sweeps=(Sweep(32, 512, EVERY[:1]), Sweep(0, 256, EVERY[1:])), kernels=5
+    ),
     "blocks in float16": Case(scaled, dtype=torch.float16, sweeps=(Sweep(32, 256, EVERY),)),
     "TMA": Case(plain, dtype=torch.bfloat16, tiles=replace(SMALL, tma=True)),
     "TMA, weight stored (D, V)": Case(

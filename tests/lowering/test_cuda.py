@@ -68,7 +68,7 @@ def test_interpreted_kernels_obey_the_error_rule(group):
         # One kernel of each kind, for all regions.
         case = CASES[name]
         drops = case.budget and case.loss is not CASES["budget, smoothing"].loss
-        assert len(ours) == (14 if drops else 5 if name == "separate" else case.kernels), result
+        assert len(ours) == (14 if drops else case.kernels), result
 
 
 EVERY_KERNEL = [*ahead_of_time.VARIANTS]

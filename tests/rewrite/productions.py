@@ -541,6 +541,14 @@ MARGINS = {
         "i = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, t[..., None], True)",
         "z = torch.where(i, z - torch.matmul(i.float(), torch.linspace(0.1, 0.5, {v})[:, None]).to(z.dtype), z)",
     ),
+    "others of the target's label masked": (
+        "own = (t % 3)[..., None] == torch.arange({v}) % 3",
+        "z = z.masked_fill(own & ~F.one_hot(t, {v}).bool(), -math.inf)",
+    ),
+    "others of the target's label filled": (
+        "own = (torch.arange({v}) % 3).eq((t % 3).unsqueeze(-1)).scatter(-1, t[..., None], False)",
+        "z = torch.where(own, -1.5, z)",
+    ),
     "a margin in place": (
         "z = z.clone()",
         "z.scatter_add_(-1, t[..., None], torch.full_like(t[..., None], -0.3, dtype=z.dtype))",

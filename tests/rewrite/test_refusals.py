@@ -37,6 +37,8 @@ def softened(z):
 REFUSED = {
     "dropout": (lambda z, t: ce(F.dropout(z, 0.0), t), "dropout", "hidden states"),
     "relu": (lambda z, t: ce(F.relu(z), t), "relu", ""),
+    "the classes reversed": (lambda z, t: ce(z.flip(-1), t), "moves the classes", "leading"),
+    "the classes rolled": (lambda z, t: ce(z.roll(1), t), "moves the classes", "leading"),
     "softmax first": (lambda z, t: ce(F.softmax(z, -1), t), "softmax", ""),
     "layer norm": (lambda z, t: ce(F.layer_norm(z, z.shape[-1:]), t), "layer_norm", ""),
     "in place, not a pointwise op": (lambda z, t: (z.relu_(), ce(z, t))[1], "in place", "out-of-place"),

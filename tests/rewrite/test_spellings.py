@@ -5,7 +5,8 @@ import inspect
 import pytest
 import torch
 
-from cce_inductor.graph.spellings import FUNCTIONS, METHODS, NAMES, SPELLINGS, Fact
+from cce_inductor.graph.facts import Fact
+from cce_inductor.graph.spellings import FUNCTIONS, METHODS, NAMES, SPELLINGS
 from cce_inductor.trace import rules
 
 TABLES = {"head": rules.HEADS, "several": rules.SEVERAL, "beside": rules.BESIDE, "rules": rules.RULES}
