@@ -104,6 +104,15 @@ def written_twice(node: Node) -> bool:
     return sum(written((n,), memory) for n in node.graph.nodes) > 1
 
 
+def only_write(node: Node) -> Node | None:
+    """The node that writes into a tensor, if it is the only one and nothing reads the tensor before; else None."""
+    edits = [user for user in node.users if node in mutated(user)]
+    if len(edits) != 1 or written_twice(node):
+        return None
+    before = itertools.takewhile(lambda n: n is not edits[0], node.graph.nodes)
+    return None if any(n in node.users for n in before) else edits[0]
+
+
 def parted(source: Node, copy: Node) -> bool:
     """Whether a node copies another, and one of the two is written to: they may differ afterwards."""
     if storages(source) == storages(copy):

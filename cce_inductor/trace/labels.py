@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
@@ -31,25 +30,17 @@ from .targets import base, counts, same_classes
 from .values import Diagonal, Labels, Value
 
 
-@dataclass(frozen=True)
-class Numbers:
-    """What a tensor holds: at the class that is kept, at the others of the row's label, and elsewhere.
-
-    None at the first: that is not known.
-    """
+class Numbers(NamedTuple):
+    """What a tensor holds: at the class that is kept, with the row's label or another; at others of it; elsewhere."""
 
     kept: Any
+    kept_of_another: Any
     same: Any
     elsewhere: Any
 
-    def map(self, function: Callable[..., Any], *others: Numbers) -> Numbers:
-        """A function of the numbers of several; unknown is what takes something unknown."""
 
-        def of(*given: Any) -> Any:
-            return None if None in given else function(*given)
-
-        every = (self, *others)
-        return Numbers(of(*(n.kept for n in every)), of(*(n.same for n in every)), of(*(n.elsewhere for n in every)))
+def _everywhere(number: Any) -> Numbers:
+    return Numbers(number, number, number, number)
 
 
 class Mask:
@@ -77,15 +68,16 @@ class Mask:
 
     def _read(self, node: Any) -> Numbers:
         if _is_plain(node):
-            return Numbers(node, node, node)
+            return _everywhere(node)
         if not is_tensor(node) or not same_shape(node, self.value):
             if is_tensor(node) and (number := _number(node)) is not None:
-                return Numbers(number, number, number)
+                return _everywhere(number)
             raise Refused(*LABELS)
-        edit = _edit(node)
+        edit = memory.only_write(node)
         if edit is None and written_after(node):
             raise Refused(*LABELS)
-        return self._made(node) if edit is None else self._edited(self._made(node), edit)
+        op = nodes.read(edit) if edit is not None else None
+        return self._made(node) if op is None else self._edited(self._made(node), op)
 
     def _made(self, node: Node) -> Numbers:
         """What it holds before it is edited."""
@@ -98,12 +90,12 @@ class Mask:
                 return self._of_kept(found.target, constant[0] + found.at_target.constant, found.elsewhere)
             return self._of_kept(found.target, found.at_target, found.elsewhere)
         if nodes.called(node) == "bool":
-            return self._read(node.args[0]).map(bool)
+            return Numbers(*map(bool, self._read(node.args[0])))
         op = nodes.read(node)
         if op is None or op.inplace:
             raise Refused(*LABELS)
         if op.has(Fact.CONSTANT) and _is_plain(number := op.args["fill_value"]):
-            return Numbers(number, number, number)
+            return _everywhere(number)
         if (compared := self._compared(op)) is not None:
             return compared
         if op.name == "scatter":
@@ -112,16 +104,15 @@ class Mask:
         if rule is None or op.args.get("alpha", 1) != 1 or op.args.get("rounding_mode") is not None:
             raise Refused(*LABELS)
         if fake(node).dtype == torch.bool and op.name in ("cast", "copy"):
-            return self._read(op.args["input"]).map(bool)
+            rule = bool
         names = _ARGUMENTS.get(op.name, ("input", "other"))
-        first, *others = (self._read(op.args[name]) for name in names)
-        return _with_certain(op.name, rule, first, *others)
+        return Numbers(*map(rule, *(self._read(op.args[name]) for name in names)))
 
     def _of_kept(self, target: Node | Diagonal, kept: Any, elsewhere: Any) -> Numbers:
         if self.kept is not None and not same_classes(self.kept, target):
             raise Refused(*LABELS)
         self.kept = target
-        return Numbers(kept, elsewhere, elsewhere)
+        return Numbers(kept, kept, elsewhere, elsewhere)
 
     def _compared(self, op: Op) -> Numbers | None:
         """eq or ne of a label of each row and one of each class."""
@@ -139,7 +130,7 @@ class Mask:
                     raise Refused(*LABELS)
                 self.labels = found
                 same = op.name == "eq"
-                return Numbers(same if self.keeps_itself else None, same, not same)
+                return Numbers(same, not same, same, not same)
         return None
 
     def _edited(self, before: Numbers, edit: Op) -> Numbers:
@@ -166,7 +157,7 @@ class Mask:
         if not _is_plain(number):
             raise Refused(*LABELS)
         self._of_kept(classes, number, None)
-        return replace(before, kept=number)
+        return before._replace(kept=number, kept_of_another=number)
 
     def filled(self, builder: Builder, number: float) -> tuple[Node, Node]:
         """Records what the classes that are left out hold, and how many they are, for each row, 1 wide."""
@@ -196,16 +187,15 @@ def left_out(op: Op, value: Value) -> tuple[Mask, float, bool] | None:
     if not is_tensor(mask) or not same_shape(mask, value) or value.class_dim != value.fake.dim() - 1:
         return None
     number = _number(number) if is_tensor(number) else number
+    same, elsewhere = {"add": (-math.inf, 0), "mul": (0, 1)}.get(name, (there, not there))
     made = Mask(mask, value)
-    of_mask = {"add": (-math.inf, 0), "mul": (0, 1)}
-    same, elsewhere = of_mask.get(name, (there, not there))
     found = made.numbers
-    if found.same != same or found.elsewhere != elsewhere or not is_number(number):
-        raise Refused(*LABELS)
+    # Of a row's own class it is known that it has the row's label.
+    itself = made.keeps_itself and not isinstance(made.kept, Node)
+    known = itself or (made.kept is not None and found.kept == found.kept_of_another)
     keeps = found.kept == elsewhere
-    if found.kept is None or not (keeps or found.kept == same) or (keeps and made.kept is None):
-        raise Refused(*LABELS)
-    if not keeps and (made.partial or (made.kept is None and not made.keeps_itself)):
+    fits = (found.same, found.elsewhere) == (same, elsewhere) and (keeps or found.kept == same)
+    if not known or not fits or (made.partial and not keeps) or not is_number(number) or not number < math.inf:
         raise Refused(*LABELS)
     return made, float(number), keeps
 
@@ -213,26 +203,6 @@ def left_out(op: Op, value: Value) -> tuple[Mask, float, bool] | None:
 def log_count(number: Any, count: Any) -> Any:
     """The log-sum-exp of so many equal numbers, recorded: -inf of none."""
     return number.masked_fill(count.eq(0), -math.inf) + count.log()
-
-
-def _edit(node: Node) -> Op | None:
-    """The only op that writes into a tensor, before anything else reads it; Refused for other writes."""
-    edits = [user for user in node.users if node in memory.mutated(user)]
-    if not edits:
-        return None
-    before = {n for n in node.users if n is not edits[0] and n in _before(edits[0])}
-    if len(edits) > 1 or before or memory.written_twice(node):
-        raise Refused(*LABELS)
-    return nodes.read(edits[0])
-
-
-def _before(node: Node) -> set[Node]:
-    found = set()
-    for other in node.graph.nodes:
-        if other is node:
-            break
-        found.add(other)
-    return found
 
 
 def _is_plain(number: Any) -> bool:
@@ -249,21 +219,6 @@ def _number(node: Node) -> Any:
     return given if _is_plain(given) and fake(node).dim() == 0 and not written_after(node) else None
 
 
-def _with_certain(name: str, rule: Callable[..., Any], *given: Numbers) -> Numbers:
-    """What a rule gives; where one argument is unknown, the other may decide."""
-    made = given[0].map(rule, *given[1:])
-    deciding = _DECIDING.get(name)
-    if made.kept is None and deciding is not None and any(n.kept is not None and n.kept == deciding for n in given):
-        return replace(made, kept=deciding)
-    if name == "masked_fill" and made.kept is None and given[1].kept is not None and bool(given[1].kept):
-        return replace(made, kept=given[2].kept)
-    if name == "where" and made.kept is None and given[0].kept is not None:
-        return replace(made, kept=given[1].kept if given[0].kept else given[2].kept)
-    return made
-
-
-# What an argument makes of the result whatever the other one is.
-_DECIDING: dict[str, Any] = {"and": False, "or": True, "mul": 0}
 _RULES: dict[str, Callable[..., Any]] = {
     "and": lambda a, b: bool(a) and bool(b),
     "or": lambda a, b: bool(a) or bool(b),

@@ -180,6 +180,8 @@ def _mask_labels(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
         return False
     entry = replace(entry, values=[value])
     mask, number, keeps = found
+    if is_tensor(node) and fake(node).dtype != value.fake.dtype:
+        raise Refused(*MARGIN)
     builder, before = Builder(walk.graph, node), node.prev
     if keeps and value.kind == "logits":
         filled = None if number == -math.inf else builder.run(mask.filled, builder, number)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -230,15 +229,12 @@ def _on_diagonal(node: Node, value: Value, number: float, elsewhere: float) -> M
 
 def _edited_once(node: Node, value: Value) -> Mixture | None:
     """A constant, or one into which a number is written once, in place, before anything else reads it."""
-    edits = [user for user in node.users if node in memory.mutated(user)]
-    if not edits and not memory.written(node.graph.nodes, memory.storages(node)):
+    if not memory.written(node.graph.nodes, memory.storages(node)):
         number = _constant(node, shared=True)
         return None if number is None else Mixture((), number)
-    op = nodes.read(edits[0]) if len(edits) == 1 else None
-    if op is None or op.name not in _WRITES or memory.written_twice(node):
-        return None
-    before = itertools.takewhile(lambda n: n is not edits[0], node.graph.nodes)
-    if any(n in node.users for n in before):
+    edit = memory.only_write(node)
+    op = nodes.read(edit) if edit is not None else None
+    if op is None or op.name not in _WRITES:
         return None
     return _WRITES[op.name](op.args, value, edited=True)
 
