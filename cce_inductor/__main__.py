@@ -1,4 +1,4 @@
-"""``python -m cce_inductor demo | bench | explain | doctor``."""
+"""``python -m cce_inductor demo | bench | explain | plan | doctor``."""
 
 import argparse
 import atexit
@@ -31,6 +31,12 @@ def _doctor(arguments: list[str]) -> int:
     return 0
 
 
+def _plan(arguments: list[str]) -> int:
+    from .plan import main
+
+    return main(arguments)
+
+
 def _explain(arguments: list[str]) -> int:
     """Runs a script with the pass on for plain torch.compile, then prints what became of every loss it compiled."""
     ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -60,7 +66,7 @@ def _write_report(report: "Report", html: str | None) -> None:
         print(f"\n{html} written")
 
 
-COMMANDS = {"demo": _demo, "bench": _bench, "explain": _explain, "doctor": _doctor}
+COMMANDS = {"demo": _demo, "bench": _bench, "explain": _explain, "plan": _plan, "doctor": _doctor}
 
 
 def main(arguments: list[str]) -> int:
