@@ -200,6 +200,12 @@ def of_a_copy(z: Tensor, t: Tensor) -> Tensor:
     return F.cross_entropy(y.view(-1, V), t[:, 1:].flatten())
 
 
+def a_number_at_the_target(z: Tensor, t: Tensor) -> Tensor:
+    y = z.flatten(0, 1).clone()
+    y[ROWS, t.flatten()] = 0.5
+    return (y.logsumexp(-1) - z.flatten(0, 1)[ROWS, t.flatten()]).mean()
+
+
 LOSSES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "masked_fill": lambda z, t: flat(z.masked_fill(PADDED, -torch.inf), t % 900),
     "masked_fill_expanded": lambda z, t: flat(z.masked_fill(PADDED.expand_as(z), -torch.inf), t % 900),
@@ -207,6 +213,7 @@ LOSSES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "masked_by_where": lambda z, t: flat(torch.where(PADDED, -1e9, z), t % 900),
     "masked_by_a_sum": lambda z, t: flat(z + PADDED * -1e9, t % 900),
     "logit_adjustment": lambda z, t: flat(z + PRIOR, t),
+    "logit_adjustment, expanded": lambda z, t: flat(z - torch.broadcast_to(PRIOR, z.shape), t),
     "temperature": lambda z, t: flat(z / 0.7, t),
     "softcap": lambda z, t: flat(30 * torch.tanh(z / 30), t),
     "label_smoother": label_smoother,
@@ -252,6 +259,7 @@ LOSSES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "margin_by_scatter": margin_by_scatter,
     "margin_in_place": margin_in_place,
     "margin_added_in_place": margin_added_in_place,
+    "a_number_at_the_target": a_number_at_the_target,
     "temperature_in_place": in_place(temperature_in_place),
     "factor_in_place": in_place(lambda z: z.mul_(torch.tensor(0.5))),
     "bias_in_place": in_place(lambda z: z.add_(PRIOR)),
@@ -306,6 +314,18 @@ def test_no_logits_are_needed(name: str) -> None:
         for g, e, x in zip(got, expected, exact, strict=True):
             off, theirs = ((t.double() - x).norm() / x.norm() for t in (g, e))
             assert off <= 1.25 * theirs + 8 * torch.finfo(torch.float32).eps, f"off by {off:.2e}, eager {theirs:.2e}"
+
+
+def test_a_learned_bias_that_is_expanded_has_its_gradient() -> None:
+    made = []
+    for ours in (False, True):
+        model, prior = Model(), PRIOR.clone().requires_grad_()
+        counters["cce_inductor"].clear()
+        z = (compiled(model) if ours else model)(X)
+        made.append(torch.autograd.grad(flat(z + prior.expand_as(z), T), [*model.head.parameters(), prior]))
+        assert counters["cce_inductor"]["deferred_materialized"] == 0
+    for one, other in zip(*made, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_a_learned_temperature_has_its_gradient() -> None:

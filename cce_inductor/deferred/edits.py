@@ -54,8 +54,9 @@ def _filled_at(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: d
     if index is None or index.dim() != 1:
         return NotImplemented
     if logits is whole and len(others) == 1 and others[0] is not None and _are_all_rows(others[0], logits):
-        if index.dtype != torch.int64 or values.shape != index.shape or values.dtype != logits.dtype:
+        if index.dtype != torch.int64 or values.shape not in (index.shape, ()) or values.dtype != logits.dtype:
             return NotImplemented
+        values = values.to(logits.device).repeat(index.shape) if values.dim() == 0 else values
         return _put(logits, logits, at_classes, at_classes_, (index, values), {})
     number = _number(values)
     if number is None or any(i is not None for i in others) or not _has_the_same_rows(logits, whole):

@@ -107,12 +107,28 @@ def _record(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 
 def _narrowed(argument: Any) -> Any:
-    """A tensor that is expanded, as it was before; where a gradient reaches it, and anything else, as it is."""
-    if type(argument) is not Tensor or argument.requires_grad:
+    """A tensor that is expanded, as it was before; anything else as it is."""
+    if type(argument) is not Tensor:
+        return argument
+    base = argument._base
+    if base is not None and type(base) in (Tensor, torch.nn.Parameter) and _is_expanded(argument, base):
+        return base  # where a gradient reaches it, too
+    if argument.requires_grad:
         return argument
     for dim, (size, stride) in enumerate(zip(argument.size(), argument.stride(), strict=True)):
         argument = argument.narrow(dim, 0, 1) if stride == 0 and size > 1 else argument
     return argument
+
+
+def _is_expanded(view: Tensor, base: Tensor) -> bool:
+    """Whether a view is a tensor expanded, with the gradient that it has."""
+    if view.numel() <= base.numel() or view.requires_grad != base.requires_grad or view.dtype != base.dtype:
+        return False
+    try:
+        again = base.detach().expand(view.shape)
+    except RuntimeError:
+        return False
+    return again.stride() == view.stride() and again.data_ptr() == view.data_ptr()
 
 
 def _step_of(
