@@ -57,7 +57,9 @@ def on_compile_start(callback: Callable[[], None]) -> None:
     from torch._dynamo.callback import callback_handler
 
     kept = _Callbacks(callback_handler.start_callbacks)
-    kept.lasting = [*getattr(callback_handler.start_callbacks, "lasting", []), lambda _args: callback()]
+    # Of a backward in a compiled function Dynamo would trace it, and wait for the lock under which it is called.
+    own = torch._dynamo.disable(lambda _args: callback())
+    kept.lasting = [*getattr(callback_handler.start_callbacks, "lasting", []), own]
     kept.append(kept.lasting[-1])
     callback_handler.start_callbacks = kept
 

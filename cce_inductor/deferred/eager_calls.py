@@ -384,9 +384,9 @@ def _remember(logits: DeferredLogits, call: Callable, args: tuple, kwargs: dict[
     """Notes what a call has given: entries of the logits, and a statistic that the program may put beside them."""
     name, signature = FUNCTIONS.get(call) or METHODS[call.__name__]
     given = signature.bind(*args, **kwargs).arguments
-    dims = given.get("dim", -1)
-    if dims is None or given.get("dtype") is not None:
-        return
+    dims = given.get("dim", -1 if name == "topk" else None)
+    if dims is None or dims == () or given.get("dtype") is not None:
+        return  # of all entries
     dims = tuple(dims) if isinstance(dims, (tuple, list)) else (dims,)
     keepdim = given.get("keepdim", False)
     index = given.get("index", given.get("indices"))

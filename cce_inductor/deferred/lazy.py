@@ -76,6 +76,8 @@ def _record(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if any(isinstance(a, Tensor) for a in kwargs.values()):
         return NotImplemented
     logits = args[given[0]]
+    if any(_mixes_gradients(args[i], tensors) for i in given):
+        return NotImplemented
     if not all(_recordable(args[i], *tensors, *(args[k] for k in given)) for i in given):
         return NotImplemented
     if len(given) == 1 and len(args) == 2 and len(tensors) == 1 and not kwargs:
@@ -104,6 +106,17 @@ def _record(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
     value = _step_of(func, [read(a) for a in args], kwargs, given, extras)
     return NotImplemented if value is None else DeferredLogits(value, meta, logits.device)
+
+
+def _mixes_gradients(logits: DeferredLogits, beside: Sequence[Tensor]) -> bool:
+    """Whether a gradient would reach what stands beside detached logits, and not all that they were made of.
+
+    Steps do not say what was computed without a gradient.
+    """
+    if logits.requires_grad or not torch.is_grad_enabled() or not any(t.requires_grad for t in beside):
+        return False
+    origin = logits._value.origin
+    return origin is None or any(origin.head.needs) or any(e.tensor.requires_grad for e in origin.extras)
 
 
 def _narrowed(argument: Any) -> Any:

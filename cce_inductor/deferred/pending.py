@@ -357,11 +357,12 @@ class PendingValue:
         own: list[Extra | Spreadable] = []
         parts: list[tuple[Step | Joint, ...]] = []
         nodes: list[Any] = []
-        for origin in origins:
+        for origin, trained in zip(origins, trains, strict=True):
             assert origin is not None
             steps = origin.steps[n:] if origin.head is first else (OTHER, *origin.steps)
             parts.append(tuple(step.behind(known, len(own)) for step in steps))
-            own += origin.extras[known:]
+            beside_it = origin.extras[known:]
+            own += beside_it if trained else [e.detached if isinstance(e, Extra) else e for e in beside_it]
             nodes += origin.beside[len(source.origin.beside) :]
         given = tuple(map(Part, range(len(values)))) if args is None else args
         step = Joint(op, tuple(parts), moved(given, 0, known + len(own)))
@@ -377,7 +378,7 @@ class PendingValue:
 
         child = PendingValue(make, origin, source)
         child._parts = tuple(values)
-        for value in {source, *values}:
+        for value in values:  # what they are made from, they read: it may be edited, and one of them be that edit
             value.memory.readers.add(child)
         return child
 

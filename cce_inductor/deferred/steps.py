@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -148,6 +149,13 @@ class Extra:
             self.alias = tensor.detach()
             self.copy = self.alias.clone()
         self._sample = sample(self.alias)  # of the copy, whose strides may be others, it would be another
+
+    @property
+    def detached(self) -> Extra:
+        """The same without the gradient that the tensor may have."""
+        made = copy.copy(self)
+        made.tensor = self.alias
+        return made
 
     @property
     def unchanged(self) -> bool:

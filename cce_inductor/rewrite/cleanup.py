@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch.fx import Graph, Node
 
 from ..graph import nodes
@@ -13,6 +15,7 @@ from ..trace import operands
 from ..trace.codes import codes
 from ..trace.trace import Trace
 from ..trace.values import Head, Value
+from ..trace.walk import distinct
 
 # ---- what is left
 
@@ -33,10 +36,13 @@ def _same_shape(builder: Builder, value: Value) -> Proxy:
     return h.expand(*sizes)
 
 
-def erase_dead(graph: Graph, trace: Trace, findings: list[Node]) -> None:
-    """Erases losses and logits without a use. Only nodes of the trace: they are known to be pure, or to edit logits."""
+def erase_dead(graph: Graph, traces: Iterable[Trace], findings: Iterable[Node]) -> None:
+    """Erases losses and logits without a use. Only nodes of traces: they are known to be pure, or to edit logits.
+
+    Of all traces at once: what is made of two heads keeps both alive.
+    """
     dead = set(findings)
-    for part in trace.with_parts:
+    for part in distinct(part for trace in traces for part in trace.with_parts):
         dead |= set(part.values)
         # Views of what was broadcast together with the logits.
         dead |= {n for n in descendants(part.first.node) if (op := nodes.read(n)) and op.name == "getitem"}

@@ -129,10 +129,8 @@ def _rewrite_graph(
         cleanup.replace_metadata(graph, trace)
     done = _use_decompositions(interpreter, plans.values(), hoist)
     deferrals, user_outputs = _defer(graph, fused, done, settings)
-    for trace in [trace for decomposition in done for trace in decomposition.traces]:
-        cleanup.erase_dead(graph, trace, [])
-    for plan in fused:
-        cleanup.erase_dead(graph, plan.trace, [reduction.node for reduction in plan.trace.reductions])
+    served = [*(trace for decomposition in done for trace in decomposition.traces), *(plan.trace for plan in fused)]
+    cleanup.erase_dead(graph, served, [r.node for plan in fused for r in plan.trace.reductions])
     interpreter.erase_unused()
     if any(node.target is of_two for node in graph.nodes):
         raise AssertionError("a function of two heads was left without an operator; please report this")

@@ -53,7 +53,7 @@ def _defer_heads(gm: GraphModule, settings: Settings) -> Rewritten:
     for found in traces:
         for trace in found.with_parts:
             cleanup.replace_metadata(copy.graph, trace)
-        cleanup.erase_dead(copy.graph, found, [])
+        cleanup.erase_dead(copy.graph, [found], [])
     interpreter.erase_unused()
     copy.graph.lint()
     copy.recompile()

@@ -149,8 +149,33 @@ def follows(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
         raise Refused(f"{what} of the products of two heads' probabilities", "sum them over the classes first")
     made = rule(walk, node, op) if rule is not None else _rearranged(walk, node, op)
     if made is not None:
-        put(walk, node, made, op.args["input"] if op.inplace else None)
+        put(walk, node, _as_recorded(walk, node, made), op.args["input"] if op.inplace else None)
     return True
+
+
+def _as_recorded(walk: Walk, node: Node, made: Sum) -> Sum:
+    """What a node is, without the gradient that it has not: it was detached, or computed under no_grad."""
+    members = [m for p in made.products for m in p.members]
+    if not is_tensor(node) or fake(node).requires_grad or not any(m.fake.requires_grad for m in members):
+        return made
+    given = [c.node for p in made.products for c in p.changes if c.how != "map"]
+    if any(n is not None and fake(n).requires_grad for n in given):
+        raise Refused("weighted products of two heads' probabilities are detached", "detach their sum, or each head")
+    builder, before = Builder(walk.graph, node), node.prev
+    detached = {n: builder.run(lambda n=n: builder.proxy(n).detach()).node for n in {m.node: None for m in members}}
+    walk.visit_added(before, node)
+
+    def of(value: Value) -> Value:
+        found = read_with(walk.values[detached[value.node]], value.class_dim)
+        return replace(found, function=value.function)
+
+    def of_values(values: Value | LogMixture | None) -> Value | LogMixture | None:
+        if isinstance(values, LogMixture):
+            return LogMixture(tuple((number, of(v)) for number, v in values.parts))
+        return values and of(values)
+
+    products = [replace(p, weights=p.weights and of(p.weights), values=of_values(p.values)) for p in made.products]
+    return replace(made, products=tuple(products))
 
 
 def _shape_is_read(walk: Walk, node: Node, source: Node) -> bool:
@@ -253,8 +278,9 @@ def _add(walk: Walk, node: Node, op: Op) -> Sum:
 
 
 def _alike(node: Node, a: Sum, b: Sum) -> None:
-    shapes = {tuple(map(str, fake(n).shape)) for n in (a.node, b.node, node)}
-    if a.class_dim != b.class_dim or len(shapes) > 1:
+    shape, *others = (fake(n).shape for n in (a.node, b.node, node))
+    alike = all(len(other) == len(shape) and all(map(same, shape, other)) for other in others)
+    if a.class_dim != b.class_dim or not alike:
         raise Refused("two heads are compared whose logits differ in shape", "give both the same rows and classes")
 
 

@@ -108,7 +108,7 @@ def _heads(interpreter: Interpreter) -> Iterator[tuple[Node, Trace | None]]:
         op = nodes.read(node)
         of_its_own = refused is not None and refused[1] is None and op is not None and op.is_head
         is_head = trace is not None or of_its_own or GIVEN in node.meta
-        if is_head and isinstance(made := example(node), Tensor) and made.requires_grad:
+        if is_head and isinstance(made := example(node), Tensor) and made.requires_grad and made.dim():
             yield node, trace
 
 
