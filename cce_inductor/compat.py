@@ -58,9 +58,8 @@ def on_compile_start(callback: Callable[[], None]) -> None:
 
     kept = _Callbacks(callback_handler.start_callbacks)
     # Of a backward in a compiled function Dynamo would trace it, and wait for the lock under which it is called.
-    own = torch._dynamo.disable(lambda _args: callback())
-    kept.lasting = [*getattr(callback_handler.start_callbacks, "lasting", []), own]
-    kept.append(kept.lasting[-1])
+    kept.append(torch._dynamo.disable(lambda _args: callback()))
+    kept.lasting = [*getattr(callback_handler.start_callbacks, "lasting", []), kept[-1]]
     callback_handler.start_callbacks = kept
 
 

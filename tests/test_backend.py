@@ -206,6 +206,24 @@ def test_out_of_range_target_is_an_error(inputs):
             compiled(h, w, t.clone().fill_(wrong))
 
 
+# In a process of its own: it would wait for ever. The backend of others, too.
+BACKWARD_INSIDE = """
+import torch, torch.nn.functional as F, cce_inductor
+cce_inductor.cce_backend
+w, h, t = torch.randn(64, 16, requires_grad=True), torch.randn(8, 16), torch.arange(8)
+for backend, options in (("aot_eager", None), ("cce", {"compiler": "aot_eager", "min_vocab": 0})):
+    def step(h):
+        loss = F.cross_entropy(F.linear(h, w), t)
+        return loss, *torch.autograd.grad(loss, w)
+    for got, want in zip(torch.compile(step, backend=backend, options=options)(h), step(h)):
+        torch.testing.assert_close(got, want)
+"""
+
+
+def test_a_backward_in_a_compiled_function_returns():
+    subprocess.run([sys.executable, "-c", BACKWARD_INSIDE], check=True, timeout=120)
+
+
 def test_import_is_light():
     """`import torch` imports the package when it looks for plugins: only the standard library may come with it."""
     code = (

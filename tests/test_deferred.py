@@ -222,6 +222,7 @@ ARITHMETIC: dict[str, Callable[[Any], Any]] = {
     "scatter_add": lambda x: x.scatter_add(-1, FIRST[..., None], torch.ones(B, S, 1, dtype=x.dtype)),
     "flip": lambda x: x.flip(1),
     "logsumexp": lambda x: x.logsumexp(0),
+    "rot90": lambda x: x.rot90(1, (0, 1)),
     "roll": lambda x: x.roll(1, 1).roll(1),
     "repeat": lambda x: x.repeat(2, 1, 1),
     "index_select": lambda x: x.index_select(1, torch.tensor([1, 0, 1])),
@@ -400,6 +401,7 @@ READS: dict[str, Callable[[Any], Any]] = {
     "as_subclass": lambda x: x.as_subclass(Tensor),
     "str": lambda x: str(x.detach()),
     "format": lambda x: f"{x.detach()} {x.detach()!s}",
+    "format_of_an_entry": lambda x: f"{x.detach()[0, 0, 0]:.3f} {x.detach().amax():8.2e}",
     "materialize": lambda x: x.materialize() if isinstance(x, DeferredLogits) else x.view(x.shape),
 }
 

@@ -251,6 +251,18 @@ def test_a_loss_that_is_kept_keeps_nothing_else() -> None:
         loss.backward()
 
 
+def test_a_checkpoint_around_the_head_and_its_loss() -> None:
+    """What is compiled or formed for the first call is no part of what the checkpoint saves and compares."""
+    model, (x, t) = deferring(), data()
+    plain = Model()
+    for step in range(3):
+        value = checkpoint(lambda x, step=step: flat(model(x) / (1 + step), t), x, use_reentrant=False)
+        want = flat(plain(x) / (1 + step), t)
+        torch.testing.assert_close(value, want)
+        (got,), (expected,) = (torch.autograd.grad(v, m.head.weight) for v, m in ((value, model), (want, plain)))
+        torch.testing.assert_close(got, expected)
+
+
 def test_a_checkpoint_around_the_head() -> None:
     model, (x, t) = deferring(), data()
     flat(checkpoint(model, x, use_reentrant=False), t).backward()

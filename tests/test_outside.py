@@ -316,6 +316,29 @@ def test_no_logits_are_needed(name: str) -> None:
             assert off <= 1.25 * theirs + 8 * torch.finfo(torch.float32).eps, f"off by {off:.2e}, eager {theirs:.2e}"
 
 
+def test_the_sum_of_all_entries_is_no_sum_of_a_row() -> None:
+    square = torch.arange(24) % V
+    for loss in (
+        lambda z: F.cross_entropy(z.flatten(0, 1)[:, :24] * 10 / z.flatten(0, 1)[:, :24].sum(), square),
+        lambda z: (z - z.sum()).logsumexp(-1).mean() + (z - z.amax()).logsumexp(-1).mean(),
+    ):
+        torch.testing.assert_close(loss(compiled(Model())(X)), loss(Model()(X)))
+
+
+def test_an_edit_beside_what_was_made_before_it() -> None:
+    made: list[Callable[[Any], Any]] = [
+        lambda z: z.log_softmax(-1), lambda z: z.clone(), lambda z: z + 1, lambda z: z.logsumexp(-1, keepdim=True)
+    ]  # fmt: skip
+    for before in made:
+
+        def difference(z: Tensor, before: Callable = before) -> Tensor:
+            known = before(z)
+            z.mul_(2.0)
+            return (z - known).exp().mean()
+
+        torch.testing.assert_close(difference(compiled(Model())(X)), difference(Model()(X)))
+
+
 def test_a_learned_bias_that_is_expanded_has_its_gradient() -> None:
     made = []
     for ours in (False, True):

@@ -173,6 +173,55 @@ def test_what_follows_from_two_heads_may_be_detached(how: str) -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
+# With what has a gradient beside logits that have none: a temperature s of one element.
+DETACHED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "probabilities": lambda z, r, s: -((r / s).softmax(-1).detach() * (z / s).log_softmax(-1)).sum(-1).mean(),
+    "no_grad": lambda z, r, s: (lambda q: -(q * z.log_softmax(-1)).sum(-1).mean())(without_grad(lambda: r / s)),
+    "before": lambda z, r, s: (z.softmax(-1) * (r * s).detach().log_softmax(-1)).sum(-1).mean(),
+    "itself": lambda z, r, s: -((z.detach() / s).softmax(-1) * (z / s).log_softmax(-1)).sum(-1).mean(),
+    "a sum": lambda z, r, s: F.cross_entropy((1 + s) * z - (s * r).detach(), torch.arange(N) % V),
+}
+
+
+def without_grad(fn: Callable[[], Tensor]) -> Tensor:
+    with torch.no_grad():
+        return fn().softmax(-1)
+
+
+@pytest.mark.parametrize("how", ["frozen", "trained"])
+@pytest.mark.parametrize("name", DETACHED)
+def test_what_is_detached_gives_no_gradient_to_what_is_beside(name: str, how: str) -> None:
+    torch._dynamo.reset()
+    student, teacher, (x, y, _) = Model(D), Model(24), data()
+    found = []
+    for one, other in ((student, teacher), (compiled(student), compiled(teacher))):
+        s = torch.tensor(1.5, requires_grad=True)
+        with torch.set_grad_enabled(how == "trained"):
+            r = other(y)
+        of = [*student.parameters(), s, *(teacher.parameters() if how == "trained" else ())]
+        found.append(torch.autograd.grad(DETACHED[name](one(x), r, s), of, allow_unused=True))
+    for want, got in zip(*found, strict=True):
+        # A head whose logits are detached has no gradient in eager mode, and one of 0 where they are read.
+        want, got = (torch.zeros(()) if t is None else t for t in (want, got))
+        torch.testing.assert_close(got, want.expand_as(got), rtol=1e-4, atol=1e-6)
+
+
+def test_dead_code_does_not_keep_a_head_in_another_graph() -> None:
+    torch._dynamo.reset()
+    student, teacher, (x, y, _) = Model(D), Model(24), data()
+
+    def weighed(z: Tensor, r: Tensor) -> Tensor:
+        log_q = r.log_softmax(-1)
+        q = log_q.exp()
+        entropy = -(q * log_q).sum(-1)
+        return (entropy * (q * (log_q - z.log_softmax(-1))).sum(-1)).mean()
+
+    counters["cce_inductor"].clear()
+    got = compiled(weighed)(*frozen(compiled(student), compiled(teacher), x, y))
+    torch.testing.assert_close(got, weighed(*frozen(student, teacher, x, y)), rtol=1e-4, atol=1e-6)
+    assert counters["cce_inductor"]["deferred_materialized"] == 0
+
+
 def test_what_follows_from_two_heads_in_a_graph_of_its_own() -> None:
     """Compiled functions take it as what it follows from, and are compiled for other such tensors apart."""
     torch._dynamo.reset()

@@ -112,8 +112,10 @@ class DeferLogits(torch.autograd.Function):
         if grad[0] is None:
             return (None,) * 3 + tuple(grads)
         create_graph = torch.is_grad_enabled()
-        # Raises, as for eager's head, if one of them has been modified in place. What a read has left knows by itself.
-        operands = ctx.saved_tensors if create_graph or ctx.head.graph is None else ()
+        # Behind a read, the gradient of a bias alone needs neither the hidden states nor the weight.
+        of_bias = ctx.head.graph is not None and not create_graph and not any(needed[:2]) and len(needed) == 3
+        # Raises, as for eager's head, if one of them has been modified in place.
+        operands = ctx.head.graph.operands if of_bias else ctx.saved_tensors
         for i, operand in enumerate(operands):
             check_allocated(operand_name(i), operand)
         wanted = [i for i, need in enumerate(needed) if need]

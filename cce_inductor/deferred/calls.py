@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._pytree import tree_map
 
 from .. import compat
-from ..graph.builder import Builder
+from ..graph.builder import Builder, unhooked
 from ..graph.spellings import functions_of
 from .mixtures import Spread, spread
 from .other_graphs import Form, with_inlined
@@ -313,7 +313,7 @@ def call_graph(
     else:
         node = graph.call_function(call, new_args, new_kwargs)
     fake_args, fake_kwargs = torch.fx.node.map_arg((new_args, new_kwargs), lambda n: n.meta["example_value"])
-    with fakes.mode:
+    with fakes.mode, unhooked():
         made = node.meta["example_value"] = call(*fake_args, **fake_kwargs)
     node.meta["stack_trace"] = compat.python_stack()
     results = [node]

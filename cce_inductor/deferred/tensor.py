@@ -413,6 +413,7 @@ class DeferredLogits(torch.Tensor):
 # on them (__array__, storage, share_memory_, is_shared) follows.
 _THROUGH_VALUE = (
     "__dlpack__",
+    "__format__",
     "apply_",
     "as_subclass",
     "data_ptr",

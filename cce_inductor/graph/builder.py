@@ -4,6 +4,7 @@ Every new node gets the metadata that Dynamo's own nodes have: AOTAutograd's cac
 `example_value`.
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -70,10 +71,13 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
         args, kwargs = values
         function: Callable = getattr(args[0], node.target) if node.op == "call_method" else node.target  # type: ignore
         grad = bool(getattr(example(self.like), "requires_grad", False))
-        # The hooks of a checkpoint around the first call, which compiles, are for what the call itself saves.
-        hooks = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
-        with self.fake_mode, torch.set_grad_enabled(grad), hooks:
+        with self.fake_mode, torch.set_grad_enabled(grad), unhooked():
             return function(*args[1:], **kwargs) if node.op == "call_method" else function(*args, **kwargs)
+
+
+def unhooked() -> contextlib.AbstractContextManager[Any]:
+    """Keeps fake tensors from the hooks of a checkpoint around the first call, which are for what the call saves."""
+    return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
 
 
 class Builder:

@@ -6,7 +6,7 @@ from typing import Any, TypeGuard
 
 from torch import SymFloat, Tensor
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
 from .refusal import Refused
 
@@ -32,6 +32,14 @@ def differentiates(node: Node, *operands: Node) -> bool:
 def same(a: Any, b: Any) -> bool:
     """Whether two sizes are known to be equal, without adding a guard."""
     return statically_known_true(a == b)
+
+
+def guarded_same(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal, in this graph: a guard says so where they are symbols of their own.
+
+    For indices that PyTorch itself would take in another size: who gives one for each row, does so every time.
+    """
+    return bool(same(a, b) or guard_or_false(a == b))
 
 
 def is_number(x: Any) -> bool:

@@ -92,6 +92,8 @@ class Mask:
         if nodes.called(node) == "bool":
             return Numbers(*map(bool, self._read(node.args[0])))
         op = nodes.read(node)
+        if op is not None and op.inplace and memory.only_write(op.args["input"]) is node:
+            return self._read(op.args["input"])  # the tensor that it has written into
         if op is None or op.inplace:
             raise Refused(*LABELS)
         if op.has(Fact.CONSTANT) and _is_plain(number := op.args["fill_value"]):
@@ -141,8 +143,8 @@ class Mask:
             number = edit.args["value"] if edit.args["src"] is None else edit.args["src"]
             if edit.args["dim"] in (self.value.class_dim, self.value.class_dim - self.value.fake.dim()):
                 return self._written(edit.args["index"], before, number)
-        if edit.name == "setitem" and _is_plain(edit.args["value"]):
-            index = edit.args["index"]
+        if edit.name in ("setitem", "masked_fill") and _is_plain(edit.args["value"]):
+            index = edit.args["index" if edit.name == "setitem" else "mask"]
             of_rows = isinstance(index, tuple) and len(index) == 2 and all(map(is_tensor, index))
             if of_rows and self.value.fake.dim() == 2 and is_arange(index[0], self.value.lead_shape, 0):
                 classes = Diagonal() if counts(index[1]) and self.value.has_diagonal else index[1]

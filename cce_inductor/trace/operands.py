@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -196,7 +197,9 @@ def biases(builder: Builder, value: Value, detach: bool) -> Proxy | None:
         held = masked(builder, mask, value)
         if total is None:
             total = builder.call(torch.zeros, (vocab(builder, value),), **like(value, exact))
-        total = total.masked_fill(held, -torch.inf if scale > 0 else torch.inf)
+        # Where all classes hold a finite number, -inf would leave a log-sum-exp without a gradient of 0.
+        least = math.inf if mask.fill == -math.inf else 1e30
+        total = total.masked_fill(held, -least if scale > 0 else least)
     return total
 
 

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from ..graph import nodes
 from ..graph.facts import Fact
-from ..graph.fakes import fake, is_number, is_tensor, same
+from ..graph.fakes import fake, guarded_same, is_number, is_tensor, same
 from ..graph.refusal import Refused
 from ..ops.losses import CrossEntropy
 from .indexing import full, positions
@@ -250,7 +250,7 @@ def _along(value: Value, node: Node, index: Node) -> Reduction:
     """Entries by an index that has the logits' shape but for the number of classes."""
     given = tuple(fake(index).shape)
     lead = given[: value.class_dim] + given[value.class_dim + 1 :]
-    if len(given) != value.fake.dim() or not all(same(a, b) for a, b in zip(lead, value.lead_shape, strict=True)):
+    if len(given) != value.fake.dim() or not all(map(guarded_same, lead, value.lead_shape)):
         raise Refused(f"classes of shape {given} are picked out of logits of shape {tuple(value.fake.shape)}", EACH)
     if same(given[value.class_dim], 1):
         return _picked(value, node, index, False, _keep(value, True))

@@ -114,16 +114,17 @@ def grouped(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
         return False
     heads = classes // new[-1]
     stacked = len(new) == len(lead) + 2 and all(map(same, new, (*lead, heads)))
-    if not stacked and len(new) != 2:
-        return False
+    if (not stacked and len(new) != 2) or not all(isinstance(s, int) for s in lead):
+        return False  # heads are stacked with sizes that are known only
 
     def record(builder: Builder) -> Proxy:
         z = builder.proxy(value.node)
         made = builder.call(torch.stack, [z.narrow(c, k * new[-1], new[-1]) for k in range(heads)], c)
         return made if stacked else made.flatten(0, -2)
 
-    made = walk.values[walk.decompose(node, entry.trace, record)]
-    walk.put(node, made.trace, [v.at(node) for v in made.values])
+    made = walk.values.get(walk.decompose(node, entry.trace, record))
+    if made is not None:
+        walk.put(node, made.trace, [v.at(node) for v in made.values])
     return True
 
 

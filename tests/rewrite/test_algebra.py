@@ -6,7 +6,8 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
-from capture import assert_same_as_eager, graphs_of
+from capture import FUSE_ALL, assert_same_as_eager, graphs_of
+from torch._dynamo.utils import counters
 
 from cce_inductor import config
 from cce_inductor.ops.choice import Choice
@@ -219,6 +220,45 @@ def test_gradients_formed_in_the_forward(name):
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
     for a, b in zip(*(torch.autograd.grad(loss, inputs[:2]) for loss in (wanted, got)), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_whose_width_is_parted_beside_the_head():
+    """As attention parts it, of a batch of symbolic size: no stack of heads, and none of the head's business."""
+    h, q, w = (torch.randn(s).requires_grad_() for s in ((B, S, D), (D, D), (V, D)))
+
+    def fn(h, q, w, t):
+        parted = F.linear(h, q).view(h.shape[0], h.shape[1], 2, D // 2)
+        return ce(F.linear(h + parted.flatten(2).tanh(), w), t)
+
+    assert_same_as_eager(fn, (h, q, w, torch.randint(V, (B, S))), fused=1, dynamic=True)
+
+
+def test_entries_by_an_index_with_a_symbolic_size_of_its_own():
+    """Sizes that Dynamo finds to vary, each with a symbol of its own: a guard says that they are equal."""
+    w = torch.randn(V, D).requires_grad_()
+
+    def fn(h, t):
+        return F.linear(h, w).log_softmax(-1).gather(-1, t[..., None]).mean()
+
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(fn, backend="cce", options=FUSE_ALL)
+    for n in (S, S + 3, S + 5):
+        h, t = torch.randn(B, n, D), torch.randint(V, (B, n))
+        torch.testing.assert_close(compiled(h, t), fn(h, t))
+    assert counters["cce_inductor"]["declined"] == 0 and counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("read", ["cross_entropy", "logsumexp"])
+def test_all_classes_masked_with_a_number(read):
+    """They are constants: no gradient reaches the head."""
+
+    def fn(h, w, t):
+        z = F.linear(h, w).masked_fill(torch.ones(V, dtype=torch.bool), -30.0)
+        return ce(z, t) if read == "cross_entropy" else z.logsumexp(-1).mean()
+
+    inputs = torch.randn(B, S, D).requires_grad_(), torch.randn(V, D).requires_grad_(), torch.randint(V, (B, S))
+    assert_same_as_eager(fn, inputs, fused=1)
 
 
 def test_learned_temperatures():

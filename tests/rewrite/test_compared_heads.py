@@ -5,8 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from capture import assert_same_as_eager, graphs_of
+from capture import FUSE_ALL, assert_same_as_eager, graphs_of
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.distributions import Categorical, kl_divergence
 
 from cce_inductor import config
@@ -144,6 +145,64 @@ def test_same_as_eager(name, dtype):
     assert_same_as_eager(
         heads(FUSED[name]), operands(dtype), fused=1, tolerance=2e-5 if dtype == torch.float32 else 4e-2
     )
+
+
+def without_grad(fn: Callable[[], Tensor]) -> Tensor:
+    with torch.no_grad():
+        return fn()
+
+
+# Products of two heads' functions that have no gradient, though both heads have one.
+DETACHED: dict[str, Callable] = {
+    "a reward": lambda z, r, g: ((z.log_softmax(-1) - r.log_softmax(-1)).detach() * z.softmax(-1)).sum(-1).mean(),
+    "per entry": lambda z, r, g: (kl(z, r).detach().sum(-1) * z.logsumexp(-1)).mean(),
+    "products": lambda z, r, g: ((r.softmax(-1) * z.log_softmax(-1)).detach() * g).sum() + z.logsumexp(-1).mean(),
+    "data": lambda z, r, g: ((r.softmax(-1) * z.log_softmax(-1)).data * g).sum() + z.logsumexp(-1).mean(),
+    "half": lambda z, r, g: (lambda x: (x - 0.5 * x.detach()).sum(-1).mean())(r.softmax(-1) * z.log_softmax(-1)),
+    "beside others": lambda z, r, g: (
+        (r.softmax(-1) * z.log_softmax(-1)).detach() + z.softmax(-1) * z.log_softmax(-1)
+    ).sum(-1).mean(),
+    "without recording": lambda z, r, g: (
+        lambda x: (without_grad(lambda: x * 2) * g).sum() + z.logsumexp(-1).mean()
+    )(r.softmax(-1) * z.log_softmax(-1)),
+    "a mixture": lambda z, r, g: (
+        z.softmax(-1) * (z.log_softmax(-1) - (0.5 * z.softmax(-1) + 0.5 * r.softmax(-1)).log().detach())
+    ).sum(-1).mean(),
+    "entries": lambda z, r, g: (
+        (z.log_softmax(-1) - r.log_softmax(-1)).detach()[torch.arange(N), torch.arange(N)]
+        * z.log_softmax(-1)[torch.arange(N), torch.arange(N)]
+    ).mean(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DETACHED)
+def test_what_is_detached_has_no_gradient(name):
+    x, w, y, u, *_ = operands()
+
+    def fn(x, w, y, u, g):
+        return DETACHED[name](F.linear(x, w), F.linear(y, u), g)
+
+    before = dict(counters["cce_inductor"])
+    g = torch.rand(N, 1)
+    compiled = torch.compile(fn, backend="cce", options=FUSE_ALL)
+    found = [
+        (value.detach(), *torch.autograd.grad(value, (w, u), allow_unused=True))
+        for value in (made(x, w, y, u, g) for made in (fn, compiled))
+    ]
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
+    assert counters["cce_inductor"]["fused"] > before.get("fused", 0) or name in ("entries", "a mixture")
+
+
+@pytest.mark.parametrize("how", ["split", "steps"])
+def test_halves_of_a_symbolic_batch(how):
+    def fn(x, w):
+        z = F.linear(x, w)
+        a, b = torch.split(z, z.size(0) // 2) if how == "split" else (z[0::2], z[1::2])
+        return kl(a, b, "batchmean")
+
+    x, w, *_ = operands()
+    assert_same_as_eager(fn, (x, w), fused=1, tolerance=2e-5, dynamic=True)
 
 
 @pytest.mark.parametrize("name", ["kl_div, batchmean", "reverse", "both ways", "of two sums", "rows that count"])

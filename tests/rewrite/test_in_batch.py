@@ -129,6 +129,8 @@ LABELS = {
     "a difference compared": lambda z, t: pairs(z, (equal(t).float() - eye()) > 0.5),
     "a product": lambda z, t: pairs(z, (equal(t).int() * (1 - eye(dtype=torch.int32))) == 1),
     "the diagonal filled": lambda z, t: pairs(z, filled(equal(t), False)),
+    "the diagonal filled, at once": lambda z, t: pairs(z, equal(t).fill_diagonal_(False)),
+    "the diagonal masked in place": lambda z, t: pairs(z, equal(t).masked_fill_(bools(), False)),
     "the diagonal written": lambda z, t: pairs(z, written(equal(t), (rows(), rows()), False)),
     "the diagonal masked": lambda z, t: pairs(z, equal(t).masked_fill(bools(), False)),
     "where": lambda z, t: F.cross_entropy(torch.where(equal(t) & ~bools(), -1e4, z), rows()),
