@@ -385,12 +385,6 @@ GUARDS: dict[str, tuple[Any, str, Any, Program]] = {
         PendingValue.get,
         Program(["v = z * 1.5", "z.mul_(3.0)", "out += [z.sort(-1).values, v.sort(-1).values]"]),
     ),
-    "an_edit_that_leaves_no_logits_is_none_of_columns": (
-        edits,
-        "_columns",
-        lambda logits, _: slice(0, logits.shape[-1], 1),
-        Program(["z.fill_(0.5)", "out.append(F.cross_entropy(z, target(z)))"]),
-    ),
     "a_view_of_other_rows_is_not_all_rows": (
         edits,
         "_has_the_same_rows",

@@ -144,7 +144,7 @@ def _columns(logits: DeferredLogits, whole: DeferredLogits) -> slice | None:
         rows = logits.shape, logits.stride()
     if rows != (whole.shape[:-1], whole.stride()[:-1]) or not whole.is_contiguous() or not 0 <= start < classes:
         return None
-    return slice(start, start + step * (count - 1) + 1, step) if 0 < count < classes else None
+    return slice(start, start + step * (count - 1) + 1, step) if 0 < count <= classes else None
 
 
 def _number(value: Any) -> float | None:

@@ -1,7 +1,8 @@
 """Other words for the same: what a graph is rewritten to before it is followed, so that rules need not know both.
 
 `made_full`: ``scores.data.clone().fill_(0.1)`` reads no score; it makes a tensor full of a number. `broadcast`: a bias
-that is expanded or repeated to the shape of what it is added to broadcasts to that by itself, as a mask does.
+that is expanded or repeated to the shape of what it is added to broadcasts to that by itself, as a mask does. `kept`: a
+mask over the vocabulary that says which columns stay.
 """
 
 from __future__ import annotations
@@ -51,6 +52,18 @@ def _shaped_like(made: Any) -> Node | None:
         return made
     source = op.args["input"] if op.name == "copy" else None
     return source if is_tensor(source) and not storages(source) & storages(made) else None
+
+
+def kept(graph: Graph) -> None:
+    """``torch.where(mask, z, number)`` of a mask of the last dimension is that of its opposite, the other way round."""
+    for node in list(graph.nodes):
+        op = nodes.read(node)
+        if op is None or op.name != "where" or node.kwargs or len(node.args) != 3:
+            continue
+        mask, z, number = node.args
+        if is_number(number) and is_tensor(z) and is_tensor(mask) and fake(mask).dim() == 1 < fake(z).dim():
+            builder = Builder(graph, node)
+            node.args = builder.run(builder.proxy(mask).logical_not).node, number, z
 
 
 # The operands of each op that may broadcast to another one.

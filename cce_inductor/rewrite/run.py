@@ -95,6 +95,7 @@ def _rewrite_graph(
     copy = copy_graph(gm)
     graph = copy.graph
     simplify.made_full(graph)
+    simplify.kept(graph)
     simplify.broadcast(graph)
     interpreter = Interpreter(graph)
     interpreter.run()

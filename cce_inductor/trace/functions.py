@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..graph.builder import Builder, Proxy
+from ..graph.fakes import fake, is_tensor
 from ..graph.refusal import Refused
 from ..ops.divergences import PARTS, Divergence
 from .pointwise import not_rounded
@@ -86,6 +87,29 @@ def comparable(value: Value) -> None:
     if value.masks:
         raise Refused("masked logits are compared with those of another head", "slice the weight instead of masking")
     not_rounded(value)
+
+
+def as_recorded(walk: Walk, node: Node, products: tuple[Product, ...]) -> tuple[Product, ...]:
+    """The products that a node holds, without a gradient that it has not: it was detached, or made under no_grad."""
+    members = [m for p in products for m in p.members]
+    if not is_tensor(node) or fake(node).requires_grad or not any(m.fake.requires_grad for m in members):
+        return products
+    given = [c.node for p in products for c in p.changes if c.how != "map"]
+    if any(n is not None and fake(n).requires_grad for n in given):
+        raise Refused("weighted products of two heads' probabilities are detached", "detach their sum, or each head")
+    builder, before = Builder(walk.graph, node), node.prev
+    detached = {n: builder.run(lambda n=n: builder.proxy(n).detach()).node for n in {m.node: None for m in members}}
+    walk.visit_added(before, node)
+
+    def of(value: Value) -> Value:
+        return replace(read_with(walk.values[detached[value.node]], value.class_dim), function=value.function)
+
+    def of_values(values: Value | LogMixture | None) -> Value | LogMixture | None:
+        if isinstance(values, LogMixture):
+            return LogMixture(tuple((number, of(v)) for number, v in values.parts))
+        return values and of(values)
+
+    return tuple(replace(p, weights=p.weights and of(p.weights), values=of_values(p.values)) for p in products)
 
 
 # ---- as functions of two heads

@@ -31,6 +31,7 @@ from .log_mixtures import LogOfMixture, only_used_by, takes_out
 from .one_hot import coefficient, mixture
 from .operands import vocab
 from .reductions import arguments_of
+from .shapes import per_row
 from .trace import Trace
 from .two_heads import Sum, averaged, factor_in
 from .values import Value
@@ -89,6 +90,18 @@ class Stacked:
     cure = "add them up"
 
 
+@dataclass(frozen=True)
+class Entries:
+    """kl_div of each entry against one-hot targets, for log-probabilities `value`. rows: their sums, 1 wide."""
+
+    node: Node
+    value: Value
+    rows: Record
+    traces: tuple[Trace, ...]
+    what = "kl_div of each entry"
+    cure = "sum it over the classes, weighted by rows alone"
+
+
 def follows(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
     """Whether a node is one of these; Refused for a use of what it began that has no rule."""
     if op is None:
@@ -114,7 +127,7 @@ def follows(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
         record = use(walk, node, op, known) if use is not None else None
         if record is None:
             raise Refused(f"{nodes.describe(node)} of {known.what}", known.cure)
-        if isinstance(record, Terms):
+        if isinstance(record, (Terms, Entries)):
             walk.put_sum(node, record)
             return True
     result = walk.decompose(node, _traces(walk, touched), lambda b: in_dtype_of(record(b), node))
@@ -170,9 +183,11 @@ def _log_of(builder: Builder, parts: list[tuple[float, Any]], kind: str) -> Any:
 # ---- what is begun
 
 
-def _begins(walk: Walk, node: Node, op: Op, touched: list[Node]) -> Quotient | Terms | LogOfMixture | Stacked | None:
+def _begins(walk: Walk, node: Node, op: Op, touched: list[Node]) -> Any:
     if op.inplace:
         return None
+    if op.name == "kl_div" and op.args["reduction"] == "none":
+        return _entries(walk, node, op)
     if op.name == "stack" and only_used_by(node, ("mean", "sum")) and isinstance(op.args["dim"], int):
         parts = op.args["tensors"]
         if all(n in walk.values and _is_probability(walk, n) for n in parts):
@@ -297,27 +312,33 @@ def _lerp(walk: Walk, node: Node, op: Op) -> Record | None:
 
 
 def _kl_div(walk: Walk, node: Node, op: Op) -> Record | None:
+    """kl_div against one one-hot tensor, summed or averaged."""
+    made = _entries(walk, node, op) if op.args["reduction"] in ("sum", "mean", "batchmean") else None
+    if made is None:
+        return None
+    return lambda b: averaged(made.rows(b).sum(), b.proxy(made.value.node), op.args["reduction"])
+
+
+def _entries(walk: Walk, node: Node, op: Op) -> Entries | None:
     """kl_div against one one-hot tensor, smoothed perhaps: its logarithms are those of two numbers a row."""
-    args, reduction = op.args, op.args["reduction"]
+    args = op.args
     entry = walk.values.get(args["input"])
     value: Value | None = entry.values[0] if entry is not None else None
-    if value is None or value.kind != "log_softmax" or value.factor != 1.0 or args["log_target"]:
+    if entry is None or value is None or value.kind != "log_softmax" or value.factor != 1.0 or args["log_target"]:
         return None
     mixed = mixture(args["target"], value) if is_tensor(args["target"]) else None
-    if mixed is None or len(mixed.terms) != 1 or reduction not in ("sum", "mean", "batchmean"):
-        return None
-    if args["size_average"] is not None or args["reduce"] is not None:
+    if mixed is None or len(mixed.terms) != 1 or args["size_average"] is not None or args["reduce"] is not None:
         return None
 
-    def record(builder: Builder) -> Proxy:
+    def rows(builder: Builder) -> Proxy:
         z, target = builder.proxy(value.node), builder.proxy(args["target"])
         own: Any = coefficient(builder, mixed.terms[0], value.class_dim) + mixed.constant
         rows: Any = _times_its_logarithm(builder, own) - (widened(z) * target).sum(value.class_dim)
         if mixed.constant:
             rows = rows + (vocab(builder, value) - 1) * _times_its_logarithm(builder, mixed.constant)
-        return averaged(rows.sum(), z, reduction)
+        return rows.unsqueeze(value.class_dim)
 
-    return record
+    return Entries(node, value, rows, tuple(entry.trace.with_parts))
 
 
 def _times_its_logarithm(builder: Builder, p: Any) -> Any:
@@ -422,7 +443,45 @@ def _nll_loss(walk: Walk, node: Node, op: Op, known: LogOfMixture) -> Record | N
     return record
 
 
+def _weighed(walk: Walk, node: Node, op: Op, known: Entries) -> Entries | None:
+    """Times or over something that is the same for all classes of a row; or 0 in some rows."""
+    args = op.args
+    if op.name == "masked_fill":
+        mask = per_row(args["mask"], known.value)
+        if mask is None or not is_number(args["value"]) or args["value"] != 0:
+            return None
+        return replace(known, node=node, rows=lambda b: known.rows(b).masked_fill(b.proxy(mask), 0.0))
+    other: Any = args["other"] if args["input"] is known.node else args["input"]
+    swapped = args["input"] is not known.node
+    if (op.name == "div" and (swapped or args["rounding_mode"] is not None)) or fake(
+        node
+    ).shape != known.value.fake.shape:
+        return None
+    if is_tensor(other) and fake(other).numel() != 1:
+        other = per_row(other, known.value)
+    if not is_number(other) and not is_tensor(other):
+        return None
+    function = operator.mul if op.name == "mul" else operator.truediv
+    return replace(
+        known, node=node, rows=lambda b: function(known.rows(b), b.proxy(other) if is_tensor(other) else other)
+    )
+
+
+def _rows_summed(walk: Walk, node: Node, op: Op, known: Entries) -> Record | None:
+    dims, value = op.args["dim"], known.value
+    if dims is None:
+        return lambda b: averaged(known.rows(b).sum(), b.proxy(value.node), op.name)
+    listed = [d % value.fake.dim() for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
+    if value.class_dim not in listed or (op.name == "mean" and len(listed) > 1):
+        return None
+    keepdim = bool(op.args["keepdim"])
+    if op.name == "sum":
+        return lambda b: known.rows(b).sum(dims, keepdim)
+    return lambda b: known.rows(b).sum(dims, keepdim) / vocab(b, value)
+
+
 _USES: dict[type, dict[str, Callable[..., Any]]] = {
+    Entries: {"mul": _weighed, "div": _weighed, "masked_fill": _weighed, "sum": _rows_summed, "mean": _rows_summed},
     Quotient: {"log": _log},
     Stacked: {"mean": _added, "sum": _added},
     LogOfMixture: {"gather": _gathered, "nll_loss": _nll_loss},

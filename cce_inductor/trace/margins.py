@@ -29,7 +29,7 @@ from .indexing import positions
 from .labels import left_out
 from .marks import mark
 from .operands import vocab
-from .reasons import MARGIN
+from .reasons import LEFT_OUT, MARGIN
 from .reduction import Reduction
 from .reductions import is_arange
 from .shapes import is_row_vector, same_rows, same_shape
@@ -197,7 +197,7 @@ def _mask_labels(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
             mask.labels,
             filled,
         )
-    if keeps or number != -math.inf or value.class_dim != value.fake.dim() - 1:
+    if keeps or number != -math.inf:
         raise Refused(*MARGIN)
     classes = Diagonal() if mask.kept is None else mask.kept
     index = builder.run(lambda: as_column(builder, classes, value)).node
@@ -235,6 +235,16 @@ def _put_together(walk: Walk, node: Node) -> bool:
 
 def follows(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
     """Takes a use of logits with another entry at the target, or without one; False for a use of others."""
+    try:
+        return _follows(walk, node, op, touched)
+    except Refused as refused:
+        masked = any(v.labels is not None for n in touched if n in walk.values for v in walk.values[n].values)
+        if masked and (refused.reason, refused.cure) == MARGIN:
+            raise Refused(*LEFT_OUT) from None
+        raise
+
+
+def _follows(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
     if op.name == "cat" and _put_in_front(walk, node, op, touched):
         return True
     entry = walk.values.get(touched[0])

@@ -17,7 +17,13 @@ MARGIN = (
 
 LABELS = (
     "classes are masked or weighted where labels are equal: they may be any number of each row",
-    "mask one class of each row, such as the diagonal, or compute the loss from the hidden states",
+    "compare one whole number of each row with one of each class, and keep the class that the loss is about: "
+    "z.masked_fill((a[:, None] == b) & ~torch.eye(n, dtype=torch.bool), -math.inf)",
+)
+# Of logits that such a mask has left classes out of.
+LEFT_OUT = (
+    "more than a loss at the class that a mask of equal labels keeps is read of the masked logits",
+    "read it before they are masked",
 )
 
 

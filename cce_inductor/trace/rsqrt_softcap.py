@@ -20,7 +20,8 @@ CURE = "use one softcap, cap * z * rsqrt(z² + cap²), and nothing else of the s
 
 
 def square(value: Value, node: Node, args: Args, step: Callable[[Tensor], Tensor] = torch.square) -> Value:
-    value.need("logits", "the square of probabilities", CURE)
+    cure = CURE if value.kind == "logits" else "compute it from the returned logits outside the compiled region"
+    value.need("logits", f"the square of the {value.words} has no statistic", cure)
     if value.affine.capped or value.masks or value.terms:
         raise Refused("the square of logits that were capped, masked or shifted", CURE)
     return value.then(node, lambda z, _: step(z), function=Square())

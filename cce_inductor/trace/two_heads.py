@@ -23,7 +23,17 @@ from ..graph.nodes import Op
 from ..graph.refusal import Refused
 from . import masks_of_two, rules
 from .decompose import in_dtype_of, widened
-from .functions import Change, LogMixture, Product, comparable, in_functions, of_two, put_function, read_with
+from .functions import (
+    Change,
+    LogMixture,
+    Product,
+    as_recorded,
+    comparable,
+    in_functions,
+    of_two,
+    put_function,
+    read_with,
+)
 from .log_mixtures import LogOfMixture
 from .masks_of_two import Expanded, Infinite, Zeros
 from .operands import vocab
@@ -149,33 +159,9 @@ def follows(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
         raise Refused(f"{what} of the products of two heads' probabilities", "sum them over the classes first")
     made = rule(walk, node, op) if rule is not None else _rearranged(walk, node, op)
     if made is not None:
-        put(walk, node, _as_recorded(walk, node, made), op.args["input"] if op.inplace else None)
+        made = replace(made, products=as_recorded(walk, node, made.products))
+        put(walk, node, made, op.args["input"] if op.inplace else None)
     return True
-
-
-def _as_recorded(walk: Walk, node: Node, made: Sum) -> Sum:
-    """What a node is, without the gradient that it has not: it was detached, or computed under no_grad."""
-    members = [m for p in made.products for m in p.members]
-    if not is_tensor(node) or fake(node).requires_grad or not any(m.fake.requires_grad for m in members):
-        return made
-    given = [c.node for p in made.products for c in p.changes if c.how != "map"]
-    if any(n is not None and fake(n).requires_grad for n in given):
-        raise Refused("weighted products of two heads' probabilities are detached", "detach their sum, or each head")
-    builder, before = Builder(walk.graph, node), node.prev
-    detached = {n: builder.run(lambda n=n: builder.proxy(n).detach()).node for n in {m.node: None for m in members}}
-    walk.visit_added(before, node)
-
-    def of(value: Value) -> Value:
-        found = read_with(walk.values[detached[value.node]], value.class_dim)
-        return replace(found, function=value.function)
-
-    def of_values(values: Value | LogMixture | None) -> Value | LogMixture | None:
-        if isinstance(values, LogMixture):
-            return LogMixture(tuple((number, of(v)) for number, v in values.parts))
-        return values and of(values)
-
-    products = [replace(p, weights=p.weights and of(p.weights), values=of_values(p.values)) for p in made.products]
-    return replace(made, products=tuple(products))
 
 
 def _shape_is_read(walk: Walk, node: Node, source: Node) -> bool:

@@ -9,7 +9,7 @@ leave the graph. The entries of a hidden layer or of attention weights are multi
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +25,7 @@ from ..graph.refusal import Refusal
 from .findings import Finding
 from .heads import large
 from .interpreter import Interpreter
+from .reasons import unknown
 from .trace import Trace
 from .values import Head, SeveralHeads, Value
 
@@ -101,13 +102,18 @@ def _recorded(interpreter: Interpreter, known: list[Finding]) -> set[int]:
 
 
 def _heads(interpreter: Interpreter) -> Iterator[tuple[Node, Trace | None]]:
-    """The heads of the program, also those that no rule could take."""
+    """The heads of the program, also those that no rule could take, and logits that may come from another graph."""
     for node in interpreter.given:
         trace = interpreter.traces.get(node)
         refused = interpreter.refused.get(node)
         op = nodes.read(node)
         of_its_own = refused is not None and refused[1] is None and op is not None and op.is_head
-        is_head = trace is not None or of_its_own or GIVEN in node.meta
+        is_head = (
+            trace is not None
+            or of_its_own
+            or GIVEN in node.meta
+            or (node.op == "placeholder" and not interpreter.traces)
+        )
         if is_head and isinstance(made := example(node), Tensor) and made.requires_grad and made.dim():
             yield node, trace
 
@@ -143,6 +149,8 @@ def _refusal(interpreter: Interpreter, trace: Trace | None, head: Node, flow: _F
             "logits of another graph that come computed: they were read before, are edited here, or are no plain head's"
         )
         return Refusal(loss, reason, "compile the head and the loss in one torch.compile region")
+    if trace is None and head.op == "placeholder":
+        return replace(unknown(head), node=loss)
     if trace is None:
         return interpreter.refused[head][0]
     own = interpreter.refused.get(loss)

@@ -163,6 +163,7 @@ BETWEEN = {
     "masked with a finite number": lambda z: z.masked_fill(EVEN, -2.0),
     "masked with a number, scaled": lambda z: z.masked_fill(EVEN[None], -2.0) * 0.5 + 1,
     "where": lambda z: torch.where(EVEN, -1.0, z),
+    "where columns are kept": lambda z: torch.where(~EVEN, z, -1e8),
     "a bias of -inf": lambda z: z + torch.where(EVEN, -math.inf, 0.0),
     "columns": lambda z: z[..., :30],
     "every other column": lambda z: z[..., 1::2] + torch.ones(20),

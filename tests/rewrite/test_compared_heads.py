@@ -306,6 +306,10 @@ REFUSED: dict[str, tuple[Callable, str]] = {
     "filled with 1": (lambda z, r, keep, w, t: kl(z, r).masked_fill(keep, 1.0).sum(), "masked by class"),
     "expanded": (lambda z, r, keep, w, t: (kl(z, r) * keep[None].float().expand(2, N, 1)).sum(), "weighed by class"),
     "squared": (lambda z, r, keep, w, t: kl(z, r).square().sum(), "products of two heads"),
+    "weighed and detached": (
+        lambda z, r, keep, w, t: (kl(z, r) * w.mean()).detach().sum() + z.logsumexp(-1).sum(),
+        "weighted products",
+    ),
     "a total variation": (
         lambda z, r, keep, w, t: (z.softmax(-1) - r.softmax(-1)).abs().sum(-1).mean(),
         "products of two heads",

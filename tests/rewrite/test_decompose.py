@@ -65,6 +65,12 @@ def smoothed_in_place(z, t, r):
     return -(q * z.log_softmax(-1)).sum(dim=1).mean()
 
 
+def entries_of_kl(z, t):
+    """As WeNet smooths: a filled tensor of the logits' shape, and one number at the target."""
+    q = torch.zeros_like(z).fill_(0.1 / (V - 1)).scatter_(1, t.unsqueeze(1), 0.9)
+    return F.kl_div(z.log_softmax(dim=1), q, reduction="none")
+
+
 MIXTURES = {
     "probabilities": lambda z, a, b, r: F.cross_entropy(z, 0.25 * hot(a) + 0.75 * hot(b)),
     "smoothed by hand": lambda z, a, b, r: F.cross_entropy(z, hot(a) * 0.9 + 0.1 / V),
@@ -88,6 +94,14 @@ MIXTURES = {
     "a filled copy": lambda z, a, b, r: filled(z.data.clone(), z.log_softmax(-1), a),
     "kl_div": lambda z, a, b, r: F.kl_div(z.log_softmax(-1), 0.9 * hot(a) + 0.1 / V, reduction="batchmean"),
     "kl_div, of every row": lambda z, a, b, r: F.kl_div(z.log_softmax(-1), r.detach() * hot(a), reduction="sum"),
+    "kl_div of each entry, summed": lambda z, a, b, r: entries_of_kl(z, a).sum(),
+    "kl_div of each entry, averaged": lambda z, a, b, r: 30 * entries_of_kl(z, a).mean(),
+    "kl_div of each entry, by row": lambda z, a, b, r: (entries_of_kl(z, a).sum(-1) * r[:, 0]).mean(),
+    "kl_div of each entry, kept": lambda z, a, b, r: (entries_of_kl(z, a).mean(-1, keepdim=True) * r).sum(),
+    "kl_div of each entry, rows masked": lambda z, a, b, r: (
+        entries_of_kl(z, a).masked_fill((b % 3 == 0).unsqueeze(1), 0).sum() / (b % 3 != 0).sum()
+    ),
+    "kl_div of each entry, rows weighed": lambda z, a, b, r: (2 * entries_of_kl(z, a) * r / r.sum()).sum(1).sum(),
     "kl_div, plain": lambda z, a, b, r: F.kl_div(z.log_softmax(-1), hot(a).type_as(z), reduction="mean"),
     "lerp": lambda z, a, b, r: F.cross_entropy(z, torch.lerp(hot(a).float(), hot(b).float(), 0.3).to(z.dtype)),
     "in their dtype": lambda z, a, b, r: -((0.3 * hot(a) + 0.7 * hot(b)).to(z) * z.log_softmax(-1)).sum(-1).mean(),

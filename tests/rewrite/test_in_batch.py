@@ -318,6 +318,24 @@ UNFUSED = {
         lambda z, t: F.cross_entropy(z.masked_fill(equal(t) & ~bools(), -1e4), rows(), label_smoothing=0.1),
         "label smoothing over classes that are masked",
     ),
+    "equal labels are written to, of two kinds": (
+        lambda z, t: F.cross_entropy(written(z.clone(), equal(t) & equal(t // 2) & ~bools()), rows()),
+        "where labels are equal",
+    ),
+    "equal labels are filled, and no class is kept": (
+        lambda z, t: (z.masked_fill(equal(t), -5.0).logsumexp(1) - z.diagonal()).mean(),
+        "where labels are equal",
+    ),
+    "a mask of equal labels in float64": (
+        lambda z, t: F.cross_entropy(
+            z + torch.zeros(N, N, dtype=torch.float64).masked_fill(equal(t) & ~bools(), -math.inf), rows()
+        ),
+        "where labels are equal",
+    ),
+    "equal labels are masked, and all is negated": (
+        lambda z, t: (z.masked_fill(equal(t) & ~bools(), -math.inf) * -1.0).logsumexp(1).mean(),
+        "more than a loss",
+    ),
     "labels that are no integers": (
         lambda z, t: F.cross_entropy(z.masked_fill(equal(t * 0.5) & ~bools(), -math.inf), rows()),
         "where labels are equal",

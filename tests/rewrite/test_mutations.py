@@ -354,7 +354,7 @@ ENTRIES = {
     "masked with inf": lambda z, t: ce(z.masked_fill(EVEN, float("inf")), t),
     "masked with a tensor": lambda z, t: ce(z.masked_fill(EVEN, torch.tensor(-3.0)), t),
     "a mask that is the logits": lambda z, t: ce(torch.ones(B, S, V).masked_fill(z > 0, 0.0) * z, t),
-    "where keeps the logits": lambda z, t: ce(torch.where(EVEN, z, -3.0), t),
+    "where keeps the logits": lambda z, t: ce(torch.where(EVEN[None], z, -3.0), t),
     "where of two logits": lambda z, t: ce(torch.where(EVEN, z * 2, z), t),
     "where of integers": lambda z, t: ce(torch.where(EVEN.byte().bool() & (t[..., None] > 3), -3.0, z), t),
     "written into another": lambda z, t: (lambda a: (a.__setitem__(0, z[0]), ce(a, t))[1])(torch.zeros(B, S, V)),
