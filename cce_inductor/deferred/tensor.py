@@ -312,6 +312,8 @@ class DeferredLogits(torch.Tensor):
                 return out
         if func in _WATCHING and (origin := args[0]._value.origin) is not None and not compat.is_tracing():
             origin.head.watched = True
+        if func is Tensor.fill_diagonal_ and not compat.is_tracing():
+            func = _fill_diagonal
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -451,6 +453,15 @@ ROWS = functions_of("getitem", "index_select")
 _FUSED = LOSSES | COMPARISONS | STATISTICS | ROWS
 # What waits for a gradient that would go around the logits then: hooks, also on the node of the autograd graph.
 _WATCHING = frozenset((Tensor.register_hook, Tensor.retain_grad, Tensor.grad_fn.__get__))  # type: ignore[union-attr]
+
+
+def _fill_diagonal(logits: Tensor, fill_value: Any, wrap: bool = False) -> Tensor:
+    """``fill_diagonal_`` as an index of entries, which is recorded: in eager mode it writes into a strided view."""
+    n = len(logits) if logits.dim() == 2 else 0
+    if not 0 < n <= logits.shape[-1]:
+        return logits.fill_diagonal_(fill_value, wrap)
+    rows = torch.arange(n, device=logits.device)
+    return logits.index_put_((rows, rows), torch.tensor(fill_value, dtype=logits.dtype))
 
 
 def _fused(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:

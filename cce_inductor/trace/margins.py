@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from ..graph import nodes
 from ..graph.builder import Builder, Proxy
 from ..graph.facts import Fact
-from ..graph.fakes import fake, is_number, is_tensor
+from ..graph.fakes import fake, is_number, is_tensor, same
 from ..graph.memory import written_after
 from ..graph.nodes import Op
 from ..graph.refusal import Refused
@@ -230,6 +231,48 @@ def _put_together(walk: Walk, node: Node) -> bool:
     return _edited(walk, node, op, entry, target, record, expression.partial)
 
 
+# ---- the other direction of a matrix
+
+_TURNS = ("t", "transpose", "permute", "getattr", "movedim")
+
+
+def _turned(walk: Walk, node: Node, source: Node) -> bool:
+    """An edited matrix of similarities, transposed: the other side's logits, edited by the transposed tensors."""
+    entry = walk.values.get(source)
+    value = entry.values[0] if entry is not None and entry.values else None
+    if entry is None or value is None or value.fake.dim() != 2 or not is_tensor(node) or not is_pointwise(source):
+        return False
+    if not (value.edit and value.edit.logits is source) and value.without is None:
+        return False
+    plain = [n for n in source.all_input_nodes if n in walk.values and len(walk.values[n].values) > 1]
+    turns = all(map(same, fake(node).shape, reversed(fake(source).shape)))
+    if not plain or not turns or written_after(source):
+        return False
+    builder, before = Builder(walk.graph, node), node.prev
+    turned = {n: builder.run(builder.proxy(n).t).node for n in plain}
+    walk.visit_added(before, node)
+    for n in turned.values():
+        found = walk.values[n]
+        walk.put(n, found.trace, sorted(found.values, key=lambda v: -v.class_dim))
+
+    def of(builder: Builder, n: Node) -> Any:
+        op = nodes.read(n)
+        if not is_tensor(n) or fake(n).dim() == 0 or (op is not None and op.name == "eye"):
+            return builder.proxy(n)
+        if fake(n).dim() == 1:
+            return builder.proxy(n).unsqueeze(-1)
+        if n in turned:
+            return builder.proxy(turned[n])
+        if not is_pointwise(n) or written_after(n):
+            return builder.proxy(n).t()
+        return builder.again(n, *map_arg((n.args, n.kwargs), lambda other: of(builder, other)))
+
+    made = walk.values.get(walk.decompose(node, entry.trace, lambda b: of(b, source)))
+    if made is not None:
+        walk.put(node, made.trace, [v.at(node) for v in made.values])
+    return True
+
+
 # ---- what is done to them
 
 
@@ -246,6 +289,8 @@ def follows(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
 
 def _follows(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
     if op.name == "cat" and _put_in_front(walk, node, op, touched):
+        return True
+    if op.name in _TURNS and _turned(walk, node, touched[0]):
         return True
     entry = walk.values.get(touched[0])
     if entry is None or len(entry.values) != 1 or (entry.values[0].edit is None and entry.values[0].without is None):

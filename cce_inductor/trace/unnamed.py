@@ -53,7 +53,9 @@ def unnamed(interpreter: Interpreter, known: list[Finding], settings: Settings) 
         if id(trace) in recorded or (ways and not any(_outnumbers(head, settings) for head in ways)):
             continue
         flow = _Flow(interpreter.given, node, _classes(trace, node, settings), named, settings.min_vocab)
-        candidates = flow.losses(trace) if _may_have_a_loss(flow, trace, settings) else []
+        # What comes from outside is known by nothing but a softmax of its classes.
+        may = flow.vocab in flow.over if node.op == "placeholder" and GIVEN not in node.meta else True
+        candidates = flow.losses(trace) if may and _may_have_a_loss(flow, trace, settings) else []
         # Several heads may be read by one loss.
         if candidates and found.keys().isdisjoint(candidates):
             refusal = _refusal(interpreter, trace, node, flow, candidates[0])

@@ -201,6 +201,26 @@ def test_equal_labels_both_ways(inputs):
     assert_same_as_eager(fn, inputs, fused=2)
 
 
+# One matrix, edited and read both ways.
+BOTH_WAYS = {
+    "masked": lambda z, t: z.masked_fill(equal(t) & ~bools(), -math.inf),
+    "masked with a number": lambda z, t: z.masked_fill(equal(t) & ~bools(), -2.0),
+    "by where": lambda z, t: torch.where(~equal(t) | bools(), z, -1e4),
+    "less a margin": lambda z, t: z - 0.3 * eye(),
+    "less a margin by where": lambda z, t: torch.where(bools(), z - 0.3, z),
+}
+
+
+@pytest.mark.parametrize("turn", [lambda z: z.T, lambda z: z.t(), lambda z: z.transpose(0, 1), lambda z: z.mT])
+@pytest.mark.parametrize("name", BOTH_WAYS)
+def test_both_ways_of_an_edited_matrix(name, turn, inputs):
+    def fn(q, k, t):
+        z = BOTH_WAYS[name](similarities(q, k), t)
+        return F.cross_entropy(z, rows()) + 0.5 * F.cross_entropy(turn(z), rows())
+
+    assert_same_as_eager(fn, inputs, fused=2)
+
+
 def test_equal_labels_of_symbolic_sizes():
     def fn(q, k, t):
         n = q.shape[0]
