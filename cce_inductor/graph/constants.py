@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from .facts import Fact
 from .fakes import example
 from .nodes import read
 
@@ -30,10 +31,16 @@ def number(node: Any) -> float | None:
 
 def _tensor(node: Any) -> Tensor | None:
     z = example(node) if isinstance(node, Node) else None
-    if not isinstance(z, Tensor) or z.dim() != 0 or not z.is_floating_point() or z.requires_grad or _is_edited(node):
+    if not isinstance(z, Tensor) or z.dim() != 0 or z.requires_grad or _is_edited(node):
         return None
+    op = read(node)
+    made_of = op.args["fill_value"] if op is not None and op.has(Fact.CONSTANT) else None
     if node.op == "call_function" and node.target in _MAKES:
-        return torch.full((), node.args[0], dtype=z.dtype) if isinstance(node.args[0], (int, float)) else None
+        made_of = node.args[0]
+    if isinstance(made_of, (int, float)):
+        return torch.full((), made_of, dtype=z.dtype)
+    if not z.is_floating_point():
+        return None
     known = node.op == "call_function" and node.target in _FUNCTIONS
     if not known and not (node.op == "call_method" and node.target in _METHODS):
         return None

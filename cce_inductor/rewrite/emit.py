@@ -7,6 +7,7 @@ would be added up in 16 bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -79,7 +80,7 @@ class _Arguments:
         inputs = [operands.input_rows(builder, g.value, detach) for g in bundle.groups]
         self.sizes = [_rows(p) for p in inputs]
         self.operands: dict[str, Proxy] = {
-            "input": builder.call(torch.cat, inputs) if len(inputs) > 1 else inputs[0],
+            "input": _joined(builder, inputs),
             "weight": operands.weight(builder, value, detach, made),
         }
         bias = operands.biases(builder, value, detach)
@@ -95,7 +96,7 @@ class _Arguments:
                 for g in bundle.groups
                 if (given := g.given(hoist, group.anchor)) is not None
             ]
-            self.target = builder.call(torch.cat, self.targets) if len(self.targets) > 1 else self.targets[0]
+            self.target = _joined(builder, self.targets)
             if group.ignored is not None:
                 self.row_mask = self.target.ne(group.ignored)
                 counted = _counted(builder, self.row_mask, bundle, group.ignored)
@@ -160,8 +161,8 @@ class _Arguments:
         """The classes of each row besides the target: (N, K), those of each reduction side by side."""
         rows = [[_classes(builder, r) for r in g.entries] for g in bundle.groups]
         if rows[0]:
-            blocks = [builder.call(torch.cat, parts, 1) if len(parts) > 1 else parts[0] for parts in rows]
-            self.operands["entries"] = builder.call(torch.cat, blocks) if len(blocks) > 1 else blocks[0]
+            blocks = [_joined(builder, parts, 1) for parts in rows]
+            self.operands["entries"] = _joined(builder, blocks)
 
     def statistics(self, builder: Builder) -> dict[str, Proxy]:
         """Records the operator; gives its results by name."""
@@ -193,6 +194,11 @@ def codes_read(bundle: Bundle, attributes: Attributes) -> Codes | None:
     return None if made is not None and made.scales and bundle.filter(attributes) != EXACT else made
 
 
+def _joined(builder: Builder, parts: Sequence[Proxy], dim: int = 0) -> Proxy:
+    """One tensor behind the other, or the only one."""
+    return builder.call(torch.cat, parts, *([dim] if dim else [])) if len(parts) > 1 else parts[0]
+
+
 def _classes(builder: Builder, reduction: Reduction) -> Proxy:
     """(N, K): the classes that a reduction reads of each row, and class 0 in rows that it ignores."""
     value = reduction.value
@@ -214,7 +220,7 @@ def _labels(builder: Builder, bundle: Bundle) -> dict[str, Proxy]:
     for value in (g.value for g in bundle.groups):
         assert value.labels is not None
         rows.append(operands.column(value, builder.proxy(value.labels.rows), value.labels.start).squeeze(-1))
-    of_rows = builder.call(torch.cat, rows) if len(rows) > 1 else rows[0]
+    of_rows = _joined(builder, rows)
     of_classes = operands.flat(builder, bundle.first.value.labels.classes)
     return dict(zip(LABELS, (of_rows.to(torch.int64), of_classes.to(torch.int64)), strict=True))
 
@@ -225,7 +231,7 @@ def _scales(builder: Builder, bundle: Bundle, detach: bool, made: Codes | None) 
     of_classes = operands.column_scale(builder, bundle.first.value, detach, made)
     scales = {} if of_classes is None else {"column_scale": of_classes}
     if of_rows:
-        scales["row_scale"] = builder.call(torch.cat, of_rows) if len(of_rows) > 1 else of_rows[0]
+        scales["row_scale"] = _joined(builder, of_rows)
     return scales
 
 
@@ -233,7 +239,7 @@ def _counted(builder: Builder, row_mask: Any, bundle: Bundle, ignored: int) -> A
     """The rows that some loss of a bundle counts: by its target, or by another one, which stands among the entries."""
     for k in range(len(bundle.first.entries)):
         own = [operands.flat(builder, g.entries[k].target).ne(ignored) for g in bundle.groups]  # type: ignore[arg-type]
-        row_mask = row_mask | (builder.call(torch.cat, own) if len(own) > 1 else own[0])
+        row_mask = row_mask | _joined(builder, own)
     return row_mask
 
 

@@ -79,7 +79,7 @@ def _uses(trace: Trace, defers: bool) -> Iterator[tuple[Node, Read]]:
 def _words(name: str) -> str:
     divergence = TABLE[name].divergence
     if divergence is None:
-        return WORDS.get(name, name)
+        return WORDS[name]
     return OF_MIXTURES[divergence.name] if TABLE[name].has_divergence else ""
 
 

@@ -14,7 +14,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.fx import Node
@@ -91,7 +91,7 @@ class Stacked:
 
 
 @dataclass(frozen=True)
-class Entries:
+class KlEntries:
     """kl_div of each entry against one-hot targets, for log-probabilities `value`. rows: their sums, 1 wide."""
 
     node: Node
@@ -100,6 +100,9 @@ class Entries:
     traces: tuple[Trace, ...]
     what = "kl_div of each entry"
     cure = "sum it over the classes, weighted by rows alone"
+
+
+Begun: TypeAlias = Quotient | Terms | LogOfMixture | Stacked | KlEntries
 
 
 def follows(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
@@ -127,7 +130,7 @@ def follows(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
         record = use(walk, node, op, known) if use is not None else None
         if record is None:
             raise Refused(f"{nodes.describe(node)} of {known.what}", known.cure)
-        if isinstance(record, (Terms, Entries)):
+        if isinstance(record, (Terms, KlEntries)):
             walk.put_sum(node, record)
             return True
     result = walk.decompose(node, _traces(walk, touched), lambda b: in_dtype_of(record(b), node))
@@ -183,7 +186,7 @@ def _log_of(builder: Builder, parts: list[tuple[float, Any]], kind: str) -> Any:
 # ---- what is begun
 
 
-def _begins(walk: Walk, node: Node, op: Op, touched: list[Node]) -> Any:
+def _begins(walk: Walk, node: Node, op: Op, touched: list[Node]) -> Begun | None:
     if op.inplace:
         return None
     if op.name == "kl_div" and op.args["reduction"] == "none":
@@ -319,7 +322,7 @@ def _kl_div(walk: Walk, node: Node, op: Op) -> Record | None:
     return lambda b: averaged(made.rows(b).sum(), b.proxy(made.value.node), op.args["reduction"])
 
 
-def _entries(walk: Walk, node: Node, op: Op) -> Entries | None:
+def _entries(walk: Walk, node: Node, op: Op) -> KlEntries | None:
     """kl_div against one one-hot tensor, smoothed perhaps: its logarithms are those of two numbers a row."""
     args = op.args
     entry = walk.values.get(args["input"])
@@ -338,7 +341,7 @@ def _entries(walk: Walk, node: Node, op: Op) -> Entries | None:
             rows = rows + (vocab(builder, value) - 1) * _times_its_logarithm(builder, mixed.constant)
         return rows.unsqueeze(value.class_dim)
 
-    return Entries(node, value, rows, tuple(entry.trace.with_parts))
+    return KlEntries(node, value, rows, tuple(entry.trace.with_parts))
 
 
 def _times_its_logarithm(builder: Builder, p: Any) -> Any:
@@ -443,7 +446,7 @@ def _nll_loss(walk: Walk, node: Node, op: Op, known: LogOfMixture) -> Record | N
     return record
 
 
-def _weighed(walk: Walk, node: Node, op: Op, known: Entries) -> Entries | None:
+def _weighed(walk: Walk, node: Node, op: Op, known: KlEntries) -> KlEntries | None:
     """Times or over something that is the same for all classes of a row; or 0 in some rows."""
     args = op.args
     if op.name == "masked_fill":
@@ -451,23 +454,23 @@ def _weighed(walk: Walk, node: Node, op: Op, known: Entries) -> Entries | None:
         if mask is None or not is_number(args["value"]) or args["value"] != 0:
             return None
         return replace(known, node=node, rows=lambda b: known.rows(b).masked_fill(b.proxy(mask), 0.0))
-    other: Any = args["other"] if args["input"] is known.node else args["input"]
-    swapped = args["input"] is not known.node
-    if (op.name == "div" and (swapped or args["rounding_mode"] is not None)) or fake(
-        node
-    ).shape != known.value.fake.shape:
+    over = args["input"] is known.node
+    other: Any = args["other"] if over else args["input"]
+    if op.name == "div" and (not over or args["rounding_mode"] is not None):
         return None
     if is_tensor(other) and fake(other).numel() != 1:
         other = per_row(other, known.value)
-    if not is_number(other) and not is_tensor(other):
+    if not (is_number(other) or is_tensor(other)) or fake(node).shape != known.value.fake.shape:
         return None
     function = operator.mul if op.name == "mul" else operator.truediv
-    return replace(
-        known, node=node, rows=lambda b: function(known.rows(b), b.proxy(other) if is_tensor(other) else other)
-    )
+
+    def rows(builder: Builder) -> Proxy:
+        return function(known.rows(builder), builder.proxy(other) if is_tensor(other) else other)
+
+    return replace(known, node=node, rows=rows)
 
 
-def _rows_summed(walk: Walk, node: Node, op: Op, known: Entries) -> Record | None:
+def _rows_summed(walk: Walk, node: Node, op: Op, known: KlEntries) -> Record | None:
     dims, value = op.args["dim"], known.value
     if dims is None:
         return lambda b: averaged(known.rows(b).sum(), b.proxy(value.node), op.name)
@@ -481,7 +484,7 @@ def _rows_summed(walk: Walk, node: Node, op: Op, known: Entries) -> Record | Non
 
 
 _USES: dict[type, dict[str, Callable[..., Any]]] = {
-    Entries: {"mul": _weighed, "div": _weighed, "masked_fill": _weighed, "sum": _rows_summed, "mean": _rows_summed},
+    KlEntries: {"mul": _weighed, "div": _weighed, "masked_fill": _weighed, "sum": _rows_summed, "mean": _rows_summed},
     Quotient: {"log": _log},
     Stacked: {"mean": _added, "sum": _added},
     LogOfMixture: {"gather": _gathered, "nll_loss": _nll_loss},

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Node
 
-from ..graph import memory, nodes
+from ..graph import constants, memory, nodes
 from ..graph.builder import Builder
 from ..graph.facts import Fact
 from ..graph.fakes import fake, is_number, is_tensor
@@ -70,7 +70,7 @@ class Mask:
         if _is_plain(node):
             return _everywhere(node)
         if not is_tensor(node) or not same_shape(node, self.value):
-            if is_tensor(node) and (number := _number(node)) is not None:
+            if is_tensor(node) and (number := constants.number(node)) is not None:
                 return _everywhere(number)
             raise Refused(*LABELS)
         edit = memory.only_write(node)
@@ -188,7 +188,7 @@ def left_out(op: Op, value: Value) -> tuple[Mask, float, bool] | None:
         return None
     if not is_tensor(mask) or not same_shape(mask, value) or value.class_dim != value.fake.dim() - 1:
         return None
-    number = _number(number) if is_tensor(number) else number
+    filled: Any = constants.number(number) if is_tensor(number) else number
     same, elsewhere = {"add": (-math.inf, 0), "mul": (0, 1)}.get(name, (there, not there))
     made = Mask(mask, value)
     found = made.numbers
@@ -197,9 +197,9 @@ def left_out(op: Op, value: Value) -> tuple[Mask, float, bool] | None:
     known = itself or (made.kept is not None and found.kept == found.kept_of_another)
     keeps = found.kept == elsewhere
     fits = (found.same, found.elsewhere) == (same, elsewhere) and (keeps or found.kept == same)
-    if not known or not fits or (made.partial and not keeps) or not is_number(number) or not number < math.inf:
+    if not known or not fits or (made.partial and not keeps) or not is_number(filled) or not filled < math.inf:
         raise Refused(*LABELS)
-    return made, float(number), keeps
+    return made, float(filled), keeps
 
 
 def log_count(number: Any, count: Any) -> Any:
@@ -209,16 +209,6 @@ def log_count(number: Any, count: Any) -> Any:
 
 def _is_plain(number: Any) -> bool:
     return isinstance(number, (bool, int, float))
-
-
-def _number(node: Node) -> Any:
-    """The number that a tensor without dimensions is made of."""
-    op, given = nodes.read(node), None
-    if node.target is torch.tensor and node.args:
-        given = node.args[0]
-    elif op is not None and op.name == "full":
-        given = op.args["fill_value"]
-    return given if _is_plain(given) and fake(node).dim() == 0 and not written_after(node) else None
 
 
 _RULES: dict[str, Callable[..., Any]] = {

@@ -8,6 +8,7 @@ those of the loss in front of the loss.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -43,18 +44,18 @@ from .walk import Entry, Walk
 
 def begins(walk: Walk, node: Node, op: Op | None, touched: list[Node]) -> bool:
     """Whether a node, which no other rule takes, gives logits with another entry at the target."""
-    writes = _WRITES.get(op.name) if op is not None else None
-    try:
-        if op is not None and _mask_labels(walk, node, op, touched):
-            return True
-    except Refused:
-        pass
-    try:
-        if writes is not None and op is not None and touched[0] in walk.values:
-            return writes(walk, node, op, walk.values[touched[0]])
-        return is_pointwise(node) and _put_together(walk, node)
-    except Refused:
-        return False
+    ways: list[Callable[[], bool]] = []
+    if op is not None:
+        ways.append(lambda: _mask_labels(walk, node, op, touched))
+    if op is not None and op.name in _WRITES and touched[0] in walk.values:
+        ways.append(lambda: _WRITES[op.name](walk, node, op, walk.values[touched[0]]))
+    elif is_pointwise(node):
+        ways.append(lambda: _put_together(walk, node))
+    for way in ways:
+        with contextlib.suppress(Refused):
+            if way():
+                return True
+    return False
 
 
 def _edited(

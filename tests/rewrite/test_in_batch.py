@@ -25,6 +25,15 @@ def similarities(q, k):
     return F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).T / 0.2
 
 
+def check_one_graph_for_any_size(fn):
+    counters.clear()
+    compiled = torch.compile(fn, backend="cce", dynamic=True, options=FUSE_ALL)
+    for n in (N, N + 4):
+        q, k, t = torch.randn(n, D), torch.randn(n, D), torch.randint(0, 4, (n,))
+        torch.testing.assert_close(compiled(q, k, t), fn(q, k, t))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 def partners(n=N):
     """The other view of each row: of 2N views, the first N and the others in the same order."""
     return torch.cat([torch.arange(n // 2, n), torch.arange(n // 2)])
@@ -227,12 +236,7 @@ def test_equal_labels_of_symbolic_sizes():
         mask = equal(t) & ~torch.eye(n, dtype=torch.bool)
         return F.cross_entropy(similarities(q, k).masked_fill(mask, -1e9), torch.arange(n))
 
-    counters.clear()
-    compiled = torch.compile(fn, backend="cce", dynamic=True, options=FUSE_ALL)
-    for n in (N, N + 4):
-        q, k, t = torch.randn(n, D), torch.randn(n, D), torch.randint(0, 4, (n,))
-        torch.testing.assert_close(compiled(q, k, t), fn(q, k, t))
-    assert counters["stats"]["unique_graphs"] == 1
+    check_one_graph_for_any_size(fn)
     assert counters["cce_inductor"]["fused"] == 1
 
 
@@ -299,12 +303,7 @@ def test_symbolic_sizes(same, inputs):
         return F.cross_entropy(z.masked_fill(own, -math.inf), target)
 
     assert_same_as_eager(fn, inputs, fused=int(same), dynamic=True)
-    counters.clear()
-    compiled = torch.compile(fn, backend="cce", dynamic=True, options=FUSE_ALL)
-    for n in (N, N + 4):
-        q, k = torch.randn(n, D), torch.randn(n, D)
-        torch.testing.assert_close(compiled(q, k, None), fn(q, k, None))
-    assert counters["stats"]["unique_graphs"] == 1
+    check_one_graph_for_any_size(fn)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
