@@ -30,6 +30,10 @@ from .targets import base, counts, same_classes
 from .values import Diagonal, Labels, Value
 
 
+# What is added to logits to leave them out: from here on the sum is the number itself, but for its rounding.
+_OUT_OF_SIGHT = -1e9
+
+
 class Numbers(NamedTuple):
     """What a tensor holds: at the class that is kept, with the row's label or another; at others of it; elsewhere."""
 
@@ -164,7 +168,7 @@ class Mask:
     def filled(self, builder: Builder, number: float) -> tuple[Node, Node]:
         """Records what the classes that are left out hold, and how many they are, for each row, 1 wide."""
         of_mask = builder.proxy(self.node)
-        same = of_mask if self.numbers.same else of_mask.logical_not()
+        same = of_mask.bool() if self.numbers.same else of_mask.logical_not()
         count = same.sum(self.value.class_dim, True).to(exact_dtype(self.value))
         return builder.call(torch.full_like, count, number).node, count.node
 
@@ -180,7 +184,7 @@ def left_out(op: Op, value: Value) -> tuple[Mask, float, bool] | None:
     elif name == "where":
         there = args["other"] is value.node
         mask, number = args["condition"], args["input" if there else "other"]
-    elif name in ("add", "mul"):
+    elif name in ("add", "sub", "mul") and (args["input"] is value.node or name != "sub"):
         mask, number, there = args["other"] if args["input"] is value.node else args["input"], -math.inf, False
     else:
         return None
@@ -188,10 +192,14 @@ def left_out(op: Op, value: Value) -> tuple[Mask, float, bool] | None:
         return None
     if not is_tensor(mask) or not same_shape(mask, value) or value.class_dim != value.fake.dim() - 1:
         return None
-    filled: Any = constants.number(number) if is_tensor(number) else number
-    same, elsewhere = {"add": (-math.inf, 0), "mul": (0, 1)}.get(name, (there, not there))
     made = Mask(mask, value)
-    found = made.numbers
+    found = made.numbers if name != "sub" else Numbers(*map(operator.neg, made.numbers))
+    if name in ("add", "sub") and found.same <= _OUT_OF_SIGHT:
+        number = found.same
+    filled: Any = constants.number(number) if is_tensor(number) else number
+    same, elsewhere = (0, 1) if name == "mul" else (there, not there)
+    if name in ("add", "sub"):
+        same, elsewhere = number, 0
     # Of a row's own class it is known that it has the row's label.
     itself = made.keeps_itself and not isinstance(made.kept, Node)
     known = itself or (made.kept is not None and found.kept == found.kept_of_another)

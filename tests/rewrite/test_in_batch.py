@@ -13,6 +13,7 @@ import cce_inductor
 from cce_inductor import config
 
 N, D = 12, 6
+FLOAT_MIN = torch.finfo(torch.float32).min
 
 
 @pytest.fixture
@@ -131,6 +132,12 @@ LABELS = {
         z.masked_fill(equal(t) & ~bools(), -1.0) * t.float().amax() - 0.3, rows()
     ),
     "the sign changes": lambda z, t: F.cross_entropy(-z.masked_fill(equal(t) & ~bools(), 1.5), rows()),
+    "a large number added": lambda z, t: F.cross_entropy(z + (equal(t).float() - eye()) * (FLOAT_MIN / 100), rows()),
+    "a large number subtracted": lambda z, t: F.cross_entropy(z - 1e9 * (equal(t) & ~bools()), rows()),
+    "a large number added in place": lambda z, t: F.cross_entropy(z.add_((equal(t) & ~bools()) * -1e9) / 0.5, rows()),
+    "a filled matrix of large numbers added": lambda z, t: F.cross_entropy(
+        z + torch.zeros_like(z).masked_fill(equal(t) & ~bools(), FLOAT_MIN), rows()
+    ),
     "logical functions": lambda z, t: pairs(z, torch.logical_and(torch.eq(t.view(-1, 1), t), bools().logical_not())),
     "either of the two": lambda z, t: pairs(z, ~(torch.logical_or(t[:, None] != t, bools()))),
     "not the diagonal": lambda z, t: pairs(z, equal(t) ^ bools()),
@@ -379,7 +386,7 @@ UNFUSED = {
         lambda z, t: F.cross_entropy(-z.masked_fill(equal(t) & ~bools(), -math.inf).clamp(min=-9), rows()),
         "",
     ),
-    "equal labels are subtracted": (lambda z, t: ce(z - 1e9 * (equal(t).float() - eye())), "where labels are equal"),
+    "equal labels are subtracted": (lambda z, t: ce(z - 3.0 * (equal(t).float() - eye())), "where labels are equal"),
     "supervised": (
         lambda z, t: ce(z) - (z.masked_fill(bools(), -1e9).log_softmax(-1) * equal(t)).sum() / N,
         "where labels are equal",
