@@ -4,7 +4,6 @@ import contextlib
 import functools
 import logging
 import os
-import re
 import sys
 import traceback
 import warnings
@@ -25,12 +24,11 @@ def torch_version() -> tuple[int, int]:
 
 
 def is_supported() -> bool:
-    low, high = SUPPORTED
-    return low <= torch_version() <= high
+    return SUPPORTED[0] <= torch_version() <= SUPPORTED[1]
 
 
 def supported_span() -> str:
-    return " to ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
+    return "{}.{} to {}.{}".format(*SUPPORTED[0], *SUPPORTED[1])
 
 
 if not is_supported():  # said where this module is loaded, which is once a process
@@ -405,28 +403,29 @@ def _dynamo_file(name: str) -> str:
     return os.path.join(os.path.dirname(torch.__file__), "_dynamo", name)
 
 
+def _program() -> tuple[CodeType, int] | None:
+    """The code and the line of the innermost Python frame outside of PyTorch and of this package."""
+    frames = ((frame.f_code, line) for frame, line in traceback.walk_stack(sys._getframe(2)))
+    return next((found for found in frames if not found[0].co_filename.startswith(_NOT_THE_PROGRAM)), None)
+
+
 def python_stack() -> str:
-    """The innermost Python frame outside of PyTorch and of this package, as in a traceback; "" if there is none."""
-    for frame, line in traceback.walk_stack(sys._getframe(1)):
-        code = frame.f_code
-        if not code.co_filename.startswith(_NOT_THE_PROGRAM):
-            return f'  File "{code.co_filename}", line {line}, in {code.co_name}\n'
-    return ""
+    """That frame as in a traceback; "" if there is none."""
+    return f'  File "{found[0].co_filename}", line {found[1]}, in {found[0].co_name}\n' if (found := _program()) else ""
 
 
 def program_place() -> str:
     """``file:line`` of that frame; "" if there is none."""
-    found = re.search(r'File "(.+)", line (\d+)', python_stack())
-    return f"{found[1]}:{found[2]}" if found else ""
+    return f"{found[0].co_filename}:{found[1]}" if (found := _program()) else ""
 
 
 def is_freed_after_forward(weight: torch.Tensor) -> bool:
     """Whether FSDP lends this to a module as its parameter, or a view of it, and takes it back after the forward."""
     owner = weight if weight._base is None else weight._base
     if not isinstance(owner, torch.nn.Parameter):
-        return _by_fsdp1(owner)
+        return bool(getattr(owner, "_fsdp_flattened", False))
     if owner not in _freed:
-        _freed[owner] = _by_fsdp2(owner) or _by_fsdp1(owner)
+        _freed[owner] = _by_fsdp2(owner) or getattr(owner, "_fsdp_flattened", False)
     return _freed[owner]
 
 
@@ -443,10 +442,6 @@ def _by_fsdp2(parameter: torch.Tensor) -> bool:
             if any(getattr(p, "_unsharded_param", None) is parameter for p in getattr(group, "fsdp_params", ())):
                 return getattr(group, "_reshard_after_forward", True)
     return False
-
-
-def _by_fsdp1(parameter: torch.Tensor) -> bool:
-    return bool(getattr(parameter, "_fsdp_flattened", False))
 
 
 def keeps_graph() -> bool:
@@ -470,12 +465,12 @@ def boxed_grads(given: tuple) -> list[torch.Tensor | None]:
     return given[0] if isinstance(given[0], list) else list(given)
 
 
+OVERWRITTEN = "output of CUDAGraphs that has been overwritten"
+
+
 def is_of_replayed_cuda_graph(error: RuntimeError) -> bool:
     """Whether an error says that a CUDA graph's output is read after the graph ran again (`cudagraph_trees`)."""
     return OVERWRITTEN in str(error)
-
-
-OVERWRITTEN = "output of CUDAGraphs that has been overwritten"
 
 
 def cpu_extensions() -> list[tuple[str, bool]]:
@@ -498,3 +493,8 @@ def has_inductor_option(name: str) -> bool:
 def has_linear_cross_entropy() -> bool:
     """Whether PyTorch has a fused linear cross-entropy of its own."""
     return hasattr(torch.nn.functional, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions")
+
+
+def default_store() -> Any:
+    """The store in which the processes of `torch.distributed` found each other."""
+    return torch.distributed.distributed_c10d._get_default_store()

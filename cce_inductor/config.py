@@ -31,6 +31,7 @@ class Settings:
     min_vocab: int = 4096
     defer_logits: bool = True
     defer_without_loss: bool = True
+    defer_timeout: int = 60
     eager_heads: bool = False
     workspace_mb: int = 64
     gradients_in_forward: bool = True
@@ -121,6 +122,11 @@ KNOBS: dict[str, Knob] = {
         "do so too in a graph without a loss, where there are more than four times as many classes as the hidden "
         "states have columns, and the logits require grad or are larger than `workspace_mb`: a loss outside of the "
         "graph can then be fused",
+    ),
+    "defer_timeout": Knob(
+        _integer(1),
+        "seconds that a rank waits for the others where it reads logits of all of them, of a head that is split over "
+        "ranks; then it raises `DeferredLogitsError`",
     ),
     "eager_heads": Knob(
         _boolean,

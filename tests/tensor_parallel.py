@@ -20,8 +20,9 @@ from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, SequenceParallel, loss_parallel, parallelize_module
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from cce_inductor import config
+from cce_inductor import DeferredLogitsError, config
 from cce_inductor.backend import compile_graph
 from cce_inductor.record import collect
 
@@ -39,6 +40,10 @@ class Model(nn.Module):
         return self.head(self.norm(torch.tanh(self.trunk(x))))
 
 
+def whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def flat(z: Any, t: Tensor, **how: Any) -> Any:
     z = z.flatten(0, 1)
     return F.cross_entropy(z if z.dtype == torch.float64 else z.float(), t.flatten(), **how)
@@ -46,6 +51,15 @@ def flat(z: Any, t: Tensor, **how: Any) -> Any:
 
 def with_z_loss(z: Any, t: Tensor) -> Any:
     return flat(z, t) + 1e-2 * z.flatten(0, 1).logsumexp(-1).square().mean()
+
+
+def with_entropy(z: Any, t: Tensor) -> Any:
+    log_p = z.flatten(0, 1).log_softmax(-1)
+    return flat(z, t) + 0.1 * (log_p.exp() * log_p).sum(-1).mean()
+
+
+def with_accuracy(z: Any, t: Tensor) -> Any:
+    return flat(z, t) + (z.argmax(-1) == t).float().mean() + (-0.5 * z).argmax(-1).sum()
 
 
 def written_out(z: Any, t: Tensor) -> Any:
@@ -61,9 +75,12 @@ LOSSES: dict[str, Callable[[Any, Tensor], Any]] = {
     "softcap": lambda z, t: flat(5.0 * torch.tanh(z / 5.0), t),
     "none": lambda z, t: flat(z, t, reduction="none").square().mean(),
     "written out": written_out,
-    "returned": flat,  # beside the logits
+    "entropy": with_entropy,
+    "accuracy": with_accuracy,
+    "returned": flat,  # beside the logits, which are read
+    "returned, trained through": flat,
 }
-# How the head hands its logits on; the last four losses need plain tensors, as PyTorch's own `loss_parallel` knows one.
+# How the head hands its logits on. The losses that `loss_parallel` does not know are given plain tensors.
 PLANS: dict[str, dict[str, Any]] = {
     "split": {"output_layouts": Shard(-1), "use_local_output": False},
     "replicated": {"output_layouts": Replicate()},
@@ -72,12 +89,16 @@ PLANS: dict[str, dict[str, Any]] = {
 CASES = [
     ("split", "mean", 40, False),
     ("sequence", "mean", 40, False),
-    *(("replicated", name, 41, True) for name in ("smoothed", "z-loss", "none", "written out", "returned")),
+    *(("replicated", name, 41, True) for name in ("smoothed", "z-loss", "none", "entropy", "accuracy")),
+    ("split", "returned", 41, True),
+    ("sequence", "returned", 40, False),
+    ("replicated", "returned, trained through", 41, True),
+    ("split", "returned, trained through", 40, False),
 ]
 # On more ranks.
 MORE = [
     *(("split", name, 40, False) for name in ("sum", "scaled")),
-    *(("replicated", name, 41, True) for name in ("mean", "sum", "scaled", "softcap")),
+    *(("replicated", name, 41, True) for name in ("mean", "sum", "scaled", "softcap", "written out")),
     ("split", "mean", 41, True),
     ("replicated", "mean", 2, False),  # fewer classes than there are ranks
 ]
@@ -95,6 +116,8 @@ def parallel(model: Model, plan: str, mesh: DeviceMesh) -> Model:
     layers: dict[str, Any] = {"head": ColwiseParallel(**PLANS[plan])}
     if plan == "sequence":
         layers["norm"] = SequenceParallel(use_local_output=True)
+    if plan == "replicated":  # another layer that is split in the same way is no head
+        layers["trunk"] = ColwiseParallel(output_layouts=Replicate())
     parallelize_module(model, mesh, layers)
     return model
 
@@ -104,15 +127,19 @@ def case(plan: str, name: str, vocab: int, bias: bool, mesh: DeviceMesh) -> dict
     if name == "written out":
         t = t.clamp(min=0)
     exact = Model(vocab, bias).double()
-    loss = LOSSES[name](exact(x.double()), t)
-    expected = torch.autograd.grad(loss, list(exact.parameters()))
+    logits = exact(x.double())
+    loss = LOSSES[name](logits, t)
+    through = 0.1 * logits.square().mean() if name == "returned, trained through" else 0.0
+    expected = torch.autograd.grad(loss + through, list(exact.parameters()))
     torch._dynamo.reset()
     model = parallel(Model(vocab, bias), plan, mesh)
     counters["cce_inductor"].clear()
 
+    returned = name.startswith("returned")
+
     def step(x: Tensor, t: Tensor) -> Any:
         z = model(x)
-        return (LOSSES[name](z, t), z) if name == "returned" else LOSSES[name](z, t)
+        return (LOSSES[name](z, t), z) if returned else LOSSES[name](z, t)
 
     run = torch.compile(step, backend="cce", options=THROUGH_AOT)
     given = x.chunk(mesh.size(), 1)[mesh.get_local_rank()] if plan == "sequence" else x
@@ -120,14 +147,19 @@ def case(plan: str, name: str, vocab: int, bias: bool, mesh: DeviceMesh) -> dict
         model.trunk.requires_grad_(False)  # each rank has its own part of the rows, before the norm
     with loss_parallel(), collect() as found:
         made = run(given, t)
-        made = made[0] if name == "returned" else made
-        made.backward()
-    value = made.full_tensor() if isinstance(made, DTensor) else made
-    grads = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()]
+        made, z = made if returned else (made, None)
+        total = made
+        if name == "returned, trained through":
+            total = whole(made) + 0.1 * whole(z).square().mean()
+        total.backward()
+    reads = counters["cce_inductor"]["deferred_materialized"]
+    grads = [whole(p.grad) for p in model.parameters() if p.grad is not None]
+    wanted = [e for p, e in zip(model.parameters(), expected, strict=True) if p.grad is not None]
     return {
-        "value": value.detach(),
+        "value": whole(made).detach(),
         "exact": loss.detach(),
-        "grads": [(g, e) for g, e in zip(grads, expected, strict=True) if g is not None],
+        "grads": [*zip(grads, wanted, strict=True), *([] if z is None else [(whole(z.detach()), logits.detach())])],
+        "reads": reads,
         "fused": counters["cce_inductor"]["fused"],
         "reasons": [str(site) for graph in found for site in graph.sites],
     }
@@ -159,6 +191,60 @@ def graphs(mesh: DeviceMesh) -> dict[str, dict[str, int]]:
     return seen
 
 
+def lonely(mesh: DeviceMesh) -> list[str]:
+    """The errors of ranks that read logits, of which each has a part, when others do not."""
+    torch._dynamo.reset()
+    model = parallel(Model(41, True), "replicated", mesh)
+    x, t = data(41)
+    errors = []
+
+    def step(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        z = model(x)
+        return flat(z, t), z
+
+    with config.patch(defer_timeout=1):
+        run = torch.compile(step, backend="cce", options=THROUGH_AOT)
+        for _ in range(2):  # the second one meets as if nothing had been
+            z = run(x, t)[1]
+            for reader in range(mesh.size()):
+                if dist.get_rank() == reader:
+                    try:
+                        z.sum()
+                    except DeferredLogitsError as error:
+                        errors.append(str(error))
+                dist.barrier()
+        run(x, t)[1].sum()
+    return errors
+
+
+def hugging_face(mesh: DeviceMesh, folder: str) -> dict[str, Any]:
+    """A model that its own plan has split, unmodified: it returns its logits beside the loss."""
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    configuration = LlamaConfig(vocab_size=130, hidden_size=32, intermediate_size=64, **sizes)
+    torch.manual_seed(0)
+    exact = LlamaForCausalLM(configuration)
+    if dist.get_rank() == 0:
+        exact.save_pretrained(folder)
+    dist.barrier()
+    model = LlamaForCausalLM.from_pretrained(folder, tp_plan="auto", device_mesh=mesh).train()
+    ids = torch.randint(130, (2, 9), generator=torch.Generator().manual_seed(1))
+    expected = exact.double()(input_ids=ids, labels=ids)
+    expected.loss.backward()
+    torch._dynamo.reset()
+    counters["cce_inductor"].clear()
+    made = torch.compile(model, backend="cce", options=THROUGH_AOT)(input_ids=ids, labels=ids)
+    made.loss.backward()
+    pairs = [(made.loss, expected.loss)]
+    pairs += [(whole(p.grad), q.grad) for p, q in zip(model.parameters(), exact.parameters(), strict=True)]
+    reads = counters["cce_inductor"]["deferred_materialized"]
+    pairs.append((made.logits, expected.logits))
+    return {
+        "pairs": [(g.detach(), e.detach()) for g, e in pairs],
+        "fused": counters["cce_inductor"]["fused"],
+        "reads": reads,
+    }
+
+
 def work(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(120, exit=True)
@@ -172,10 +258,16 @@ def work(rank: int, ranks: int, folder: str) -> None:
             results[given] = case(*given, mesh)
         except Exception:
             results[given] = traceback.format_exc()
-    try:
-        results["collectives"] = graphs(mesh)
-    except Exception:
-        results["collectives"] = traceback.format_exc()
+    others: dict[str, Callable[[], Any]] = {
+        "collectives": lambda: graphs(mesh),
+        "lonely": lambda: lonely(mesh),
+        "hugging face": lambda: hugging_face(mesh, f"{folder}/model{ranks}"),
+    }
+    for key, what in others.items() if ranks == 2 else [*others.items()][:2]:
+        try:
+            results[key] = what()
+        except Exception:
+            results[key] = traceback.format_exc()
     torch.save(results, f"{folder}/{ranks}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -20,6 +20,7 @@ OTHER = {  # for every knob: a value that is not the default, how the environmen
     "min_vocab": (17, "17", [-1, "many", 1.5, None]),
     "defer_logits": (False, "off", ["maybe", "", 2, None]),
     "defer_without_loss": (False, "off", ["maybe", "", 2, None]),
+    "defer_timeout": (5, "5", [0, "soon", 0.5, None]),
     "eager_heads": (True, "on", ["maybe", "", 2, None]),
     "workspace_mb": (128, "128", [0, -64, "64MB", 0.5, None]),
     "gradients_in_forward": (False, "no", ["maybe", "", 2, None]),

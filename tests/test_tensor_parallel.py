@@ -44,7 +44,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict
 def test_is_one_head(n: int, case: Any, ranks: Callable[[int], list[dict[Any, Any]]]) -> None:
     for found in (results[case] for results in ranks(n)):
         assert isinstance(found, dict), found
-        if case[1] == "returned" or case[2] < n:  # the logits are needed, or a rank has no part of them
+        assert found["reads"] == (case[1] == "returned, trained through")
+        if case[2] < n:  # a rank has no part of the logits
             assert not found["fused"] and "a tensor-parallel head" in found["reasons"][0]
         else:
             assert found["fused"] >= 1, found["reasons"]
@@ -61,3 +62,24 @@ def test_one_collective_in_the_forward_and_one_for_the_hidden_states(
 ) -> None:
     for results in ranks(n):
         assert results["collectives"] == {"forward": {"all_gather_into_tensor": 1}, "backward": {"all_reduce": 1}}
+
+
+@pytest.mark.parametrize("n", RANKS)
+def test_a_read_of_one_rank_ends(n: int, ranks: Callable[[int], list[dict[Any, Any]]]) -> None:
+    for rank, results in enumerate(ranks(n)):
+        errors = results["lonely"]
+        assert len(errors) == 2, errors
+        for error in errors:
+            if rank == 0:
+                assert f"rank 0 reads logits of a head that is split over ranks {list(range(n))}" in error
+                assert f"ranks {list(range(1, n))} did not within 1 seconds" in error
+            else:
+                assert f"rank {rank} reads" in error and "another one has given up waiting" in error
+
+
+def test_a_model_of_hugging_face_that_its_plan_has_split(ranks: Callable[[int], list[dict[Any, Any]]]) -> None:
+    for found in (results["hugging face"] for results in ranks(2)):
+        assert isinstance(found, dict), found
+        assert (found["fused"], found["reads"]) == (1, 0)
+        for g, e in found["pairs"]:
+            assert float((g - e).abs().max()) <= 1e-5 * float(e.abs().max()) + 1e-7

@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from .. import compat
+from ..config import Settings
 from ..rewrite.outputs import Deferral
 from ..rewrite.result import Rewritten
+from . import split_logits
 from .autograd import computed, defer
 from .gradient import Dense, behind, gradients
 from .other_graphs import Form
@@ -60,15 +62,17 @@ def computed_on_entry(compiled: Callable) -> Callable:
     return run
 
 
-def with_deferred(compiled: Callable, result: Rewritten, fuse: Fuse, workspace_bytes: int) -> Callable:
+def with_deferred(compiled: Callable, result: Rewritten, fuse: Fuse, settings: Settings) -> Callable:
     """A compiled function that gives deferred logits where its graph gives the hidden states.
 
     `fuse` computes losses and statistics that are called eagerly on them.
     """
-    deferrals, n = result.deferrals, result.user_outputs
+    deferrals, n, workspace_bytes = result.deferrals, result.user_outputs, settings.workspace_bytes
     positions = {deferral.position for deferral in deferrals}
 
     def make(deferral: Deferral, operands: Sequence[Tensor]) -> Tensor:
+        if deferral.split is not None:
+            return split_logits.of(deferral, operands, settings.defer_timeout)
         shape = deferral.shape(operands)
         large = math.prod(shape) * deferral.dtype.itemsize > workspace_bytes
         # A weight that may be gone when the loss comes is of no use for a loss in another graph.
@@ -93,10 +97,10 @@ def with_deferred(compiled: Callable, result: Rewritten, fuse: Fuse, workspace_b
         everything = iter(compiled(*args))
         outputs = [None if i in positions else next(everything) for i in range(n)]
         extra = list(everything)
-        made: dict[int, Any] = {}
+        made: dict[Any, Tensor] = {}
         for deferral in deferrals:
             # An output that stands twice in the user's graph is one tensor.
-            key = id(deferral.compute)
+            key = id(deferral.compute), deferral.split and deferral.split.placements
             if key not in made:
                 made[key] = make(deferral, [source.get(args, extra) for source in deferral.operands])
             outputs[deferral.position] = made[key]

@@ -52,19 +52,41 @@ def _repeat(node: Node, value: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Split:
+    """Of logits whose classes are split over the ranks of a mesh: how many there are, and what the program gets.
+
+    placements: of the DTensor that it gets; None where that is a plain tensor, of all classes.
+    """
+
+    mesh: Any
+    classes: int
+    placements: tuple[Any, ...] | None
+
+    @property
+    def gathered(self) -> bool:
+        """Whether each rank is to have all classes."""
+        return self.placements is None or self.placements[0].is_replicate()
+
+
+@dataclass(frozen=True)
 class Deferral:
-    """One graph output that is made lazy. `operands` are hidden states, weight, and what `compute` reads besides."""
+    """One graph output that is made lazy. `operands` are hidden states, weight, and what `compute` reads besides.
+
+    split: of a head that is split over ranks; `operands` are this rank's, and so is what `compute` makes of them.
+    """
 
     position: int
     operands: tuple[Source, ...]
     compute: Logits
     dtype: torch.dtype
     requires_grad: bool
+    split: Split | None = None
 
     def shape(self, operands: Sequence[Tensor]) -> tuple[int, ...]:
         """The shape of the logits, from the operands of one run."""
         sizes = list(operands[0].shape)
-        sizes[self.compute.class_dim] = self.compute.classes(operands)
+        gathered = self.split is not None and self.split.gathered
+        sizes[self.compute.class_dim] = self.split.classes if gathered else self.compute.classes(operands)  # type: ignore[union-attr]
         return tuple(sizes)
 
 

@@ -77,13 +77,13 @@ def _rewrite_split(
     gm: GraphModule, settings: Settings, version: str, choose: Chooser | None, statistics: bool
 ) -> Rewritten | None:
     """The pass over a graph with heads that are split over ranks, if it can be rewritten as if they were not."""
-    graph = split_heads.plain(gm) if split_heads.is_possible() else None
-    if graph is None:
+    whole = split_heads.plain(gm, settings.defer_logits) if split_heads.is_possible() else None
+    if whole is None:
         return None
-    # What is kept from the forward, or left out by a bound, is of all classes; logits leave the graph as they are.
-    exact = replace(settings, grad_filter="exact", gradients_in_forward=False, diagnostics=False, defer_logits=False)
-    result = _rewrite_graph(graph, exact, version, choose, statistics)
-    if not result.fused or not split_heads.localise(result.graph_module):
+    # What is kept from the forward, or left out by a bound, is of all classes.
+    exact = replace(settings, grad_filter="exact", gradients_in_forward=False, diagnostics=False)
+    result = _rewrite_graph(whole.graph_module, exact, version, choose, statistics)
+    if not result.fused or not split_heads.localise(result, whole.splits):
         return None
     result.sites = [replace(made, kernel=f"{made.kernel}; split over ranks, exact") for made in result.sites]
     return result

@@ -6,17 +6,17 @@ puts the operator on this rank's part of the weight, and one all-gather of its s
 place. The gradient of the hidden states is a partial sum then, which DTensor's autograd adds up as before.
 
 A `redistribute` of the logits, to the same placement or to all ranks, and their `to_local` are left out: nothing is
-left to be sent.
+left to be sent. Logits that leave the graph are deferred, and each rank keeps its own operands of them.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed._functional_collectives as funcol
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.fx import Graph, GraphModule, Node
@@ -27,10 +27,13 @@ from ..graph.builder import Builder
 from ..graph.fakes import example
 from ..graph.regions import copy_graph
 from ..ops.library import FORWARD
+from .outputs import Split
+from .ranks import as_dtensor, first_class, largest_of, local_input, local_part, local_target, merged
+from .result import Rewritten
 
 # Operands and statistics that a head has a part of on each rank, or all of it.
 OPERANDS = frozenset(("input", "weight", "bias", "target"))
-STATISTICS = ("lse", "lse_low", "target_logit", "logit_sum")
+STATISTICS = ("lse", "lse_low", "target_logit", "logit_sum", "entropy", "argmax")
 _MOVES = ("redistribute", "to_local", "full_tensor", "prim_redistribute", "prim_to_local")
 
 
@@ -52,28 +55,46 @@ def is_possible() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def plain(gm: GraphModule) -> GraphModule | None:
-    """A copy of a graph whose split heads look like those of one rank; None where there are none, or not only such."""
-    if not any(_split_weight(node) is not None for node in gm.graph.nodes):
-        return None
+class Whole(NamedTuple):
+    """A graph whose split heads look like those of one rank.
+
+    splits: by position among its outputs, what the program gets of logits that are split.
+    """
+
+    graph_module: GraphModule
+    splits: dict[int, Split]
+
+
+def plain(gm: GraphModule, defer_logits: bool) -> Whole | None:
+    """A copy of a graph whose split head looks like that of one rank; None where there is none, or not only such.
+
+    The head is the last layer that is split by its columns: there may be others in the model. defer_logits: whether
+    logits may leave the graph: then they have to be deferred.
+    """
     copy = copy_graph(gm)
+    weights = [own for node in copy.graph.nodes if (own := _split_weight(node)) is not None]
+    if not weights:
+        return None
     made: dict[Node, Node] = {}
-    weight: Node | None = None
+    weight = weights[-1]
+    splits: dict[int, Split] | None = {}
     for node in list(copy.graph.nodes):
-        own = _split_weight(node)
-        if own is not None and weight in (None, own):
-            weight = own
-            made[node] = _as_whole(node, own)
-        elif weight is None or not any(n in made for n in node.all_input_nodes):
+        if _split_weight(node) is weight:
+            made[node] = _as_whole(node, weight)
+        elif not any(n in made for n in node.all_input_nodes):
             continue
-        elif not (_give_out if node.op == "output" else _follow)(node, made, weight):
+        elif node.op == "output":
+            splits = _give_out(node, made, weight)
+        elif not _follow(node, made, weight):
             return None
+    if splits is None or (splits and not defer_logits):
+        return None
     for node in reversed(list(made)):
         if not node.users:
             copy.graph.erase_node(node)
     copy.graph.lint()
     copy.recompile()
-    return copy
+    return Whole(copy, splits)
 
 
 def _split_weight(node: Node) -> Node | None:
@@ -93,12 +114,7 @@ def _split_weight(node: Node) -> Node | None:
 def _all_have_some(weight: DTensor) -> bool:
     """Whether every rank has a part of a weight: of so few classes that one has none, nothing is gained."""
     ranks, classes = weight.device_mesh.size(), weight.shape[0]
-    return isinstance(classes, int) and _start(classes, ranks, ranks - 1) < classes
-
-
-def _start(classes: int, ranks: int, rank: int) -> int:
-    """The first class of a rank, as DTensor splits them."""
-    return min(classes, -(-classes // ranks) * rank)
+    return isinstance(classes, int) and first_class(classes, ranks, ranks - 1) < classes
 
 
 def _as_whole(node: Node, weight: Node) -> Node:
@@ -154,39 +170,48 @@ def _is_split(node: Any) -> bool:
     return isinstance(value, DTensor) and any(not isinstance(p, Replicate) for p in value.placements)
 
 
-def _give_out(output: Node, made: dict[Node, Node], weight: Node) -> bool:
-    """What the graph returns: the results, as the program's DTensors. False where logits are among them.
+def _give_out(output: Node, made: dict[Node, Node], weight: Node) -> dict[int, Split] | None:
+    """What the graph returns: the results, as the program's DTensors, and logits in one piece, with their splits.
 
-    They would be computed as before, beside the loss that then has no use for them: that would be more, not less.
+    None where logits are returned that can not be deferred: inside of a structure. They would be computed as before,
+    beside the loss that then has no use for them: that would be more, not less.
     """
     builder = Builder(output.graph, output)
-    classes = example(weight).shape[0]
-    if any(classes in example(made[n]).shape for n in output.all_input_nodes if n in made):
-        return False
+    classes, mesh = example(weight).shape[0], example(weight).device_mesh
+    splits: dict[int, Split] = {}
+
+    def is_whole(n: Any) -> bool:
+        return isinstance(n, Node) and n in made and classes in example(made[n]).shape
+
+    returned: Any = output.args[0]
+    for i, n in enumerate(returned):
+        if is_whole(n):
+            value = example(n)
+            splits[i] = Split(mesh, classes, value.placements if isinstance(value, DTensor) else None)
+        elif not isinstance(n, Node) and any(is_whole(inner) for inner in pytree.tree_leaves(n)):
+            return None
 
     def given(n: Node) -> Node:
-        if n in made and isinstance(example(n), DTensor):
+        if n in made and isinstance(example(n), DTensor) and not is_whole(n):
             return builder.call(as_dtensor, made[n], weight).node
         return made.get(n, n)
 
     output.args = builder.run(lambda: map_arg(output.args, given))
-    return True
-
-
-def as_dtensor(tensor: Tensor, weight: DTensor) -> DTensor:
-    """A tensor that all ranks have computed, as one of their mesh."""
-    return DTensor.from_local(tensor, weight.device_mesh, (Replicate(),), run_check=False)
+    return splits
 
 
 # ------------------------------------------------------------------------------------------------------- behind it
 
 
-def localise(gm: GraphModule) -> bool:
+def localise(result: Rewritten, splits: dict[int, Split]) -> bool:
     """Puts this rank's part of each split head into its operator, and its statistics together with the others'.
 
-    False, with the graph of no use any more, where something else reads what is not there.
+    False, with the graph of no use any more, where something else reads what is not there. splits: of :class:`Whole`.
     """
-    graph = gm.graph
+    result.deferrals = [replace(deferral, split=splits.pop(deferral.position)) for deferral in result.deferrals]
+    if splits:
+        return False
+    graph = result.graph_module.graph
     for node in list(graph.nodes):
         weight = _origin(node.args[0], node.args[1]) if node.target is FORWARD else None
         if weight is not None and not _localise(graph, node, weight):
@@ -194,8 +219,9 @@ def localise(gm: GraphModule) -> bool:
     for node in list(graph.nodes):
         if node.target is whole and not node.users:
             graph.erase_node(node)
-        elif node.target is whole and all(user.target == "amax" for user in node.users):
+        elif node.target is whole and all(user.target == "amax" or user.op == "output" for user in node.users):
             # Which rows are computed, though they do not count, since a bias is not finite: each rank sees to its own.
+            # What leaves the graph is an operand of deferred logits.
             node.target = local_part
             node.meta["example_value"] = Builder(graph, node).tracer._run(node)
         elif node.target is everywhere:
@@ -204,7 +230,7 @@ def localise(gm: GraphModule) -> bool:
     if any(node.target is whole for node in graph.nodes):
         return False
     graph.lint()
-    gm.recompile()
+    result.graph_module.recompile()
     return True
 
 
@@ -223,6 +249,8 @@ def _localise(graph: Graph, node: Node, weight: Node) -> bool:
     wanted = statistics.split()
     if not {*names.split()} <= OPERANDS or not {*wanted} <= {*STATISTICS}:
         return False
+    if "entropy" in wanted and "lse" not in wanted:
+        return False
     given = dict(zip(names.split(), operands, strict=True))
     builder = Builder(graph, node)
 
@@ -236,7 +264,11 @@ def _localise(graph: Graph, node: Node, weight: Node) -> bool:
             given["target"], inside = placed[0].node, placed[1].node
         out = builder.call(FORWARD, list(given.values()), names, row_mask, statistics, training, *rest)
         parts = [out[i].node for i in range(len(wanted))]
-        return builder.call(merged, parts, wanted, inside, weight).node
+        largest = None
+        if "argmax" in wanted:
+            heads = [given[name] for name in ("input", "weight", "bias") if name in given]
+            largest = builder.call(largest_of, parts[wanted.index("argmax")], rest[0] < 0, *heads).node
+        return builder.call(merged, parts, wanted, inside, largest, weight).node
 
     made = builder.run(local)
     for user in list(node.users):
@@ -252,72 +284,3 @@ def _part_of(builder: Builder, node: Node) -> Node:
     if node.target is whole:
         return builder.call(local_part, node.args[0]).node
     return builder.proxy(_part_of(builder, node.args[0])).detach().node  # type: ignore[arg-type]
-
-
-def local_part(tensor: DTensor) -> Tensor:
-    """This rank's rows of a weight, or entries of a bias."""
-    return tensor.to_local()
-
-
-def local_input(tensor: DTensor, weight: DTensor) -> Tensor:
-    """Hidden states, or targets, that all ranks have: of the former each rank computes a part of the gradient."""
-    return tensor.to_local(grad_placements=(Partial(),))
-
-
-def local_target(target: Tensor, weight: DTensor) -> tuple[Tensor, Tensor]:
-    """(N,) classes among those of this rank, class 0 for the others; and which rows have theirs here."""
-    mesh, count = weight.device_mesh, weight.to_local().shape[0]
-    own = target - _start(weight.shape[0], mesh.size(), mesh.get_local_rank())
-    inside = (own >= 0) & (own < count)
-    return torch.where(inside, own, 0), inside
-
-
-def merged(
-    statistics: Sequence[Tensor], names: Sequence[str], inside: Tensor | None, weight: DTensor
-) -> tuple[Tensor, ...]:
-    """The statistics (N,) of all classes, from each rank's of its own; all ranks get the same bits."""
-    given = dict(zip(names, statistics, strict=True))
-    if inside is not None and "target_logit" in given:
-        given["target_logit"] = torch.where(inside, given["target_logit"], 0.0)
-    made = Merge.apply(weight.device_mesh, tuple(given), *given.values())
-    return tuple(made)
-
-
-class Merge(torch.autograd.Function):
-    """One all-gather. The tangents are the same on all ranks, whose losses are one, so the backward sends nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, mesh: Any, names: tuple[str, ...], *local: Tensor) -> tuple[Tensor, ...]:
-        """(N,) statistics of some classes to those of all."""
-        ctx.names = names
-        rows = torch.stack([t.to(torch.float32) if t.dtype != torch.float64 else t for t in local])
-        gathered = funcol.all_gather_tensor(rows.contiguous(), 0, mesh)
-        if isinstance(gathered, funcol.AsyncCollectiveTensor):
-            gathered = gathered.wait()
-        parts = dict(zip(names, gathered.view(mesh.size(), *rows.shape).unbind(1), strict=True))
-        own = dict(zip(names, local, strict=True))
-        made = {name: part.sum(0) for name, part in parts.items() if name not in ("lse", "lse_low")}
-        if "lse" in parts:
-            low = parts.get("lse_low")
-            exact = parts["lse"].double() + (0.0 if low is None else low.double())
-            lse = torch.logsumexp(exact, 0)
-            made["lse"] = lse.to(own["lse"].dtype)
-            if low is not None:
-                made["lse_low"] = (lse - made["lse"].double()).nan_to_num(0.0, 0.0, 0.0).to(low.dtype)
-            # A rank all of whose logits are -inf has no share.
-            share = torch.exp(own["lse"].double() - torch.where(lse == -torch.inf, 0.0, lse))
-            ctx.save_for_backward(share.to(own["lse"].dtype))
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*[made[n] for n in ("lse_low",) if n in made])
-        return tuple(made[name].to(own[name].dtype) for name in names)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        """The gradients of this rank's statistics."""
-        found = []
-        for name, grad in zip(ctx.names, grads, strict=True):
-            if name == "lse" and grad is not None:
-                (share,) = ctx.saved_tensors
-                grad = grad * share
-            found.append(None if name == "lse_low" else grad)
-        return None, None, *found

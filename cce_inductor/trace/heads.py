@@ -43,10 +43,7 @@ def subclassed(head: Head | SeveralHeads) -> Refusal | None:
             kind, placements = type(made).__name__, getattr(made, "placements", ())
             if node in weights and any(placement.is_shard() for placement in placements):
                 reason = f"a tensor-parallel head: its weight is a {kind} that is split over ranks"
-                cure = (
-                    "compile the head with its loss, on a mesh of one dimension, and return the loss without the logits"
-                )
-                return Refusal(node, reason, cure)
+                return Refusal(node, reason, "compile the head with its loss, on a mesh of one dimension")
             return Refusal(node, f"an operand of the head is a {kind}", "give the head plain tensors")
     return None
 

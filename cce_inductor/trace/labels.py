@@ -29,7 +29,6 @@ from .shapes import is_row_vector, is_vocabulary_vector, same_shape
 from .targets import base, counts, same_classes
 from .values import Diagonal, Labels, Value
 
-
 # What is added to logits to leave them out: from here on the sum is the number itself, but for its rounding.
 _OUT_OF_SIGHT = -1e9
 
