@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from cce_inductor import DeferredLogitsError, config
 from cce_inductor.backend import compile_graph
 from cce_inductor.record import collect
+from cce_inductor.rewrite import split_heads
 
 B, S, D = 2, 6, 16
 
@@ -217,6 +218,25 @@ def lonely(mesh: DeviceMesh) -> list[str]:
     return errors
 
 
+def failing(mesh: DeviceMesh) -> str:
+    """The error where our pass fails: the graph as it was would wait for ranks on which it has not failed."""
+    torch._dynamo.reset()
+    model = parallel(Model(41, True), "replicated", mesh)
+    x, t = data(41)
+
+    def broken(*_: Any) -> bool:
+        raise ArithmeticError
+
+    before, split_heads.localise = split_heads.localise, broken
+    try:
+        torch.compile(lambda x, t: flat(model(x), t), backend="cce", options=THROUGH_AOT)(x, t)
+    except Exception as error:
+        return str(error)
+    finally:
+        split_heads.localise = before
+    return "none"
+
+
 def hugging_face(mesh: DeviceMesh, folder: str) -> dict[str, Any]:
     """A model that its own plan has split, unmodified: it returns its logits beside the loss."""
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -261,9 +281,10 @@ def work(rank: int, ranks: int, folder: str) -> None:
     others: dict[str, Callable[[], Any]] = {
         "collectives": lambda: graphs(mesh),
         "lonely": lambda: lonely(mesh),
+        "failing": lambda: failing(mesh),
         "hugging face": lambda: hugging_face(mesh, f"{folder}/model{ranks}"),
     }
-    for key, what in others.items() if ranks == 2 else [*others.items()][:2]:
+    for key, what in others.items() if ranks == 2 else [*others.items()][:3]:
         try:
             results[key] = what()
         except Exception:

@@ -77,6 +77,12 @@ def test_a_read_of_one_rank_ends(n: int, ranks: Callable[[int], list[dict[Any, A
                 assert f"rank {rank} reads" in error and "another one has given up waiting" in error
 
 
+@pytest.mark.parametrize("n", RANKS)
+def test_a_fault_of_ours_is_an_error_on_its_rank(n: int, ranks: Callable[[int], list[dict[Any, Any]]]) -> None:
+    for results in ranks(n):
+        assert "a graph whose head is split over ranks, which others may have done" in results["failing"]
+
+
 def test_a_model_of_hugging_face_that_its_plan_has_split(ranks: Callable[[int], list[dict[Any, Any]]]) -> None:
     for found in (results["hugging face"] for results in ranks(2)):
         assert isinstance(found, dict), found

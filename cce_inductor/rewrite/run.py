@@ -44,8 +44,16 @@ def rewrite(
 def faulty(gm: GraphModule, error: Exception) -> Rewritten:
     """What becomes of a graph in which the pass has failed; called where the error is handled.
 
-    A fault of ours must not cost the user the compilation: the graph stays as it was, and the record says why.
+    A fault of ours must not cost the user the compilation: the graph stays as it was, and the record says why. But a
+    head that is split over ranks has other collectives as it was than fused: that is an error on this rank at once,
+    where it would else wait for the others.
     """
+    if split_heads.has_one(gm):
+        raise RuntimeError(
+            "cce_inductor could not rewrite a graph whose head is split over ranks, which others may have done: "
+            "please report this, and leave such heads alone meanwhile (cce_inductor.config.min_vocab above their "
+            "number of classes)"
+        ) from error
     log.exception("cce_inductor could not rewrite a graph and left it as it was")
     return Rewritten(gm, [_fault(loss, error) for loss in losses(gm.graph)])
 

@@ -55,6 +55,12 @@ def is_possible() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def has_one(gm: GraphModule) -> bool:
+    """Whether a graph has a head that is split over more than one rank."""
+    weights = [_split_weight(node) for node in gm.graph.nodes] if is_possible() else []
+    return any(weight is not None and example(weight).device_mesh.size() > 1 for weight in weights)
+
+
 class Whole(NamedTuple):
     """A graph whose split heads look like those of one rank.
 
