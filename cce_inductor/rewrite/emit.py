@@ -21,13 +21,12 @@ from ..graph.memory import storages, written
 from ..ops.call import LABELS, OTHER, SEEDS, Attributes, sampled
 from ..ops.diagnostics import meter
 from ..ops.library import FORWARD
-from ..ops.losses import computed, cross_entropy, tangents
-from ..ops.with_gradients import ATTACH, WITH_GRADIENTS
+from ..ops.losses import computed, cross_entropy
 from ..trace import operands
 from ..trace.codes import Codes, codes
 from ..trace.reduction import Loss, Reduction
 from ..trace.values import Value
-from .groups import EXACT, Bundle, Group
+from .groups import EXACT, Bundle
 from .served import Statistics
 
 # ---- the operator
@@ -38,10 +37,9 @@ def emit(
     bundle: Bundle,
     attributes: Attributes,
     hoist: Hoist,
-    gradients: bool = False,
     diagnostics: bool = False,
 ) -> None:
-    """Replaces the reductions of one bundle. With `gradients`, of one `linear` loss, they are formed in the forward.
+    """Replaces the reductions of one bundle.
 
     diagnostics: whether a filtered backward leaves its numbers to the site's meter.
     """
@@ -51,11 +49,6 @@ def emit(
             hoist.move(node, anchor)
     builder = Builder(graph, anchor)
     call = builder.run(_Arguments, builder, bundle, attributes, hoist, diagnostics)
-    if gradients:
-        ((loss,),) = (group.members for group in bundle.groups)
-        assert isinstance(loss, Loss)
-        loss.node.replace_all_uses_with(builder.run(_with_gradients, builder, loss, call, hoist).node)
-        return
     results = builder.run(call.statistics, builder)
     for i, group in enumerate(bundle.groups):
         parts = builder.run(call.part, builder, results, i)
@@ -254,29 +247,6 @@ def _without_ignored(builder: Builder, target: Proxy, bundle: Bundle) -> Proxy:
     if ignored >= 0 and not (isinstance(bundle.first.value.vocab, int) and ignored >= bundle.first.value.vocab):
         return target  # it is a class itself
     return builder.call(torch.where, target.ne(ignored), target, 0)
-
-
-def _with_gradients(builder: Builder, loss: Loss, call: _Arguments, hoist: Hoist) -> Proxy:
-    """Records the operator that forms the gradients as well, and the loss they are attached to."""
-    weight = None if loss.weight is None else builder.proxy(loss.weight)
-    known = tangents(call.target, call.row_mask, weight, operands.vocab(builder, loss.value), loss.arguments)
-    needs = [name for name, p in call.operands.items() if example(p.node).requires_grad]
-    out = builder.call(
-        WITH_GRADIENTS,
-        list(known.values()),
-        " ".join(known),
-        list(call.operands.values()),
-        " ".join(call.operands),
-        call.computed,
-        " ".join(call.names),
-        " ".join(needs),
-        *call.attributes.args(),
-    )
-    stats = {name: out[i] for i, name in enumerate(call.names)}
-    parts = call.part(builder, stats, 0)
-    result = _result(builder, loss, Statistics(builder, loss, Group([loss]), parts, hoist))
-    gradients = [out[len(call.names) + i] for i in range(len(needs))]
-    return builder.call(ATTACH, result, [call.operands[name] for name in needs], gradients)
 
 
 def _result(builder: Builder, reduction: Reduction, statistics: Statistics) -> Proxy:

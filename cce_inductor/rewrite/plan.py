@@ -22,7 +22,6 @@ from ..trace.codes import codes
 from ..trace.findings import Finding, source
 from ..trace.heads import subclassed
 from ..trace.interpreter import Interpreter
-from ..trace.reduction import Loss
 from ..trace.trace import Trace, refused_together
 from ..trace.values import Head, SeveralHeads, SumOfHeads
 from . import site
@@ -109,20 +108,6 @@ def _problem(head: Head | SeveralHeads, settings: Settings, two_heads: bool = Fa
     )
 
 
-def one_linear_loss(calls: list[Bundle]) -> bool:
-    """Whether the gradients may be formed in the forward.
-
-    One loss in the graph, since each holds a gradient of its weight until the backward; a mean or a sum under grad,
-    since only then all tangents are known but for a factor.
-    """
-    members = [reduction for call in calls for reduction in call.members]
-    if len(members) != 1:
-        return False
-    (loss,) = members
-    # Masked columns are put back into the log-sum-exp behind the operator, and change its tangent.
-    return isinstance(loss, Loss) and loss.arguments.linear and loss.differentiated and not loss.value.masks
-
-
 def _refusal(graph: Graph, trace: Trace, settings: Settings) -> Refusal | None:
     """Why a head is not fused at all, or None."""
     head = trace.head
@@ -203,7 +188,6 @@ def record(
     plans: dict[Node, Plan],
     calls: list[Bundle],
     settings: Settings,
-    early: bool,
     attributes: Attributes,
     interpreter: Interpreter,
 ) -> Site:
@@ -219,8 +203,6 @@ def record(
         return site.make(finding.loss, finding.trace.head, refusal)
     deferred = len(plan.trace.outputs) if settings.defer_logits else 0
     kernel = plan.choice.kernel
-    if early and plan.choice.gradients_in_forward:
-        kernel += ", gradients formed in the forward"
     call = next((c for c in calls if reduction in c.members), None)
     if call is None:  # a ranking, which has an operator of its own
         return site.make(finding.loss, finding.trace.head, None, deferred, kernel)

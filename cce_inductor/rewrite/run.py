@@ -18,9 +18,9 @@ from ..trace.functions import of_two
 from ..trace.interpreter import Interpreter
 from ..trace.trace import Decomposition
 from ..trace.unnamed import behind_break, unnamed
-from . import cleanup, emit, emit_ranking, groups, reads, site, split_heads
+from . import cleanup, emit, emit_ranking, forward_gradients, groups, reads, site, split_heads
 from .outputs import Deferral, Outputs
-from .plan import Plan, make_plans, name_bundles, one_linear_loss, record
+from .plan import Plan, make_plans, name_bundles, record
 from .result import Rewritten
 from .site import Site
 
@@ -121,16 +121,15 @@ def _rewrite_graph(
     calls = groups.in_bundles([group for plan in fused for group in plan.groups], hoist)
     # The numbers that diagnostics are made of are a gradient that no loss may scale.
     numbers = settings.diagnostics and settings.grad_filter != "exact"
-    early = settings.gradients_in_forward and not numbers and one_linear_loss(calls)
+    early = settings.gradients_in_forward and not numbers
     name_bundles(calls)
-    recorded = {f.loss: record(f, plans, calls, settings, early, attributes, interpreter) for f in found}
+    recorded = {f.loss: record(f, plans, calls, settings, attributes, interpreter) for f in found}
     made = dense | {f.loss: _with_reads(recorded[f.loss], f, settings) for f in found}
     sites = [made[node] for node in interpreter.given if node in made]
     if not fused:
         return Rewritten(gm, sites, unnamed=len(dense))
     for call in calls:
-        gradients = early and fused[0].choice.gradients_in_forward
-        emit.emit(graph, call, attributes, hoist, gradients, settings.diagnostics)
+        emit.emit(graph, call, attributes, hoist, settings.diagnostics)
     # Behind them: a comparison may be with what they gave.
     for ranks in [ranks for plan in fused for ranks in plan.ranks]:
         emit_ranking.emit(graph, ranks, attributes, hoist)
@@ -141,6 +140,8 @@ def _rewrite_graph(
     served = [*(trace for decomposition in done for trace in decomposition.traces), *(plan.trace for plan in fused)]
     cleanup.erase_dead(graph, served, [r.node for plan in fused for r in plan.trace.reductions])
     interpreter.erase_unused()
+    if early and all(plan.choice.gradients_in_forward for plan in fused) and forward_gradients.form(graph):
+        sites = [replace(s, kernel=f"{s.kernel}, gradients formed in the forward") if s.fused else s for s in sites]
     if any(node.target is of_two for node in graph.nodes):
         raise AssertionError("a function of two heads was left without an operator; please report this")
     graph.lint()

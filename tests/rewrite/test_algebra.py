@@ -217,7 +217,9 @@ def test_gradients_formed_in_the_forward(name):
     fn = EARLY[name]
     torch._dynamo.reset()
     wanted, got = fn(*inputs), torch.compile(fn, backend=backend)(*inputs)
-    assert early == [not any(s in name for s in ("masked", "where", "set", "mask"))]
+    # What masked columns are filled with is put back into the log-sum-exp, which is not linear.
+    filled = "finite number", "number, scaled", "where", "behind a bias and a mask", "column set", "masked_fill_"
+    assert early == [not any(s in name for s in filled)]
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
     for a, b in zip(*(torch.autograd.grad(loss, inputs[:2]) for loss in (wanted, got)), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
