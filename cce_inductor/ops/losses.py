@@ -29,11 +29,6 @@ class CrossEntropy:
             raise ValueError(f"label_smoothing must be between 0.0 and 1.0, got {self.label_smoothing}")
 
     @property
-    def linear(self) -> bool:
-        """Whether the loss is one number, linear in the statistics."""
-        return self.reduction != "none" and not self.z_loss
-
-    @property
     def statistics(self) -> str:
         """What it asks of the logits."""
         return "lse lse_low target_logit logit_sum" if self.label_smoothing else "lse lse_low target_logit"
@@ -99,30 +94,3 @@ def cross_entropy(
         return value
     extra = squared.sum()
     return value + (extra / row_mask.sum() if loss.reduction == "mean" else extra)
-
-
-def tangents(
-    target: Any, row_mask: Any, class_weight: Any, vocab: int, loss: CrossEntropy, dtype: torch.dtype = torch.float32
-) -> dict[str, Any]:
-    """d loss / d statistic, by name, of what `cross_entropy` reads: (N,) of `dtype`, and 0 in inactive rows.
-
-    For losses that are linear in the statistics, a mean or a sum without z-loss (`CrossEntropy.linear`): what
-    multiplies a statistic is then known before the statistic is. Arguments as there.
-    """
-    counts = row_mask.to(dtype)
-    if class_weight is None:
-        weight = counts
-    else:
-        class_weight = class_weight.detach().to(dtype)
-        weight = torch.where(row_mask, class_weight[torch.where(row_mask, target, 0)], 0)
-    total = weight.sum() if loss.reduction == "mean" else None
-    own = weight * (1.0 - loss.label_smoothing)
-    result = {"lse": own, "target_logit": -own}
-    if loss.label_smoothing:
-        spread = counts * (loss.label_smoothing / vocab)
-        result["lse"] = own + spread * (vocab if class_weight is None else class_weight.sum())
-        result["logit_sum"] = -spread
-    if total is None:
-        return result
-    # No active row: the loss is NaN, and its gradients are 0.
-    return {name: torch.where(row_mask, t / total, 0) for name, t in result.items()}

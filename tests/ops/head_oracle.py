@@ -12,7 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from cce_inductor.ops.call import Attributes
 from cce_inductor.ops.library import FORWARD
-from cce_inductor.ops.losses import CrossEntropy, tangents
+from cce_inductor.ops.losses import CrossEntropy
 from cce_inductor.ops.losses import cross_entropy as from_statistics
 from cce_inductor.ops.with_gradients import ATTACH, WITH_GRADIENTS
 
@@ -192,11 +192,15 @@ def call_forward(head: Head, names: str, *, bias=None, column_weight=None, row_m
 
 
 def loss_with_gradients(x: Tensor, w: Tensor, target: Tensor, bias: Tensor | None, loss: CrossEntropy) -> Tensor:
-    """A mean or sum whose gradients are formed in the forward, put together as the rewrite puts it."""
+    """A mean whose gradients are formed in the forward, put together as the rewrite puts it."""
     given = operands(x, w, target, bias)
     row_mask = target != loss.ignore_index
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    known = tangents(target, row_mask, None, w.shape[0], loss, wide)
+    share = torch.where(row_mask, row_mask.to(wide) / row_mask.sum(), 0)
+    own = 1.0 - loss.label_smoothing
+    known = {"lse": share, "target_logit": -own * share}
+    if loss.label_smoothing:
+        known["logit_sum"] = share * (-loss.label_smoothing / w.shape[0])
     leaves = {name: t for name, t in given.items() if name != "target"}
     out = WITH_GRADIENTS(
         list(known.values()), " ".join(known), list(given.values()), " ".join(given), row_mask, loss.statistics,

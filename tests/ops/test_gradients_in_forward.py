@@ -1,4 +1,4 @@
-"""Losses whose gradients are formed in the forward: the operators, and the tangents that are known beforehand."""
+"""Losses whose gradients are formed in the forward: the operators."""
 
 import pytest
 import torch
@@ -6,8 +6,7 @@ from head_oracle import Head, check_error_rule, cross_entropy, loss_with_gradien
 
 from cce_inductor.ops.call import Attributes
 from cce_inductor.ops.library import BACKWARD, FORWARD
-from cce_inductor.ops.losses import CrossEntropy, tangents
-from cce_inductor.ops.losses import cross_entropy as from_statistics
+from cce_inductor.ops.losses import CrossEntropy
 from cce_inductor.ops.with_gradients import ATTACH, WITH_GRADIENTS
 
 ATTRIBUTES = Attributes(scale=0.7, softcap=4.0).args()
@@ -51,28 +50,6 @@ def test_attached_gradients_are_multiplied_by_the_tangent_and_keep_their_dtype()
     assert torch.equal(a, (dx.float() * 0.3).bfloat16()) and torch.equal(b, dw * 0.3)
     one = torch.autograd.grad(loss, [x, w])
     assert torch.equal(one[0], dx) and torch.equal(one[1], dw)  # every bit, at the usual tangent
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_tangents_are_what_autograd_finds(reduction, smoothing, weighted):
-    loss = CrossEntropy(reduction=reduction, label_smoothing=smoothing, ignore_index=3)
-    target = torch.randint(0, 7, (50,))
-    row_mask, weight = target != 3, torch.rand(7) if weighted else None
-    stats = {name: torch.randn(50, requires_grad=True) for name in loss.statistics.split() if name != "lse_low"}
-    value = from_statistics(stats | {"lse_low": torch.zeros(50)}, target, row_mask, weight, 7, loss)
-    want = dict(zip(stats, torch.autograd.grad(value, list(stats.values())), strict=True))
-    known = tangents(target, row_mask, weight, 7, loss)
-    assert known.keys() == want.keys()
-    for name in want:
-        torch.testing.assert_close(known[name], want[name])
-
-
-def test_tangents_of_a_mean_over_no_rows_are_zero():
-    target = torch.full((4,), -100)
-    known = tangents(target, target != -100, None, 7, CrossEntropy())
-    assert all(torch.equal(t, torch.zeros(4)) for t in known.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
