@@ -50,6 +50,7 @@ def joined(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
     trace = traces[0]
     if made[0].head.node is node:
         trace = walk.traces[node] = Trace(made[0], parts=traces)
+    if any(value.head.node is node for value in made):  # of one of several ways to read a product, perhaps
         walk.members[node] = entries
     walk.put(node, trace, made)
     return True

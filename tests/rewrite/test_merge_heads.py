@@ -251,3 +251,15 @@ def test_nothing_is_left_of_sums_that_no_loss_needs():
     _, result = rewritten(fn, *operands()[:4], labels())
     kept = text(result.graph_module).split("linear_statistics")[0]
     assert result.fused == 1 and "cat" not in kept and kept.count("linear(") == 2
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["column first", "loss first"])
+def test_one_column_of_chunks_of_rows_in_another_order(first):
+    """The product can be read with either factor as the weight: of the other way its rows are heads of their own."""
+
+    def fn(h, w, t):
+        z = torch.cat(h.matmul(w).chunk(2)[::-1])
+        made = z[..., 1].sum(), F.cross_entropy(z, t)
+        return sum(made if first else made[::-1])
+
+    assert_same_as_eager(fn, (rand(4, 6), rand(6, 9), torch.tensor([3, 8, 0, 1])), fused=1)
