@@ -73,7 +73,7 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings,
     except DeclinedError:
         raise
     except Exception as error:  # a private name of PyTorch's that is gone, for one
-        form, result = Form(gm, list(example_inputs)), faulty(gm, error)
+        form, result = Form(gm, list(example_inputs)), faulty(gm, error, settings)
         _record(form, result, settings)
     # compile_fx calls itself, and enable() wraps it: the mark keeps the pass from running twice on one graph.
     # The parts of a graph that DDPOptimizer has cut share one `meta`.

@@ -18,7 +18,7 @@ from ..trace.functions import of_two
 from ..trace.interpreter import Interpreter
 from ..trace.trace import Decomposition
 from ..trace.unnamed import behind_break, unnamed
-from . import cleanup, emit, emit_ranking, groups, reads, site, split_heads
+from . import cleanup, emit, emit_ranking, groups, reads, sharded_heads, site, split_heads
 from .outputs import Deferral, Outputs
 from .plan import Plan, make_plans, name_bundles, one_linear_loss, record
 from .result import Rewritten
@@ -38,14 +38,20 @@ def rewrite(
     try:
         return _rewrite(gm, settings, version, choose, statistics)
     except Exception as error:
-        return faulty(gm, error)
+        return faulty(gm, error, settings)
 
 
-def faulty(gm: GraphModule, error: Exception) -> Rewritten:
+def faulty(gm: GraphModule, error: Exception, settings: Settings) -> Rewritten:
     """What becomes of a graph in which the pass has failed; called where the error is handled.
 
-    A fault of ours must not cost the user the compilation: the graph stays as it was, and the record says why.
+    A fault of ours must not cost the user the compilation: the graph stays as it was, and the record says why. But
+    where other ranks have rewritten a sharded head, this one would wait for them: RuntimeError.
     """
+    if sharded_heads.is_wanted(gm, settings):
+        raise RuntimeError(
+            f"cce_inductor: internal error in the rewrite of a sharded head; please report it: {error}. "
+            "sharded_head='gather' goes without that rewrite"
+        ) from error
     log.exception("cce_inductor could not rewrite a graph and left it as it was")
     return Rewritten(gm, [_fault(loss, error) for loss in losses(gm.graph)])
 
@@ -61,7 +67,7 @@ def _rewrite(gm: GraphModule, settings: Settings, version: str, choose: Chooser 
     inside = replace(settings, gradients_in_forward=False, diagnostics=False, defer_logits=False)
     regions = {name: _rewrite(region, inside, version, choose, statistics) for name, region in checkpointed(gm)}
     result = _rewrite_split(gm, settings, version, choose, statistics)
-    result = result or _rewrite_graph(gm, settings, version, choose, statistics)
+    result = result or _rewrite_sharded(gm, settings, version, choose, statistics)
     sites = [site for region in regions.values() for site in region.sites]
     result.sites[:0] = sites
     result.unnamed += sum(region.unnamed for region in regions.values())
@@ -86,6 +92,22 @@ def _rewrite_split(
     if not result.fused or not split_heads.localise(result.graph_module):
         return None
     result.sites = [replace(made, kernel=f"{made.kernel}; split over ranks, exact") for made in result.sites]
+    return result
+
+
+def _rewrite_sharded(
+    gm: GraphModule, settings: Settings, version: str, choose: Chooser | None, statistics: bool
+) -> Rewritten:
+    """The pass over a graph whose heads may be fused without their whole weights; they are gathered if that fails."""
+    if not sharded_heads.is_wanted(gm, settings):
+        return _rewrite_graph(gm, settings, version, choose, statistics)
+    exact = replace(settings, grad_filter="exact", gradients_in_forward=False, diagnostics=False)
+    result = _rewrite_graph(gm, exact, version, sharded_heads.alike(choose), statistics)
+    reason = sharded_heads.localise(result.graph_module, settings) if result.fused else "its loss is not fused"
+    if reason:
+        result = _rewrite_graph(gm, settings, version, choose, statistics)
+    how = f"its weight is gathered: {reason}" if reason else "sharded over ranks and not gathered, exact"
+    result.sites = [replace(made, kernel=f"{made.kernel}; {how}") if made.fused else made for made in result.sites]
     return result
 
 

@@ -27,6 +27,7 @@ from ..graph.builder import Builder
 from ..graph.fakes import example
 from ..graph.regions import copy_graph
 from ..ops.library import FORWARD
+from ..ops import sharded
 
 # Operands and statistics that a head has a part of on each rank, or all of it.
 OPERANDS = frozenset(("input", "weight", "bias", "target"))
@@ -296,15 +297,10 @@ class Merge(torch.autograd.Function):
             gathered = gathered.wait()
         parts = dict(zip(names, gathered.view(mesh.size(), *rows.shape).unbind(1), strict=True))
         own = dict(zip(names, local, strict=True))
-        made = {name: part.sum(0) for name, part in parts.items() if name not in ("lse", "lse_low")}
-        if "lse" in parts:
-            low = parts.get("lse_low")
-            exact = parts["lse"].double() + (0.0 if low is None else low.double())
-            lse = torch.logsumexp(exact, 0)
-            made["lse"] = lse.to(own["lse"].dtype)
-            if low is not None:
-                made["lse_low"] = (lse - made["lse"].double()).nan_to_num(0.0, 0.0, 0.0).to(low.dtype)
+        made = sharded.merged(parts)
+        if "lse" in made:
             # A rank all of whose logits are -inf has no share.
+            lse = sharded.log_sum_exp(parts)
             share = torch.exp(own["lse"].double() - torch.where(lse == -torch.inf, 0.0, lse))
             ctx.save_for_backward(share.to(own["lse"].dtype))
         ctx.set_materialize_grads(False)
