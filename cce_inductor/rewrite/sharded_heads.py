@@ -80,9 +80,10 @@ def read(node: Any) -> Gather | None:
     if not isinstance(node, Node):
         return None
     if node.target is gathered:
-        shard, classes, group, average, *rest = node.args
-        (schedule,) = rest or ("",)
-        return Gather(_of_dtensor(shard), (), Shards(classes, group, average), schedule)  # type: ignore[arg-type]
+        arguments: Any = node.args
+        shard, classes, group, average, *rest = arguments
+        source, casts = _without_casts(shard)
+        return Gather(_of_dtensor(source), casts, Shards(classes, group, average), *rest)
     op = nodes.read(node)
     if op is not None and op.name in ("cast", "detach"):
         inner = read(op.args["input"])
@@ -98,24 +99,31 @@ def _of_simple_fsdp(node: Node, source: Node) -> Gather | None:
     reduced = [getattr(p, "reduce_op", None) for p in placements or ()]  # type: ignore[union-attr]
     if len(reduced) != 1 or reduced[0] not in _AVERAGE:
         return None  # without a reduction the ranks have the same tokens
-    casts: list[torch.dtype] = []
+    behind: tuple[torch.dtype, ...] = ()
     if node.target == "to_local" and source.target == "redistribute":
         value = example(source)
         if not isinstance(value, DTensor) or value.placements != (Replicate(),) or source.kwargs.get("async_op"):
             return None
         dtype = source.kwargs.get("forward_dtype")
-        casts = [dtype] if isinstance(dtype, torch.dtype) else []
+        behind = (dtype,) if isinstance(dtype, torch.dtype) else ()
         source = source.args[0]  # type: ignore[assignment]
     elif node.target != "full_tensor":
         return None
-    while (op := nodes.read(source)) is not None and op.name == "cast":
-        casts.insert(0, example(source).dtype)
-        source = op.args["input"]
+    source, casts = _without_casts(source)
     value = example(source)
     if not isinstance(value, DTensor) or value.placements != (Shard(0),) or not isinstance(value.shape[0], int):
         return None
     group = value.device_mesh.get_group().group_name
-    return Gather(source, tuple(casts), Shards(value.shape[0], group, _AVERAGE[reduced[0]]))
+    return Gather(source, (*casts, *behind), Shards(value.shape[0], group, _AVERAGE[reduced[0]]))
+
+
+def _without_casts(node: Node) -> tuple[Node, tuple[torch.dtype, ...]]:
+    """What is cast, and the dtypes that it is cast to."""
+    op = nodes.read(node)
+    if op is None or op.name != "cast":
+        return node, ()
+    source, casts = _without_casts(op.args["input"])
+    return source, (*casts, example(node).dtype)
 
 
 def _of_dtensor(shard: Any) -> Node:
@@ -174,44 +182,40 @@ def localise(gm: GraphModule, settings: Settings) -> str:
 
     Returns "", or why it cannot be, with the graph of no use any more.
     """
-    graph, gathers = gm.graph, []
+    graph, weights, parts = gm.graph, [], []
     for node in list(graph.nodes):
-        gather = read(_given(node)["weight"]) if node.target is FORWARD else None
-        if gather is None:
+        given = _given(node) if node.target is FORWARD else {}
+        gather = read(given.get("weight"))
+        schedule = "gather" if gather is None else schedule_of(given["input"], gather, settings)
+        if gather is None or schedule == "gather":
             continue
-        schedule = schedule_of(_given(node)["input"], gather, settings)
-        reason = _localise(node, gather, schedule) if schedule != "gather" else ""
+        reason = _localise(node, gather, schedule)
         if reason:
             return reason
-        gathers += [_given(node)["weight"]] if schedule != "gather" else []
-        if schedule != "gather":
-            _erase(node)
-    for weight in gathers:
-        if not _erase(weight):
-            return "something else needs its weight, or its logits"
-    if not gathers:
+        weights.append(given["weight"])
+        parts += [given[name] for name in ("weight", "bias") if name in given]
+    if not weights:
         return "the loss reads it in another form, or its classes are fewer than the tokens of all ranks"
+    if any(weight.users for weight in weights):
+        return "something else needs it in one piece"
+    _erase(graph, parts)
     graph.lint()
     gm.recompile()
     return ""
 
 
+def _erase(graph: Graph, unused: list[Node]) -> None:
+    """Erases those of these nodes, and of what they are made of, that have no users."""
+    found = set(unused)
+    for node in reversed(list(graph.nodes)):
+        if node in found and not node.users and node.op != "placeholder":
+            found.update(node.all_input_nodes)
+            graph.erase_node(node)
+
+
 def _given(node: Node) -> dict[str, Node]:
     operands, names, *_ = node.args
     return dict(zip(names.split(), operands, strict=True))  # type: ignore[union-attr,arg-type]
-
-
-def _erase(node: Node) -> bool:
-    """Erases a node without users, and what only it needed; False where it has users."""
-    if node.users:
-        return False
-    inputs = node.all_input_nodes
-    if node.op == "placeholder":
-        return True
-    node.graph.erase_node(node)
-    for source in inputs:
-        _erase(source)
-    return True
 
 
 def _localise(node: Node, gather: Gather, schedule: str) -> str:
@@ -243,6 +247,7 @@ def _localise(node: Node, gather: Gather, schedule: str) -> str:
     for user in list(node.users):
         user.replace_all_uses_with(parts[user.args[1]])  # type: ignore[index]
         node.graph.erase_node(user)
+    node.graph.erase_node(node)
     return ""
 
 

@@ -1,0 +1,197 @@
+"""What `test_sharded_heads` runs on each of several ranks: heads that are not gathered, with tokens of each rank's own."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import faulthandler
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from capture import THROUGH_AOT
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+import cce_inductor
+from cce_inductor import config, eager_heads
+from cce_inductor.record import collect
+
+N, D = 36, 16
+
+
+class Model(nn.Module):
+    def __init__(self, vocab: int, bias: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = nn.Linear(D, D)
+        self.head = nn.Linear(D, vocab, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.trunk(x)))
+
+
+class Gathered(nn.Module):
+    """A linear layer in the way of SimpleFSDP: its parameters are gathered in the graph."""
+
+    def __init__(self, linear: nn.Linear, mesh: DeviceMesh) -> None:
+        super().__init__()
+        for name, p in linear.named_parameters():
+            own = distribute_tensor(p.detach(), mesh, [Shard(0)], src_data_rank=None)
+            self.register_parameter(name, nn.Parameter(own))
+
+    def whole(self, p: Any, dtype: torch.dtype) -> Tensor | None:
+        if p is None:
+            return None
+        cast = {} if p.dtype == dtype else {"forward_dtype": dtype, "backward_dtype": torch.float32}
+        return p.redistribute(placements=[Replicate()], **cast).to_local(grad_placements=[Partial("avg")])
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self._parameters.get("bias")
+        return F.linear(x, self.whole(self.weight, x.dtype), self.whole(bias, x.dtype))
+
+
+def mean(z: Tensor, t: Tensor, **how: Any) -> Tensor:
+    return F.cross_entropy(z if z.dtype == torch.float64 else z.float(), t, **how)
+
+
+def with_z_loss(z: Tensor, t: Tensor) -> Tensor:
+    return mean(z, t) + 1e-2 * z.logsumexp(-1).square().mean()
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": mean,
+    "sum": lambda z, t: 0.1 * mean(z, t, reduction="sum"),
+    "smoothed": lambda z, t: mean(z, t, label_smoothing=0.1),
+    "z-loss": with_z_loss,
+    "softcap": lambda z, t: mean(5.0 * torch.tanh(z / 5.0), t),
+    "written out": lambda z, t: (z.logsumexp(-1) - z.gather(-1, t.clamp(min=0)[:, None])[:, 0]).mean(),
+    "entropy": lambda z, t: mean(z, t) - 0.1 * (z.softmax(-1) * z.log_softmax(-1)).sum(-1).mean(),
+}
+BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+WAYS = ("inside", "another graph", "eager", "SimpleFSDP")
+# What is tried: the way, the schedule, the loss, classes, bias, dtype.
+CASES = [
+    *((way, how, "mean", 81, False, torch.float64) for way in WAYS for how in ("swap", "stream")),
+    *(("inside", how, "mean", 80, True, torch.bfloat16) for how in ("swap", "stream")),
+    *(("SimpleFSDP", how, "mean", 80, True, torch.bfloat16) for how in ("swap", "stream")),
+    *(("inside", how, name, 81, True, torch.float64) for how in ("swap", "stream") for name in ("smoothed", "z-loss")),
+    *((way, "auto", "mean", v, False, torch.float64) for way in ("inside", "SimpleFSDP") for v in (70, 400)),
+    ("inside", "swap", "entropy", 81, False, torch.float64),
+    ("SimpleFSDP", "gather", "mean", 81, False, torch.float64),
+]
+# On more ranks.
+MORE = [
+    *(("inside", how, name, 81, True, torch.float64) for how in ("swap", "stream") for name in LOSSES),
+    *(("SimpleFSDP", how, "smoothed", 5, True, torch.float64) for how in ("swap", "stream")),  # rank 3 of 4 has none
+]
+
+
+def data(ranks: int, vocab: int) -> tuple[Tensor, Tensor]:
+    """The tokens of every rank. The targets of rank 1 are of the first classes alone, and some of no class."""
+    generator = torch.Generator().manual_seed(1)
+    x, t = torch.randn(ranks, N, D, generator=generator), torch.randint(vocab, (ranks, N), generator=generator)
+    t[1] %= 2
+    t[:, :2], t[1, :25] = -100, -100
+    return x, t
+
+
+def wrapped(model: Any, way: str, how: str, mesh: DeviceMesh, policy: MixedPrecisionPolicy | None) -> Any:
+    if way == "SimpleFSDP":
+        model.head, model.trunk = Gathered(model.head, mesh), Gathered(model.trunk, mesh)
+        return model
+    cce_inductor.shard_head(model.head, mesh, how)
+    options = {} if policy is None else {"mp_policy": policy}
+    fully_shard(model.trunk, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def exact(vocab: int, bias: bool, name: str, ranks: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """The loss of each rank and the gradients of their mean, in one process; the head's operands are of `dtype`."""
+    model = Model(vocab, bias).to(dtype)
+    x, t = data(ranks, vocab)
+    losses = [LOSSES[name](model(x[r].to(dtype)), t[r]) for r in range(ranks)]
+    grads = torch.autograd.grad(torch.stack(losses).double().mean(), list(model.parameters()))
+    return [loss.detach() for loss in losses], list(grads)
+
+
+def case(way: str, how: str, name: str, vocab: int, bias: bool, dtype: torch.dtype, mesh: DeviceMesh) -> dict[str, Any]:
+    """Two steps of training, and what was found at the second."""
+    torch._dynamo.reset()
+    eager_heads._calls.clear()  # a loss is counted when it is rewritten
+    counters["cce_inductor"].clear()
+    low = dtype == torch.bfloat16
+    model = Model(vocab, bias).to(torch.float32 if low else dtype)
+    model = wrapped(model, way, how, mesh, BF16 if low else None)
+    x, t = (part[mesh.get_local_rank()] for part in data(mesh.size(), vocab))
+    x = x if low else x.to(dtype)
+    options = {"backend": "cce", "options": {**THROUGH_AOT, "sharded_head": how if way == "SimpleFSDP" else "gather"}}
+    loss_of = LOSSES[name]
+
+    def step(x: Tensor, t: Tensor) -> Tensor:
+        if low and way == "SimpleFSDP":
+            return loss_of(model.head(torch.tanh(model.trunk(x)).bfloat16()), t)
+        return loss_of(model(x), t)
+
+    if way == "another graph":
+        head, apart = torch.compile(model, **options), torch.compile(loss_of, **options)
+        run: Callable = lambda x, t: apart(head(x), t)  # noqa: E731
+    else:
+        run = step if way == "eager" else torch.compile(step, **options)
+    with collect() as found:
+        for _ in range(2):
+            model.zero_grad(set_to_none=True)
+            loss = run(x, t)
+            loss.backward()
+    ours = dict(counters["cce_inductor"])
+    grads = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()]
+    return {
+        "loss": loss.detach(),
+        "grads": grads,
+        "fused": ours.get("fused", 0),
+        "read": ours.get("deferred_materialized", 0),
+        "kernels": [site.kernel for graph in found for site in graph.sites],
+        "sites": [str(site) for graph in found for site in graph.sites],
+    }
+
+
+def attempt(function: Callable[..., Any], *args: Any) -> str:
+    """The error of a call, as text, or ""."""
+    try:
+        function(*args)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+OTHERS: dict[str, Callable[[DeviceMesh], Any]] = {}
+
+
+def work(rank: int, ranks: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(300, exit=True)
+    config.min_vocab, config.compiler = 0, "aot_eager"  # type: ignore[attr-defined] # of heads that run eagerly
+    store = dist.FileStore(f"{folder}/store{ranks}", ranks)
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timeout)
+    mesh = init_device_mesh("cpu", (ranks,))
+    results: dict[Any, Any] = {}
+    for given in CASES if ranks == 2 else CASES + MORE:
+        try:
+            results[given] = case(*given, mesh)
+        except Exception:
+            results[given] = traceback.format_exc()
+    for name, other in OTHERS.items():
+        try:
+            results[name] = other(mesh)
+        except Exception:
+            results[name] = traceback.format_exc()
+    torch.save(results, f"{folder}/{ranks}-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
