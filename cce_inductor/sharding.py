@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from . import backend as backend  # it computes the losses on what eager heads give
 from . import compat, config, eager_heads, ranks
 from .ops.sharded import SCHEDULES, gathered
 from .rewrite.sharded_heads import Whole
@@ -41,14 +42,14 @@ def shard_head(module: M, mesh: DeviceMesh, schedule: str = "swap") -> M:
     Raises TypeError for another module; ValueError for a mesh of more than one dimension, an unknown schedule, a weight
     that is sharded already, and one that another module has too, such as a tied embedding.
     """
+    if isinstance(getattr(module, "weight", None), DTensor):
+        raise ValueError("the head's weight is sharded already: call shard_head once, and before fully_shard")
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward or "forward" in vars(module):
         raise TypeError(f"shard_head takes a torch.nn.Linear, the head of a model, and not {type(module).__name__}")
     if schedule not in (*SCHEDULES, "auto"):
         raise ValueError(f"schedule must be one of {', '.join(map(repr, (*SCHEDULES, 'auto')))}, got {schedule!r}")
     if mesh.ndim != 1:
         raise ValueError(f"shard_head needs a mesh of one dimension, got one of {mesh.ndim}: take mesh['name']")
-    if isinstance(module.weight, DTensor):
-        raise ValueError("the head's weight is sharded already: call shard_head before fully_shard")
     if (owner := _other_owner(module)) is not None:
         raise ValueError(
             f"the head's weight is tied: {owner} has it too, and needs it in one piece. Untie them "
@@ -81,10 +82,9 @@ class Sharded:
         self.module, self.classes, self.group, self.schedule = module, classes, group, schedule
 
     def __call__(self, input: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            made = self._pending(input)
-            if made is not None:
-                return made
+        made = None if torch.compiler.is_compiling() else self._pending(input)
+        if made is not None:
+            return made
         weight, bias = self._whole(self.module.weight, input), None
         if self.module.bias is not None:
             bias = self._whole(self.module.bias, input)
@@ -99,10 +99,11 @@ class Sharded:
 
     @torch.compiler.disable
     def _pending(self, input: Tensor) -> Tensor | None:
+        """The logits in training, which a loss needs no values of."""
+        if not self.module.training:
+            return None
         parameters: list[Any] = [self.module.weight, self.module.bias]
         weight, bias = (None if p is None else p.to_local() for p in parameters)
         cast = weight.dtype != input.dtype and not compat.is_autocast(input)  # type: ignore[union-attr]
         whole = Whole(self.classes, self.group, True, self.schedule, (input.dtype,) if cast else ())
-        if not self.module.training:
-            return None
         return eager_heads.logits_of_shards(input, weight, bias, whole, settings=config.current())

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import cce_inductor
 from cce_inductor import config, eager_heads
 from cce_inductor.record import collect
+from cce_inductor.rewrite import sharded_heads as rewrite_of_heads
 
 N, D = 36, 16
 
@@ -131,7 +132,7 @@ def case(way: str, how: str, name: str, vocab: int, bias: bool, dtype: torch.dty
     model = wrapped(model, way, how, mesh, BF16 if low else None)
     x, t = (part[mesh.get_local_rank()] for part in data(mesh.size(), vocab))
     x = x if low else x.to(dtype)
-    options = {"backend": "cce", "options": {**THROUGH_AOT, "sharded_head": how if way == "SimpleFSDP" else "gather"}}
+    options = {"backend": "cce", "options": run_options(how if way == "SimpleFSDP" else "gather")}
     loss_of = LOSSES[name]
 
     def step(x: Tensor, t: Tensor) -> Tensor:
@@ -170,7 +171,122 @@ def attempt(function: Callable[..., Any], *args: Any) -> str:
     return ""
 
 
-OTHERS: dict[str, Callable[[DeviceMesh], Any]] = {}
+def refused(mesh: DeviceMesh) -> dict[str, str]:
+    """What `shard_head` does not take."""
+    tied = nn.ModuleDict({"embed": nn.Embedding(80, D), "head": nn.Linear(D, 80, bias=False)})
+    tied["head"].weight = tied["embed"].weight
+    square = init_device_mesh("cpu", (1, mesh.size()), mesh_dim_names=("replicas", "shards"))
+    head = nn.Linear(D, 80)
+    shard = cce_inductor.shard_head
+    return {
+        "tied": attempt(shard, tied["head"], mesh),
+        "conv": attempt(shard, nn.Conv1d(D, 80, 1), mesh),
+        "two": attempt(shard, head, square),
+        "how": attempt(shard, head, mesh, "ring"),
+        "one dimension": attempt(shard, head, square["shards"]),
+        "twice": attempt(shard, head, mesh),
+    }
+
+
+def different_rows(mesh: DeviceMesh) -> dict[str, Any]:
+    """The last rank has fewer rows than the others."""
+    found: dict[str, Any] = {}
+    x, t = data(mesh.size(), 81)
+    rows = [N - 4 * (r == mesh.size() - 1) for r in range(mesh.size())]
+    reference = Model(81, True).double()
+    losses = [mean(reference(x[r, :n].double()), t[r, :n]) for r, n in enumerate(rows)]
+    found["exact"] = torch.autograd.grad(torch.stack(losses).mean(), list(reference.parameters()))
+    r = mesh.get_local_rank()
+    for how in ("swap", "stream"):
+        for compiled in (False, True):
+            torch._dynamo.reset()
+            model = wrapped(Model(81, True).double(), "inside", how, mesh, None)
+            run = torch.compile(model, backend="cce", options=THROUGH_AOT) if compiled else model
+            given = x[r, : rows[r]].double(), t[r, : rows[r]]
+            found[how, compiled] = attempt(lambda run=run, given=given: mean(run(given[0]), given[1]).backward())
+            if how == "stream":
+                found["grads", compiled] = [p.grad.full_tensor() for p in model.parameters()]
+    return found
+
+
+def training(mesh: DeviceMesh) -> dict[str, Any]:
+    """Steps of AdamW with clipped gradients: what FSDP2 alone makes of the parameters, and what it does with us."""
+
+    def train(how: str | None) -> dict[str, Tensor]:
+        torch._dynamo.reset()
+        model: Any = Model(81, True).double()
+        if how is not None:
+            cce_inductor.shard_head(model.head, mesh, how)
+        # The head in a group with another layer, as torchtitan has it, and below the root.
+        fully_shard([model.trunk, model.head], mesh=mesh, reshard_after_forward=False)
+        fully_shard(model, mesh=mesh)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        generator = torch.Generator().manual_seed(mesh.get_local_rank())
+        run = torch.compile(model, backend="cce", options=THROUGH_AOT)
+        for _ in range(3):
+            x, t = torch.randn(N, D, generator=generator).double(), torch.randint(81, (N,), generator=generator)
+            for part in range(2):  # gradients are accumulated
+                z = run(x[part::2])
+                (mean(z, t[part::2]) / 2).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+        return {name: p.full_tensor() for name, p in model.state_dict().items()}
+
+    return {str(how): train(how) for how in (None, "swap", "stream")}
+
+
+def read(mesh: DeviceMesh) -> dict[str, Any]:
+    """Logits that all ranks read: before the loss, behind it, without a gradient, and as the loss of another kind."""
+    x, t = (part[mesh.get_local_rank()] for part in data(mesh.size(), 81))
+    exact = Model(81, True).double()
+    found: dict[str, Any] = {"z": exact(x.double()).detach()}
+    every, _ = data(mesh.size(), 81)
+    losses = [exact(part.double()).square().mean() for part in every]
+    found["exact"] = torch.autograd.grad(torch.stack(losses).mean(), list(exact.parameters()))
+    for way in ("inside", "eager", "SimpleFSDP"):
+        torch._dynamo.reset()
+        model = wrapped(Model(81, True).double(), way, "swap", mesh, None)
+        run = model if way == "eager" else torch.compile(model, backend="cce", options=THROUGH_AOT)
+        z = run(x.double())
+        mean(z, t)
+        found[way, "lazy"] = type(z).__name__ == "DeferredLogits" and not z.is_materialized
+        found[way, "before"] = z.detach() + 0
+        z.square().mean().backward()
+        found[way, "grads"] = [p.grad.full_tensor() for p in model.parameters()]
+        with torch.no_grad():
+            found[way, "evaluation"] = model.eval()(x.double()) + 0
+    return found
+
+
+def faulty(mesh: DeviceMesh) -> str:
+    """An error within the pass: other ranks may have rewritten the graph."""
+
+    def fail(*args: Any) -> str:
+        raise AssertionError("as a test")
+
+    torch._dynamo.reset()
+    model = wrapped(Model(81, False), "SimpleFSDP", "swap", mesh, None)
+    before, rewrite_of_heads.localise = rewrite_of_heads.localise, fail
+    try:
+        x, t = (part[0] for part in data(2, 81))
+        step = torch.compile(lambda x, t: mean(model(x), t), backend="cce", options=run_options("swap"))
+        return attempt(step, x, t)
+    finally:
+        rewrite_of_heads.localise = before
+
+
+def run_options(how: str) -> dict[str, Any]:
+    return {**THROUGH_AOT, "sharded_head": how}
+
+
+OTHERS: dict[str, Callable[[DeviceMesh], Any]] = {
+    "refused": refused,
+    "different rows": different_rows,
+    "training": training,
+    "read": read,
+    "faulty": faulty,
+}
 
 
 def work(rank: int, ranks: int, folder: str) -> None:

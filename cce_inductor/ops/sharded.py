@@ -61,6 +61,11 @@ class Shards:
         return dist.get_rank(ranks.process_group(self.group))
 
     @property
+    def all_have_some(self) -> bool:
+        """Whether there is a class on every rank."""
+        return self.count(self.ranks - 1) > 0
+
+    @property
     def most(self) -> int:
         """The rows of the largest shard: all but the last ones are that large."""
         return -(-self.classes // self.ranks)
@@ -155,8 +160,8 @@ def statistics(
 
     operands: as `names` say, input (N, D), weight (V/P, D), bias (V/P,) and target (N,), classes among all V.
     row_mask: (N,) bool, the rows that are computed; the others give 0. wanted: names out of `STATISTICS`. attributes:
-    those of the operators, exact. schedule: "swap" or "stream". Every rank of the group has to call it. Raises
-    RuntimeError under "swap", on all ranks alike, where they have different numbers of rows.
+    those of the operators, exact. schedule: "swap" or "stream". Every rank of the group has to call it, and to have a
+    class. Raises RuntimeError under "swap", on all ranks alike, where they have different numbers of rows.
     """
     given = dict(zip(names.split(), operands, strict=True))
     head = _Head(names, wanted, _with_autocast(attributes, given["input"]), Shards(classes, group, average))
@@ -185,13 +190,9 @@ class _Head:
         return dict(zip(self.names.split(), operands, strict=True))
 
     def forward(self, given: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
-        """The statistics of one rank's classes. A rank without any has no share."""
-        x, wanted = given["input"], self.wanted.split()
-        if not given["weight"].shape[0]:
-            dtype = torch.float64 if self.attributes.compute_dtype == torch.float64 else torch.float32
-            return {name: x.new_full(x.shape[:1], -torch.inf if name == "lse" else 0.0, dtype=dtype) for name in wanted}
+        """The statistics of one rank's classes."""
         out = FORWARD([*given.values()], " ".join(given), mask, self.wanted, False, *self.attributes.args())
-        return dict(zip(wanted, out, strict=True))
+        return dict(zip(self.wanted.split(), out, strict=True))
 
     def backward(
         self,
@@ -202,8 +203,6 @@ class _Head:
         needs: Sequence[str],
     ) -> dict[str, Tensor]:
         """The gradients from one rank's classes, of the dtype of each operand. saved: its statistics, lse of all."""
-        if not given["weight"].shape[0]:
-            return {name: torch.zeros_like(given[name]) for name in needs}
         out = BACKWARD(
             [*tangents.values()],
             " ".join(tangents),

@@ -27,6 +27,10 @@ from .site import Site
 log = logging.getLogger(__name__)
 
 
+class OnOneRankError(RuntimeError):
+    """The pass has failed in a graph that other ranks may have rewritten: they would wait for this one."""
+
+
 def rewrite(
     gm: GraphModule, settings: Settings, version: str, choose: Chooser | None = None, statistics: bool = False
 ) -> Rewritten:
@@ -45,10 +49,10 @@ def faulty(gm: GraphModule, error: Exception, settings: Settings) -> Rewritten:
     """What becomes of a graph in which the pass has failed; called where the error is handled.
 
     A fault of ours must not cost the user the compilation: the graph stays as it was, and the record says why. But
-    where other ranks have rewritten a sharded head, this one would wait for them: RuntimeError.
+    where other ranks have rewritten a sharded head, they would wait for this one: OnOneRankError.
     """
     if sharded_heads.is_wanted(gm, settings):
-        raise RuntimeError(
+        raise OnOneRankError(
             f"cce_inductor: internal error in the rewrite of a sharded head; please report it: {error}. "
             "sharded_head='gather' goes without that rewrite"
         ) from error

@@ -145,14 +145,14 @@ def _heads(graph: Graph) -> Iterator[tuple[Node, Gather]]:
 
 
 def schedule_of(product: Node, gather: Gather, settings: Settings) -> str:
-    """What takes the place of the gather: "swap", "stream", or "gather" itself.
+    """What takes the place of the gather: "swap", "stream", or "gather" itself, where a rank has no class.
 
-    Under "auto" the tokens of all ranks travel where they are fewer than the classes. Sizes that are symbols are
+    A compiler takes out what such a rank would send for the others. Under "auto" the tokens of all ranks travel where they are fewer than the classes. Sizes that are symbols are
     guarded, so that ranks with as many rows decide alike.
     """
     asked = gather.schedule or settings.sharded_head
-    if asked != "auto":
-        return asked
+    if asked != "auto" or not gather.shards.all_have_some:
+        return asked if gather.shards.all_have_some else "gather"
     z = example(product)
     return "swap" if gather.shards.ranks * (z.numel() // z.shape[-1]) < gather.shards.classes else "gather"
 
