@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import faulthandler
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from allocations import Allocations
 from capture import THROUGH_AOT
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cce_inductor
 from cce_inductor import config, eager_heads
+from cce_inductor.backend import compile_graph
+from cce_inductor.ops.call import Attributes
+from cce_inductor.ops.library import FORWARD
+from cce_inductor.ops.sharded import Shards, gathered, statistics
 from cce_inductor.record import collect
 from cce_inductor.rewrite import sharded_heads as rewrite_of_heads
 
@@ -276,6 +284,100 @@ def faulty(mesh: DeviceMesh) -> str:
         rewrite_of_heads.localise = before
 
 
+class Traffic(TorchDispatchMode):
+    """Counts what this rank sends in collectives, in bytes, by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, list[int]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function._schema.name.removeprefix("_c10d_functional::")
+        if name != function._schema.name and name != "wait_tensor":
+            sent = args[0].numel() * args[0].itemsize
+            if name == "all_gather_into_tensor":
+                sent *= args[1] - 1
+            elif name == "reduce_scatter_tensor":
+                sent -= sent // args[2]
+            else:
+                own = args[2][dist.get_rank()]
+                sent -= sent * own // max(sum(args[2]), 1)
+            self.calls.setdefault(name, []).append(sent)
+        return function(*args, **(kwargs or {}))
+
+
+# Large enough for what is counted: logits, all of the weight and all tokens differ.
+SIZES = {"n": 512, "d": 128, "v": 8192}
+
+
+def counted(mesh: DeviceMesh) -> dict[str, Any]:
+    """Bytes sent by each rank in forward and backward; what is allocated; float32 hidden states and weights."""
+    n, d, v = SIZES.values()
+    shards = Shards(v, mesh.get_group().group_name, True)
+    generator = torch.Generator().manual_seed(mesh.get_local_rank())
+    x, t = torch.randn(n, d, generator=generator), torch.randint(v, (n,), generator=generator)
+    w = torch.randn(shards.count(shards.rank), d, generator=generator)
+    attributes = Attributes(compute_dtype=torch.float32, workspace=1 << 20).args()
+    found: dict[str, Any] = {}
+    for how in ("gather", "swap", "stream"):
+
+        def run(how: str = how) -> tuple[Tensor, Any]:
+            own, hidden = w.clone().requires_grad_(), x.clone().requires_grad_()
+            given, names = [hidden, own, t], "input weight target"
+            if how == "gather":
+                given[1] = gathered(own, v, shards.group, True)
+                lse, z = FORWARD(given, names, None, "lse target_logit", True, *attributes)
+            else:
+                split = v, shards.group, True, how
+                lse, z = statistics(given, names, None, "lse target_logit", attributes, *split)
+            return (lse - z).mean(), (hidden, own)
+
+        run()  # what is allocated once
+        with Allocations() as memory:
+            loss, leaves = run()
+            loss.backward()
+        traffic = Traffic()
+        with traffic:
+            loss, leaves = run()
+            forward, traffic.calls = traffic.calls, {}
+            loss.backward()
+        found[how] = {"forward": forward, "backward": traffic.calls, "largest": memory.largest, "peak": memory.peak}
+    return found
+
+
+def graphs(mesh: DeviceMesh) -> dict[str, Any]:
+    """The collectives in the graphs that a compiler is given, of the forward and of the backward, and all shapes."""
+    found: dict[str, Any] = {}
+    for how in ("gather", "swap", "stream"):
+        torch._dynamo.reset()
+        head = Gathered(nn.Linear(D, 80, bias=False), mesh)
+        seen: dict[str, Any] = {}
+
+        def counting(name: str, seen: dict[str, Any] = seen) -> Callable:
+            def compiler(gm: torch.fx.GraphModule, inputs: Any) -> Callable:
+                called = [str(getattr(node.target, "_opname", "")) for node in gm.graph.nodes]
+                seen[name] = {op: called.count(op) for op in COLLECTIVES if op in called}
+                values = [node.meta.get("val") for node in gm.graph.nodes if node.op == "call_function"]
+                seen["shapes"] = seen.get("shapes", []) + [tuple(z.shape) for z in values if isinstance(z, Tensor)]
+                return make_boxed_func(gm.forward)
+
+            return compiler
+
+        compiler = aot_autograd(fw_compiler=counting("forward"), bw_compiler=counting("backward"))
+        settings = replace(config.current(), sharded_head=how)
+        run = torch.compile(
+            lambda x, t, head=head: mean(head(x), t),
+            backend=lambda gm, i, settings=settings, compiler=compiler: compile_graph(gm, i, settings, compiler),
+        )
+        x, t = (part[mesh.get_local_rank()] for part in data(mesh.size(), 80))
+        run(x.requires_grad_(), t).backward()
+        found[how] = seen
+    return found
+
+
+COLLECTIVES = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "all_reduce", "broadcast")
+
+
 def run_options(how: str) -> dict[str, Any]:
     return {**THROUGH_AOT, "sharded_head": how}
 
@@ -286,6 +388,8 @@ OTHERS: dict[str, Callable[[DeviceMesh], Any]] = {
     "training": training,
     "read": read,
     "faulty": faulty,
+    "counted": counted,
+    "graphs": graphs,
 }
 
 

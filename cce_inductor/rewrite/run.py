@@ -34,7 +34,7 @@ class OnOneRankError(RuntimeError):
 def rewrite(
     gm: GraphModule, settings: Settings, version: str, choose: Chooser | None = None, statistics: bool = False
 ) -> Rewritten:
-    """Fuses every loss that can be; never raises for a graph it cannot take, and never changes `gm` itself.
+    """Fuses every loss that can be, and never changes `gm` itself. Raises nothing but OnOneRankError (`faulty`).
 
     `choose` is asked for the kernel of each head, and may refuse it; without one, the operators run as they are.
     statistics: whether to serve any statistic of the rows, also where the graph has no loss.

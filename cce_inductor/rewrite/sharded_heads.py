@@ -26,6 +26,7 @@ from ..ops.library import FORWARD
 from ..ops.sharded import OPERANDS, STATISTICS, Shards, gathered, statistics
 
 _AVERAGE = {"avg": True, "sum": False}
+_FEW = "it has so few classes that a rank has none"
 
 
 @dataclass(frozen=True)
@@ -183,19 +184,22 @@ def localise(gm: GraphModule, settings: Settings) -> str:
     Returns "", or why it cannot be, with the graph of no use any more.
     """
     graph, weights, parts = gm.graph, [], []
+    reason = "the loss reads it in another form"
     for node in list(graph.nodes):
         given = _given(node) if node.target is FORWARD else {}
         gather = read(given.get("weight"))
         schedule = "gather" if gather is None else schedule_of(given["input"], gather, settings)
-        if gather is None or schedule == "gather":
+        if gather is None:
             continue
-        reason = _localise(node, gather, schedule)
-        if reason:
-            return reason
+        if schedule == "gather":
+            reason = "the ranks have more tokens than there are classes" if gather.shards.all_have_some else _FEW
+            continue
+        if why_not := _localise(node, gather, schedule):
+            return why_not
         weights.append(given["weight"])
         parts += [given[name] for name in ("weight", "bias") if name in given]
     if not weights:
-        return "the loss reads it in another form, or its classes are fewer than the tokens of all ranks"
+        return reason
     if any(weight.users for weight in weights):
         return "something else needs it in one piece"
     _erase(graph, parts)
