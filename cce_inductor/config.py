@@ -139,8 +139,8 @@ KNOBS: dict[str, Knob] = {
     ),
     "sharded_head": Knob(
         _choice("gather", "swap", "stream", "auto"),
-        "a head whose weight the graph gathers from the ranks (SimpleFSDP): 'gather' leaves it so, 'swap' has the tokens "
-        "travel, 'stream' the shards one at a time; 'auto' swaps where all ranks' tokens are fewer than the classes",
+        "a head whose weight a graph gathers from the ranks (SimpleFSDP): 'gather' leaves it so, 'swap' has the tokens "
+        "travel, 'stream' the shards, one at a time; 'auto' swaps where all ranks' tokens are fewer than the classes",
     ),
     "diagnostics": Knob(
         _boolean,

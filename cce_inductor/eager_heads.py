@@ -219,7 +219,8 @@ def _out_of_reach(module: nn.Linear, settings: Settings) -> None:
 # --------------------------------------------------------------------------------------------------------- the logits
 
 _calls: dict[Settings, EagerCalls] = {}
-_recipes: dict[tuple[torch.dtype, bool, int, Whole | None], Logits] = {}  # one object each: compiled losses are guarded on it
+# One object each: compiled losses are guarded on it.
+_recipes: dict[tuple[torch.dtype, bool, int, Whole | None], Logits] = {}
 
 
 def _is_plain_pytorch() -> bool:
@@ -338,7 +339,8 @@ def _why_not(head: _Head, settings: Settings) -> str | None:
     if len({t.device for t in head.operands}) > 1 or hidden.device.type not in ("cpu", "cuda"):
         return "its device"
     cast = compat.is_autocast(hidden) or (head.whole is not None and head.whole.casts)
-    if not all(t.is_floating_point() for t in head.operands) or (len({t.dtype for t in head.operands}) > 1 and not cast):
+    dtypes = {t.dtype for t in head.operands}
+    if not all(dtype.is_floating_point for dtype in dtypes) or (len(dtypes) > 1 and not cast):
         return "its dtypes"
     trains = torch.is_grad_enabled() and head.trains and any(t.requires_grad for t in head.operands)
     # Large logits without a gradient may be a teacher's.

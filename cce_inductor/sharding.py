@@ -61,7 +61,7 @@ def shard_head(module: M, mesh: DeviceMesh, schedule: str = "swap") -> M:
         own = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
         setattr(module, name, nn.Parameter(own, requires_grad=parameter.requires_grad))
     ranks.leave_to_itself(module)
-    module.forward = Sharded(module, classes, mesh.get_group().group_name, schedule)
+    module.forward = Sharded(module, classes, mesh.get_group().group_name, schedule)  # type: ignore[method-assign]
     return module
 
 
@@ -69,9 +69,10 @@ def _other_owner(module: nn.Module) -> str | None:
     """The type of another module that has one of the module's parameters, or None. Looks at all that there are."""
     own = {id(p) for p in module.parameters(recurse=False)}
     for other in gc.get_objects():
-        if issubclass(type(other), nn.Module) and other is not module:
-            if any(id(p) in own for p in vars(other).get("_parameters", {}).values()):
-                return type(other).__name__
+        if not issubclass(type(other), nn.Module) or other is module:
+            continue
+        if any(id(p) in own for p in vars(other).get("_parameters", {}).values()):
+            return type(other).__name__
     return None
 
 
@@ -103,7 +104,8 @@ class Sharded:
         if not self.module.training:
             return None
         parameters: list[Any] = [self.module.weight, self.module.bias]
-        weight, bias = (None if p is None else p.to_local() for p in parameters)
-        cast = weight.dtype != input.dtype and not compat.is_autocast(input)  # type: ignore[union-attr]
+        weight, *rest = [p.to_local() for p in parameters if p is not None]
+        cast = weight.dtype != input.dtype and not compat.is_autocast(input)
+        bias = rest[0] if rest else None
         whole = Whole(self.classes, self.group, True, self.schedule, (input.dtype,) if cast else ())
         return eager_heads.logits_of_shards(input, weight, bias, whole, settings=config.current())

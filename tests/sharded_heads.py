@@ -1,9 +1,10 @@
-"""What `test_sharded_heads` runs on each of several ranks: heads that are not gathered, with tokens of each rank's own."""
+"""What `test_sharded_heads` runs on each of several ranks: heads that no rank has whole."""
 
 from __future__ import annotations
 
 import datetime
 import faulthandler
+import functools
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -334,11 +335,11 @@ def counted(mesh: DeviceMesh) -> dict[str, Any]:
 
         run()  # what is allocated once
         with Allocations() as memory:
-            loss, leaves = run()
+            loss, _leaves = run()  # they hold the gradients
             loss.backward()
         traffic = Traffic()
         with traffic:
-            loss, leaves = run()
+            loss, _ = run()
             forward, traffic.calls = traffic.calls, {}
             loss.backward()
         found[how] = {"forward": forward, "backward": traffic.calls, "largest": memory.largest, "peak": memory.peak}
@@ -354,20 +355,20 @@ def graphs(mesh: DeviceMesh) -> dict[str, Any]:
         seen: dict[str, Any] = {}
 
         def counting(name: str, seen: dict[str, Any] = seen) -> Callable:
-            def compiler(gm: torch.fx.GraphModule, inputs: Any) -> Callable:
+            def keep(gm: torch.fx.GraphModule, inputs: Any) -> Callable:
                 called = [str(getattr(node.target, "_opname", "")) for node in gm.graph.nodes]
                 seen[name] = {op: called.count(op) for op in COLLECTIVES if op in called}
                 values = [node.meta.get("val") for node in gm.graph.nodes if node.op == "call_function"]
                 seen["shapes"] = seen.get("shapes", []) + [tuple(z.shape) for z in values if isinstance(z, Tensor)]
                 return make_boxed_func(gm.forward)
 
-            return compiler
+            return keep
 
         compiler = aot_autograd(fw_compiler=counting("forward"), bw_compiler=counting("backward"))
         settings = replace(config.current(), sharded_head=how)
         run = torch.compile(
             lambda x, t, head=head: mean(head(x), t),
-            backend=lambda gm, i, settings=settings, compiler=compiler: compile_graph(gm, i, settings, compiler),
+            backend=functools.partial(compile_graph, settings=settings, compiler=compiler),
         )
         x, t = (part[mesh.get_local_rank()] for part in data(mesh.size(), 80))
         run(x.requires_grad_(), t).backward()

@@ -284,8 +284,7 @@ class _Swap(torch.autograd.Function):
             given["target"], inside = shards.local_target(classes.reshape(-1), shards.rank)
         own = head.forward(given, active)
         sent = own if "target_logit" not in own else own | {"target_logit": torch.where(inside, own["target_logit"], 0)}
-        parts = torch.stack([t.view(shards.ranks, n) for t in sent.values()], 1)
-        parts = shards.exchange(parts).unbind(1)
+        parts = shards.exchange(torch.stack([t.view(shards.ranks, n) for t in sent.values()], 1)).unbind(1)
         made = head.merged(dict(zip(own, parts, strict=True)), mask)
         kept = must_save([*made.values(), *own.values()])
         made, own = dict(zip(own, kept, strict=False)), dict(zip(own, kept[len(own) :], strict=True))
@@ -414,9 +413,7 @@ class _Ring:
             found["bias"] = shards.scatter(whole)[: shards.count(shards.rank)]
         return {name: t for name, t in found.items() if t is not None}
 
-    def _gradients(
-        self, given: dict[str, Tensor], passing: Tensor, biases: Tensor | None, k: int
-    ) -> dict[str, Tensor]:
+    def _gradients(self, given: dict[str, Tensor], passing: Tensor, biases: Tensor | None, k: int) -> dict[str, Tensor]:
         """What the classes of rank k add to each gradient."""
         part, inside = _part(self.head, given, passing, biases, k)
         wide = {n: t if n in ("input", "target") else _wide(t) for n, t in part.items()}
@@ -449,8 +446,8 @@ def _part(
 library.define("same_rows(Tensor value, Tensor counts) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 SAME_ROWS = torch.ops.cce_inductor.same_rows.default
 _DIFFERENT = (
-    "cce_inductor: the ranks have different numbers of rows{}, and the schedule 'swap' of a sharded head takes the same "
-    "number from each. Pad them with the target that is ignored, or use the schedule 'stream'"
+    "cce_inductor: the ranks have different numbers of rows{}, and the schedule 'swap' of a sharded head takes the "
+    "same number from each. Pad them with the target that is ignored, or use the schedule 'stream'"
 )
 
 

@@ -24,7 +24,7 @@ from ..trace.codes import codes
 from ..trace.values import SeveralHeads, Value
 from . import sharded_heads
 from .recipe import Logits
-from .sharded_heads import Gather, Whole
+from .sharded_heads import Whole
 
 
 @dataclass(frozen=True)
@@ -132,14 +132,13 @@ class Outputs:
             terms.append((factor, term))
             sources += given
         one = None if terms else value.one
-        gather = None if one is None else self._gather(one.weight, one.bias)
+        whole = None if one is None else self._whole(one.weight, one.bias)
         made = None if one is None else codes(one)
         if one is not None:
             h = builder.run(operands.hidden, builder, value, False).node
             sources.append(Source(True, self.placeholders[h]) if h in self.placeholders else self._own_output(h))
             weight = one.weight if made is None else made.node
-            given = [weight, one.bias] if gather is None else [sharded_heads.read(n) for n in (one.weight, one.bias)]
-            sources += [self._part(g) if isinstance(g, Gather) else self.source(g) for g in given if g is not None]
+            sources += [(self.source if whole is None else self._part)(n) for n in (weight, one.bias) if n is not None]
         sources += [self.source(n) for n in value.extra]
         factors = [t.factor for t in made.scales if isinstance(t.factor, Node)] if made is not None else []
         sources += [self.source(n) for n in factors]
@@ -156,11 +155,11 @@ class Outputs:
             columns=tuple(int(part.count) if isinstance(part, Listed) else part for part in value.columns),
             terms=tuple(terms),
             concatenated=isinstance(head, SeveralHeads),
-            whole=gather,
+            whole=whole,
         )
         return compute, sources
 
-    def _gather(self, weight: Node, bias: Node | None) -> Whole | None:
+    def _whole(self, weight: Node, bias: Node | None) -> Whole | None:
         """How a head is put together of what the ranks have, where the graph is given that."""
         found = [sharded_heads.read(n) for n in (weight, bias) if n is not None]
         if not all(gather is not None and gather.shard in self.placeholders for gather in found):
@@ -168,8 +167,10 @@ class Outputs:
         wholes = {gather.whole() for gather in found if gather is not None}
         return wholes.pop() if len(wholes) == 1 else None
 
-    def _part(self, gather: Gather) -> Source:
-        """This rank's part of a weight or a bias."""
+    def _part(self, node: Node) -> Source:
+        """This rank's part of a weight or a bias that is gathered."""
+        gather = sharded_heads.read(node)
+        assert gather is not None
         return Source(True, self.placeholders[gather.shard], shard=gather.is_dtensor)
 
     def _own_output(self, node: Node) -> Source:

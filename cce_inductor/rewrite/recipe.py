@@ -46,8 +46,8 @@ class Logits:
         return self._in_place(self._classes_last(operands, recorded=False))
 
     def _computed(self, operands: Sequence[Tensor], extra: list[Tensor]) -> Tensor:
-        bias = map(self._gathered, operands[2:])
-        x, w, *bias = [t.to(self.dtype) for t in (operands[0], self._weight(operands[1], extra), *bias)]
+        biases = map(self._gathered, operands[2:])
+        x, w, *bias = [t.to(self.dtype) for t in (operands[0], self._weight(operands[1], extra), *biases)]
         return self._head(x, w, bias[0] if bias else None)
 
     def record(self, operands: Sequence[Proxy]) -> Proxy:

@@ -146,9 +146,10 @@ def _heads(graph: Graph) -> Iterator[tuple[Node, Gather]]:
 
 
 def schedule_of(product: Node, gather: Gather, settings: Settings) -> str:
-    """What takes the place of the gather: "swap", "stream", or "gather" itself, where a rank has no class.
+    """What takes the place of the gather: "swap", "stream", or "gather" itself.
 
-    A compiler takes out what such a rank would send for the others. Under "auto" the tokens of all ranks travel where they are fewer than the classes. Sizes that are symbols are
+    Where a rank has no class, it is gathered: a compiler would take out what that rank has to send for the others.
+    Under "auto" the tokens of all ranks travel where they are fewer than the classes. Sizes that are symbols are
     guarded, so that ranks with as many rows decide alike.
     """
     asked = gather.schedule or settings.sharded_head
@@ -218,8 +219,8 @@ def _erase(graph: Graph, unused: list[Node]) -> None:
 
 
 def _given(node: Node) -> dict[str, Node]:
-    operands, names, *_ = node.args
-    return dict(zip(names.split(), operands, strict=True))  # type: ignore[union-attr,arg-type]
+    arguments: Any = node.args
+    return dict(zip(arguments[1].split(), arguments[0], strict=True))
 
 
 def _localise(node: Node, gather: Gather, schedule: str) -> str:

@@ -26,8 +26,8 @@ from ..graph import nodes
 from ..graph.builder import Builder
 from ..graph.fakes import example
 from ..graph.regions import copy_graph
-from ..ops.library import FORWARD
 from ..ops import sharded
+from ..ops.library import FORWARD
 
 # Operands and statistics that a head has a part of on each rank, or all of it.
 OPERANDS = frozenset(("input", "weight", "bias", "target"))
