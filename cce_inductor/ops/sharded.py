@@ -30,7 +30,7 @@ from .library import BACKWARD, FORWARD, library, must_save
 from .statistics import with_all_digits
 
 SCHEDULES = ("gather", "swap", "stream")
-# What the ranks can put together of the classes that each has.
+# Statistics that the ranks can put together of the classes that each has, and the operands that they may have.
 STATISTICS = frozenset(("lse", "lse_low", "target_logit", "logit_sum"))
 OPERANDS = frozenset(("input", "weight", "bias", "target"))
 # The collectives of PyTorch that take the name of a group.
@@ -277,7 +277,6 @@ class _Swap(torch.autograd.Function):
         ints = SAME_ROWS(torch.stack([mask.long(), mask.long() if target is None else target]), counts)
         active, classes = shards.gather(ints).view(shards.ranks, 2, n).unbind(1)
         active = active.reshape(-1) > 0
-        # A copy, not a view: what the backward reads is marked as a result of its own.
         given["input"] = shards.gather(given["input"])
         inside = torch.zeros_like(active)
         if target is not None:

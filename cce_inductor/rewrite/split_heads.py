@@ -28,10 +28,8 @@ from ..graph.fakes import example
 from ..graph.regions import copy_graph
 from ..ops import sharded
 from ..ops.library import FORWARD
+from ..ops.sharded import OPERANDS, STATISTICS
 
-# Operands and statistics that a head has a part of on each rank, or all of it.
-OPERANDS = frozenset(("input", "weight", "bias", "target"))
-STATISTICS = ("lse", "lse_low", "target_logit", "logit_sum")
 _MOVES = ("redistribute", "to_local", "full_tensor", "prim_redistribute", "prim_to_local")
 
 
@@ -222,7 +220,7 @@ def _localise(graph: Graph, node: Node, weight: Node) -> bool:
     arguments: Any = node.args
     operands, names, row_mask, statistics, training, *rest = arguments
     wanted = statistics.split()
-    if not {*names.split()} <= OPERANDS or not {*wanted} <= {*STATISTICS}:
+    if not {*names.split()} <= OPERANDS or not {*wanted} <= STATISTICS:
         return False
     given = dict(zip(names.split(), operands, strict=True))
     builder = Builder(graph, node)
