@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .report import Report as Report
     from .report import Site as Site
     from .report import explain as explain
+    from .sharding import shard_head as shard_head
     from .switch import disable as disable
     from .switch import enable as enable
 
@@ -31,6 +32,7 @@ _HOME = {
     "enable": "switch",
     "disable": "switch",
     "defer_head": "backend",
+    "shard_head": "sharding",
     "linear_cross_entropy": "ops.api",
     "linear_logsumexp": "ops.api",
     "emo_loss": "ops.emo",

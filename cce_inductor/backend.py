@@ -23,7 +23,7 @@ from .ops import library, ranking, with_gradients  # noqa: F401 - they register 
 from .ops.choice import Chooser
 from .record import DeclinedError as DeclinedError
 from .rewrite.result import Rewritten
-from .rewrite.run import faulty, rewrite
+from .rewrite.run import OnOneRankError, faulty, rewrite
 from .rewrite.site import Site
 from .rewrite.without_loss import defer_heads
 
@@ -70,10 +70,10 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings,
         if lowered:
             lowering.register()
         form, result = _settle(other_graphs.forms(gm, example_inputs), settings, choose if lowered else None)
-    except DeclinedError:
+    except (DeclinedError, OnOneRankError):
         raise
     except Exception as error:  # a private name of PyTorch's that is gone, for one
-        form, result = Form(gm, list(example_inputs)), faulty(gm, error)
+        form, result = Form(gm, list(example_inputs)), faulty(gm, error, settings)
         _record(form, result, settings)
     # compile_fx calls itself, and enable() wraps it: the mark keeps the pass from running twice on one graph.
     # The parts of a graph that DDPOptimizer has cut share one `meta`.

@@ -493,8 +493,3 @@ def has_inductor_option(name: str) -> bool:
 def has_linear_cross_entropy() -> bool:
     """Whether PyTorch has a fused linear cross-entropy of its own."""
     return hasattr(torch.nn.functional, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions")
-
-
-def default_store() -> Any:
-    """The store in which the processes of `torch.distributed` found each other."""
-    return torch.distributed.distributed_c10d._get_default_store()

@@ -35,6 +35,7 @@ class Settings:
     eager_heads: bool = False
     workspace_mb: int = 64
     gradients_in_forward: bool = True
+    sharded_head: str = "gather"
     diagnostics: bool = False
     dump_dir: str | None = None
     strict: bool = False
@@ -141,6 +142,11 @@ KNOBS: dict[str, Knob] = {
         _boolean,
         "form the gradients of a mean or sum while the forward has the logits, where that saves a fifth of the time; "
         "they are then paid for, and held, by every forward under grad mode, backward or not",
+    ),
+    "sharded_head": Knob(
+        _choice("gather", "swap", "stream", "auto"),
+        "a head whose weight a graph gathers from the ranks (SimpleFSDP): 'gather' leaves it so, 'swap' has the tokens "
+        "travel, 'stream' the shards, one at a time; 'auto' swaps where all ranks' tokens are fewer than the classes",
     ),
     "diagnostics": Knob(
         _boolean,

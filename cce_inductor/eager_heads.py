@@ -27,6 +27,7 @@ from .deferred import defer
 from .deferred.calls import are_plain
 from .deferred.eager_calls import EagerCalls
 from .rewrite.recipe import Logits
+from .rewrite.sharded_heads import Whole
 from .rewrite.site import Site
 from .trace.heads import large
 
@@ -173,7 +174,8 @@ def _of_head(module: nn.Linear, input: Tensor, callback: Any) -> Tensor:
         return _linear_forward(module, input)
     every = settings.eager_heads and notice.is_watching()
     if not (every or (compiled_by is not None and settings.defer_without_loss)):
-        if torch.is_grad_enabled() and _why_not(module, input, settings) is None:
+        head = _Head(input, module.weight, module.bias, module.training)
+        if torch.is_grad_enabled() and _why_not(head, settings) is None:
             _out_of_reach(module, settings)
         return _linear_forward(module, input)
     made = logits(module, input, settings=settings)
@@ -217,7 +219,8 @@ def _out_of_reach(module: nn.Linear, settings: Settings) -> None:
 # --------------------------------------------------------------------------------------------------------- the logits
 
 _calls: dict[Settings, EagerCalls] = {}
-_recipes: dict[tuple[torch.dtype, bool, int], Logits] = {}  # one object each: compiled losses are guarded on it
+# One object each: compiled losses are guarded on it.
+_recipes: dict[tuple[torch.dtype, bool, int, Whole | None], Logits] = {}
 
 
 def _is_plain_pytorch() -> bool:
@@ -235,43 +238,80 @@ def _is_plain_pytorch() -> bool:
 
 def logits(module: nn.Linear, input: Tensor, *, settings: Settings) -> Tensor | None:
     """What a linear head gives for hidden states (..., D), pending; None where that must be plain logits."""
-    reason = _why_not(module, input, settings)
+    head = _Head(input, module.weight, module.bias, module.training)
+    reason = _why_not(head, settings)
     if reason is not None:
         log.debug("%s gives plain logits: %s", module, reason)
         return None
-    dtype = compat.autocast_dtype(input)
-    key = dtype, module.bias is not None, input.dim()
+    return _pending(head, settings)
+
+
+def logits_of_shards(
+    input: Tensor, weight: Tensor, bias: Tensor | None, whole: Whole, *, settings: Settings
+) -> Tensor | None:
+    """What a head gives for hidden states (..., D), pending, whose weight (V/P, D) and bias are this rank's shards.
+
+    None where the logits must be plain ones, or nothing is trained; by nothing that only this rank knows.
+    """
+    head = _Head(input, weight, bias, True, whole)
+    trains = settings.defer_logits and torch.is_grad_enabled() and _is_plain_pytorch()
+    reason = _why_not(head, settings) if trains else "nothing is trained through it"
+    if reason is not None:
+        log.debug("a sharded head gives plain logits: %s", reason)
+        return None
+    return _pending(head, settings)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """A linear head that is called. trains: its module's mode. whole: as in `Logits`."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    trains: bool
+    whole: Whole | None = None
+
+    @property
+    def operands(self) -> list[Tensor]:
+        return [self.input, self.weight, *([] if self.bias is None else [self.bias])]
+
+    @property
+    def classes(self) -> int:
+        return self.weight.shape[0] if self.whole is None else self.whole.classes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the logits."""
+        return compat.autocast_dtype(self.input)
+
+    def is_large(self, settings: Settings) -> bool:
+        rows = self.input.numel() // max(self.input.shape[-1], 1)
+        return rows * self.classes * self.dtype.itemsize > settings.workspace_bytes
+
+
+def _pending(head: _Head, settings: Settings) -> Tensor:
+    key = head.dtype, head.bias is not None, head.input.dim(), head.whole
     if key not in _recipes:
         _recipes[key] = _recipe(*key)
     if settings not in _calls:
         assert BACKEND.calls is not None
         _calls[settings] = BACKEND.calls(settings)
-    operands = _operands(module, input)
     trains = torch.is_grad_enabled()
-    shape = torch.Size((*input.shape[:-1], module.weight.shape[0]))
     return defer(
         _recipes[key],
-        operands,
-        shape=shape,
-        dtype=dtype,
+        head.operands,
+        shape=torch.Size((*head.input.shape[:-1], head.classes)),
+        dtype=head.dtype,
         requires_grad=trains,
         fuse=_calls[settings],
-        large=_is_large(module, input, settings),
+        large=head.is_large(settings),
         alone=trains,
         eager=True,
     )
 
 
-def _operands(module: nn.Linear, input: Tensor) -> list[Tensor]:
-    return [input, module.weight, *([] if module.bias is None else [module.bias])]
-
-
-def _is_large(module: nn.Linear, input: Tensor, settings: Settings) -> bool:
-    rows = input.numel() // max(input.shape[-1], 1)
-    return rows * module.weight.shape[0] * compat.autocast_dtype(input).itemsize > settings.workspace_bytes
-
-
-def _recipe(dtype: torch.dtype, biased: bool, rank: int) -> Logits:
+def _recipe(dtype: torch.dtype, biased: bool, rank: int, whole: Whole | None) -> Logits:
     return Logits(
         dtype=dtype,
         transposed=False,
@@ -281,31 +321,34 @@ def _recipe(dtype: torch.dtype, biased: bool, rank: int) -> Logits:
         class_dim=rank - 1,
         steps=(),
         reads=2 + biased,
+        whole=whole,
     )
 
 
-def _why_not(module: nn.Linear, input: Tensor, settings: Settings) -> str | None:
+def _why_not(head: _Head, settings: Settings) -> str | None:
     """Why a head gives plain logits; None where they may be pending."""
-    operands = _operands(module, input)
-    if not are_plain(operands):
+    if not are_plain(head.operands):
         return "an operand is of a tensor subclass"
-    hidden, weight, *bias = operands
+    hidden, weight, *bias = head.operands
     if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         return "the shapes do not fit"
     if any(b.shape != weight.shape[:1] for b in bias):
         return "the shapes do not fit"
-    if not large(weight.shape[0], weight.shape[1], settings):
+    if not large(head.classes, weight.shape[1], settings):
         return "it is no head over a vocabulary"
-    if len({t.device for t in operands}) > 1 or hidden.device.type not in ("cpu", "cuda"):
+    if len({t.device for t in head.operands}) > 1 or hidden.device.type not in ("cpu", "cuda"):
         return "its device"
-    dtypes = {t.dtype for t in operands}
-    if not all(t.is_floating_point() for t in operands) or (len(dtypes) > 1 and not compat.is_autocast(hidden)):
+    cast = compat.is_autocast(hidden) or (head.whole is not None and head.whole.casts)
+    dtypes = {t.dtype for t in head.operands}
+    if not all(dtype.is_floating_point for dtype in dtypes) or (len(dtypes) > 1 and not cast):
         return "its dtypes"
-    trains = torch.is_grad_enabled() and module.training and any(t.requires_grad for t in operands)
+    trains = torch.is_grad_enabled() and head.trains and any(t.requires_grad for t in head.operands)
     # Large logits without a gradient may be a teacher's.
-    if not hidden.numel() or not (trains or (not torch.is_grad_enabled() and _is_large(module, input, settings))):
+    if not (trains or (not torch.is_grad_enabled() and head.is_large(settings))):
         return "nothing is trained through it"
-    if any(t.is_inference() for t in operands):
+    if not hidden.numel() and head.whole is None:
+        return "it has no rows"
+    if any(t.is_inference() for t in head.operands):
         return "an operand is of inference mode"
     if compat.is_freed_after_forward(weight):
         return "FSDP frees its weight after the forward: reshard_after_forward=False keeps it"

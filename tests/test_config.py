@@ -24,6 +24,7 @@ OTHER = {  # for every knob: a value that is not the default, how the environmen
     "eager_heads": (True, "on", ["maybe", "", 2, None]),
     "workspace_mb": (128, "128", [0, -64, "64MB", 0.5, None]),
     "gradients_in_forward": (False, "no", ["maybe", "", 2, None]),
+    "sharded_head": ("stream", "stream", ["ring", "", True, None]),
     "diagnostics": (True, "yes", ["maybe", "", 2, None]),
     "dump_dir": ("/tmp/dumps", "/tmp/dumps", []),
     "strict": (True, "1", ["maybe", "", 2, None]),

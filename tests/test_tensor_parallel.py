@@ -80,7 +80,7 @@ def test_a_read_of_one_rank_ends(n: int, ranks: Callable[[int], list[dict[Any, A
 @pytest.mark.parametrize("n", RANKS)
 def test_a_fault_of_ours_is_an_error_on_its_rank(n: int, ranks: Callable[[int], list[dict[Any, Any]]]) -> None:
     for results in ranks(n):
-        assert "a graph whose head is split over ranks, which others may have done" in results["failing"]
+        assert "a head that is spread over ranks, which others may have done" in results["failing"]
 
 
 def test_a_model_of_hugging_face_that_its_plan_has_split(ranks: Callable[[int], list[dict[Any, Any]]]) -> None:

@@ -20,9 +20,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
-from .. import compat
+from .. import ranks
 from ..rewrite.outputs import Deferral, Split
-from ..rewrite.ranks import first_class
 from ..rewrite.recipe import Logits
 from .autograd import defer
 from .staleness import DeferredLogitsError
@@ -73,21 +72,11 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, dim: int, split: Split) -> Tensor:
         """Logits of some classes to those of all."""
-        mesh = split.mesh
-        ctx.dim, ctx.count = dim, part.shape[dim]
-        ctx.start = first_class(split.classes, mesh.size(), mesh.get_local_rank())
-        whole = [*part.shape]
-        whole[dim] = split.classes
+        shards = split.shards
+        ctx.dim, ctx.count, ctx.start = dim, part.shape[dim], shards.start(shards.rank)
         if isinstance(part, FakeTensor):
-            return part.new_empty(whole)
-        starts = [first_class(split.classes, mesh.size(), r) for r in range(mesh.size() + 1)]
-        counts = [end - start for start, end in itertools.pairwise(starts)]
-        # The first rank has most.
-        padded = part.new_zeros(counts[0], *(size for i, size in enumerate(whole) if i != dim))
-        padded[: ctx.count] = part.movedim(dim, 0)
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded, group=mesh.get_group())
-        return torch.cat([p[:n] for p, n in zip(parts, counts, strict=True)]).movedim(0, dim).contiguous()
+            return part.new_empty([split.classes if i == dim else size for i, size in enumerate(part.shape)])
+        return shards.gather(shards.padded(part.movedim(dim, 0)))[: split.classes].movedim(0, dim).contiguous()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
@@ -100,21 +89,21 @@ def meet(mesh: Any, name: str, timeout: int) -> None:
 
     name: of the read, the same on all ranks. timeout: in seconds.
     """
-    ranks, rank = dist.get_process_group_ranks(mesh.get_group()), dist.get_rank()
-    store = dist.PrefixStore(f"cce_inductor/{name}", compat.default_store())
+    everyone, rank = dist.get_process_group_ranks(mesh.get_group()), dist.get_rank()
+    store = dist.PrefixStore(f"cce_inductor/{name}", ranks.default_store())
     store.set(str(rank), "")
-    if store.add("arrived", 1) == len(ranks):
+    if store.add("arrived", 1) == len(everyone):
         store.compare_set("decision", "", "go")
     why = "another one has given up waiting"
     try:
         store.wait(["decision"], datetime.timedelta(seconds=timeout))
     except RuntimeError:  # the time is over
-        why = f"ranks {[r for r in ranks if not store.check([str(r)])]} did not within {timeout} seconds"
+        why = f"ranks {[r for r in everyone if not store.check([str(r)])]} did not within {timeout} seconds"
     if store.compare_set("decision", "", "gone") == b"go":
         return
     raise DeferredLogitsError(
-        f"rank {rank} reads logits of a head that is split over ranks {ranks}, and {why}. Each has a part of them, so "
-        "all have to read them at the same place of the program. Do so, or have the model return plain logits: set "
+        f"rank {rank} reads logits of a head that is split over ranks {everyone}, and {why}. Each has a part of them, "
+        "so all have to read them at the same place of the program. Do so, or have the model return plain logits: set "
         "cce_inductor.config.defer_logits = False, or pass options={'defer_logits': False} to torch.compile. "
         "cce_inductor.config.defer_timeout is how long to wait."
     )

@@ -18,29 +18,33 @@ from ..graph.builder import Builder
 from ..graph.facts import Fact
 from ..graph.fakes import fake
 from ..graph.refusal import Refused
+from ..ops.sharded import Shards
 from ..trace import operands
 from ..trace.affine import Listed
 from ..trace.codes import codes
 from ..trace.values import SeveralHeads, Value
+from . import sharded_heads
 from .recipe import Logits
+from .sharded_heads import Whole
 
 
 @dataclass(frozen=True)
 class Source:
     """Where a run of the compiled graph finds an operand: argument `index`, or additional output `index`.
 
-    `chain` are the nodes to repeat on it, in order.
+    `chain` are the nodes to repeat on it, in order. shard: whether it is a DTensor, of which this rank's part is meant.
     """
 
     argument: bool
     index: int
     chain: tuple[Node, ...] = ()
+    shard: bool = False
 
     def get(self, arguments: Sequence[Any], extra: Sequence[Any]) -> Tensor:
         value = (arguments if self.argument else extra)[self.index]
         for node in self.chain:
             value = _repeat(node, value)
-        return value
+        return value.to_local() if self.shard else value
 
 
 def _repeat(node: Node, value: Tensor) -> Tensor:
@@ -61,6 +65,10 @@ class Split:
     mesh: Any
     classes: int
     placements: tuple[Any, ...] | None
+
+    @property
+    def shards(self) -> Shards:
+        return Shards(self.classes, self.mesh.get_group().group_name, average=False)
 
     @property
     def gathered(self) -> bool:
@@ -151,12 +159,13 @@ class Outputs:
             terms.append((factor, term))
             sources += given
         one = None if terms else value.one
+        whole = None if one is None else self._whole(one.weight, one.bias)
         made = None if one is None else codes(one)
         if one is not None:
             h = builder.run(operands.hidden, builder, value, False).node
             sources.append(Source(True, self.placeholders[h]) if h in self.placeholders else self._own_output(h))
             weight = one.weight if made is None else made.node
-            sources += [self.source(n) for n in (weight, one.bias) if n is not None]
+            sources += [(self.source if whole is None else self._part)(n) for n in (weight, one.bias) if n is not None]
         sources += [self.source(n) for n in value.extra]
         factors = [t.factor for t in made.scales if isinstance(t.factor, Node)] if made is not None else []
         sources += [self.source(n) for n in factors]
@@ -173,8 +182,23 @@ class Outputs:
             columns=tuple(int(part.count) if isinstance(part, Listed) else part for part in value.columns),
             terms=tuple(terms),
             concatenated=isinstance(head, SeveralHeads),
+            whole=whole,
         )
         return compute, sources
+
+    def _whole(self, weight: Node, bias: Node | None) -> Whole | None:
+        """How a head is put together of what the ranks have, where the graph is given that."""
+        found = [sharded_heads.read(n) for n in (weight, bias) if n is not None]
+        if not all(gather is not None and gather.shard in self.placeholders for gather in found):
+            return None
+        wholes = {gather.whole() for gather in found if gather is not None}
+        return wholes.pop() if len(wholes) == 1 else None
+
+    def _part(self, node: Node) -> Source:
+        """This rank's part of a weight or a bias that is gathered."""
+        gather = sharded_heads.read(node)
+        assert gather is not None
+        return Source(True, self.placeholders[gather.shard], shard=gather.is_dtensor)
 
     def _own_output(self, node: Node) -> Source:
         if node not in self.extra:

@@ -12,6 +12,7 @@ from ..graph.builder import Proxy
 from ..graph.fakes import example
 from ..trace.affine import Range
 from ..trace.values import Step
+from .sharded_heads import Whole
 
 RECORDED = "cce_inductor_recorded"  # in the meta of a head that was put into a graph by `Logits.record`
 
@@ -23,7 +24,8 @@ class Logits:
     Of (hidden states, weight, bias if `biased`, and what `steps` read besides). The hidden states have `rank`
     dimensions, with D at `class_dim`; the result has V there. With `terms` the logits are the sum of others, each times
     a factor, or their concatenation; their operands stand in the head's place, one after the other. columns: what
-    `steps` leave of the vocabulary, or how many classes.
+    `steps` leave of the vocabulary, or how many classes. whole: puts weight and bias together, where the operands are
+    this rank's shards; every rank has to compute the logits then.
     """
 
     dtype: torch.dtype
@@ -38,12 +40,14 @@ class Logits:
     columns: tuple[Range | int, ...] = ()
     terms: tuple[tuple[float, "Logits"], ...] = ()
     concatenated: bool = False
+    whole: Whole | None = None
 
     def __call__(self, operands: Sequence[Tensor]) -> Tensor:
         return self._in_place(self._classes_last(operands, recorded=False))
 
     def _computed(self, operands: Sequence[Tensor], extra: list[Tensor]) -> Tensor:
-        x, w, *bias = [t.to(self.dtype) for t in (operands[0], self._weight(operands[1], extra), *operands[2:])]
+        biases = map(self._gathered, operands[2:])
+        x, w, *bias = [t.to(self.dtype) for t in (operands[0], self._weight(operands[1], extra), *biases)]
         return self._head(x, w, bias[0] if bias else None)
 
     def record(self, operands: Sequence[Proxy]) -> Proxy:
@@ -57,9 +61,13 @@ class Logits:
     def _recorded(self, operands: Sequence[Any], extra: list[Any]) -> Any:
         w = self._weight(operands[1], extra)
         w = w if example(w.node).is_floating_point() else w.to(example(operands[0].node).dtype)
-        return self._head(operands[0], w, operands[2] if self.biased else None, self._marked)
+        return self._head(operands[0], w, self._gathered(operands[2]) if self.biased else None, self._marked)
+
+    def _gathered(self, shard: Any) -> Any:
+        return shard if self.whole is None else self.whole(shard)
 
     def _weight(self, w: Any, extra: list[Any]) -> Any:
+        w = self._gathered(w)
         for step in self.weight_steps:
             w = step(w, extra)
         return w
@@ -107,7 +115,9 @@ class Logits:
     def classes(self, operands: Sequence[Tensor]) -> int:
         """How many there are, from the operands of one run."""
         each = [term.classes(given) for _, term, given in self._given(operands)]
-        if not each:
+        if self.whole is not None:
+            each = [self.whole.classes]
+        elif not each:
             each = [operands[1].shape[1 if self.transposed else 0]]
         count = range(sum(each) if self.concatenated else each[0])
         for part in self.columns:

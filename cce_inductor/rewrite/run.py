@@ -18,7 +18,7 @@ from ..trace.functions import of_two
 from ..trace.interpreter import Interpreter
 from ..trace.trace import Decomposition
 from ..trace.unnamed import behind_break, unnamed
-from . import cleanup, emit, emit_ranking, forward_gradients, groups, reads, site, split_heads
+from . import cleanup, emit, emit_ranking, forward_gradients, groups, reads, sharded_heads, site, split_heads
 from .outputs import Deferral, Outputs
 from .plan import Plan, make_plans, name_bundles, record
 from .result import Rewritten
@@ -27,10 +27,14 @@ from .site import Site
 log = logging.getLogger(__name__)
 
 
+class OnOneRankError(RuntimeError):
+    """The pass has failed in a graph that other ranks may have rewritten: they would wait for this one."""
+
+
 def rewrite(
     gm: GraphModule, settings: Settings, version: str, choose: Chooser | None = None, statistics: bool = False
 ) -> Rewritten:
-    """Fuses every loss that can be; never raises for a graph it cannot take, and never changes `gm` itself.
+    """Fuses every loss that can be, and never changes `gm` itself. Raises nothing but OnOneRankError (`faulty`).
 
     `choose` is asked for the kernel of each head, and may refuse it; without one, the operators run as they are.
     statistics: whether to serve any statistic of the rows, also where the graph has no loss.
@@ -38,21 +42,21 @@ def rewrite(
     try:
         return _rewrite(gm, settings, version, choose, statistics)
     except Exception as error:
-        return faulty(gm, error)
+        return faulty(gm, error, settings)
 
 
-def faulty(gm: GraphModule, error: Exception) -> Rewritten:
+def faulty(gm: GraphModule, error: Exception, settings: Settings) -> Rewritten:
     """What becomes of a graph in which the pass has failed; called where the error is handled.
 
     A fault of ours must not cost the user the compilation: the graph stays as it was, and the record says why. But a
-    head that is split over ranks has other collectives as it was than fused: that is an error on this rank at once,
-    where it would else wait for the others.
+    head that is spread over ranks has other collectives as it was than fused, and where others have fused it they would
+    wait for this one: OnOneRankError.
     """
-    if split_heads.has_one(gm):
-        raise RuntimeError(
-            "cce_inductor could not rewrite a graph whose head is split over ranks, which others may have done: "
-            "please report this, and leave such heads alone meanwhile (cce_inductor.config.min_vocab above their "
-            "number of classes)"
+    if split_heads.has_one(gm) or sharded_heads.is_wanted(gm, settings):
+        raise OnOneRankError(
+            f"cce_inductor: internal error in the rewrite of a head that is spread over ranks, which others may have "
+            f"done; please report it: {error}. Leave such heads alone meanwhile: min_vocab above their number of "
+            "classes or, of a sharded head, sharded_head='gather'"
         ) from error
     log.exception("cce_inductor could not rewrite a graph and left it as it was")
     return Rewritten(gm, [_fault(loss, error) for loss in losses(gm.graph)])
@@ -69,7 +73,7 @@ def _rewrite(gm: GraphModule, settings: Settings, version: str, choose: Chooser 
     inside = replace(settings, gradients_in_forward=False, diagnostics=False, defer_logits=False)
     regions = {name: _rewrite(region, inside, version, choose, statistics) for name, region in checkpointed(gm)}
     result = _rewrite_split(gm, settings, version, choose, statistics)
-    result = result or _rewrite_graph(gm, settings, version, choose, statistics)
+    result = result or _rewrite_sharded(gm, settings, version, choose, statistics)
     sites = [site for region in regions.values() for site in region.sites]
     result.sites[:0] = sites
     result.unnamed += sum(region.unnamed for region in regions.values())
@@ -94,6 +98,22 @@ def _rewrite_split(
     if not result.fused or not split_heads.localise(result, whole.splits):
         return None
     result.sites = [replace(made, kernel=f"{made.kernel}; split over ranks, exact") for made in result.sites]
+    return result
+
+
+def _rewrite_sharded(
+    gm: GraphModule, settings: Settings, version: str, choose: Chooser | None, statistics: bool
+) -> Rewritten:
+    """The pass over a graph whose heads may be fused without their whole weights; they are gathered if that fails."""
+    if not sharded_heads.is_wanted(gm, settings):
+        return _rewrite_graph(gm, settings, version, choose, statistics)
+    exact = replace(settings, grad_filter="exact", gradients_in_forward=False, diagnostics=False)
+    result = _rewrite_graph(gm, exact, version, sharded_heads.alike(choose), statistics)
+    reason = sharded_heads.localise(result.graph_module, settings) if result.fused else "its loss is not fused"
+    if reason:
+        result = _rewrite_graph(gm, settings, version, choose, statistics)
+    how = f"its weight is gathered: {reason}" if reason else "sharded over ranks and not gathered, exact"
+    result.sites = [replace(made, kernel=f"{made.kernel}; {how}") if made.fused else made for made in result.sites]
     return result
 
 

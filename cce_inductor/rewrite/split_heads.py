@@ -27,13 +27,15 @@ from ..graph.builder import Builder
 from ..graph.fakes import example
 from ..graph.regions import copy_graph
 from ..ops.library import FORWARD
+from ..ops.sharded import OPERANDS
+from ..ops.sharded import STATISTICS as SUMS
+from .on_ranks import as_dtensor, largest_of, local_input, local_target, merged, shards_of
 from .outputs import Split
-from .ranks import as_dtensor, first_class, largest_of, local_input, local_part, local_target, merged
 from .result import Rewritten
+from .sharded_heads import local_part
 
-# Operands and statistics that a head has a part of on each rank, or all of it.
-OPERANDS = frozenset(("input", "weight", "bias", "target"))
-STATISTICS = ("lse", "lse_low", "target_logit", "logit_sum", "entropy", "argmax")
+# What is put together of the ranks' statistics.
+STATISTICS = SUMS | {"entropy", "argmax"}
 _MOVES = ("redistribute", "to_local", "full_tensor", "prim_redistribute", "prim_to_local")
 
 
@@ -119,8 +121,7 @@ def _split_weight(node: Node) -> Node | None:
 
 def _all_have_some(weight: DTensor) -> bool:
     """Whether every rank has a part of a weight: of so few classes that one has none, nothing is gained."""
-    ranks, classes = weight.device_mesh.size(), weight.shape[0]
-    return isinstance(classes, int) and first_class(classes, ranks, ranks - 1) < classes
+    return isinstance(weight.shape[0], int) and shards_of(weight).all_have_some
 
 
 def _as_whole(node: Node, weight: Node) -> Node:
@@ -253,7 +254,7 @@ def _localise(graph: Graph, node: Node, weight: Node) -> bool:
     arguments: Any = node.args
     operands, names, row_mask, statistics, training, *rest = arguments
     wanted = statistics.split()
-    if not {*names.split()} <= OPERANDS or not {*wanted} <= {*STATISTICS}:
+    if not {*names.split()} <= OPERANDS or not {*wanted} <= STATISTICS:
         return False
     if "entropy" in wanted and "lse" not in wanted:
         return False

@@ -6,20 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-
-def first_class(classes: int, ranks: int, rank: int) -> int:
-    """The first class of a rank, as DTensor splits them."""
-    return min(classes, -(-classes // ranks) * rank)
+from ..ops import sharded
+from ..ops.sharded import Shards
 
 
-def local_part(tensor: DTensor) -> Tensor:
-    """This rank's rows of a weight, or entries of a bias."""
-    return tensor.to_local()
+def shards_of(weight: DTensor) -> Shards:
+    """How the classes of a head lie on the ranks, which all have the same tokens."""
+    return Shards(weight.shape[0], weight.device_mesh.get_group().group_name, average=False)
 
 
 def local_input(tensor: DTensor, weight: DTensor) -> Tensor:
@@ -29,10 +26,7 @@ def local_input(tensor: DTensor, weight: DTensor) -> Tensor:
 
 def local_target(target: Tensor, weight: DTensor) -> tuple[Tensor, Tensor]:
     """(N,) classes among those of this rank, class 0 for the others; and which rows have theirs here."""
-    mesh, count = weight.device_mesh, weight.to_local().shape[0]
-    own = target - first_class(weight.shape[0], mesh.size(), mesh.get_local_rank())
-    inside = (own >= 0) & (own < count)
-    return torch.where(inside, own, 0), inside
+    return shards_of(weight).local_target(target, weight.device_mesh.get_local_rank())
 
 
 def largest_of(classes: Tensor, negative: bool, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -61,11 +55,11 @@ def merged(
     given = dict(zip(names, statistics, strict=True))
     if inside is not None and "target_logit" in given:
         given["target_logit"] = torch.where(inside, given["target_logit"], 0.0)
+    shards = shards_of(weight)
     if largest is not None:
-        mesh = weight.device_mesh
-        given["argmax"] = given["argmax"] + first_class(weight.shape[0], mesh.size(), mesh.get_local_rank())
+        given["argmax"] = given["argmax"] + shards.start(shards.rank)
         given["largest"] = largest
-    made = Merge.apply(weight.device_mesh, tuple(given), *given.values())
+    made = Merge.apply(shards, tuple(given), *given.values())
     return tuple(made[: len(names)])
 
 
@@ -73,35 +67,30 @@ class Merge(torch.autograd.Function):
     """One all-gather. The tangents are the same on all ranks, whose losses are one, so the backward sends nothing."""
 
     @staticmethod
-    def forward(ctx: Any, mesh: Any, names: tuple[str, ...], *local: Tensor) -> tuple[Tensor, ...]:
-        """(N,) statistics of some classes to those of all."""
+    def forward(ctx: Any, shards: Shards, names: tuple[str, ...], *local: Tensor) -> tuple[Tensor, ...]:
+        """(N,) statistics of some classes to those of all. Classes are numbers up to 2^24."""
         ctx.names = names
-        own = dict(zip(names, local, strict=True))
-        parts = _from_all(mesh, own)
-        made = {name: part.sum(0) for name, part in parts.items() if name in ("target_logit", "logit_sum")}
+        exact = torch.float64 if any(t.dtype == torch.float64 for t in local) else torch.float32
+        rows = torch.stack([t.to(exact) for t in local])
+        parts = dict(zip(names, shards.gather(rows).view(shards.ranks, *rows.shape).unbind(1), strict=True))
+        made = sharded.merged({name: part for name, part in parts.items() if name not in _OTHERWISE})
         saved = []
         if "lse" in parts:
-            low = parts.get("lse_low")
-            exact = parts["lse"] if low is None else parts["lse"] + low
-            lse = torch.logsumexp(exact, 0)
-            made["lse"] = lse.to(own["lse"].dtype)
-            if low is not None:
-                made["lse_low"] = (lse - made["lse"].double()).nan_to_num(0.0, 0.0, 0.0)
+            lse, own = sharded.log_sum_exp(parts)[None], parts["lse"].double()
             # A rank all of whose logits are -inf has no share.
-            shares = torch.exp(exact - torch.where(lse == -torch.inf, 0.0, lse))
-            rank = mesh.get_local_rank()
-            saved = [shares[rank].to(own["lse"].dtype)]
-            if "entropy" in parts:
-                means = torch.where(shares == 0, 0.0, exact - parts["entropy"])
-                mean = (shares * means).sum(0)
-                made["entropy"] = lse - mean
-                saved.append((mean - means[rank]).to(own["lse"].dtype))
+            shares = torch.exp(own - torch.where(lse == -torch.inf, 0.0, lse))
+            saved = [shares[shards.rank].to(exact)]
+        if "entropy" in parts:
+            means = torch.where(shares == 0, 0.0, own - parts["entropy"])
+            mean = (shares * means).sum(0)
+            made["entropy"] = lse[0] - mean
+            saved.append((mean - means[shards.rank]).to(exact))
         if "argmax" in parts:
             made["argmax"] = parts["argmax"].gather(0, parts["largest"].argmax(0, True))[0]
             made["largest"] = parts["largest"].amax(0)
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
-        result = {name: made[name].to(own[name].dtype) for name in names}
+        result = {name: made[name].to(t.dtype) for name, t in zip(names, local, strict=True)}
         ctx.mark_non_differentiable(*[result[n] for n in _CONSTANT if n in result])
         return tuple(result.values())
 
@@ -121,17 +110,8 @@ class Merge(torch.autograd.Function):
 
 
 _CONSTANT = ("lse_low", "argmax", "largest")
-
-
-def _from_all(mesh: Any, own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Statistics (N,) of each rank, as (ranks, N) of float64, by one all-gather. Classes are numbers up to 2^24."""
-    exact = torch.float64 if any(t.dtype == torch.float64 for t in own.values()) else torch.float32
-    rows = torch.stack([t.to(exact) for t in own.values()])
-    gathered = funcol.all_gather_tensor(rows.contiguous(), 0, mesh)
-    if isinstance(gathered, funcol.AsyncCollectiveTensor):
-        gathered = gathered.wait()
-    parts = gathered.double().view(mesh.size(), *rows.shape)
-    return dict(zip(own, parts.unbind(1), strict=True))
+# What is neither a sum over ranks nor a log-sum-exp.
+_OTHERWISE = ("entropy", "argmax", "largest")
 
 
 def as_dtensor(tensor: Tensor, weight: DTensor) -> DTensor:
