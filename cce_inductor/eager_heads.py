@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from . import compat, config, notice, record
 from .config import Settings
-from .deferred import defer
+from .deferred import defer, split_logits
 from .deferred.calls import are_plain
 from .deferred.eager_calls import EagerCalls
 from .rewrite.recipe import Logits
@@ -308,6 +308,7 @@ def _pending(head: _Head, settings: Settings) -> Tensor:
         large=head.is_large(settings),
         alone=trains,
         eager=True,
+        meeting=split_logits.meeting(_recipes[key], settings.defer_timeout),
     )
 
 

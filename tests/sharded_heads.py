@@ -293,6 +293,21 @@ def read(mesh: DeviceMesh) -> dict[str, Any]:
     return found
 
 
+def lonely(mesh: DeviceMesh) -> list[str]:
+    """The errors of reads that the first rank does alone."""
+    errors = []
+    for way in ("eager", "SimpleFSDP"):
+        torch._dynamo.reset()
+        model = wrapped(Model(81, True), way, "gather", mesh, None)
+        run = model if way == "eager" else torch.compile(model, backend="cce", options=THROUGH_AOT)
+        with config.patch(defer_timeout=1):
+            z = run(data(mesh.size(), 81)[0][mesh.get_local_rank()])
+            if mesh.get_local_rank() == 0:
+                errors.append(attempt(z.sum))
+            dist.barrier()
+    return errors
+
+
 def faulty(mesh: DeviceMesh) -> str:
     """An error within the pass: other ranks may have rewritten the graph."""
 
@@ -414,6 +429,7 @@ OTHERS: dict[str, Callable[[DeviceMesh], Any]] = {
     "without target": without_target,
     "training": training,
     "read": read,
+    "lonely": lonely,
     "faulty": faulty,
     "counted": counted,
     "graphs": graphs,

@@ -138,10 +138,21 @@ def test_what_it_does_not_take(ranks: Results) -> None:
         assert found["twice"].startswith("ValueError: the head's weight is sharded already")
 
 
+@pytest.mark.parametrize("n", RANKS)
+def test_a_read_of_one_rank_ends(n: int, ranks: Results) -> None:
+    first, *others = (results["lonely"] for results in ranks(n))
+    assert others == [[]] * (n - 1) and len(first) == 2, (first, others)
+    for error in first:
+        assert error.startswith("DeferredLogitsError") and "within 1 seconds" in error
+
+
 def test_an_internal_error_is_raised(ranks: Results) -> None:
     """Without the rewrite this rank would take part in other collectives than those that have done it."""
     for results in ranks(2):
-        assert "OnOneRankError: cce_inductor: internal error in the rewrite of a head that is spread over ranks" in results["faulty"]
+        assert (
+            "OnOneRankError: cce_inductor: internal error in the rewrite of a head that is spread over ranks"
+            in results["faulty"]
+        )
 
 
 @pytest.mark.parametrize("n", RANKS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ def defer(
     large: bool = False,
     alone: bool = True,
     eager: bool = False,
+    meeting: Callable[[], None] | None = None,
 ) -> Tensor:
     """A tensor of this shape and dtype that stands for ``compute(operands)`` and computes it on first touch.
 
@@ -44,12 +45,13 @@ def defer(
     ``alone``: whether ``fuse`` is asked for these logits alone. If not, it is for rows of them, and beside other ones.
     ``eager``: whether a loss is behind the logits in the autograd graph wherever it can be, as in eager mode; else it
     goes around them, unless somebody waits for their gradient.
+    ``meeting`` is called before they are read: where ``compute`` needs other ranks, it waits for them.
 
     The operands are referred to, not copied.  A read after they have changed raises
     :class:`DeferredLogitsError`; see :class:`Operand` for what is recognised and what cannot be.
     """
     shape = torch.Size(shape)
-    head = PendingHead(compute, operands, shape, dtype, fuse, large, alone, eager)
+    head = PendingHead(compute, operands, shape, dtype, fuse, large, alone, eager, meeting)
     if not requires_grad:
         logits = root(head, shape)
         keep(logits._value)

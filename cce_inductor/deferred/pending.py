@@ -38,7 +38,7 @@ class PendingHead:
 
     Called once, by its :class:`PendingValue`, which then lets go of it. `shape` is None where the logits are those of a
     graph that is being traced, of which only the operands are given. For `compute`, `operands`, `fuse`, `large`,
-    `alone` and `eager` see :func:`defer`. shared: what eager calls have computed of the rows.
+    `alone`, `eager` and `meeting` see :func:`defer`. shared: what eager calls have computed of the rows.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class PendingHead:
         large: bool = False,
         alone: bool = True,
         eager: bool = False,
+        meeting: Callable[[], None] | None = None,
     ) -> None:
         self.compute, self.shape, self.dtype = compute, shape, dtype
         self.fuse, self.large, self.alone = fuse, large, alone
@@ -59,7 +60,7 @@ class PendingHead:
         self.known: list[Known] = []  # statistics that the program has
         self.operands = [Operand.record(i, t) for i, t in enumerate(operands)]
         self.device = operands[0].device
-        self.eager = eager
+        self.eager, self.meeting = eager, meeting
         self.watched = False  # somebody, such as a hook, waits for the gradient of the logits
         self.needs: tuple[bool, ...] = ()  # which operands a gradient reaches, if any
         self.graph: ValueGraph | None = None  # of the value that was read, for the backward through the logits
@@ -88,6 +89,8 @@ class PendingHead:
     def __call__(self) -> Tensor:
         """The logits: contiguous, and below autograd. A :class:`DeferredLogitsError` if they could be wrong."""
         operands = self.check()
+        if self.meeting is not None and not isinstance(operands[0], (FakeTensor, FunctionalTensor)):
+            self.meeting()
         grad = any(self.needs)  # with grad mode off too: a metric may read what is trained through later
         if grad:
             operands = [t.detach().requires_grad_(need) for t, need in zip(operands, self.needs, strict=True)]

@@ -1,7 +1,7 @@
-"""Deferred logits of a head that is split over ranks: each has the operands of its own classes.
+"""Deferred logits of a head that is spread over ranks: each has the operands of its own classes.
 
-A program that wants all classes on every rank reads them together with the others: each rank says in the store that
-it has come, and where all have, they send each other their parts. Where one reads alone, as in ``if rank == 0:
+A program that wants all classes on a rank reads them together with the others: each rank says in the store that it has
+come, and where all have, they send each other their parts. Where one reads alone, as in ``if rank == 0:
 print(logits)``, it stops waiting after a while with an error that names the others. Only one thing can be decided of
 each read: the last rank to come says "go", the first whose time is over "gone", and the store keeps what was first.
 """
@@ -34,9 +34,15 @@ def of(deferral: Deferral, operands: Sequence[Tensor], timeout: int) -> Tensor:
     """The deferred logits of one run, as the program expects them. timeout: in seconds, of a read of all classes."""
     split = deferral.split
     assert split is not None
-    compute = Gathered(deferral.compute, split, timeout) if split.gathered else deferral.compute
     shape = deferral.shape(operands)
-    made = defer(compute, operands, shape=shape, dtype=deferral.dtype, requires_grad=deferral.requires_grad)
+    made = defer(
+        Gathered(deferral.compute, split) if split.gathered else deferral.compute,
+        operands,
+        shape=shape,
+        dtype=deferral.dtype,
+        requires_grad=deferral.requires_grad,
+        meeting=Meeting(split.shards.group, timeout) if split.gathered else None,
+    )
     if split.placements is None:
         return made
     whole = [*shape]
@@ -46,24 +52,20 @@ def of(deferral: Deferral, operands: Sequence[Tensor], timeout: int) -> Tensor:
     return DTensor.from_local(made, split.mesh, split.placements, run_check=False, shape=size, stride=strides)
 
 
+def meeting(compute: Logits, timeout: int) -> Meeting | None:
+    """What has to come before logits are computed: nothing, where a rank can do that alone."""
+    return None if compute.group is None else Meeting(compute.group, timeout)
+
+
 class Gathered:
-    """Computes the logits of all classes, on every rank of a mesh, from each rank's operands.
+    """Computes the logits of all classes, on every rank of a mesh, from each rank's operands: `own`, of its classes."""
 
-    For `own`, `split` and `timeout` see :func:`of`.
-    """
-
-    def __init__(self, own: Logits, split: Split, timeout: int) -> None:
-        self.own, self.split, self.timeout = own, split, timeout
-        group = split.mesh.get_group()
-        self._name = f"{group.group_name}/{next(_MADE[group.group_name])}"
-        self._times = itertools.count()
+    def __init__(self, own: Logits, split: Split) -> None:
+        self.own, self.split = own, split
 
     def __call__(self, operands: Sequence[Tensor]) -> Tensor:
-        """(..., V) with V at `class_dim`. A :class:`DeferredLogitsError` if not all ranks compute it."""
-        logits = self.own(operands)
-        if not isinstance(logits, FakeTensor):
-            meet(self.split.mesh, f"{self._name}/{next(self._times)}", self.timeout)
-        return _Gather.apply(logits, self.own.class_dim, self.split)
+        """(..., V) with V at `class_dim`."""
+        return _Gather.apply(self.own(operands), self.own.class_dim, self.split)
 
 
 class _Gather(torch.autograd.Function):
@@ -84,26 +86,33 @@ class _Gather(torch.autograd.Function):
         return grads[0].narrow(ctx.dim, ctx.start, ctx.count), None, None
 
 
-def meet(mesh: Any, name: str, timeout: int) -> None:
-    """Returns where all ranks of a mesh have come here; a :class:`DeferredLogitsError` where not all do in time.
+class Meeting:
+    """Returns where all ranks of a group have called it; a :class:`DeferredLogitsError` where not all do in time.
 
-    name: of the read, the same on all ranks. timeout: in seconds.
+    One for each deferred logits, made in the same order on all ranks. group: its name. timeout: in seconds.
     """
-    everyone, rank = dist.get_process_group_ranks(mesh.get_group()), dist.get_rank()
-    store = dist.PrefixStore(f"cce_inductor/{name}", ranks.default_store())
-    store.set(str(rank), "")
-    if store.add("arrived", 1) == len(everyone):
-        store.compare_set("decision", "", "go")
-    why = "another one has given up waiting"
-    try:
-        store.wait(["decision"], datetime.timedelta(seconds=timeout))
-    except RuntimeError:  # the time is over
-        why = f"ranks {[r for r in everyone if not store.check([str(r)])]} did not within {timeout} seconds"
-    if store.compare_set("decision", "", "gone") == b"go":
-        return
-    raise DeferredLogitsError(
-        f"rank {rank} reads logits of a head that is split over ranks {everyone}, and {why}. Each has a part of them, "
-        "so all have to read them at the same place of the program. Do so, or have the model return plain logits: set "
-        "cce_inductor.config.defer_logits = False, or pass options={'defer_logits': False} to torch.compile. "
-        "cce_inductor.config.defer_timeout is how long to wait."
-    )
+
+    def __init__(self, group: str, timeout: int) -> None:
+        self.group, self.timeout = group, timeout
+        self.name = f"cce_inductor/{group}/{next(_MADE[group])}"
+
+    def __call__(self) -> None:
+        everyone, rank = dist.get_process_group_ranks(ranks.process_group(self.group)), dist.get_rank()
+        store = dist.PrefixStore(self.name, ranks.default_store())
+        store.set(str(rank), "")
+        if store.add("arrived", 1) == len(everyone):
+            store.compare_set("decision", "", "go")
+        why = "another one has given up waiting"
+        try:
+            store.wait(["decision"], datetime.timedelta(seconds=self.timeout))
+        except RuntimeError:  # the time is over
+            absent = [r for r in everyone if not store.check([str(r)])]
+            why = f"ranks {absent} did not within {self.timeout} seconds"
+        if store.compare_set("decision", "", "gone") == b"go":
+            return
+        raise DeferredLogitsError(
+            f"rank {rank} reads logits of a head that is spread over ranks {everyone}, and {why}. Each has a part of "
+            "it, so all have to read them at the same place of the program. Do so, or have the model return plain "
+            "logits: set cce_inductor.config.defer_logits = False, or pass options={'defer_logits': False} to torch.compile. "
+            "cce_inductor.config.defer_timeout is how long to wait."
+        )

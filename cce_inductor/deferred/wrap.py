@@ -91,6 +91,7 @@ def with_deferred(compiled: Callable, result: Rewritten, fuse: Fuse, settings: S
             large=large,
             # Evaluation reads at the cost of plain logits: the operators' eager implementation is a little slower.
             alone=bool(result.fused) or deferral.requires_grad,
+            meeting=split_logits.meeting(deferral.compute, settings.defer_timeout),
         )
 
     def run(*args: Any) -> tuple:

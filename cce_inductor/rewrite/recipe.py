@@ -50,6 +50,12 @@ class Logits:
         x, w, *bias = [t.to(self.dtype) for t in (operands[0], self._weight(operands[1], extra), *biases)]
         return self._head(x, w, bias[0] if bias else None)
 
+    @property
+    def group(self) -> str | None:
+        """The name of the group of ranks that compute the logits together, if there is one."""
+        groups = [term.group for _, term in self.terms] if self.whole is None else [self.whole.group]
+        return next((group for group in groups if group is not None), None)
+
     def record(self, operands: Sequence[Proxy]) -> Proxy:
         """The same as nodes of a graph, with a head whose operands keep their dtypes, as under autocast.
 
