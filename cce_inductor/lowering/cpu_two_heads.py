@@ -67,8 +67,9 @@ def with_gradients(
     bounded: bool,
 ) -> Sequence[Any]:
     for name in needs:
-        if name.endswith("weight") and operands[name].get_dtype() != torch.float32:
-            raise Unsupported(f"the gradient of {name} is {operands[name].get_dtype()}: chunks cannot be added up in it")
+        dtype = operands[name].get_dtype()
+        if name.endswith("weight") and dtype != torch.float32:
+            raise Unsupported(f"the gradient of {name} is {dtype}: chunks cannot be added up in it")
     names = _identifiers(statistics)
     read, constants = _of_backward(tangents, names, needs)
     # Both logits are what a program without the operator saves.
@@ -107,9 +108,9 @@ def _of_forward(statistics: Sequence[str], names: Mapping[str, str]) -> dict[str
 def _of_backward(
     tangents: Iterable[str], names: Mapping[str, str], needs: list[str]
 ) -> tuple[list[str], dict[str, Any]]:
-    """Which statistics the gradients read, as the templates know them, and what the templates are told. Raises Unsupported.
+    """Which statistics the gradients read, as the templates know them, and what the templates are told.
 
-    names: `_identifiers`.
+    names: `_identifiers`. Raises Unsupported where no tangent is of both heads.
     """
     divergences = [d for name in tangents if (d := TABLE[name].divergence) is not None]
     pairs = [name for name in PAIRS if name in tangents]

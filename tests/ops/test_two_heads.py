@@ -147,7 +147,7 @@ def compare(
 ) -> None:
     """Ours is as close to float64 as eager mode in the same dtype: docs/design.md's rule of errors.
 
-    how: `differentiate` or `at_once`. narrow: the dtype that eager mode computes in where that is none of the operands'.
+    how: `differentiate` or `at_once`. narrow: what eager mode computes in where that is not the operands' dtype.
     """
     exact = {n: t.double() if t.is_floating_point() else t for n, t in given.items()}
     reference = differentiate(exact, names, attributes, mask, None, wanted)
