@@ -1,4 +1,4 @@
-"""The CPU kernel that forms the gradients of two heads in the forward, against all logits in float64; when it is chosen."""
+"""The CPU kernel that forms gradients of two heads in the forward, against all logits in float64; when it is chosen."""
 
 from dataclasses import replace
 
