@@ -75,7 +75,6 @@ def test_divergences_of_a_mixture(workspace, frozen):
 
 @pytest.mark.slow
 def test_factors_of_both_heads():
-    """In chunks whose last blocks are smaller than the others: the rows' last part of dW comes once."""
     generator = torch.Generator().manual_seed(2)
     given = heads(n=596, d=133, other_d=220, v=1300)
     for prefix in ("", "other_"):
