@@ -76,14 +76,14 @@ def test_divergences_of_a_mixture(workspace, frozen):
 @pytest.mark.slow
 def test_factors_of_both_heads():
     generator = torch.Generator().manual_seed(2)
-    given = heads(n=596, d=133, other_d=220, v=1300)
+    given = heads(n=596, d=33, other_d=20, v=1300)
     for prefix in ("", "other_"):
         for name, size in (("row_scale", 596), ("column_scale", 1300)):
             given[prefix + name] = torch.rand(size, generator=generator) + 0.5
-    for workspace in (2 * MIB, 3 * MIB, 64 * MIB):
+    for workspace in (2 * MIB, 64 * MIB):
         options = attributes(scale=0.9, softcap=7.0, workspace=workspace)
         compare(given, f"{LOWS} divergence expected_other", options, operator=compiled(), how=at_once)
-    assert kernels() == 3
+    assert kernels() == 2
 
 
 def test_rows_that_are_not_finite_and_classes_without_mass():
@@ -122,18 +122,26 @@ def test_results_do_not_depend_on_who_computes_them(three_threads):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", [f"{LOWS} divergence", with_parts(JSD)], ids=["divergence", "mixture"])
-@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("frozen", ["other_", "none"])
+@pytest.mark.parametrize(
+    "names,compute,frozen",
+    [
+        (f"{LOWS} divergence", torch.float32, "none"),
+        (f"{LOWS} divergence", torch.bfloat16, "other_"),
+        (with_parts(JSD), torch.float32, "other_"),
+        (with_parts(JSD), torch.bfloat16, "none"),
+    ],
+    ids=["float32", "bfloat16, frozen", "mixture, float32, frozen", "mixture, bfloat16"],
+)
 def test_scratch_is_bounded(names, compute, frozen):
+    """And is used: 128 rows of both heads' logits are 5.9 MiB."""
     given = heads(n=1500, d=96, other_d=24, v=6000)
     wanted = [name for name in given if not name.startswith(frozen)]
-    options, operator = attributes(workspace=8 * MIB, compute_dtype=compute, other_compute_dtype=compute), compiled()
+    options, operator = attributes(workspace=10 * MIB, compute_dtype=compute, other_compute_dtype=compute), compiled()
     at_once(given, names, options, operator=operator, wanted=wanted)  # compiles
     with Allocations() as memory:
         found = at_once(given, names, options, operator=operator, wanted=wanted)
     results = sum(t.nbytes for t in found.values())
-    assert 6 * MIB < memory.peak - results <= 8 * MIB + 64 * 1500 * 8
+    assert 6 * MIB < memory.peak - results <= 10 * MIB + 64 * 1500
     assert kernels() == 1
 
 
