@@ -9,7 +9,7 @@ import torch
 
 from ..ops.call import MIB
 from ..ops.choice import Choice, Problem
-from .limits import CACHED_SHARE, LEAST_CHUNK
+from .limits import CACHED_SHARE, LEAST_CHUNK, least_chunk_of_two
 from .unsupported import unsupported_dtype
 
 # Where dW can not be added up over chunks, the share of the rows whose logits must fit: with less than half, the pass
@@ -38,7 +38,8 @@ def choose(problem: Problem) -> Choice:
         cure = "compute the head and the loss in float32 or bfloat16" if dtype else "let Inductor use vector code"
         return _without_kernel(problem, reason, cure)
     element = element_dtype(problem.compute_dtype)
-    return Choice("C++ kernel", gradients_in_forward=not problem.two_heads and _keeps_logits(problem, element))
+    keeps = _keeps_both_logits if problem.two_heads else _keeps_logits
+    return Choice("C++ kernel", gradients_in_forward=keeps(problem, element))
 
 
 def _without_kernel(problem: Problem, reason: str, cure: str) -> Choice:
@@ -82,3 +83,21 @@ def _keeps_logits(problem: Problem, element: torch.dtype) -> bool:
     if problem.weight_dtype in (torch.float32, torch.int8):  # dW is its own accumulator, or there is none
         return fit >= min(problem.rows, LEAST_CHUNK[element])
     return fit >= problem.rows * LEAST_SHARE
+
+
+def _keeps_both_logits(problem: Problem, element: torch.dtype) -> bool:
+    """The same of two heads, with which no filter applies: of enough rows, between two passes over a chunk of them.
+
+    What a chunk adds to dW is rounded to the dtype of that.
+    """
+    if torch.float16 in (problem.compute_dtype, *problem.dtypes, *problem.other_dtypes):
+        return False
+    if any(dtype != torch.float32 for dtype in problem.trained):
+        return False
+    workspace = min(problem.workspace, max(2 * problem.logits_bytes, MIB))  # as the kernel does
+    workspace -= 4 * (16 * problem.rows + 8 * problem.vocab)  # numbers of rows and of classes
+    packed = 2 * min(problem.rows, 128) * (problem.width + problem.other_width) * element.itemsize
+    if packed > workspace * (1 - CACHED_SHARE):
+        return False
+    fit = int(workspace * CACHED_SHARE) // max(1, 2 * problem.vocab * torch.float32.itemsize)
+    return fit >= least_chunk_of_two(element, len(problem.trained))

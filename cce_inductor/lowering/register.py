@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 # device type -> module of this package with `forward`, `backward` and `with_gradients`
 DEVICES = {"cpu": "cpu", "cuda": "cuda"}
-# The same of a loss over two heads.
+# The same of a loss over two heads; `with_gradients` may be missing.
 DEVICES_OF_TWO = {"cpu": "cpu_two_heads", "cuda": "cuda_two_heads"}
 # Those of them that have divergences of a mixture of both.
 WITH_MIXTURES = ("cpu",)
@@ -55,6 +55,8 @@ def _lower(operator: Any, read: Callable, *call: Any) -> Sequence[Any]:
         if device not in WITH_MIXTURES and any(map(Divergence.read, arguments.get("statistics") or arguments["saved"])):
             raise Unsupported(f"there is no template for {device} with divergences of a mixture")
         module = importlib.import_module(f".{modules[device]}", __package__)
+        if not hasattr(module, name):
+            raise Unsupported(f"there is no template for {device} that forms gradients of two heads in the forward")
         return getattr(module, name)(**arguments)
     except Apart as reason:
         log.info("%s computes its entries apart: %s", operator, reason)

@@ -13,6 +13,8 @@ class Problem:
     dtypes: of input, weight and bias. compute_dtype: what the operands are rounded to. workspace: bytes of scratch.
     logits_bytes: size of the logits that fusing saves. filter: the kind of the gradient filter (filters.py). two_heads:
     whether a second head's logits are compared with these. mixtures: whether by a divergence of a mixture of both.
+    other_width, other_dtypes: of that head, as of the first one. trained: the dtypes of those of the two weights that
+    have a gradient.
     """
 
     rows: int
@@ -26,6 +28,9 @@ class Problem:
     filter: str = "exact"
     two_heads: bool = False
     mixtures: bool = False
+    other_width: int = 0
+    other_dtypes: tuple[torch.dtype, ...] = ()
+    trained: tuple[torch.dtype, ...] = ()
 
     @property
     def weight_dtype(self) -> torch.dtype:

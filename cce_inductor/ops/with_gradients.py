@@ -4,8 +4,9 @@
 are known beforehand up to one common factor, as those of a mean or a sum are. A kernel that does both need not compute
 the logits twice. Those tangents cannot depend on the statistics, so the operator does to them what arithmetic on the
 statistics would: the tangent of lse is NaN in rows whose lse is not finite (`losses.normalizer`), and lse_low counts
-(`statistics.with_all_digits`). `attach_gradients` ties such gradients to the loss: its backward multiplies them by its
-tangent.
+(`statistics.with_all_digits`). Statistics of two heads are given the tangents of their values, and p and q are formed
+with lse_low. The parts `.own` and `.other` of a divergence have no tangents, but must be asked for. `attach_gradients`
+ties such gradients to the loss: its backward multiplies them by its tangent.
 """
 
 from typing import Any

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch.fx import Graph, Node
 
@@ -66,7 +66,7 @@ def _plan(graph: Graph, trace: Trace, hoist: Hoist, settings: Settings, choose: 
             return Plan(trace, refusal=refusal)
         groups = in_groups(trace, hoist, settings.grad_filter == "exact")
         ranks = in_ranking_groups(trace, hoist)
-        choice = choose(_problem(trace.head, settings, _compared(trace), _mixed(trace))) if choose else EAGER
+        choice = choose(_problem(trace.head, settings, trace)) if choose else EAGER
         if choice.refusal:
             return Plan(trace, refusal=Refusal(trace.head.node, choice.refusal, choice.cure))
         return Plan(trace, groups, ranks, _late_write(graph, trace, [*groups, *ranks], hoist, settings), choice)
@@ -74,18 +74,16 @@ def _plan(graph: Graph, trace: Trace, hoist: Hoist, settings: Settings, choose: 
         return Plan(trace, refusal=Refusal(trace.head.node, refused.reason, refused.cure))
 
 
-def _compared(trace: Trace) -> bool:
-    """Whether another head's logits are compared with these."""
-    return any(reduction.other is not None for reduction in trace.reductions)
-
-
 def _mixed(trace: Trace) -> bool:
     """Whether a divergence of a mixture with another head's probabilities is asked for."""
     return any(TABLE[name].divergence is not None for reduction in trace.reductions for name in reduction.statistics)
 
 
-def _problem(head: Head | SeveralHeads, settings: Settings, two_heads: bool = False, mixtures: bool = False) -> Problem:
-    """A head in numbers. Symbolic sizes give what they were at capture: asking must not put a guard on them."""
+def _problem(head: Head | SeveralHeads, settings: Settings, trace: Trace | None = None) -> Problem:
+    """A head in numbers. Symbolic sizes give what they were at capture: asking must not put a guard on them.
+
+    trace: the head's, for what is asked of it besides.
+    """
     z = fake(head.node)
     sizes = [compat.size_hint(s) for s in z.shape]
     vocab = compat.size_hint(head.vocab)
@@ -93,7 +91,7 @@ def _problem(head: Head | SeveralHeads, settings: Settings, two_heads: bool = Fa
     grad_filter = Filter.read(settings.grad_filter)
     made = codes(head) if isinstance(head, Head) else None
     read = None if made is None or (made.scales and grad_filter.kind != "exact") else made  # as `codes_read`
-    return Problem(
+    problem = Problem(
         rows=entries // max(1, vocab),
         width=compat.size_hint(head.width),
         vocab=vocab,
@@ -103,8 +101,23 @@ def _problem(head: Head | SeveralHeads, settings: Settings, two_heads: bool = Fa
         workspace=settings.workspace_bytes,
         logits_bytes=entries * z.element_size(),
         filter=grad_filter.kind,
-        two_heads=two_heads,
-        mixtures=mixtures,
+    )
+    return problem if trace is None else _with_another(problem, trace)
+
+
+def _with_another(problem: Problem, trace: Trace) -> Problem:
+    """The problem with the second heads that the logits of the first one are compared with."""
+    compared = [(r.value, r.other) for r in trace.reductions if r.other is not None]
+    others = [other.head for _, other in compared]
+    differentiated = [value.head for pair in compared for value in pair if value.fake.requires_grad]
+    weights = dict.fromkeys(w for head in differentiated for w in head.weights() if fake(w).requires_grad)
+    return replace(
+        problem,
+        two_heads=bool(compared),
+        mixtures=_mixed(trace),
+        other_width=max((compat.size_hint(head.width) for head in others), default=0),
+        other_dtypes=tuple(fake(n).dtype for head in others for n in (head.node, *head.operands())),
+        trained=tuple(fake(w).dtype for w in weights),
     )
 
 

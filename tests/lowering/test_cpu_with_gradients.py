@@ -133,6 +133,14 @@ def test_confident_rows_keep_the_digits_of_their_gradient():
 
 
 @pytest.mark.slow
+def test_a_short_block_at_the_end_of_a_chunk_is_not_the_last_one():
+    """Chunks of 192 rows in blocks of 128: dW is multiplied by the classes' factors once, behind the last chunk."""
+    head = Head.make(440, 512, 3712).with_factors(rows=False)
+    Operator(LOSS, at_once=True, workspace=4_500_000).check("factors in chunks", head)
+    assert kernels() == 1
+
+
+@pytest.mark.slow
 def test_three_threads(three_threads):
     """In chunks, and with nothing kept between the passes."""
     head = Head.make(500, 71, 1003, bias=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cce_inductor.ops.call import MIB, Attributes
 from cce_inductor.ops.library import FORWARD
+from cce_inductor.ops.with_gradients import WITH_GRADIENTS
 
 N, D, OTHER_D, V = 37, 16, 11, 301
 LOWS = "lse lse_low other_lse other_lse_low"
@@ -102,36 +103,62 @@ def run(given: dict[str, Tensor], names: str, attributes: Attributes, mask: Tens
     )
 
 
+def is_differentiated(name: str) -> bool:
+    return name in DIFFERENTIATED or ("(" in name and not name.endswith(FOR_BACKWARD))
+
+
+def tangent(name: str, n: int) -> Tensor:
+    """What the rows of a statistic weigh in a sum of all: (n,) numbers of both signs, in float64."""
+    k = DIFFERENTIATED.index(name) if name in DIFFERENTIATED else sum(map(ord, name)) % 97
+    return torch.sin(torch.arange(n, dtype=torch.float64) * (k + 1) + k)
+
+
 def differentiate(given, names, attributes, mask=None, operator=FORWARD, wanted=None):
     """Statistics, and the gradients of a sum of them with weights of both signs, by name."""
     wanted = [n for n in given if given[n].is_floating_point()] if wanted is None else wanted
     leaves = {n: t.detach().clone().requires_grad_(n in wanted) for n, t in given.items()}
     out = run(leaves, names, attributes, mask, operator)
     total = 0
-    for name, t in out.items():
-        order = DIFFERENTIATED
-        if name in order or ("(" in name and not name.endswith(FOR_BACKWARD)):
-            k = order.index(name) if name in order else sum(map(ord, name)) % 97
-            t = t if t.dim() == 1 else t @ torch.linspace(0.5, -1, t.shape[1]).to(t)
-            total = total + (t * torch.sin(torch.arange(len(t), dtype=torch.float64) * (k + 1) + k).to(t)).sum()
+    for name in filter(is_differentiated, out):
+        t = out[name] if out[name].dim() == 1 else out[name] @ torch.linspace(0.5, -1, out[name].shape[1]).to(out[name])
+        total = total + (t * tangent(name, len(t)).to(t)).sum()
     grads = torch.autograd.grad(total, [leaves[n] for n in wanted])
     return {n: t.detach() for n, t in out.items()} | {f"d{n}": g for n, g in zip(wanted, grads, strict=True)}
+
+
+def at_once(given, names, attributes, mask=None, operator=WITH_GRADIENTS, wanted=None):
+    """As `differentiate`, by the operator that forms gradients in the forward; without one, by `differentiate`."""
+    if operator is None:
+        return differentiate(given, names, attributes, mask, None, wanted)
+    wanted = [n for n in given if given[n].is_floating_point()] if wanted is None else wanted
+    n, wide = given["input"].shape[0], torch.promote_types(given["input"].dtype, torch.float32)
+    tangents = {name: tangent(name, n).to(wide) for name in names.split() if is_differentiated(name)}
+    call = list(tangents.values()), " ".join(tangents), list(given.values()), " ".join(given), mask, names
+    out = operator(*call, " ".join(wanted), *attributes.args())
+    return dict(zip([*names.split(), *(f"d{name}" for name in wanted)], out, strict=True))
 
 
 def error(found: Tensor, exact: Tensor) -> float:
     return ((found.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
 
 
-def compare(given, names, attributes, mask=None, wanted=None, operator=FORWARD) -> None:
-    """Ours is as close to float64 as eager mode in the same dtype: docs/design.md's rule of errors."""
+def compare(
+    given, names, attributes, mask=None, wanted=None, operator=FORWARD, how=differentiate, narrow=torch.float64
+) -> None:
+    """Ours is as close to float64 as eager mode in the same dtype: docs/design.md's rule of errors.
+
+    how: `differentiate` or `at_once`. narrow: what eager mode computes in where that is not the operands' dtype.
+    """
     exact = {n: t.double() if t.is_floating_point() else t for n, t in given.items()}
     reference = differentiate(exact, names, attributes, mask, None, wanted)
-    ours, eager = (differentiate(given, names, attributes, mask, by, wanted) for by in (operator, None))
+    ours = how(given, names, attributes, mask, operator, wanted)
+    least = {n: t.to(narrow) if t.is_floating_point() and narrow != torch.float64 else t for n, t in given.items()}
+    eager = differentiate(least, names, attributes, mask, None, wanted)
     for name, value in reference.items():
         if not value.is_floating_point():
             assert torch.equal(ours[name], value), name
             continue
-        dtype = given[name[1:]].dtype if name[1:] in given else ours[name].dtype
+        dtype = least[name[1:]].dtype if name[1:] in given else ours[name].dtype
         # In float64 the reference is no more exact than what is compared.
         bound = 1.25 * error(eager[name], value) + (2 if dtype != torch.float64 else 100) * torch.finfo(dtype).eps
         assert error(ours[name], value) <= bound, (name, error(ours[name], value), bound)
