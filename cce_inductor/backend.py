@@ -81,7 +81,7 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings,
     as_it_is = form.as_it_is or result.uncompiled or not compat.outputs(result.graph_module)
     compiled = _as_it_is(result.graph_module) if as_it_is else compiler(result.graph_module, form.inputs)
     if result.deferrals:
-        compiled = wrap.with_deferred(compiled, result, eager_calls(settings), settings.workspace_bytes)
+        compiled = wrap.with_deferred(compiled, result, eager_calls(settings))
     if form.inlined or form.read or form.unused:
         compiled = wrap.with_logits(compiled, form, gm)
     # The parts of a graph that DDPOptimizer has cut are compiled before anybody knows what the others return.

@@ -28,7 +28,7 @@ from .deferred.calls import are_plain
 from .deferred.eager_calls import EagerCalls
 from .rewrite.recipe import Logits
 from .rewrite.site import Site
-from .trace.heads import large
+from .trace.heads import large, worth_deferring
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def defer_head(module: M) -> M:
     The logits are plain ones in evaluation (``module.eval()``), under ``torch.inference_mode``, ``torch.func``,
     forward-mode differentiation, ``torch.export`` and ``torch.jit``, where FSDP frees the weight behind the forward,
     and by the knobs ``defer_logits`` and ``min_vocab``; but under ``torch.no_grad`` those of an ``nn.Linear`` that are
-    larger than ``workspace_mb`` may be a teacher's, and wait too. Raises TypeError for what is no module.
+    larger than 64 MiB may be a teacher's, and wait too. Raises TypeError for what is no module.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"defer_head takes a torch.nn.Module, the head of a model, and not {type(module).__name__}")
@@ -256,7 +256,7 @@ def logits(module: nn.Linear, input: Tensor, *, settings: Settings) -> Tensor | 
         dtype=dtype,
         requires_grad=trains,
         fuse=_calls[settings],
-        large=_is_large(module, input, settings),
+        large=_is_large(module, input),
         alone=trains,
         eager=True,
     )
@@ -266,9 +266,9 @@ def _operands(module: nn.Linear, input: Tensor) -> list[Tensor]:
     return [input, module.weight, *([] if module.bias is None else [module.bias])]
 
 
-def _is_large(module: nn.Linear, input: Tensor, settings: Settings) -> bool:
+def _is_large(module: nn.Linear, input: Tensor) -> bool:
     rows = input.numel() // max(input.shape[-1], 1)
-    return rows * module.weight.shape[0] * compat.autocast_dtype(input).itemsize > settings.workspace_bytes
+    return worth_deferring(rows * module.weight.shape[0] * compat.autocast_dtype(input).itemsize)
 
 
 def _recipe(dtype: torch.dtype, biased: bool, rank: int) -> Logits:
@@ -303,7 +303,7 @@ def _why_not(module: nn.Linear, input: Tensor, settings: Settings) -> str | None
         return "its dtypes"
     trains = torch.is_grad_enabled() and module.training and any(t.requires_grad for t in operands)
     # Large logits without a gradient may be a teacher's.
-    if not hidden.numel() or not (trains or (not torch.is_grad_enabled() and _is_large(module, input, settings))):
+    if not hidden.numel() or not (trains or (not torch.is_grad_enabled() and _is_large(module, input))):
         return "nothing is trained through it"
     if any(t.is_inference() for t in operands):
         return "an operand is of inference mode"

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from .. import compat
 from ..rewrite.outputs import Deferral
 from ..rewrite.result import Rewritten
+from ..trace.heads import worth_deferring
 from .autograd import computed, defer
 from .gradient import Dense, behind, gradients
 from .other_graphs import Form
@@ -60,7 +61,7 @@ def computed_on_entry(compiled: Callable) -> Callable:
     return run
 
 
-def with_deferred(compiled: Callable, result: Rewritten, fuse: Fuse, workspace_bytes: int) -> Callable:
+def with_deferred(compiled: Callable, result: Rewritten, fuse: Fuse) -> Callable:
     """A compiled function that gives deferred logits where its graph gives the hidden states.
 
     `fuse` computes losses and statistics that are called eagerly on them.
@@ -70,7 +71,7 @@ def with_deferred(compiled: Callable, result: Rewritten, fuse: Fuse, workspace_b
 
     def make(deferral: Deferral, operands: Sequence[Tensor]) -> Tensor:
         shape = deferral.shape(operands)
-        large = math.prod(shape) * deferral.dtype.itemsize > workspace_bytes
+        large = worth_deferring(math.prod(shape) * deferral.dtype.itemsize)
         # A weight that may be gone when the loss comes is of no use for a loss in another graph.
         freed = any(map(compat.is_freed_after_forward, operands[1:]))
         # So are, without a gradient, a few rows, and tensors that do not say when they are changed.

@@ -13,6 +13,7 @@ from ..graph.refusal import Refusal
 from ..graph.regions import checkpointed, copy_graph, differentiated_again
 from ..ops.call import Attributes
 from ..ops.choice import Chooser
+from ..ops.workspace import workspace
 from ..trace.findings import Finding, findings, losses
 from ..trace.functions import of_two
 from ..trace.interpreter import Interpreter
@@ -107,7 +108,7 @@ def _rewrite_graph(
         sites = [*_differentiated_again(again, found), *dense.values()]
         return Rewritten(gm, sites, uncompiled=True, unnamed=len(dense))
     hoist = Hoist(graph)
-    attributes = Attributes(grad_filter=settings.grad_filter, workspace=settings.workspace_bytes, version=version)
+    attributes = Attributes(grad_filter=settings.grad_filter, version=version)
     plans = make_plans(interpreter, found, hoist, settings, choose)
     fused = [plan for plan in plans.values() if plan.refusal is None]
     calls = groups.in_bundles([group for plan in fused for group in plan.groups], hoist)
@@ -122,10 +123,11 @@ def _rewrite_graph(
         return Rewritten(gm, sites, unnamed=len(dense))
     for call in calls:
         gradients = early and fused[0].choice.gradients_in_forward
-        emit.emit(graph, call, attributes, hoist, gradients, settings.diagnostics)
+        scratch = _with_scratch(attributes, call.first, settings)
+        emit.emit(graph, call, scratch, hoist, gradients, settings.diagnostics)
     # Behind them: a comparison may be with what they gave.
     for ranks in [ranks for plan in fused for ranks in plan.ranks]:
-        emit_ranking.emit(graph, ranks, attributes, hoist)
+        emit_ranking.emit(graph, ranks, _with_scratch(attributes, ranks, settings), hoist)
     for trace in [trace for plan in fused for trace in plan.trace.with_parts]:
         cleanup.replace_metadata(graph, trace)
     done = _use_decompositions(interpreter, plans.values(), hoist)
@@ -138,6 +140,11 @@ def _rewrite_graph(
     graph.lint()
     copy.recompile()
     return Rewritten(copy, sites, deferrals, user_outputs, unnamed=len(dense))
+
+
+def _with_scratch(attributes: Attributes, group: groups.Group | groups.RankingGroup, settings: Settings) -> Attributes:
+    """The attributes of one call: what it may take depends on where it runs."""
+    return replace(attributes, workspace=workspace(settings.workspace_mb, group.value.fake.device))
 
 
 def _with_reads(made: Site, finding: Finding, settings: Settings) -> Site:
