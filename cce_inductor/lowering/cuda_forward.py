@@ -12,7 +12,7 @@ from ..ops.bound import BLOCK, INFLATION, LAST, LOWERING, OFFSET, STEPS
 from ..ops.call import LABELS, SCALES, Attributes
 from .buffers import in_memory, numbers, op, part, zeros
 from .cuda_call import LEAST_SPLIT, PARTS, KernelCall
-from .schedules import rounds, whole_tiles
+from .schedules import full_waves, rounds, whole_tiles
 from .unsupported import Unsupported
 
 
@@ -51,10 +51,10 @@ def exact(call: KernelCall, statistics: list[str], kept: dict[str, Any] | None =
 
 
 def cut(call: KernelCall) -> tuple[int, int]:
-    """Columns of a split of the vocabulary, and how many there are: two programs for each multiprocessor."""
+    """Columns of a split of the vocabulary, and how many there are: as many as keep every multiprocessor busy."""
     sms = torch.cuda.get_device_properties(call.device).multi_processor_count
     blocks = max(1, math.ceil(call.hint / 128))
-    splits = max(1, min(math.ceil(2 * sms / blocks), call.v // LEAST_SPLIT))
+    splits = full_waves(blocks, sms, call.v // LEAST_SPLIT)
     split = whole_tiles(call.v / splits)
     return split, math.ceil(call.v / split)
 

@@ -104,8 +104,12 @@ def schedules(
 
 
 def slab_columns(n: int, v: int, item: int, workspace: int) -> int:
-    """Columns of a slab of all rows: whole tiles of them, at least one. item: bytes of dlogits for each entry."""
-    return min(max(workspace // (max(n, 1) * item) // STEP, 1) * STEP, whole_tiles(v))
+    """Columns of a slab of all rows: whole tiles of them, at least one. item: bytes of dlogits for each entry.
+
+    As few slabs as fit, and all alike: what the last one has beyond V columns is computed in vain.
+    """
+    most = max(workspace // (max(n, 1) * item) // STEP, 1) * STEP
+    return whole_tiles(v / math.ceil(v / most))
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,20 @@ class Round:
         return math.ceil((self.end - self.begin) / self.width)
 
 
+def full_waves(blocks: int, processors: int, most: int = 1 << 20) -> int:
+    """How many splits of the vocabulary, `most` of them, keep a GPU busy for which a program fills a multiprocessor.
+
+    The least number that takes no more than 5 % longer than the best does.
+    """
+
+    def waves(splits: int) -> float:
+        return math.ceil(blocks * splits / processors) / splits
+
+    candidates = range(1, max(1, min(most, max(4, 2 * math.ceil(processors / blocks)))) + 1)
+    best = min(waves(s) for s in candidates)
+    return next(s for s in candidates if waves(s) <= 1.05 * best)
+
+
 def rounds(blocks: int, v: int, processors: int) -> list[Round]:
     """How a forward that leaves a bound goes over the vocabulary, for so many blocks of rows.
 
@@ -129,13 +147,7 @@ def rounds(blocks: int, v: int, processors: int) -> list[Round]:
     of one split (docs/design.md).
     """
 
-    def waves(splits: int) -> float:
-        return math.ceil(blocks * splits / processors) / splits
-
-    # The least number of splits that leaves no more than 5 % idle in the last wave than the best does.
-    candidates = range(1, max(4, 2 * math.ceil(processors / blocks)) + 1)
-    best = min(waves(s) for s in candidates)
-    splits = next(s for s in candidates if waves(s) <= 1.05 * best)
+    splits = full_waves(blocks, processors)
     found: list[Round] = []
     begin = before = 0
     for share in ROUNDS:

@@ -10,6 +10,7 @@ import tempfile
 import types
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -227,12 +228,8 @@ def execute(wrapper: str, arguments: list) -> tuple[tuple, dict[str, int]]:
 
 def compile_ahead(kernel: Kernel, architecture: int | str) -> dict:
     """Registers, bytes of stack (spills) and of shared memory, and the matrix instruction, on one architecture."""
-    attributes = {(i,): [["tt.divisibility", 16]] for i in kernel.aligned}
-    source = ASTSource(fn=load(kernel), signature=dict(kernel.signature), constexprs={}, attrs=attributes)
-    is_amd = isinstance(architecture, str)
-    target = GPUTarget("hip", architecture, 64) if is_amd else GPUTarget("cuda", architecture, 32)
-    compiled = triton.compile(source, target=target, options=kernel.options)
-    if is_amd:
+    compiled = _compiled(kernel, architecture)
+    if isinstance(architecture, str):
         text = compiled.asm["amdgcn"]
         number = {key: int(re.search(rf"{key}: *(\d+)", text).group(1)) for key in (".vgpr_count", "ScratchSize")}
         registers, stack = number.values()
@@ -242,6 +239,19 @@ def compile_ahead(kernel: Kernel, architecture: int | str) -> dict:
         ptx = compiled.asm["ptx"]
         instruction = next((i for i in ("wgmma", "tcgen05", "mma.sync") if i in ptx), "none")
     return {"registers": registers, "stack": stack, "shared": compiled.metadata.shared, "instruction": instruction}
+
+
+def assembly(kernel: Kernel, architecture: int) -> str:
+    """PTX of a kernel on an NVIDIA architecture."""
+    return _compiled(kernel, architecture).asm["ptx"]
+
+
+def _compiled(kernel: Kernel, architecture: int | str) -> Any:
+    attributes = {(i,): [["tt.divisibility", 16]] for i in kernel.aligned}
+    source = ASTSource(fn=load(kernel), signature=dict(kernel.signature), constexprs={}, attrs=attributes)
+    is_amd = isinstance(architecture, str)
+    target = GPUTarget("hip", architecture, 64) if is_amd else GPUTarget("cuda", architecture, 32)
+    return triton.compile(source, target=target, options=kernel.options)
 
 
 def _usage(binary: bytes) -> list[int]:
