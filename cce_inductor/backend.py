@@ -19,7 +19,7 @@ from .deferred.other_graphs import Form
 from .eager_heads import defer_head as defer_head
 from .lowering import register as lowering
 from .lowering.choose import choose
-from .ops import library, ranking, with_gradients  # noqa: F401 - they register the operators
+from .ops import gemm, library, ranking, with_gradients  # noqa: F401 - they register the operators
 from .ops.choice import Chooser
 from .record import DeclinedError as DeclinedError
 from .rewrite.result import Rewritten

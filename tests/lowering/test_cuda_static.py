@@ -16,7 +16,7 @@ import rendered
 from gpu_graphs import generate
 
 from cce_inductor.lowering.cuda_forward import cut
-from cce_inductor.lowering.schedules import Sweep, full_waves, schedules
+from cce_inductor.lowering.schedules import Library, Sweep, full_waves, schedules
 from cce_inductor.lowering.triton_template import Tiles
 
 MIDDLE = Tiles(128, 128, 64, 4, 8)
@@ -49,13 +49,14 @@ def test_few_rows_have_as_many_splits_as_are_worth_a_program():
 def test_slabs_waste_little(n, v, mib):
     """Every slab is computed whole: what is beyond V is in vain."""
     of = dict(compute=torch.bfloat16, weight=torch.bfloat16, needs=["input", "weight"], l2=50 << 20)
-    for schedule in schedules(n, 4096, v, **of, workspace=mib << 20, static=True, library=True):
+    for schedule in schedules(n, 4096, v, **of, workspace=mib << 20, static=True, library=Library()):
         for sweep in schedule.sweeps:
             slabs = math.ceil(v / sweep.columns)
             assert slabs * sweep.columns <= 1.03 * v
-            assert (sweep.rows or n) * sweep.columns * 2 <= mib << 20
+            entry = 6 if sweep.products else 2
+            assert (sweep.rows or n) * sweep.columns * entry <= mib << 20
             # No more of them than there have to be.
-            assert sweep.rows or (slabs - 1) * ((mib << 20) // (n * 2) // 256 * 256) < v
+            assert sweep.rows or (slabs - 1) * ((mib << 20) // (n * entry) // 256 * 256) < v
 
 
 @pytest.mark.parametrize(
