@@ -59,7 +59,7 @@ def of_products(call: KernelCall, statistics: list[str], columns: int, made: Ite
     """The forward from products of PyTorch's GEMM, (N, columns), slab by slab in the order of the columns."""
     sms = torch.cuda.get_device_properties(call.device).multi_processor_count
     # A program has few rows: as a rule there are enough of them.
-    width = whole_tiles(columns / full_waves(math.ceil(call.hint / 16), 4 * sms, columns // LEAST_SPLIT))
+    width = whole_tiles(columns / full_waves(math.ceil(call.hint / 8), 4 * sms, columns // LEAST_SPLIT))
     slabs = [(begin, min(begin + columns, call.v)) for begin in range(0, call.v, columns)]
     splits = [math.ceil((end - begin) / width) for begin, end in slabs]
     names = dict.fromkeys(name for statistic in statistics for name in PARTS[statistic])

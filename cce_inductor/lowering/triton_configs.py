@@ -20,7 +20,7 @@ Table = dict[str, dict[str, list[Tiles]]]
 # dlogits of kept logits is no GEMM: it has no step.
 _POINTWISE = [Tiles(16, 128, 16, 1, 4), Tiles(32, 128, 16, 1, 8)]
 # Nor is what makes statistics of products. Slabs are whole tiles of 256 columns.
-_ROWS = [Tiles(16, 256, 16, 1, 4)]
+_ROWS = [Tiles(8, 256, 16, 1, 4)]
 _EARLY = [Tiles(16, 16, 256, 1, 4)]
 # What chooses the columns of a backward under a budget: 128 of them to a tile.
 _SMALL_STEPS = [Tiles(128, 128, 16, 1, 8)]

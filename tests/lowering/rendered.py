@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -59,6 +60,8 @@ class libdevice:
 
 tl_math = libdevice
 """
+# What Inductor's own kernels import them as.
+_LIBDEVICE = "from torch._inductor.runtime.triton_helpers import libdevice, math as tl_math\n"
 _IMPORT = "import triton.language as tl\n"
 _HELPERS = "from torch._inductor.runtime import triton_helpers\n"
 
@@ -111,7 +114,8 @@ def kernels(wrapper: str) -> list[Kernel]:
 
 def load(kernel: Kernel):
     """The kernel as a Triton function; to be interpreted if TRITON_INTERPRET=1 was set when Triton was imported."""
-    text = kernel.source.replace(_IMPORT, _IMPORT + _MATH, 1)
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    text = kernel.source.replace(_IMPORT, _IMPORT + (_MATH if interpreted else _LIBDEVICE), 1)
     path = Path(tempfile.mkdtemp()) / f"{kernel.name}.py"
     path.write_text(text)
     spec = importlib.util.spec_from_file_location(kernel.name, path)

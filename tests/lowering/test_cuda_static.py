@@ -17,7 +17,9 @@ from gpu_graphs import generate
 
 from cce_inductor.lowering.cuda_forward import cut
 from cce_inductor.lowering.schedules import Library, Sweep, full_waves, schedules
+from cce_inductor.lowering.triton_configs import TABLE
 from cce_inductor.lowering.triton_template import Tiles
+from cce_inductor.ops.choice import Choice
 
 MIDDLE = Tiles(128, 128, 64, 4, 8)
 
@@ -70,12 +72,28 @@ def test_slabs_waste_little(n, v, mib):
 )
 def test_products_load_no_number_by_itself(architecture, how):
     """dlogits are read 16 bytes at a time: a mask along them would have every number loaded alone, and waited for."""
+    seen = narrow_loads(architecture, MIDDLE, ("_dw", "_dx"), how)
+    assert len(seen) == 2 and not any(seen.values()), seen
+
+
+@pytest.mark.parametrize("architecture", [80, pytest.param(90, marks=pytest.mark.slow)])
+def test_kernels_of_the_librarys_products_load_no_number_by_itself(architecture):
+    early = {"choose": lambda problem: Choice("test", gradients_in_forward=True), "library": True}
+    seen = {}
+    for name in ("linear_statistics, products", "linear_statistics_dlogits, products"):
+        for tiles in TABLE[architecture][name]["16 bits"][:1]:
+            seen |= narrow_loads(architecture, tiles, (name,), early)
+    assert len(seen) == 2 and not any(seen.values()), seen
+
+
+def narrow_loads(architecture: int, tiles: Tiles, kernels: tuple[str, ...], how: dict) -> dict[str, int]:
+    """How many loads of two bytes there are in each of our kernels whose name ends so."""
     with FakeTensorMode():
         x, w = (torch.empty(n, 4096, dtype=torch.bfloat16, requires_grad=True) for n in (8192, 128256))
         t = torch.empty(8192, dtype=torch.int64)
     seen = {}
-    for wrapper in generate(lambda x, w, t: F.cross_entropy(F.linear(x, w), t), [x, w, t], architecture, MIDDLE, **how):
+    for wrapper in generate(lambda x, w, t: F.cross_entropy(F.linear(x, w), t), [x, w, t], architecture, tiles, **how):
         for kernel in rendered.kernels(wrapper):
-            if kernel.ours and kernel.ours.endswith(("_dw", "_dx")):
-                seen[kernel.ours] = len(re.findall(r"ld\.global\.b16", rendered.assembly(kernel, architecture)))
-    assert len(seen) == 2 and not any(seen.values()), seen
+            if kernel.ours and kernel.ours.endswith(kernels):
+                seen[kernel.ours] = len(re.findall(r"ld\.global\S*\.b16", rendered.assembly(kernel, architecture)))
+    return seen
