@@ -94,6 +94,9 @@ def compiled(
         for tiles in dict.fromkeys(tiles for name in table for tiles in wanted(name)):
             if variant in ("kept", "kept, factors") and tiles.block_n != CACHED_TILE:
                 continue
+            # Of these variants nothing else is new.
+            if "library" in variant and not any(tiles in wanted(name) for name in table if name.endswith("products")):
+                continue
             # What Inductor writes for AMD differs in nothing that our kernels use.
             capability = architecture if isinstance(architecture, int) else 80
             of = of_two if variant.startswith("two heads") else loss
