@@ -19,7 +19,7 @@ from .deferred.other_graphs import Form
 from .eager_heads import defer_head as defer_head
 from .lowering import register as lowering
 from .lowering.choose import choose
-from .ops import library, ranking, with_gradients  # noqa: F401 - they register the operators
+from .ops import gemm, library, ranking, with_gradients  # noqa: F401 - they register the operators
 from .ops.choice import Chooser
 from .record import DeclinedError as DeclinedError
 from .rewrite.result import Rewritten
@@ -81,7 +81,7 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings,
     as_it_is = form.as_it_is or result.uncompiled or not compat.outputs(result.graph_module)
     compiled = _as_it_is(result.graph_module) if as_it_is else compiler(result.graph_module, form.inputs)
     if result.deferrals:
-        compiled = wrap.with_deferred(compiled, result, eager_calls(settings), settings)
+        compiled = wrap.with_deferred(compiled, result, eager_calls(settings), settings.defer_timeout)
     if form.inlined or form.read or form.unused:
         compiled = wrap.with_logits(compiled, form, gm)
     # The parts of a graph that DDPOptimizer has cut are compiled before anybody knows what the others return.

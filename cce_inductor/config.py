@@ -33,16 +33,12 @@ class Settings:
     defer_without_loss: bool = True
     defer_timeout: int = 60
     eager_heads: bool = False
-    workspace_mb: int = 64
+    workspace_mb: int | str | None = None
     gradients_in_forward: bool = True
     sharded_head: str = "gather"
     diagnostics: bool = False
     dump_dir: str | None = None
     strict: bool = False
-
-    @property
-    def workspace_bytes(self) -> int:
-        return self.workspace_mb << 20
 
 
 @dataclass(frozen=True)
@@ -75,6 +71,15 @@ def _integer(least: int) -> Callable[[Any], int]:
         return number
 
     return parse
+
+
+def _workspace(value: Any) -> int | str | None:
+    if value is None or value == "auto":
+        return value
+    try:
+        return _integer(1)(value)
+    except ValueError as error:
+        raise ValueError(f"{error}, or 'auto', or None") from None
 
 
 def _boolean(value: Any) -> bool:
@@ -121,8 +126,8 @@ KNOBS: dict[str, Knob] = {
     "defer_without_loss": Knob(
         _boolean,
         "do so too in a graph without a loss, where there are more than four times as many classes as the hidden "
-        "states have columns, and the logits require grad or are larger than `workspace_mb`: a loss outside of the "
-        "graph can then be fused",
+        "states have columns, and the logits require grad or are larger than 64 MiB: a loss outside of the graph "
+        "can then be fused",
     ),
     "defer_timeout": Knob(
         _integer(1),
@@ -135,8 +140,10 @@ KNOBS: dict[str, Knob] = {
         "gives lazy logits too. Off, since a program that keeps logits past `optimizer.step()` would then get an error",
     ),
     "workspace_mb": Knob(
-        _integer(1),
-        "MiB of scratch memory besides outputs and the fp32 accumulator of the hidden gradient",
+        _workspace,
+        "MiB of scratch memory besides outputs and the fp32 accumulator of the hidden gradient. None, the default, is "
+        "64 on CPUs, and on GPUs 512 or a 128th of the device's memory, whichever is less; 'auto' is as much as the "
+        "logits that fusing saves",
     ),
     "gradients_in_forward": Knob(
         _boolean,

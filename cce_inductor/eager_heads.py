@@ -29,7 +29,7 @@ from .deferred.eager_calls import EagerCalls
 from .rewrite.recipe import Logits
 from .rewrite.sharded_heads import Whole
 from .rewrite.site import Site
-from .trace.heads import large
+from .trace.heads import large, worth_deferring
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def defer_head(module: M) -> M:
     The logits are plain ones in evaluation (``module.eval()``), under ``torch.inference_mode``, ``torch.func``,
     forward-mode differentiation, ``torch.export`` and ``torch.jit``, where FSDP frees the weight behind the forward,
     and by the knobs ``defer_logits`` and ``min_vocab``; but under ``torch.no_grad`` those of an ``nn.Linear`` that are
-    larger than ``workspace_mb`` may be a teacher's, and wait too. Raises TypeError for what is no module.
+    larger than 64 MiB may be a teacher's, and wait too. Raises TypeError for what is no module.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"defer_head takes a torch.nn.Module, the head of a model, and not {type(module).__name__}")
@@ -285,9 +285,10 @@ class _Head:
         """Of the logits."""
         return compat.autocast_dtype(self.input)
 
-    def is_large(self, settings: Settings) -> bool:
+    @property
+    def is_large(self) -> bool:
         rows = self.input.numel() // max(self.input.shape[-1], 1)
-        return rows * self.classes * self.dtype.itemsize > settings.workspace_bytes
+        return worth_deferring(rows * self.classes * self.dtype.itemsize)
 
 
 def _pending(head: _Head, settings: Settings) -> Tensor:
@@ -305,7 +306,7 @@ def _pending(head: _Head, settings: Settings) -> Tensor:
         dtype=head.dtype,
         requires_grad=trains,
         fuse=_calls[settings],
-        large=head.is_large(settings),
+        large=head.is_large,
         alone=trains,
         eager=True,
         meeting=split_logits.meeting(_recipes[key], settings.defer_timeout),
@@ -345,7 +346,7 @@ def _why_not(head: _Head, settings: Settings) -> str | None:
         return "its dtypes"
     trains = torch.is_grad_enabled() and head.trains and any(t.requires_grad for t in head.operands)
     # Large logits without a gradient may be a teacher's.
-    if not (trains or (not torch.is_grad_enabled() and head.is_large(settings))):
+    if not (trains or (not torch.is_grad_enabled() and head.is_large)):
         return "nothing is trained through it"
     if not hidden.numel() and head.whole is None:
         return "it has no rows"

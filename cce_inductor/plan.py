@@ -182,7 +182,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--parameter-bytes", type=int, default=16, help="of a parameter, its gradient and optimizer state (default 16)"
     )
-    parser.add_argument("--workspace-mb", type=int, default=64, help="the knob workspace_mb (default 64)")
+    parser.add_argument("--workspace-mb", type=int, default=512, help="the knob workspace_mb (default 512)")
     parser.add_argument("--paper", action="store_true", help="the models of the paper's Table A3 instead")
     args = parser.parse_args(arguments)
     if args.paper:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch._inductor import cpu_vec_isa
 
+from cce_inductor.trace import heads
+
 # Helper modules of the tests (capture.py) are imported by name from any folder below.
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -44,3 +46,9 @@ def known_instructions():
 def seed():
     """The same random numbers whatever ran before in this process."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def a_mib_is_large(monkeypatch):
+    """Deferred logits of more than a MiB are taken for large, as those of more than 64 MiB are otherwise."""
+    monkeypatch.setattr(heads, "LARGE_LOGITS", 1 << 20)

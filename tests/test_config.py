@@ -22,7 +22,7 @@ OTHER = {  # for every knob: a value that is not the default, how the environmen
     "defer_without_loss": (False, "off", ["maybe", "", 2, None]),
     "defer_timeout": (5, "5", [0, "soon", 0.5, None]),
     "eager_heads": (True, "on", ["maybe", "", 2, None]),
-    "workspace_mb": (128, "128", [0, -64, "64MB", 0.5, None]),
+    "workspace_mb": (128, "128", [0, -64, "64MB", 0.5, "", "Auto"]),
     "gradients_in_forward": (False, "no", ["maybe", "", 2, None]),
     "sharded_head": ("stream", "stream", ["ring", "", True, None]),
     "diagnostics": (True, "yes", ["maybe", "", 2, None]),
@@ -180,4 +180,14 @@ def test_through_the_package():
     import cce_inductor
 
     cce_inductor.config.workspace_mb = 3
-    assert config.current().workspace_mb == 3 and config.current().workspace_bytes == 3 << 20
+    assert config.current().workspace_mb == 3
+
+
+def test_scratch_may_be_left_to_the_device_or_to_the_logits():
+    assert config.Settings().workspace_mb is None
+    for value in ("auto", None, 5):
+        config.workspace_mb = value
+        assert config.workspace_mb == value
+    assert config.from_environment({"CCE_INDUCTOR_WORKSPACE_MB": "auto"}) == {"workspace_mb": "auto"}
+    with pytest.raises(ValueError, match=r"workspace_mb='much'.* must be an integer, or 'auto', or None"):
+        config.workspace_mb = "much"

@@ -58,7 +58,8 @@ def test_explain_reports_every_site(inputs):
     assert "test_debugging.py" in site.location
     assert site.source == "return F.cross_entropy(z.view(-1, 5000), t.view(-1)), z"
     text = str(report)
-    assert "1 fused, 0 declined" in text and "1 output(s) deferred" in text and "workspace_mb=64" in text
+    assert "1 fused, 0 declined" in text and "1 output(s) deferred" in text
+    assert "scratch: workspace_mb=64, the default on CPUs, and" in text
     assert dict(counters["cce_inductor"]) == before  # looking changes nothing
 
 
@@ -68,8 +69,14 @@ def test_the_report_has_the_options_that_a_loss_was_compiled_with(inputs):
         torch.compile(returning, backend="cce", options=options)(*inputs)
     text = str(made := report.of(graphs))
     (site,) = made.sites
-    assert site.workspace_mb == 32 and "workspace_mb=32" in text
+    assert site.workspace_mb == 32 and "workspace_mb=32, and" in text
     assert "grad_filter: budget 0.02" in text
+
+
+def test_the_report_says_how_much_auto_is(inputs):
+    with cce_inductor.config.patch(workspace_mb="auto"):
+        text = str(cce_inductor.explain(returning, *inputs))
+    assert "workspace_mb=auto, as much as the logits: at most 0.2 MiB, and" in text
 
 
 def test_a_loss_without_a_name_is_dumped_and_reported(tmp_path, inputs):

@@ -13,6 +13,9 @@ from test_eager_statistics import IDS, Counted, Model, S, V, X, compiled, same, 
 from torch import Tensor
 
 from cce_inductor.deferred import DeferredLogits, DeferredLogitsError
+from cce_inductor.trace import heads
+
+pytestmark = pytest.mark.usefixtures("a_mib_is_large")
 
 
 @pytest.fixture(autouse=True)
@@ -139,8 +142,9 @@ def test_rows_of_a_sum_of_two_heads() -> None:
     torch.testing.assert_close(*(torch.autograd.grad(loss, (w, u)) for loss in losses))
 
 
-def test_rows_without_a_gradient_of_logits_within_the_workspace_are_read() -> None:
-    logits = compiled(Model(), workspace_mb=64)(X)
+def test_rows_without_a_gradient_of_small_logits_are_read(monkeypatch: Any) -> None:
+    monkeypatch.setattr(heads, "LARGE_LOGITS", 64 << 20)
+    logits = compiled(Model())(X)
     with Counted() as c:
         taken = logits[CACHED]
     assert c.reads == 0 and isinstance(taken, DeferredLogits) and not taken.is_materialized

@@ -1,7 +1,7 @@
 """Statistics of the rows that are asked of pending logits eagerly, as RL and evaluation code does.
 
 Every test runs a model and a function of its logits twice, with eager PyTorch and with the model compiled by our
-backend, and compares results and gradients. The logits are larger than the workspace, so nothing may read them.
+backend, and compares results and gradients. The logits are so large that nothing may read them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from torch._dynamo.utils import counters
 import cce_inductor
 from cce_inductor import record
 from cce_inductor.deferred import DeferredLogits, DeferredLogitsError
+from cce_inductor.trace import heads
+
+pytestmark = pytest.mark.usefixtures("a_mib_is_large")
 
 B, S, D, V = 2, 48, 8, 6000
 MEBIBYTE = 2**20
@@ -63,7 +66,7 @@ SEVERAL = torch.stack([IDS, IDS.roll(1, 1), IDS], -1)  # K classes of each row
 
 
 def compiled(fn: Any, **options: Any) -> Any:
-    return torch.compile(fn, backend=cce_inductor.cce_backend, options={**FUSE_ALL, "workspace_mb": 1, **options})
+    return torch.compile(fn, backend=cce_inductor.cce_backend, options={**FUSE_ALL, **options})
 
 
 def results(made: Any) -> list[Tensor]:
@@ -386,13 +389,15 @@ def test_a_statistic_that_is_not_served_is_logged_with_the_reason(caplog: Any) -
     assert "read for sum: it is no statistic of the rows" in caplog.text
 
 
-@pytest.mark.parametrize(("workspace_mb", "reads"), [(1, 0), (2, 0), (3, 1), (64, 1)])
-def test_logits_within_the_workspace_are_read_at_once_where_they_were_read_before(
-    workspace_mb: int, reads: int
+@pytest.mark.parametrize(("mib", "reads"), [(1, 0), (2, 0), (3, 1), (64, 1)])
+@pytest.mark.parametrize("scratch", [1, "auto"])
+def test_small_logits_are_read_at_once_where_they_were_read_before(
+    mib: int, reads: int, scratch: Any, monkeypatch: Any
 ) -> None:
     """Their statistics then cost a product more than the read that comes anyhow."""
     assert 2 * MEBIBYTE < B * S * V * 4 < 3 * MEBIBYTE
-    model = compiled(Model(), workspace_mb=workspace_mb)
+    monkeypatch.setattr(heads, "LARGE_LOGITS", mib * MEBIBYTE)
+    model = compiled(Model(), workspace_mb=scratch)
     for step in range(3):
         logits = model(X)
         with Counted() as c:

@@ -120,6 +120,7 @@ class WithLoss(nn.Module):
         return F.cross_entropy(z.flatten(0, 1), t.flatten()), z
 
 
+@pytest.mark.usefixtures("a_mib_is_large")
 @pytest.mark.parametrize("head", ["plain", "capped"])
 @pytest.mark.parametrize("trains", [True, False], ids=["a second loss", "a metric"])
 @pytest.mark.parametrize("name", ["label_smoother", "bce", "last_row"])

@@ -17,8 +17,7 @@ from cce_inductor import config
 from cce_inductor.deferred import DeferredLogits
 
 N, D, V = 1024, 16, 512
-# Logits of more than a MiB are large.
-OPTIONS = {**FUSE_ALL, "workspace_mb": 1}
+pytestmark = pytest.mark.usefixtures("a_mib_is_large")
 
 
 class Model(nn.Module):
@@ -32,7 +31,7 @@ class Model(nn.Module):
 
 
 def compiled(fn: Any, **options: Any) -> Any:
-    return torch.compile(fn, backend="cce", options={**OPTIONS, **options})
+    return torch.compile(fn, backend="cce", options={**FUSE_ALL, **options})
 
 
 def data(rows: int = N) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,7 +130,7 @@ def test_a_loss_outside_of_both_models(name: str, where: str, how: str) -> None:
         for model in (student, teacher):
             cce_inductor.defer_head(model.head)
     counters["cce_inductor"].clear()
-    with config.patch(**OPTIONS):
+    with config.patch(**FUSE_ALL):
         for _ in range(2):
             for got, want in zip(step(*ours, inputs, how), expected, strict=True):
                 torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)

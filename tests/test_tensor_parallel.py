@@ -71,7 +71,7 @@ def test_a_read_of_one_rank_ends(n: int, ranks: Callable[[int], list[dict[Any, A
         assert len(errors) == 2, errors
         for error in errors:
             if rank == 0:
-                assert f"rank 0 reads logits of a head that is split over ranks {list(range(n))}" in error
+                assert f"rank 0 reads logits of a head that is spread over ranks {list(range(n))}" in error
                 assert f"ranks {list(range(1, n))} did not within 1 seconds" in error
             else:
                 assert f"rank {rank} reads" in error and "another one has given up waiting" in error

@@ -4,8 +4,8 @@ The call becomes a graph of its own, with the head in front of it, which the pas
 eager implementation of the operators. A loss that comes often is compiled (`often`).
 
 Such a statistic of the rows is a log-sum-exp, the entry of one class, the largest one, an entropy. Those of the same
-rows come from one product with the weight (`shared`). If logits that fit into the workspace are read in the end, that
-product was one too many: the next time they are read at once.
+rows come from one product with the weight (`shared`). If logits that are not large (`trace.heads`) are read in the
+end, that product was one too many: the next time they are read at once.
 """
 
 import logging
@@ -70,7 +70,7 @@ class EagerCalls:
     how many kinds something is known; they are shapes as a rule. numbers: by what calls do but for the numbers in it,
     which numbers graphs have been made for. One that is another each time, such as an annealed temperature, would make
     a graph each time.
-    reads: whether logits that fit into the workspace were read after a statistic of theirs had been computed without
+    reads: whether logits that are not large were read after a statistic of theirs had been computed without
     them, for which that was one product too many: from then on they are read at once.
     """
 

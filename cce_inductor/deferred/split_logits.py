@@ -113,6 +113,6 @@ class Meeting:
         raise DeferredLogitsError(
             f"rank {rank} reads logits of a head that is spread over ranks {everyone}, and {why}. Each has a part of "
             "it, so all have to read them at the same place of the program. Do so, or have the model return plain "
-            "logits: set cce_inductor.config.defer_logits = False, or pass options={'defer_logits': False} to torch.compile. "
-            "cce_inductor.config.defer_timeout is how long to wait."
+            "logits: set cce_inductor.config.defer_logits = False, or pass options={'defer_logits': False} to "
+            "torch.compile. cce_inductor.config.defer_timeout is how long to wait."
         )

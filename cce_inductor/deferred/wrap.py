@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from .. import compat
-from ..config import Settings
 from ..rewrite.outputs import Deferral
 from ..rewrite.result import Rewritten
+from ..trace.heads import worth_deferring
 from . import split_logits
 from .autograd import computed, defer
 from .gradient import Dense, behind, gradients
@@ -62,19 +62,20 @@ def computed_on_entry(compiled: Callable) -> Callable:
     return run
 
 
-def with_deferred(compiled: Callable, result: Rewritten, fuse: Fuse, settings: Settings) -> Callable:
+def with_deferred(compiled: Callable, result: Rewritten, fuse: Fuse, timeout: int) -> Callable:
     """A compiled function that gives deferred logits where its graph gives the hidden states.
 
-    `fuse` computes losses and statistics that are called eagerly on them.
+    `fuse` computes losses and statistics that are called eagerly on them. timeout: in seconds, of a read that other
+    ranks have to come to.
     """
-    deferrals, n, workspace_bytes = result.deferrals, result.user_outputs, settings.workspace_bytes
+    deferrals, n = result.deferrals, result.user_outputs
     positions = {deferral.position for deferral in deferrals}
 
     def make(deferral: Deferral, operands: Sequence[Tensor]) -> Tensor:
         if deferral.split is not None:
-            return split_logits.of(deferral, operands, settings.defer_timeout)
+            return split_logits.of(deferral, operands, timeout)
         shape = deferral.shape(operands)
-        large = math.prod(shape) * deferral.dtype.itemsize > workspace_bytes
+        large = worth_deferring(math.prod(shape) * deferral.dtype.itemsize)
         # A weight that may be gone when the loss comes is of no use for a loss in another graph.
         freed = any(map(compat.is_freed_after_forward, operands[1:]))
         # So are, without a gradient, a few rows, and tensors that do not say when they are changed.
@@ -91,7 +92,7 @@ def with_deferred(compiled: Callable, result: Rewritten, fuse: Fuse, settings: S
             large=large,
             # Evaluation reads at the cost of plain logits: the operators' eager implementation is a little slower.
             alone=bool(result.fused) or deferral.requires_grad,
-            meeting=split_logits.meeting(deferral.compute, settings.defer_timeout),
+            meeting=split_logits.meeting(deferral.compute, timeout),
         )
 
     def run(*args: Any) -> tuple:

@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._inductor.lowering import fallback_handler, to_dtype
+from torch._inductor.lowering import to_dtype
 from torch._inductor.utils import ceildiv
 
 from ..filters import Filter
 from ..ops import diagnostics
 from ..ops.call import LABELS, SCALES, Attributes
-from ..ops.library import BACKWARD, MM
-from . import cuda_budget
+from ..ops.gemm import gives_float32
+from ..ops.library import BACKWARD
+from . import cuda_budget, cuda_library
 from .buffers import in_memory, numbers, op, part, zeros
 from .cuda_call import KernelCall
-from .cuda_forward import exact
+from .cuda_forward import exact, of_products
 from .limits import sixteen_bits_hold
 from .schedule_choice import fastest
 from .schedules import Schedule, Sweep, schedules, whole_tiles
@@ -32,9 +33,19 @@ MADE_OF = {"row_scale": "input", "column_scale": "weight"}
 class Backward:
     """The gradients of a call, made region by region."""
 
-    def __init__(self, call: KernelCall, tangents: dict[str, Any], saved: dict[str, Any], needs: list[str]):
+    def __init__(
+        self,
+        call: KernelCall,
+        tangents: dict[str, Any],
+        saved: dict[str, Any],
+        needs: list[str],
+        in_order: bool = False,
+    ):
+        """in_order: the rows as they are, so that PyTorch's GEMMs can take them, and not only those that count."""
         self.call, self.needs = call, needs
-        given = call.named("input", "weight", "bias", *SCALES, "target", *LABELS, "column_weight") | call.rows
+        self.rows = {} if in_order else call.rows
+        given = call.named("input", "weight", "bias", *SCALES, "target", *LABELS, "column_weight")
+        given |= call.counted if in_order else call.rows
         if "lse" in tangents or "entropy" in tangents:
             given |= {name.upper(): in_memory(saved[name]) for name in ("lse", "entropy") if name in saved}
         given |= {f"G_{name.upper()}": in_memory(t) for name, t in tangents.items()}
@@ -45,13 +56,22 @@ class Backward:
         self.results: dict[str, Any] = {}
 
     def sweep(self, sweep: Sweep, kept: dict[str, Any] | None = None) -> None:
-        """One pass over the logits, or over those that the forward `kept`."""
+        """One pass over the logits, or over those that the forward `kept`, or its products."""
         call, making = self.call, Making(self, sweep)
-        dlogits = kept["CACHED"] if kept else call.empty(making.size, call.compute)
+        kept = kept or {}
+        dlogits = kept["CACHED"] if "CACHED" in kept else kept.get("PRODUCTS") or call.empty(making.size, call.compute)
+        # Where it has their dtype, dlogits takes the place of the products.
+        made = None
+        if sweep.products and not kept:
+            made = dlogits if call.compute == torch.float32 else call.empty(making.size, torch.float32)
+        of_kind = {"CACHED": CACHED_TILE * ("CACHED" in kept), "IN_PLACE": made is dlogits or "PRODUCTS" in kept}
+        reads = {"TOPS": kept["TOPS"]} if "TOPS" in kept else {}
+        reads |= {"PRODUCTS": made} if made is not None and made is not dlogits else {}
         for region in making.regions():
-            inputs = self.given | ({"TOPS": kept["TOPS"]} if kept and "TOPS" in kept else {}) | region.begin
-            keeping = {"CACHED": CACHED_TILE if kept else 0}
-            call.launch("linear_statistics_dlogits", inputs, {"DLOGITS": dlogits}, making.size, **keeping, **making.of)
+            if made is not None:
+                cuda_library.product(call, made, region.column)
+            inputs, out = self.given | reads | region.begin, {"DLOGITS": dlogits}
+            call.launch("linear_statistics_dlogits", inputs, out, making.size, **of_kind, **making.of)
             making.add(dlogits, region)
         self.finish(making.outputs)
 
@@ -65,7 +85,7 @@ class Backward:
         if "input" in makes:
             # Multiplied by the factor until the end: no dtype but fp32 will do.
             dtype = torch.float32 if add_dx or self.factor is not None else call.input.get_dtype()
-            if call.row_mask is None:
+            if not self.rows:
                 outputs["DX"] = call.empty([call.n, call.d], dtype)
             else:  # the kernel does not touch the other rows
                 outputs["DX"] = zeros([call.n, call.d], dtype, call.device)
@@ -120,9 +140,16 @@ class Making:
         self.add_dx, self.add_dw = sweep.columns < call.v, bool(rows)
         self.outputs = outputs = made.outputs(sweep.makes, self.add_dx)
         self.sums = made.sums(sweep) if self.add_dw else {}
-        by_library = sweep.library
-        self.dx = {name: t for name, t in outputs.items() if name in OF_ROWS and (self.add_dx or not by_library)}
-        self.dw = {name: t for name, t in outputs.items() if name in OF_COLUMNS and (name == "DB" or not by_library)}
+        # What is added up in fp32 is our kernel's where PyTorch's GEMM of 16 bits gives 16.
+        ours = not sweep.library or (self.add_dx and call.compute != torch.float32 and not gives_float32())
+        self.dx = {name: t for name, t in outputs.items() if name in OF_ROWS and ours}
+        self.dw = {name: t for name, t in outputs.items() if name in OF_COLUMNS and not sweep.library}
+        # Of what the library multiplies dlogits with.
+        self.x = cuda_library.counted_input(call) if sweep.library and "DW" in outputs else None
+        self.ones = None
+        if sweep.library and "DB" in outputs:
+            self.ones = op("full", [call.n, 1], 1.0, dtype=call.compute, device=call.device)
+            self.ones.realize()
         self.size = [rows or call.n, sweep.columns]
         self.of = {"ROWS": rows, "SLAB": sweep.columns}
 
@@ -138,7 +165,7 @@ class Making:
         if self.sweep.library:
             others = {name: t for name, t in self.outputs.items() if name not in self.dx | self.dw}
             self._by_library(dlogits, others, region)
-        inputs = {"DLOGITS": dlogits} | call.named("input", "weight", *SCALES) | call.rows | region.begin
+        inputs = {"DLOGITS": dlogits} | call.named("input", "weight", *SCALES) | made.rows | region.begin
         if self.dw:
             given = inputs | ({"FACTOR": made.given["FACTOR"]} if made.factor is not None else {})
             results, size = self.dw | self.sums, [self.sweep.columns, call.d]
@@ -151,18 +178,22 @@ class Making:
     def _by_library(self, dlogits: Any, outputs: dict[str, Any], region: Region) -> None:
         """These gradients of a region, by PyTorch's GEMM."""
         call, column, position = self.made.call, region.column, region.position
-        last = min(column + dlogits.get_size()[1], call.v)
-        end = min(position + (self.rows or call.hint), call.hint)
-        dlogits = part(part(dlogits, 0, 0, end - position), 1, 0, last - column)
+        last = min(column + self.sweep.columns, call.v)
+        dlogits = part(dlogits, 1, 0, last - column)
+
+        def rows(t: Any) -> Any:
+            return part(t, 0, position, min(position + self.rows, call.hint)) if self.rows else t
+
+        if self.rows:
+            dlogits = part(dlogits, 0, 0, min(self.rows, call.hint - position))
+        transposed = op("permute", dlogits, [1, 0])
         if "DW" in outputs:
-            x = part(call.given["input"], 0, position, end)
-            mm(part(outputs["DW"], 0, column, last), op("permute", dlogits, [1, 0]), x)
+            cuda_library.mm(part(outputs["DW"], 0, column, last), transposed, rows(self.x))
+        if "DB" in outputs:
+            cuda_library.mm(op("unsqueeze", part(outputs["DB"], 0, column, last), 1), transposed, rows(self.ones))
         if "DX" in outputs:
-            mm(part(outputs["DX"], 0, position, end), dlogits, part(call.given["weight"], 0, column, last))
-
-
-def mm(out: Any, a: Any, b: Any) -> None:
-    fallback_handler(MM, add_to_fallback_set=False)(out, a, b)
+            multiply = cuda_library.add_mm if self.add_dx and column else cuda_library.mm
+            multiply(rows(outputs["DX"]), dlogits, part(call.given["weight"], 0, column, last))
 
 
 def backward(
@@ -184,8 +215,7 @@ def backward(
         made = Backward(call, tangents, saved, needs)
         if cuda_budget.run(made, saved, bound, chosen.value):
             return made.gradients()
-    l2 = torch.cuda.get_device_properties(call.device).L2_cache_size
-    plain = row_mask is None and set(call.dtypes) == {call.compute} and not {*SCALES} & {*operands}
+    properties = torch.cuda.get_device_properties(call.device)
     found = schedules(
         call.hint,
         call.d,
@@ -194,13 +224,14 @@ def backward(
         call.weight.get_dtype(),
         made_by_kernels(needs),
         attributes.workspace,
-        l2,
+        properties.L2_cache_size,
         call.static,
-        library=plain and call.compute != torch.float16,
+        library=cuda_library.of_call(call, needs),
+        processors=properties.multi_processor_count,
     )
 
     def run(schedule: Schedule) -> list[Any]:
-        made = Backward(call, tangents, saved, needs)
+        made = Backward(call, tangents, saved, needs, in_order=schedule.sweeps[0].library)
         for sweep in schedule.sweeps:
             made.sweep(sweep)
         return made.gradients()
@@ -252,18 +283,26 @@ def with_gradients(
     call = KernelCall(operands, row_mask, attributes)
     pitch = whole_tiles(call.v)
     kept = None
-    if call.compute == torch.float32 or sixteen_bits_hold(attributes.softcap):
+    by_library = cuda_library.multiplies(call)
+    if by_library:
+        kept = {"PRODUCTS": call.empty([call.n, pitch], call.compute)}
+    elif call.compute == torch.float32 or sixteen_bits_hold(attributes.softcap):
         kept = {"CACHED": call.empty([call.n, pitch], call.compute)}
-    if kept is not None and call.compute != torch.float32:
+    if kept is not None and "CACHED" in kept and call.compute != torch.float32:
         kept["TOPS"] = call.empty([math.ceil(call.v / CACHED_TILE) * call.n], torch.float32)
     # What the second pass reads is needed even if it is no result.
     wanted = list(statistics)
     wanted += [name for name in ("lse", "entropy") if name not in wanted and {name, "entropy"} & set(tangents)]
-    stats = dict(zip(wanted, exact(call, wanted, kept, pitch), strict=True))
+    if kept is not None and by_library:
+        cuda_library.product(call, kept["PRODUCTS"], 0)
+        found = of_products(call, wanted, pitch, [kept["PRODUCTS"]])
+    else:
+        found = exact(call, wanted, kept, pitch)
+    stats = dict(zip(wanted, found, strict=True))
     results = [stats[name] for name in statistics]
     tangents, stats = _by_statistics(tangents, stats)
     if kept is None:
         return [*results, *backward(tangents, stats, operands, row_mask, needs, attributes)]
-    made = Backward(call, tangents, stats, needs)
-    made.sweep(Sweep(0, pitch, made_by_kernels(needs)), kept)
+    made = Backward(call, tangents, stats, needs, in_order=by_library)
+    made.sweep(Sweep(0, pitch, made_by_kernels(needs), by_library, by_library), kept)
     return [*results, *made.gradients()]

@@ -64,10 +64,21 @@ class KernelCall:
         self.row_mask = row_mask
         # How the autotuner is to fill inputs that cannot hold anything.
         self.examples: dict[str, Callable[[Any], torch.Tensor]] = {}
-        self.rows = rows if rows is not None else {} if row_mask is None else self._compacted(row_mask)
+        self._rows = rows
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        """INDEX, the active rows in order and then the others, and COUNT, how many are active; nothing if all are."""
+        if self._rows is None:
+            self._rows = {} if self.row_mask is None else self._compacted(self.row_mask)
+        return self._rows
+
+    @property
+    def counted(self) -> dict[str, Any]:
+        """COUNTED, whether a row is active, for kernels that take the rows in their own order."""
+        return {} if self.row_mask is None else {"COUNTED": in_memory(self.row_mask)}
 
     def _compacted(self, row_mask: Any) -> dict[str, Any]:
-        """INDEX, the active rows in order and then the others, and COUNT, how many are active."""
         rank = op("cumsum", row_mask, 0, dtype=torch.int64)
         rank.realize()
         count = op("slice.Tensor", rank, 0, self.n - 1, self.n)
@@ -135,6 +146,7 @@ def launch_for(
     tma = compat.can_use_tma(*(t for head in heads.values() for t in head.matrices["INDEX" in inputs :]))
     block_n = CACHED_TILE if "CACHED" in mutated else None
     variant = ", kept" * bool("CACHED" in mutated or constants.get("CACHED")) + ", added" * ("DW_SUM" in mutated)
+    variant += ", products" * bool("PRODUCTS" in inputs or constants.get("IN_PLACE"))
     variant += ", bound" * ("BOUND" in mutated)
     block_m = BLOCK if "BOUND" in mutated else None
     if kernel == "budget_dlogits":
@@ -152,10 +164,11 @@ def launch_for(
         found,
         lambda step: {f"{prefix}EVEN_K": head.d % step == 0 for prefix, head in heads.items()},
         {
-            **call.examples,
             "COUNT": lambda t: torch.full((1,), call.hint, dtype=torch.int64, device=call.device),
             "INDEX": lambda t: torch.arange(call.hint, device=call.device),
             "ROUND": lambda t: torch.tensor([0, min(whole_tiles(call.v), 4096), call.v, 0], device=call.device),
+            "COUNTED": lambda t: torch.ones(call.hint, dtype=torch.bool, device=call.device),
+            **call.examples,
         },
         KERNEL=repr(kernel + variant),
         PRECISION=repr(call.precision),

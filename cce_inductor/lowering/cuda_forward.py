@@ -1,6 +1,7 @@
 """The statistics on a GPU: one pass over the logits, with the vocabulary in splits that are merged at the end."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from ..ops.bound import BLOCK, INFLATION, LAST, LOWERING, OFFSET, STEPS
 from ..ops.call import LABELS, SCALES, Attributes
 from .buffers import in_memory, numbers, op, part, zeros
 from .cuda_call import LEAST_SPLIT, PARTS, KernelCall
-from .schedules import rounds, whole_tiles
+from .cuda_library import alone, products
+from .schedules import full_waves, rounds, slab_columns, whole_tiles
 from .unsupported import Unsupported
 
 
@@ -39,6 +41,9 @@ def forward(
 
 def exact(call: KernelCall, statistics: list[str], kept: dict[str, Any] | None = None, pitch: int = 0) -> list[Any]:
     """The forward. `kept`: where it is to leave the logits, (N, pitch)."""
+    if kept is None and alone(call):
+        columns = slab_columns(call.hint, call.v, 4, call.attributes.workspace)
+        return of_products(call, statistics, columns, products(call, columns))
     split, splits = cut(call)
     names = dict.fromkeys(name for statistic in statistics for name in PARTS[statistic])
     size = [splits * call.n]
@@ -50,11 +55,30 @@ def exact(call: KernelCall, statistics: list[str], kept: dict[str, Any] | None =
     return _results(call, statistics, parts, splits)
 
 
+def of_products(call: KernelCall, statistics: list[str], columns: int, made: Iterable[Any]) -> list[Any]:
+    """The forward from products of PyTorch's GEMM, (N, columns), slab by slab in the order of the columns."""
+    sms = torch.cuda.get_device_properties(call.device).multi_processor_count
+    # A program has few rows: as a rule there are enough of them.
+    width = whole_tiles(columns / full_waves(math.ceil(call.hint / 8), 4 * sms, columns // LEAST_SPLIT))
+    slabs = [(begin, min(begin + columns, call.v)) for begin in range(0, call.v, columns)]
+    splits = [math.ceil((end - begin) / width) for begin, end in slabs]
+    names = dict.fromkeys(name for statistic in statistics for name in PARTS[statistic])
+    size = [sum(splits) * call.n]
+    parts = {name: call.empty(size, torch.int64 if name == "ARGMAX" else torch.float32) for name in names}
+    call.examples["ROUND"] = lambda _: torch.tensor([0, width, slabs[0][1], 0], device=call.device)
+    inputs = call.named("input", "weight", "bias", "target", *LABELS, "column_weight")
+    constants = {"STATISTICS": repr(" ".join(statistics)), "PITCH": columns}
+    for i, ((begin, end), slab) in enumerate(zip(slabs, made, strict=True)):
+        given = {"PRODUCTS": slab, "ROUND": numbers([begin, width, end, sum(splits[:i])], call.device)}
+        call.launch("linear_statistics", inputs | given, parts, [call.n, splits[i]], **constants)
+    return _results(call, statistics, parts, sum(splits))
+
+
 def cut(call: KernelCall) -> tuple[int, int]:
-    """Columns of a split of the vocabulary, and how many there are: two programs for each multiprocessor."""
+    """Columns of a split of the vocabulary, and how many there are: as many as keep every multiprocessor busy."""
     sms = torch.cuda.get_device_properties(call.device).multi_processor_count
     blocks = max(1, math.ceil(call.hint / 128))
-    splits = max(1, min(math.ceil(2 * sms / blocks), call.v // LEAST_SPLIT))
+    splits = full_waves(blocks, sms, call.v // LEAST_SPLIT)
     split = whole_tiles(call.v / splits)
     return split, math.ceil(call.v / split)
 

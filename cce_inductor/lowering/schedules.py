@@ -9,9 +9,11 @@ and one for each gradient its share of it. Sums that go on from region to region
 | blocks   | rows x columns       | 8 NVD     | as slab, and columns x D of dW, small enough for the L2 |
 | chunk    | rows x all columns   | 8 NVD     | V D of dW, out of the workspace (none if W is fp32)     |
 | separate | dx by chunk, dW by slab | 10 NVD | none                                                    |
+| library  | all rows x columns   | 8 NVD     | as slab; with 16 bits the products of a region, fp32    |
 
-Where no row can be left out, operands are multiplied as they are, and a sweep finishes what it makes, PyTorch's library
-of GEMMs may read dlogits in the place of our kernels: slab and separate come in that form too.
+Where operands are multiplied as they are, PyTorch's library of GEMMs may read dlogits in the place of our kernels: slab
+and separate come in that form too, and in `library` it makes the logits as well, of which a kernel makes dlogits. It
+takes rows in their own order, and those that do not count with dlogits of 0.
 
 The logits are computed once more than in the forward; with gradients formed there (6 NVD) nothing is swept.
 """
@@ -22,6 +24,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+# FLOP/s of our GEMMs and of PyTorch's, bytes/s of memory, seconds of a launch: assumed of an H100 in bfloat16. None of
+# them was measured; they order what cannot be timed.
+OWN, LIBRARY, MEMORY, LAUNCH = 500e12, 730e12, 3e12, 4e-6
 # Sizes of regions are multiples of the largest tile.
 STEP = 256
 # More launches than this take longer to prepare, and to compile, than they can win.
@@ -44,11 +49,24 @@ class Sweep:
     rows: int
     columns: int
     makes: tuple[str, ...]
-    library: bool = False  # GEMMs that are not added to are PyTorch's
+    library: bool = False  # the GEMMs that read dlogits are PyTorch's
+    products: bool = False  # and so is the one that makes the logits
 
     def launches(self, n: int, v: int) -> int:
-        kernels = 1 + ("input" in self.makes) + ("weight" in self.makes or "bias" in self.makes)
+        kernels = 1 + self.products + ("input" in self.makes) + ("weight" in self.makes or "bias" in self.makes)
         return kernels * math.ceil(n / (self.rows or n)) * math.ceil(v / self.columns)
+
+    def seconds(self, n: int, d: int, v: int, item: int) -> float:
+        """Predicted, on an H100: which of two is the faster one."""
+        regions = math.ceil(n / (self.rows or n)), math.ceil(v / self.columns)
+        gemm = 2 * n * d * self.columns * regions[1]
+        made = gemm * len({*self.makes} & {"input", "weight"}) / (LIBRARY if self.library else OWN)
+        logits = gemm / (LIBRARY if self.products else OWN)
+        moved = n * v * (2 * item + (8 if self.products and item == 2 else 0))
+        # What is read and written again for each region: sums of dx, and of dW.
+        moved += n * d * 8 * regions[1] * ("input" in self.makes and regions[1] > 1)
+        moved += v * d * 8 * regions[0] * ("weight" in self.makes and regions[0] > 1)
+        return made + logits + moved / MEMORY + self.launches(n, v) * LAUNCH
 
 
 @dataclass(frozen=True)
@@ -62,6 +80,22 @@ class Schedule:
     def launches(self, n: int, v: int) -> int:
         return sum(s.launches(n, v) for s in self.sweeps)
 
+    def seconds(self, n: int, d: int, v: int, item: int) -> float:
+        return sum(s.seconds(n, d, v, item) for s in self.sweeps)
+
+
+@dataclass(frozen=True)
+class Library:
+    """What PyTorch's GEMMs can do for a call.
+
+    wide: whether they give float32 of 16 bits, and add to it. copied: bytes that a copy of the hidden states takes out
+    of the workspace. alone: whether our kernels have no matrix instructions for these operands, and are not tried.
+    """
+
+    wide: bool = True
+    copied: int = 0
+    alone: bool = False
+
 
 def schedules(
     n: int,
@@ -73,14 +107,16 @@ def schedules(
     workspace: int,
     l2: int,
     static: bool,
-    library: bool,
+    library: Library | None,
+    processors: int = 132,
 ) -> list[Schedule]:
     """Those that fit in `workspace` bytes, from the most to the least promising.
 
-    n: rows, a guess unless `static`: then only the schedule that takes any number of rows. l2: bytes of that cache.
-    library: whether PyTorch's GEMMs can multiply these operands.
+    n: rows, a guess unless `static`: then only schedules that take any number of rows. l2: bytes of that cache.
+    library: what PyTorch's GEMMs can do, if they can multiply these operands.
     """
     item, whole, needed = compute.itemsize, whole_tiles(v), tuple(needs)
+    workspace = min(workspace, max(n, 1) * whole * item)
     slab = slab_columns(n, v, item, workspace)
     found = [Schedule("slab", (Sweep(0, slab, needed),))]
     with_dw = "weight" in needs or "bias" in needs
@@ -95,17 +131,42 @@ def schedules(
         if rows > 0:
             found.append(Schedule("chunk", (Sweep(min(rows, n), whole, needed),)))
         rows = workspace // (whole * item) // 128 * 128
-        if rows > 0 and with_dw and "input" in needs:
+        # A grid for dx that leaves multiprocessors without work takes longer than all it saves.
+        if rows // 128 * math.ceil(d / STEP) >= processors and with_dw and "input" in needs:
             dw = tuple(name for name in needed if name != "input")
             found.append(Schedule("separate", (Sweep(min(rows, n), whole, ("input",)), Sweep(0, slab, dw))))
-    if static and library:
-        found += [s.by_library() for s in found if s.name in ("slab", "separate")]
-    return found[:1] + [schedule for schedule in found[1:] if schedule.launches(n, v) <= MOST_LAUNCHES]
+    by_library = _by_library(library, found, n, v, item, workspace) if library else []
+    if library and library.alone and by_library:
+        return by_library[-1:]
+    found += by_library
+    found = [s for s in found if s.name == "slab" or s.launches(n, v) <= MOST_LAUNCHES]
+    return sorted(found, key=lambda s: s.seconds(n, d, v, item))
+
+
+def _by_library(
+    library: Library, found: Sequence[Schedule], n: int, v: int, item: int, workspace: int
+) -> list[Schedule]:
+    """The schedules that use PyTorch's GEMMs, last the one in which they make the logits too if they can."""
+    room = workspace - library.copied
+    if room < workspace // 2:
+        return []
+    (slab,), columns = found[0].sweeps, slab_columns(n, v, item, room)
+    made = [Schedule(found[0].name, (replace(slab, columns=columns),)).by_library()]
+    made += [s.by_library() for s in found[1:] if s.name == "separate" and not library.copied]
+    if library.wide or item == 4:
+        products = 0 if item == 4 else 4  # in float32 dlogits takes their place
+        sweep = Sweep(0, slab_columns(n, v, item + products, room), slab.makes, library=True, products=True)
+        made.append(Schedule("library", (sweep,)))
+    return made
 
 
 def slab_columns(n: int, v: int, item: int, workspace: int) -> int:
-    """Columns of a slab of all rows: whole tiles of them, at least one. item: bytes of dlogits for each entry."""
-    return min(max(workspace // (max(n, 1) * item) // STEP, 1) * STEP, whole_tiles(v))
+    """Columns of a slab of all rows: whole tiles of them, at least one. item: bytes of dlogits for each entry.
+
+    As few slabs as fit, and all alike: what the last one has beyond V columns is computed in vain.
+    """
+    most = max(workspace // (max(n, 1) * item) // STEP, 1) * STEP
+    return whole_tiles(v / math.ceil(v / most))
 
 
 @dataclass(frozen=True)
@@ -122,6 +183,20 @@ class Round:
         return math.ceil((self.end - self.begin) / self.width)
 
 
+def full_waves(blocks: int, processors: int, most: int = 1 << 20) -> int:
+    """How many splits of the vocabulary, `most` of them, keep a GPU busy for which a program fills a multiprocessor.
+
+    The least number that takes no more than 5 % longer than the best does.
+    """
+
+    def waves(splits: int) -> float:
+        return math.ceil(blocks * splits / processors) / splits
+
+    candidates = range(1, max(1, min(most, max(4, 2 * math.ceil(processors / blocks)))) + 1)
+    best = min(waves(s) for s in candidates)
+    return next(s for s in candidates if waves(s) <= 1.05 * best)
+
+
 def rounds(blocks: int, v: int, processors: int) -> list[Round]:
     """How a forward that leaves a bound goes over the vocabulary, for so many blocks of rows.
 
@@ -129,13 +204,7 @@ def rounds(blocks: int, v: int, processors: int) -> list[Round]:
     of one split (docs/design.md).
     """
 
-    def waves(splits: int) -> float:
-        return math.ceil(blocks * splits / processors) / splits
-
-    # The least number of splits that leaves no more than 5 % idle in the last wave than the best does.
-    candidates = range(1, max(4, 2 * math.ceil(processors / blocks)) + 1)
-    best = min(waves(s) for s in candidates)
-    splits = next(s for s in candidates if waves(s) <= 1.05 * best)
+    splits = full_waves(blocks, processors)
     found: list[Round] = []
     begin = before = 0
     for share in ROUNDS:

@@ -14,11 +14,13 @@ from .triton_template import Tiles
 CACHED_TILE = 128
 
 # kernel, with its variant -> kind of operands -> configurations, the most promising first.
-# "kept": the forward keeps the logits; "bound": it leaves the bound, in blocks of 128 rows; "added": dW is added up
-# over regions. All need more registers.
+# "products": PyTorch's GEMM has made them; "kept": the forward keeps the logits; "bound": it leaves the bound, in
+# blocks of 128 rows; "added": dW is added up over regions. The last three need more registers.
 Table = dict[str, dict[str, list[Tiles]]]
 # dlogits of kept logits is no GEMM: it has no step.
 _POINTWISE = [Tiles(16, 128, 16, 1, 4), Tiles(32, 128, 16, 1, 8)]
+# Nor is what makes statistics of products. Slabs are whole tiles of 256 columns.
+_ROWS = [Tiles(8, 256, 16, 1, 4)]
 _EARLY = [Tiles(16, 16, 256, 1, 4)]
 # What chooses the columns of a backward under a budget: 128 of them to a tile.
 _SMALL_STEPS = [Tiles(128, 128, 16, 1, 8)]
@@ -28,6 +30,7 @@ def _table(by_kernel: dict[str, list[Tiles]], cast: list[Tiles]) -> Table:
     """by_kernel: for 16-bit operands. cast: for fp32 ones that are rounded to 16 bits, whatever the kernel."""
     gemms = {kernel: {"16 bits": tiles, "cast": cast, "fp32": _FP32} for kernel, tiles in by_kernel.items()}
     alike = {"linear_statistics_dlogits, kept": _POINTWISE, "linear_statistics_early": _EARLY}
+    alike |= {"linear_statistics, products": _ROWS, "linear_statistics_dlogits, products": _POINTWISE}
     alike |= {f"budget_{name}": _SMALL_STEPS for name in ("select", "mask", "bits", "tiles", "plan", "list", "check")}
     gemms["linear_statistics, bound"] |= {"cast": _CAST_BLOCKS, "fp32": _FP32_BLOCKS}
     gemms["budget_dx"]["cast"] = [tiles for tiles in cast if tiles.block_n == 64]

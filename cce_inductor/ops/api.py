@@ -11,13 +11,14 @@ from . import diagnostics
 from .call import SEEDS, Attributes, filtered, sampled
 from .library import FORWARD
 from .losses import CrossEntropy, computed, cross_entropy
+from .workspace import workspace
 
 
 @torch.compiler.assume_constant_result
-def _settings() -> tuple[str, int, str]:
-    """The operators' attributes that the process-wide settings decide; a constant while torch.compile traces."""
+def _settings(device: torch.device) -> tuple[str, int, str]:
+    """The operators' attributes that the process-wide settings decide; constants while torch.compile traces."""
     settings = config.current()
-    return settings.grad_filter, settings.workspace_bytes, version.source_hash()
+    return settings.grad_filter, workspace(settings.workspace_mb, device), version.source_hash()
 
 
 @torch.compiler.assume_constant_result
@@ -43,10 +44,8 @@ def statistics_of(
 
     A filter that samples columns gets its seed here, and one whose numbers are wanted a slot for them.
     """
-    grad_filter, workspace, source = _settings()
-    attributes = Attributes(
-        float(scale), _softcap(softcap), grad_filter=grad_filter, workspace=workspace, version=source
-    )
+    grad_filter, scratch, source = _settings(operands["input"].device)
+    attributes = Attributes(float(scale), _softcap(softcap), grad_filter=grad_filter, workspace=scratch, version=source)
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in operands.values())
     if differentiated and sampled(statistics, attributes):
         operands["seed"] = torch.randint(SEEDS, (1,), device=operands["input"].device)

@@ -45,13 +45,10 @@ library.define(
     "saved(Tensor value, Tensor[]? beside=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
-# out = a @ b, by PyTorch's library of GEMMs: a step of a schedule (lowering/schedules.py).
-library.define("mm_(Tensor(a!) out, Tensor a, Tensor b) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 
 FORWARD = torch.ops.cce_inductor.linear_statistics.default
 BACKWARD = torch.ops.cce_inductor.linear_statistics_backward.default
 SAVED = torch.ops.cce_inductor.saved.default
-MM = torch.ops.cce_inductor.mm_.default
 
 
 def eager_forward(
@@ -97,14 +94,9 @@ def eager_backward(
     return reference.backward(call, given, results, needs.split())
 
 
-def _eager_mm(out: Tensor, a: Tensor, b: Tensor) -> None:
-    torch.mm(a, b, out=out)
-
-
 library.impl("linear_statistics", eager_forward, "CompositeExplicitAutograd")
 library.impl("linear_statistics_backward", eager_backward, "CompositeExplicitAutograd")
 library.impl("saved", lambda value, beside=None: value.clone(), "CompositeExplicitAutograd")
-library.impl("mm_", _eager_mm, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("cce_inductor::linear_statistics", lib=library)
@@ -145,11 +137,6 @@ def fake_backward(
 @torch.library.register_fake("cce_inductor::saved", lib=library)
 def _fake_saved(value: Tensor, beside: Sequence[Tensor] | None = None) -> Tensor:
     return torch.empty_like(value)
-
-
-@torch.library.register_fake("cce_inductor::mm_", lib=library)
-def _fake_mm(out: Tensor, a: Tensor, b: Tensor) -> None:
-    return None
 
 
 class _LinearStatistics(torch.autograd.Function):

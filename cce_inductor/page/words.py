@@ -37,7 +37,7 @@ def row(number: int, site: Site) -> tuple[str, ...]:
 
 def cost(site: Site) -> list[str]:
     """What a fused site takes instead of its logits."""
-    scratch = f"scratch: workspace_mb={site.workspace_mb}"
+    scratch = f"scratch: workspace_mb={site.scratch}"
     if site.logits_bytes is not None:
         scratch += f", and for 16-bit types {mib(accumulator(site))} to accumulate the hidden gradient in fp32"
     gathered = [f"gathered: {diagnostics.sentence(numbers)}" for numbers in diagnostics.of_site(site.name)]

@@ -18,6 +18,7 @@ from ..graph.regions import transform_around
 from ..ops.call import Attributes
 from ..ops.choice import Choice, Chooser, Problem
 from ..ops.statistics import TABLE
+from ..ops.workspace import workspace
 from ..trace.codes import codes
 from ..trace.findings import Finding, source
 from ..trace.heads import subclassed
@@ -98,7 +99,7 @@ def _problem(head: Head | SeveralHeads, settings: Settings, trace: Trace | None 
         device=z.device.type,
         dtypes=tuple(fake(read.node if read and n in head.weights() else n).dtype for n in head.operands()),
         compute_dtype=head.dtype,
-        workspace=settings.workspace_bytes,
+        workspace=workspace(settings.workspace_mb, z.device),
         logits_bytes=entries * z.element_size(),
         filter=grad_filter.kind,
     )
@@ -149,7 +150,8 @@ def _copies(head: Head | SeveralHeads, settings: Settings) -> str | None:
     problem = _problem(head, settings)
     size = compat.size_hint(head.vocab) * compat.size_hint(head.width) * fake(head.weight).element_size()
     size *= 1 + fake(head.weight).requires_grad
-    if size <= max(settings.workspace_bytes, 2 * problem.logits_bytes):
+    spare = 0 if settings.workspace_mb == "auto" else problem.workspace
+    if size <= max(spare, 2 * problem.logits_bytes):
         return None
     return f"the weights of the heads put together take {size >> 20} MiB, more than the logits and their gradient"
 
@@ -227,5 +229,5 @@ def record(
         kernel,
         call.name,
         call.filter(attributes),
-        attributes.workspace,
+        settings.workspace_mb,
     )

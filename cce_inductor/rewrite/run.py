@@ -13,6 +13,7 @@ from ..graph.refusal import Refusal
 from ..graph.regions import checkpointed, copy_graph, differentiated_again
 from ..ops.call import Attributes
 from ..ops.choice import Chooser
+from ..ops.workspace import workspace
 from ..trace.findings import Finding, findings, losses
 from ..trace.functions import of_two
 from ..trace.interpreter import Interpreter
@@ -135,7 +136,7 @@ def _rewrite_graph(
         sites = [*_differentiated_again(again, found), *dense.values()]
         return Rewritten(gm, sites, uncompiled=True, unnamed=len(dense))
     hoist = Hoist(graph)
-    attributes = Attributes(grad_filter=settings.grad_filter, workspace=settings.workspace_bytes, version=version)
+    attributes = Attributes(grad_filter=settings.grad_filter, version=version)
     plans = make_plans(interpreter, found, hoist, settings, choose)
     fused = [plan for plan in plans.values() if plan.refusal is None]
     calls = groups.in_bundles([group for plan in fused for group in plan.groups], hoist)
@@ -149,10 +150,11 @@ def _rewrite_graph(
     if not fused:
         return Rewritten(gm, sites, unnamed=len(dense))
     for call in calls:
-        emit.emit(graph, call, attributes, hoist, settings.diagnostics)
+        scratch = _with_scratch(attributes, call.first, settings)
+        emit.emit(graph, call, scratch, hoist, settings.diagnostics)
     # Behind them: a comparison may be with what they gave.
     for ranks in [ranks for plan in fused for ranks in plan.ranks]:
-        emit_ranking.emit(graph, ranks, attributes, hoist)
+        emit_ranking.emit(graph, ranks, _with_scratch(attributes, ranks, settings), hoist)
     for trace in [trace for plan in fused for trace in plan.trace.with_parts]:
         cleanup.replace_metadata(graph, trace)
     done = _use_decompositions(interpreter, plans.values(), hoist)
@@ -160,13 +162,18 @@ def _rewrite_graph(
     served = [*(trace for decomposition in done for trace in decomposition.traces), *(plan.trace for plan in fused)]
     cleanup.erase_dead(graph, served, [r.node for plan in fused for r in plan.trace.reductions])
     interpreter.erase_unused()
-    if early and all(plan.choice.gradients_in_forward for plan in fused) and forward_gradients.form(graph):
+    if early and all(p.choice.gradients_in_forward for p in fused if p.groups) and forward_gradients.form(graph):
         sites = [replace(s, kernel=f"{s.kernel}, gradients formed in the forward") if s.fused else s for s in sites]
     if any(node.target is of_two for node in graph.nodes):
         raise AssertionError("a function of two heads was left without an operator; please report this")
     graph.lint()
     copy.recompile()
     return Rewritten(copy, sites, deferrals, user_outputs, unnamed=len(dense))
+
+
+def _with_scratch(attributes: Attributes, group: groups.Group | groups.RankingGroup, settings: Settings) -> Attributes:
+    """The attributes of one call: what it may take depends on where it runs."""
+    return replace(attributes, workspace=workspace(settings.workspace_mb, group.value.fake.device))
 
 
 def _with_reads(made: Site, finding: Finding, settings: Settings) -> Site:

@@ -16,6 +16,7 @@ from ..graph import nodes
 from ..graph.fakes import example, fake
 from ..graph.refusal import Refusal
 from ..ops import bound
+from ..ops.workspace import said, workspace
 from ..trace.values import Head, SeveralHeads
 from .reads import Read
 
@@ -61,7 +62,8 @@ class Site:
     `cce_inductor.diagnostics` has its numbers. filter: which columns its backward computes, a `grad_filter` as
     text: "exact" too where the one that is set has no bound for this loss. bound_bytes: what the forward leaves to
     the backward for that, a byte for 128 rows and `bound_group` columns; None if a size is symbolic. workspace_mb: the
-    scratch of the operator, as the loss was compiled with. reads: what the logits of its head are read for.
+    scratch of the operator, as the loss was compiled with. scratch: the same in words. reads: what the logits of its
+    head are read for.
     """
 
     fused: bool
@@ -85,6 +87,7 @@ class Site:
     bound_bytes: int | None = 0
     bound_group: int = 1
     workspace_mb: int = 0
+    scratch: str = ""
     reads: tuple[Read, ...] = ()
 
     def __str__(self) -> str:
@@ -115,10 +118,11 @@ def make(
     kernel: str = "",
     name: str = "",
     filter: Filter = EXACT,
-    workspace: int = 0,
+    workspace_mb: int | str | None = 0,
 ) -> Site:
-    """The record of a loss node."""
+    """The record of a loss node. workspace_mb: the knob."""
     sizes: dict[str, Any] = {}
+    scratch = 0
     z, vocab = (fake(head.node), head.vocab) if head is not None else _read_by(loss)
     if z is not None:
         rows = z.numel() // vocab if vocab else 0
@@ -129,10 +133,12 @@ def make(
             width=str(head.width) if head is not None else "?",
             logits_bytes=int(z.numel()) * z.element_size() if known else None,
         )
+        scratch = workspace(workspace_mb, z.device)
+        sizes["scratch"] = said(workspace_mb, z.device, sizes["logits_bytes"])
         if head is not None and filter.kind in BOUNDED:
-            sizes["bound_group"] = bound.group(rows, head.vocab, workspace, z.device.type)
+            sizes["bound_group"] = bound.group(rows, head.vocab, scratch, z.device.type)
             fixed = isinstance(rows, int) and isinstance(head.vocab, int)
-            sizes["bound_bytes"] = bound.bound_bytes(rows, head.vocab, workspace, z.device.type) if fixed else None
+            sizes["bound_bytes"] = bound.bound_bytes(rows, head.vocab, scratch, z.device.type) if fixed else None
     at = refusal.node if refusal is not None else None
     return Site(
         fused=refusal is None,
@@ -149,7 +155,7 @@ def make(
         kernel=kernel,
         name=name,
         filter=str(filter),
-        workspace_mb=workspace >> 20,
+        workspace_mb=scratch >> 20,
         **sizes,
     )
 

@@ -17,7 +17,7 @@ from ..config import Settings
 from ..graph.fakes import fake
 from ..graph.memory import written_between
 from ..graph.regions import copy_graph, differentiated_again
-from ..trace.heads import large
+from ..trace.heads import large, worth_deferring
 from ..trace.interpreter import Interpreter
 from ..trace.trace import Trace
 from ..trace.values import SeveralHeads, Value
@@ -60,7 +60,7 @@ def _defer_heads(gm: GraphModule, settings: Settings) -> Rewritten:
     return Rewritten(copy, [], deferrals, user_outputs)
 
 
-def _may_be_a_teacher(value: Value, settings: Settings) -> bool:
+def _may_be_a_teacher(value: Value) -> bool:
     """Whether logits without a gradient may be what those of another model are compared with, and are worth it.
 
     Of a few rows, as in generation, nobody trains; and tensors of inference mode do not say when they are changed.
@@ -68,7 +68,7 @@ def _may_be_a_teacher(value: Value, settings: Settings) -> bool:
     if torch.is_inference_mode_enabled():
         return False
     size = math.prod(map(compat.size_hint, value.fake.shape)) * value.fake.dtype.itemsize
-    return size > settings.workspace_bytes
+    return worth_deferring(size)
 
 
 def _only_leaves(graph: Graph, trace: Trace, settings: Settings) -> bool:
@@ -78,7 +78,7 @@ def _only_leaves(graph: Graph, trace: Trace, settings: Settings) -> bool:
         return False
     if not trace.outputs or trace.escapes or trace.reductions or not large(head.vocab, head.width, settings):
         return False
-    if not all(value.fake.requires_grad or _may_be_a_teacher(value, settings) for value in trace.outputs):
+    if not all(value.fake.requires_grad or _may_be_a_teacher(value) for value in trace.outputs):
         return False
     if any(is_traceable_wrapper_subclass(fake(n)) for h in (head, *trace.heads) for n in h.operands()):
         return False

@@ -26,12 +26,19 @@ from .values import Head, RowMap, SeveralHeads, Value
 
 # Linear layers inside a model (an MLP of four times the width) look like heads otherwise.
 _WIDENING = 4
+# Bytes of deferred logits from which on it pays not to compute them for what they are read for, on every device.
+LARGE_LOGITS = 64 << 20
 
 
 def large(vocab: int | torch.SymInt, width: int | torch.SymInt, settings: Settings) -> bool:
     """Whether a head is over a vocabulary. By what symbolic sizes were at capture, without a guard."""
     classes = compat.size_hint(vocab)
     return classes >= settings.min_vocab and classes > _WIDENING * compat.size_hint(width)
+
+
+def worth_deferring(bytes: int) -> bool:
+    """Whether logits of that size are worth more steps to do without them. What scratch may take does not count."""
+    return bytes > LARGE_LOGITS
 
 
 def subclassed(head: Head | SeveralHeads) -> Refusal | None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+import torch
+
 from cce_inductor import config
 from cce_inductor.bench import report
 from cce_inductor.bench.docs import Section
 from cce_inductor.ops.bound import BLOCK, bound_bytes, group
+from cce_inductor.ops.workspace import workspace
 
 ROWS = (1024, 2048, 8192, 32768, 131072)
 VOCABULARIES = (32000, 49152, 128256, 262144)
@@ -35,11 +38,11 @@ def sizes(workspace: int) -> list[Size]:
 
 def run() -> Section:
     """The table of the sizes, with the workspace of this process."""
-    settings = config.current()
-    found = sizes(settings.workspace_bytes)
+    scratch = workspace(config.current().workspace_mb, torch.device("cpu"))
+    found = sizes(scratch)
     text = f"""\
 MiB of the bound that a budget and the unbiased filter keep from the forward to the backward: a byte for {BLOCK} rows
-and a column. Where that is more than half of workspace_mb={settings.workspace_mb}, two, four or eight neighbouring
+and a column. Where that is more than half of workspace_mb={scratch >> 20}, two, four or eight neighbouring
 columns share a byte, if N and V are known when the graph is compiled; in brackets, how many do. A bf16 tensor of logits
 takes {2 * BLOCK} times the bytes of a bound without groups."""
     lines = [

@@ -37,6 +37,9 @@ VARIANTS = {
     # Room for all columns at once: one slab.
     "budget": {"grad_filter": "budget 0.004", "workspace": 3 << 30},
     "kept": {"choose": lambda problem: Choice("test", gradients_in_forward=True)},
+    # All GEMMs are PyTorch's: what is left, of which statistics of products are the forward's that keeps them.
+    "library": {"sweeps": (Sweep(0, 16384, ALL, True, True),), "library": True},
+    "kept by the library": {"choose": lambda problem: Choice("test", gradients_in_forward=True), "library": True},
     # Both trained, divergences both ways beside the cross-entropy, in two slabs.
     "two heads": {"workspace": 3 << 30},
 }
@@ -89,7 +92,10 @@ def compiled(
             return [t for t in found if not factored or holds_factors(architecture, name, t)][:of_each]
 
         for tiles in dict.fromkeys(tiles for name in table for tiles in wanted(name)):
-            if variant.startswith("kept") and tiles.block_n != CACHED_TILE:
+            if variant in ("kept", "kept, factors") and tiles.block_n != CACHED_TILE:
+                continue
+            # Of these variants nothing else is new.
+            if "library" in variant and not any(tiles in wanted(name) for name in table if name.endswith("products")):
                 continue
             # What Inductor writes for AMD differs in nothing that our kernels use.
             capability = architecture if isinstance(architecture, int) else 80

@@ -47,6 +47,7 @@ class Case:
     confident: bool = False  # one row is: what is left of its softmax is little, and in a column of its own
     kernels: int = 4  # of ours, that differ
     zero: bool = False  # loss and gradients are, exactly
+    library: bool = False  # products are PyTorch's GEMMs' where they can be
 
     @property
     def compute(self) -> torch.dtype:
@@ -200,6 +201,20 @@ def _factors(x, w):
     return rows / 2, torch.where(w[:, 1] > 0, classes * 4, classes - classes.detach())
 
 
+def some_rows(x, w, b, t):
+    """Rows that do not count, called as an operator, may hold NaN: nothing comes of it."""
+    out = FORWARD([x, w, b, t], "input weight bias target", x[:, 1] > -1, NAMES, True, *ATTRIBUTES)
+    return _combined(*out, t)
+
+
+def some_rows_from_logits(x, w, b, t):
+    mask = x[:, 1] > -1
+    z = torch.where(mask[:, None], F.linear(torch.where(mask[:, None], x, 0.0), w, b), 0.0)
+    log_p = z.log_softmax(1)
+    stats = z.logsumexp(1), z.gather(1, t[:, None])[:, 0], z.sum(1), -(log_p.exp() * log_p).sum(1), z.argmax(1)
+    return _combined(*(value * mask for value in stats), t)
+
+
 def with_factors(x, w, b, t):
     rows, classes = _factors(x, w)
     names = "input weight bias row_scale column_scale target"
@@ -335,6 +350,9 @@ EVERY = ("input", "weight", "bias")
 THREE = (Round(0, 256, 512, 0), Round(512, 512, 1280, 2), Round(1280, 512, 1700, 4))
 NARROW = (Round(0, 128, 256, 0), Round(256, 256, 640, 2), Round(640, 256, 800, 4))
 BUDGET = Case(plain, n=300, v=1700, d=40, sharp=3.0, budget=1e-2, rounds=THREE)
+# Products of all rows with slabs of 256 columns, and all GEMMs, are PyTorch's.
+PRODUCTS = (Sweep(0, 256, EVERY, True, True),)
+LIBRARY = Case(every_statistic, every_statistic_from_logits, library=True, sweeps=PRODUCTS, kernels=2)
 FACTORS = Case(with_factors, with_factors_from_logits, d=40)
 # Both heads have gradients: a dW and a dx for each.
 BOTH = 6
@@ -366,11 +384,56 @@ CASES = {
     "every statistic": Case(every_statistic, every_statistic_from_logits),
     "every statistic, splits": Case(every_statistic, every_statistic_from_logits, n=33, v=4500, d=20),
     "every statistic, TMA": Case(every_statistic, every_statistic_from_logits, tiles=replace(SMALL, tma=True)),
-    "slab, library": Case(every_statistic, every_statistic_from_logits, sweeps=(Sweep(0, 256, EVERY, True),)),
-    "separate, library": Case(
-        every_statistic,
-        every_statistic_from_logits,
+    "slab, library": replace(LIBRARY, sweeps=(Sweep(0, 256, EVERY, True),), kernels=2),
+    "slab, library, bfloat16": Case(
+        plain, dtype=torch.bfloat16, library=True, sweeps=(Sweep(0, 256, EVERY, True),), kernels=2
+    ),
+    "separate, library": replace(LIBRARY, sweeps=(Sweep(32, 512, EVERY[:1], True), Sweep(0, 256, EVERY[1:], True))),
+    "separate, library, bfloat16": Case(
+        plain,
+        dtype=torch.bfloat16,
+        library=True,
         sweeps=(Sweep(32, 512, EVERY[:1], True), Sweep(0, 256, EVERY[1:], True)),
+        kernels=2,
+    ),
+    "library": LIBRARY,
+    "library, bfloat16": Case(plain, dtype=torch.bfloat16, library=True, sweeps=PRODUCTS, kernels=2),
+    "library, every statistic, bfloat16": replace(LIBRARY, dtype=torch.bfloat16),
+    "library, peaked": Case(plain, sharp=8.0, dtype=torch.bfloat16, library=True, sweeps=PRODUCTS, kernels=2),
+    "library, softcap, scale and smoothing": Case(softcapped, library=True, sweeps=PRODUCTS, kernels=2),
+    "library, softcap by a root": Case(rooted, dtype=torch.bfloat16, library=True, sweeps=PRODUCTS, kernels=2),
+    "library, class weights, splits": Case(class_weights, n=33, v=4500, d=20, library=True, sweeps=PRODUCTS, kernels=2),
+    "library, weight stored (D, V), x strided": Case(
+        plain, transposed=True, strided=True, library=True, sweeps=PRODUCTS, kernels=2
+    ),
+    "library, any number of rows": Case(plain, dynamic=True, library=True, sweeps=PRODUCTS, kernels=2),
+    "library, one row": Case(plain, n=1, library=True, kernels=2),
+    "library, every row ignored": Case(
+        plain, dtype=torch.bfloat16, ignored=True, library=True, sweeps=PRODUCTS, kernels=2
+    ),
+    "library, infinite logits": Case(plain, infinite=True, library=True, sweeps=PRODUCTS, kernels=2),
+    "library, large logits": Case(with_entropy, offset=4096.0, library=True, sweeps=PRODUCTS, kernels=2),
+    "library, NaN": Case(plain, not_a_number=True, library=True, sweeps=PRODUCTS, kernels=2),
+    "library, NaN in rows that do not count": Case(
+        some_rows, some_rows_from_logits, not_a_number=True, library=True, sweeps=PRODUCTS, kernels=2
+    ),
+    "slab, NaN in rows that do not count": Case(some_rows, some_rows_from_logits, not_a_number=True),
+    "library, margin and labels": Case(with_labels, with_labels_from_logits, library=True, sweeps=PRODUCTS, kernels=2),
+    "gradients in the forward, library, float32": Case(softcapped, early=True, library=True, kernels=2),
+    "gradients in the forward, library, bfloat16": Case(
+        plain, dtype=torch.bfloat16, early=True, library=True, kernels=2
+    ),
+    "gradients in the forward, library, peaked": Case(
+        plain, dtype=torch.bfloat16, sharp=8.0, early=True, library=True, kernels=2
+    ),
+    "gradients in the forward, library, NaN": Case(
+        plain, dtype=torch.bfloat16, not_a_number=True, early=True, library=True, kernels=2
+    ),
+    "gradients in the forward, library, a wide softcap": Case(
+        widely_capped, dtype=torch.bfloat16, sharp=60.0, early=True, library=True, kernels=2
+    ),
+    "gradients in the forward, library, flat": Case(
+        plain, dtype=torch.bfloat16, sharp=0.01, early=True, library=True, kernels=2
     ),
     "blocks": Case(plain, dtype=torch.bfloat16, sweeps=(Sweep(32, 256, EVERY),)),
     "chunk": Case(softcapped, sweeps=(Sweep(32, 512, EVERY),)),

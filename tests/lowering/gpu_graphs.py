@@ -11,7 +11,7 @@ from gpu_cases import SMALL
 from torch._inductor.select_algorithm import AlgorithmSelectorCache
 
 from cce_inductor import config
-from cce_inductor.lowering import cuda_backward, cuda_call, cuda_forward, triton_configs
+from cce_inductor.lowering import cuda_backward, cuda_call, cuda_forward, cuda_library, triton_configs
 from cce_inductor.lowering.register import register
 from cce_inductor.lowering.schedules import Round, Schedule, Sweep
 from cce_inductor.lowering.triton_template import Tiles
@@ -31,12 +31,14 @@ def generate(
     choose: Chooser | None = None,
     grad_filter: str = "exact",
     rounds: tuple[Round, ...] = (),
+    library: bool = False,
 ) -> list[str]:
     """The wrappers of forward and backward of ``fn(*inputs)``, rewritten.
 
     tiles: the only configuration, if given. sweeps: the only schedule of the backward. Without any, the one named in
     `fastest` wins among those that fit; each of the others adds its wrapper before the backward's, as it was timed.
-    rounds: those of a forward that leaves a bound, if given.
+    rounds: those of a forward that leaves a bound, if given. library: whether PyTorch's GEMMs may make products
+    wherever they can.
     """
     register()
     (gm,) = graphs_of(fn, *inputs)
@@ -53,7 +55,7 @@ def generate(
         return [replace(tiles, tma=tiles.tma and tma, **shape)]
 
     chosen = triton_configs.configurations if tiles is None else only
-    schedules, cut = cuda_backward.schedules, cuda_forward.rounds
+    schedules, cut, multiplies = cuda_backward.schedules, cuda_forward.rounds, cuda_library.multiplies
 
     def scheduled(*arguments, **options):
         return [Schedule("chosen", sweeps)] if sweeps else schedules(*arguments, **options)
@@ -69,6 +71,7 @@ def generate(
         patch.object(cuda_call, "configurations", chosen),
         patch.object(cuda_backward, "schedules", scheduled),
         patch.object(cuda_forward, "rounds", in_rounds),
+        patch.object(cuda_library, "multiplies", lambda call: library and multiplies(call)),
         patch.object(AlgorithmSelectorCache, "make_benchmark_fn", timings),
         torch._inductor.config.patch(autotune_local_cache=False),
     ):

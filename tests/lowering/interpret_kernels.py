@@ -22,6 +22,7 @@ def run(case: Case) -> dict[str, int]:
     *leaves, t = data = case.data()
     inputs = [tensor.detach().requires_grad_() for tensor in leaves]
     how = {"tiles": case.tiles, "sweeps": case.sweeps, "workspace": 1 << 14, "rounds": case.rounds}
+    how |= {"library": case.library}
     if case.budget:
         how |= {"grad_filter": f"budget {case.budget!r}", "workspace": 3 << 19}
     for tensor in (inputs[0], t) if case.dynamic else ():

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import tempfile
 import types
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,6 +60,8 @@ class libdevice:
 
 tl_math = libdevice
 """
+# What Inductor's own kernels import them as.
+_LIBDEVICE = "from torch._inductor.runtime.triton_helpers import libdevice, math as tl_math\n"
 _IMPORT = "import triton.language as tl\n"
 _HELPERS = "from torch._inductor.runtime import triton_helpers\n"
 
@@ -110,7 +114,8 @@ def kernels(wrapper: str) -> list[Kernel]:
 
 def load(kernel: Kernel):
     """The kernel as a Triton function; to be interpreted if TRITON_INTERPRET=1 was set when Triton was imported."""
-    text = kernel.source.replace(_IMPORT, _IMPORT + _MATH, 1)
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    text = kernel.source.replace(_IMPORT, _IMPORT + (_MATH if interpreted else _LIBDEVICE), 1)
     path = Path(tempfile.mkdtemp()) / f"{kernel.name}.py"
     path.write_text(text)
     spec = importlib.util.spec_from_file_location(kernel.name, path)
@@ -205,6 +210,12 @@ def arguments(wrapper: str) -> list[str]:
     return [name for name in names.strip("()").split(", ") if name]
 
 
+def _poisoned(size: tuple, stride: tuple, dtype: torch.dtype) -> torch.Tensor:
+    """Memory that nobody has written to: reading it shows."""
+    memory = torch.empty_strided(size, stride, dtype=dtype)
+    return memory.fill_(torch.nan) if dtype.is_floating_point else memory.fill_(dtype != torch.bool and 77)
+
+
 def execute(wrapper: str, arguments: list) -> tuple[tuple, dict[str, int]]:
     """Runs a wrapper on CPU tensors, its kernels in Triton's interpreter; gives its outputs and launches by kernel."""
     fix_interpreter()
@@ -212,11 +223,12 @@ def execute(wrapper: str, arguments: list) -> tuple[tuple, dict[str, int]]:
     compiler = types.SimpleNamespace(triton=lambda name, *a, **k: launchers[name], wait=lambda scope: None)
     text = wrapper.replace("async_compile = AsyncCompile()", "async_compile = _compiler")
     text = re.sub(r"^from torch\._C import _cuda_getCurrentRawStream as get_raw_stream$", "", text, flags=re.M)
-    text = text.replace("torch._C._dynamo.guards._empty_strided_cuda", "torch._C._dynamo.guards._empty_strided_cpu")
+    text = text.replace("torch._C._dynamo.guards._empty_strided_cuda", "_poisoned")
     text = text.replace("torch.cuda._DeviceGuard(0)", "_nothing()").replace("torch.cuda.set_device(0)", "pass")
     scope = {
         "_compiler": compiler,
         "_nothing": contextlib.nullcontext,
+        "_poisoned": _poisoned,
         "get_raw_stream": lambda i: 0,
         "__name__": "mock",
     }
@@ -227,12 +239,8 @@ def execute(wrapper: str, arguments: list) -> tuple[tuple, dict[str, int]]:
 
 def compile_ahead(kernel: Kernel, architecture: int | str) -> dict:
     """Registers, bytes of stack (spills) and of shared memory, and the matrix instruction, on one architecture."""
-    attributes = {(i,): [["tt.divisibility", 16]] for i in kernel.aligned}
-    source = ASTSource(fn=load(kernel), signature=dict(kernel.signature), constexprs={}, attrs=attributes)
-    is_amd = isinstance(architecture, str)
-    target = GPUTarget("hip", architecture, 64) if is_amd else GPUTarget("cuda", architecture, 32)
-    compiled = triton.compile(source, target=target, options=kernel.options)
-    if is_amd:
+    compiled = _compiled(kernel, architecture)
+    if isinstance(architecture, str):
         text = compiled.asm["amdgcn"]
         number = {key: int(re.search(rf"{key}: *(\d+)", text).group(1)) for key in (".vgpr_count", "ScratchSize")}
         registers, stack = number.values()
@@ -242,6 +250,19 @@ def compile_ahead(kernel: Kernel, architecture: int | str) -> dict:
         ptx = compiled.asm["ptx"]
         instruction = next((i for i in ("wgmma", "tcgen05", "mma.sync") if i in ptx), "none")
     return {"registers": registers, "stack": stack, "shared": compiled.metadata.shared, "instruction": instruction}
+
+
+def assembly(kernel: Kernel, architecture: int) -> str:
+    """PTX of a kernel on an NVIDIA architecture."""
+    return _compiled(kernel, architecture).asm["ptx"]
+
+
+def _compiled(kernel: Kernel, architecture: int | str) -> Any:
+    attributes = {(i,): [["tt.divisibility", 16]] for i in kernel.aligned}
+    source = ASTSource(fn=load(kernel), signature=dict(kernel.signature), constexprs={}, attrs=attributes)
+    is_amd = isinstance(architecture, str)
+    target = GPUTarget("hip", architecture, 64) if is_amd else GPUTarget("cuda", architecture, 32)
+    return triton.compile(source, target=target, options=kernel.options)
 
 
 def _usage(binary: bytes) -> list[int]:

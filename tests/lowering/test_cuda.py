@@ -33,20 +33,22 @@ from gpu_graphs import generate
 from cce_inductor.lowering import cuda_budget
 from cce_inductor.lowering.choose import choose
 from cce_inductor.lowering.schedule_choice import ScheduleChoice, _example
-from cce_inductor.lowering.schedules import budget_slabs, rounds, schedules
+from cce_inductor.lowering.schedules import Library, Sweep, budget_slabs, rounds, schedules
 from cce_inductor.lowering.triton_configs import CACHED_TILE, TABLE
 from cce_inductor.ops.choice import Choice, Problem
 
 HERE = Path(__file__).parent
 # Kernels that multiply no matrices, or none in tiles.
-NO_PRODUCT = {"linear_statistics_dlogits, kept", "linear_statistics_early"} | {
-    f"budget_{name}" for name in ("select", "mask", "bits", "tiles", "plan", "list", "check")
-}
+NO_PRODUCT = {
+    *("linear_statistics_dlogits, kept", "linear_statistics_early"),
+    *("linear_statistics, products", "linear_statistics_dlogits, products"),
+} | {f"budget_{name}" for name in ("select", "mask", "bits", "tiles", "plan", "list", "check")}
 # One of each kind of kernel, operand and statistic. All others are variants of these, and slow tests: interpreting one
 # takes some seconds.
 OFTEN = [
     *("softcap, scale and smoothing", "any number of rows", "TMA", "gradients in the forward, bfloat16"),
     *("factors, blocks", "budget, NaN", "two heads, softcaps"),
+    *("library, NaN in rows that do not count", "library, bfloat16", "gradients in the forward, library, bfloat16"),
 ]
 VARIANTS = [name for name in CASES if name not in OFTEN]
 
@@ -91,9 +93,12 @@ def test_no_configuration_spills_or_does_without_matrix_instructions(dtype, arch
     kernels = {row["kernel"] for row in rows}
     # Only a dW of 16 bits is added up in fp32 beside it, or what the gradient of factors is made of.
     every = set(TABLE[90]) - ({"linear_statistics_dw, added"} if dtype in ("autocast", "float32") else set())
-    factored = {k for k in every if k.startswith(("linear", "two_heads")) and not k.endswith(("bound", "early"))}
+    alone = ("bound", "early", "products")
+    factored = {k for k in every if k.startswith(("linear", "two_heads")) and not k.endswith(alone)}
     # A weight of int8 has no gradient.
     every -= {k for k in every if "dw" in k} if dtype == "int8" else set()
+    # PyTorch's GEMMs multiply operands of one dtype.
+    every -= {k for k in every if k.endswith("products")} if dtype in ("int8", "autocast") else set()
     every |= {f"{kernel}{ahead_of_time.FACTORS}" for kernel in factored}
     assert kernels == every if variants == EVERY_KERNEL else len(kernels) == 4
     assert {row["sm"] for row in rows} == set(architectures)
@@ -130,14 +135,15 @@ def test_allocations_and_launches_of_a_training_step():
     assert_expected_inline(
         rendered.summary(forward),
         """\
+allocate (512) int64
+launch pointwise
 allocate (512) bool
 allocate (512) int64
 allocate (512) bool
 launch persistent reduction
 allocate (512) int64
 launch persistent reduction
-allocate (512) int64
-launch pointwise x 2
+launch pointwise
 allocate (1) int64
 launch pointwise
 allocate (2048) float32 x 3
@@ -207,11 +213,11 @@ allocate (512) int64
 launch pointwise
 allocate (512) int64
 launch pointwise
-allocate (1) int64
-launch pointwise
 allocate (512, 9216) bfloat16
 allocate (36352) float32
 allocate (2048) float32 x 3
+allocate (1) int64
+launch pointwise
 launch linear_statistics, kept
 allocate (512) float32 x 3
 allocate () float32
@@ -226,6 +232,90 @@ launch linear_statistics_dw
 launch linear_statistics_dx""",
     )
     assert_expected_inline(rendered.summary(backward), """launch pointwise x 2""")
+
+
+def gemms(wrapper: str) -> list[str]:
+    """PyTorch's GEMMs of a wrapper."""
+    return re.findall(r"cce_inductor\.((?:add_)?mm_)\.default\(", wrapper)
+
+
+def test_allocations_and_launches_with_the_librarys_gemms():
+    """A slab of products in fp32 and one of dlogits share the workspace; x without rows that do not count is where dx
+    will be. Two products, and one that is added to, for each slab."""
+    how = {"sweeps": (Sweep(0, 3072, ("input", "weight"), True, True),), "workspace": 9 << 20, "library": True}
+    forward, backward = bfloat16_loss(**how)
+    assert "launch linear_statistics\n" in rendered.summary(forward) and not gemms(
+        forward
+    )  # the forward needs no scratch
+    assert gemms(backward) == ["mm_", "mm_", "mm_"] + ["mm_", "mm_", "add_mm_"] * 2
+    assert_expected_inline(
+        rendered.summary(backward),
+        """\
+allocate (512) float32
+launch pointwise
+allocate (9000, 64) bfloat16
+allocate (512, 64) float32
+allocate (512, 64) bfloat16
+launch pointwise
+allocate (512, 3072) bfloat16
+allocate (512, 3072) float32
+allocate (2) int64
+launch pointwise
+launch linear_statistics_dlogits, products
+launch pointwise
+launch linear_statistics_dlogits, products
+launch pointwise
+launch linear_statistics_dlogits, products
+launch pointwise""",
+    )
+    assert allocated(backward) <= (9 << 20) + (9000 + 2 * 512) * 64 * 2 + 512 * 64 * 4 + (1 << 14)
+
+
+def test_allocations_and_launches_of_gradients_in_the_forward_with_the_librarys_gemms():
+    """The products, rounded as eager rounds the logits, and dlogits in their place: nothing else of that size."""
+    choose = lambda problem: Choice("test", gradients_in_forward=True)  # noqa: E731
+    forward, backward = bfloat16_loss(choose=choose, workspace=16 << 20, library=True)
+    assert gemms(forward) == ["mm_"] * 3 and not gemms(backward)
+    assert_expected_inline(
+        rendered.summary(forward),
+        """\
+allocate (2) int64
+launch pointwise
+allocate (4) int64
+launch pointwise
+allocate (512) bfloat16
+launch persistent reduction
+allocate (512) int64
+launch pointwise
+allocate (2048) float32 x 3
+allocate (512, 64) bfloat16
+allocate (9000, 64) bfloat16
+allocate (512, 9216) bfloat16
+launch linear_statistics, products
+allocate (512) bool
+allocate (512) float32 x 3
+allocate () float32
+launch persistent reduction
+launch linear_statistics_dlogits, products
+allocate (512, 64) bfloat16
+launch pointwise""",
+    )
+    assert_expected_inline(rendered.summary(backward), """launch pointwise x 2""")
+
+
+def test_float32_without_tf32_takes_the_librarys_gemms():
+    """Our kernels would do without matrix instructions. With tf32 they have them."""
+    for precision, of_forward, of_backward in (("ieee", 2, 8), ("tf32", 0, 0)):
+        before = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = precision
+        try:
+            case = CASES["library"]
+            forward, *_, backward = generate(case.loss, make_leaves(case), workspace=1 << 17, library=True)
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
+        # Each of two slabs of the backward: products, dW, db, dx. With tf32 our kernels are the ones that win here.
+        assert (len(gemms(forward)), len(gemms(backward))) == (of_forward, of_backward)
+        assert ("linear_statistics, products" in rendered.summary(forward)) == (of_forward > 0)
 
 
 def of_two_heads(loss: Callable, **how) -> list[str]:
@@ -372,14 +462,14 @@ allocate (512) bool
 allocate (512) int64
 allocate (512) bool
 launch persistent reduction
+allocate (9216) float32 x 3
+allocate (4, 9000) uint8
+launch pointwise
 allocate (512) int64
 launch persistent reduction
 allocate (512) int64
 launch pointwise x 2
 allocate (1) int64
-launch pointwise
-allocate (9216) float32 x 3
-allocate (4, 9000) uint8
 launch pointwise
 allocate (512) float32
 launch linear_statistics_early
@@ -551,46 +641,75 @@ def test_any_number_of_rows_is_one_graph():
 LLAMA = {"n": 8192, "d": 4096, "v": 128256, "compute": torch.bfloat16, "weight": torch.bfloat16}
 
 
-def offered(workspace: int, static: bool = True, library: bool = False, needs=("input", "weight"), **head):
+def offered(workspace: int, static: bool = True, library: Library | None = None, needs=("input", "weight"), **head):
     head = {**LLAMA, **head}
     return schedules(**head, needs=needs, workspace=workspace, l2=50 << 20, static=static, library=library)
 
 
 def test_schedules_that_fit():
-    assert [s.name for s in offered(64 << 20)] == ["slab", "separate"]  # blocks would be more than 256 launches
-    assert [s.name for s in offered(512 << 20)] == ["slab", "separate"]
-    assert [s.name for s in offered(3 << 30)] == ["slab"]  # one slab
-    assert [s.name for s in offered(3 << 30, n=65536)] == ["slab", "chunk", "separate"]
-    assert [s.name for s in offered(1 << 30, weight=torch.float32)] == ["slab", "chunk", "separate"]
-    assert [s.name for s in offered(64 << 20, n=4096, d=512, v=32768)] == ["slab", "blocks", "separate"]
-    assert [s.name for s in offered(1 << 30, static=False)] == ["slab"]
-    assert [s.name for s in offered(512 << 20, needs=["input"])] == ["slab", "chunk"]
-    by_library = ["slab", "separate", "slab, library", "separate, library"]
-    assert [s.name for s in offered(512 << 20, library=True)] == by_library
-    assert [s.name for s in offered(3 << 30, library=True)] == ["slab", "slab, library"]
+    """By what is predicted to be the fastest; the tuner has the last word."""
+
+    def names(*arguments, **options):
+        return [s.name for s in offered(*arguments, **options)]
+
+    # blocks would be more than 256 launches; dx of chunks would leave most of the GPU without work.
+    assert names(64 << 20) == ["slab"]
+    assert names(512 << 20) == ["slab", "separate"]
+    assert names(3 << 30) == ["slab"]  # one slab
+    assert names(3 << 30, n=65536) == ["slab", "chunk", "separate"]
+    assert names(1 << 30, weight=torch.float32) == ["slab", "chunk", "separate"]
+    assert names(64 << 20, n=4096, d=512, v=32768) == ["slab", "blocks"]
+    assert names(1 << 30, static=False) == ["slab"]
+    assert names(512 << 20, needs=["input"]) == ["chunk", "slab"]
+
+
+def test_schedules_with_the_librarys_gemms_that_fit():
+    def names(*arguments, **options):
+        return [s.name for s in offered(*arguments, **{"library": Library(), **options})]
+
+    # At 64 MiB slabs of products in fp32 would be more than 256 launches.
+    assert names(64 << 20) == ["slab, library", "slab"]
+    assert names(512 << 20) == ["library", "slab, library", "slab", "separate, library", "separate"]
+    assert names(3 << 30) == ["library", "slab, library", "slab"]
+    # Without fp32 of 16 bits nothing is rounded in between: the logits' products are our kernel's.
+    assert names(3 << 30, library=Library(wide=False)) == ["slab, library", "slab"]
+    # Any number of rows.
+    assert names(1 << 30, static=False) == ["library", "slab, library", "slab"]
+    # The copy of the hidden states without rows that do not count may take half of the workspace.
+    assert names(64 << 20, library=Library(copied=64 << 20)) == ["slab"]
+    (library, by_library, slab, _) = offered(512 << 20, library=Library(copied=64 << 20))
+    assert library.sweeps[0].columns * 8192 * 6 + (64 << 20) <= 512 << 20
+    assert by_library.sweeps[0].columns < slab.sweeps[0].columns
+    # fp32 without matrix instructions.
+    fp32 = {"compute": torch.float32, "weight": torch.float32, "library": Library(alone=True)}
+    (only,) = offered(64 << 20, **fp32)
+    assert only.name == "library" and only.sweeps[0].columns == 2048
 
 
 def test_schedules_stay_within_the_workspace():
     for n, d, v in ((8192, 4096, 128256), (4096, 512, 32768), (1024, 64, 500), (65536, 2304, 256000)):
-        for workspace in (1 << 22, 64 << 20, 1 << 30, 5 << 30):
+        for workspace in (1 << 22, 64 << 20, 1 << 30, 5 << 30, 1 << 40):
             for weight in (torch.bfloat16, torch.float32):
-                for schedule in offered(workspace, n=n, d=d, v=v, weight=weight):
-                    assert schedule.name == "slab" or schedule.launches(n, v) <= 256
+                for schedule in offered(workspace, n=n, d=d, v=v, weight=weight, library=Library()):
+                    assert schedule.name.startswith("slab") or schedule.launches(n, v) <= 256
                     for sweep in schedule.sweeps:
-                        dlogits = (sweep.rows or n) * sweep.columns * 2
+                        dlogits = (sweep.rows or n) * sweep.columns * (6 if sweep.products else 2)
                         adds_dw = sweep.rows and "weight" in sweep.makes and weight != torch.float32
                         sums = sweep.columns * d * 4 if adds_dw else 0
                         # A slab is at least one tile wide, whatever the number of rows.
-                        assert dlogits + sums <= workspace or (schedule.name, sweep.columns) == ("slab", 256)
+                        assert dlogits + sums <= workspace or sweep.columns == 256
+                        # Nor is it more than the logits, and what fills their last tile.
+                        assert dlogits + sums <= n * (v + 256) * 2 or sweep.columns == 256
 
 
 def test_every_schedule_is_compiled_to_be_timed_and_the_fastest_is_used():
-    wrappers = bfloat16_loss(workspace=8 << 20, fastest="chunk")
+    wrappers = bfloat16_loss(workspace=8 << 20, fastest="chunk", library=True)
     launches = [rendered.summary(wrapper).count("launch linear_statistics") for wrapper in wrappers]
-    # forward; slab, chunk and separate alone; the backward with chunks of 256 rows
-    assert launches == [1, 6, 6, 2 * 2 + 2 * 2, 6]
+    # forward; alone slab with the library's GEMMs, slab, chunk, all by the library; the backward with chunks
+    assert launches == [1, 2, 6, 6, 4, 6]
+    assert [len(gemms(wrapper)) for wrapper in wrappers] == [0, 4, 0, 0, 12, 0]
     assert "(9216, 64), (64, 1), torch.float32" in wrappers[-1]  # dW is added up in fp32
-    assert "(9216, 64), (64, 1), torch.float32" not in wrappers[1]
+    assert "(9216, 64), (64, 1), torch.float32" not in wrappers[2]
 
 
 def test_a_schedule_is_timed_on_tensors_as_its_operands_will_be():
@@ -609,8 +728,9 @@ def test_a_schedule_is_timed_on_tensors_as_its_operands_will_be():
 
 
 def test_wrappers_of_timed_schedules_name_their_buffers_properly():
-    _, *timed, _ = generate(CASES["every statistic"].loss, make_leaves(CASES["every statistic"]), workspace=1 << 14)
-    assert len(timed) == 2  # slab, and slab with PyTorch's GEMMs
+    case = CASES["library, every statistic, bfloat16"]
+    _, *timed, _ = generate(case.loss, make_leaves(case), workspace=1 << 14, library=True)
+    assert len(timed) == 3  # slab, slab with PyTorch's GEMMs, all with them
     for wrapper in timed:
         names = re.findall(r"^ *(.*) = empty_strided_cuda", wrapper, re.M)
         assert names and all(name.isidentifier() for name in names)
