@@ -1,9 +1,14 @@
-"""What we build on of torch.distributed that has no public name."""
+"""Whether there are ranks, and what we build on of torch.distributed that has no public name."""
 
 from collections import OrderedDict
 
 import torch.distributed as dist
 from torch import nn
+
+
+def is_distributed() -> bool:
+    """Whether there are ranks at all."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def process_group(name: str) -> dist.ProcessGroup:

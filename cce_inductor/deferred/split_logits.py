@@ -89,16 +89,17 @@ class _Gather(torch.autograd.Function):
 class Meeting:
     """Returns where all ranks of a group have called it; a :class:`DeferredLogitsError` where not all do in time.
 
-    One for each deferred logits, made in the same order on all ranks. group: its name. timeout: in seconds.
+    One for each deferred logits, made in the same order on all ranks, which call it equally often. group: its name.
+    timeout: in seconds.
     """
 
     def __init__(self, group: str, timeout: int) -> None:
         self.group, self.timeout = group, timeout
-        self.name = f"cce_inductor/{group}/{next(_MADE[group])}"
+        self.name, self.times = f"cce_inductor/{group}/{next(_MADE[group])}", itertools.count()
 
     def __call__(self) -> None:
         everyone, rank = dist.get_process_group_ranks(ranks.process_group(self.group)), dist.get_rank()
-        store = dist.PrefixStore(self.name, ranks.default_store())
+        store = dist.PrefixStore(f"{self.name}/{next(self.times)}", ranks.default_store())
         store.set(str(rank), "")
         if store.add("arrived", 1) == len(everyone):
             store.compare_set("decision", "", "go")

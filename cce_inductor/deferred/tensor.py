@@ -475,4 +475,6 @@ def _fused(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     heads = [head for origin in origins for head in origin.heads if head.alone or func in ROWS]
     if not heads or heads[0].fuse is None or compat.is_transforming():
         return NotImplemented
+    if heads[0].meeting is not None and func not in LOSSES:
+        heads[0].meeting()  # a loss is of all ranks anyway
     return heads[0].fuse(logits, func, args, kwargs)

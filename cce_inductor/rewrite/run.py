@@ -14,6 +14,7 @@ from ..graph.regions import checkpointed, copy_graph, differentiated_again
 from ..ops.call import Attributes
 from ..ops.choice import Chooser
 from ..ops.workspace import workspace
+from ..ranks import is_distributed
 from ..trace.findings import Finding, findings, losses
 from ..trace.functions import of_two
 from ..trace.interpreter import Interpreter
@@ -90,7 +91,7 @@ def _rewrite_split(
     gm: GraphModule, settings: Settings, version: str, choose: Chooser | None, statistics: bool
 ) -> Rewritten | None:
     """The pass over a graph with heads that are split over ranks, if it can be rewritten as if they were not."""
-    whole = split_heads.plain(gm, settings.defer_logits) if split_heads.is_possible() else None
+    whole = split_heads.plain(gm, settings.defer_logits) if is_distributed() else None
     if whole is None:
         return None
     # What is kept from the forward, or left out by a bound, is of all classes.

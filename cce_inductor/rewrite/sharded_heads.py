@@ -24,6 +24,7 @@ from ..ops.call import Attributes
 from ..ops.choice import Choice, Chooser, Problem
 from ..ops.library import FORWARD
 from ..ops.sharded import OPERANDS, STATISTICS, Shards, gathered, statistics
+from ..ranks import is_distributed
 
 _AVERAGE = {"avg": True, "sum": False}
 _FEW = "it has so few classes that a rank has none"
@@ -90,9 +91,10 @@ def read(node: Any) -> Gather | None:
         inner = read(op.args["input"])
         same = inner is None or op.name == "detach" or example(node).dtype == example(op.args["input"]).dtype
         return inner if inner is None or same else inner.then(example(node).dtype)
-    if node.op != "call_method" or not node.args or not isinstance(node.args[0], Node):
+    if node.op != "call_method" or node.target not in ("to_local", "full_tensor"):
         return None
-    return _of_simple_fsdp(node, node.args[0])
+    given = node.args[0]
+    return _of_simple_fsdp(node, given) if isinstance(given, Node) else None
 
 
 def _of_simple_fsdp(node: Node, source: Node) -> Gather | None:
@@ -108,7 +110,7 @@ def _of_simple_fsdp(node: Node, source: Node) -> Gather | None:
         dtype = source.kwargs.get("forward_dtype")
         behind = (dtype,) if isinstance(dtype, torch.dtype) else ()
         source = source.args[0]  # type: ignore[assignment]
-    elif node.target != "full_tensor":
+    elif node.target == "to_local":
         return None
     source, casts = _without_casts(source)
     value = example(source)
@@ -161,7 +163,8 @@ def schedule_of(product: Node, gather: Gather, settings: Settings) -> str:
 
 def is_wanted(gm: GraphModule, settings: Settings) -> bool:
     """Whether a head of a graph is to be fused without its whole weight."""
-    return any(schedule_of(node, gather, settings) != "gather" for node, gather in _heads(gm.graph))
+    heads = _heads(gm.graph) if is_distributed() else ()
+    return any(schedule_of(node, gather, settings) != "gather" for node, gather in heads)
 
 
 def alike(choose: Chooser | None) -> Chooser | None:

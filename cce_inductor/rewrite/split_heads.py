@@ -29,6 +29,7 @@ from ..graph.regions import copy_graph
 from ..ops.library import FORWARD
 from ..ops.sharded import OPERANDS
 from ..ops.sharded import STATISTICS as SUMS
+from ..ranks import is_distributed
 from .on_ranks import as_dtensor, largest_of, local_input, local_target, merged, shards_of
 from .outputs import Split
 from .result import Rewritten
@@ -52,14 +53,9 @@ def everywhere(tensor: DTensor, weight: DTensor) -> Tensor:
     return whole(tensor)
 
 
-def is_possible() -> bool:
-    """Whether there are ranks at all."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def has_one(gm: GraphModule) -> bool:
     """Whether a graph has a head that is split over more than one rank."""
-    weights = [_split_weight(node) for node in gm.graph.nodes] if is_possible() else []
+    weights = [_split_weight(node) for node in gm.graph.nodes] if is_distributed() else []
     return any(weight is not None and example(weight).device_mesh.size() > 1 for weight in weights)
 
 
