@@ -304,7 +304,8 @@ class Writer:
         # PyTorch crashes at a hook on a view whose base has been edited in some ways.
         crashes = self.edited
         # A hook that comes after the loss sees nothing of it, unless the loss is behind the logits anyway.
-        early = self.program.behind or not any("out.append" in line for line in self.program.lines)
+        lines = [*self.program.lines, *(line for _, _, piece, _ in self.program.pieces for line in piece)]
+        early = self.program.behind or not any("out.append" in line for line in lines)
         if self.kind == "hooks" and early and not crashes and self.random.random() < 0.7:
             self.count += 1
             return [self.pick(HOOKS).format(v=v, n=self.count)]

@@ -88,17 +88,21 @@ BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float
 WAYS = ("inside", "another graph", "eager", "SimpleFSDP")
 # What is tried: the way, the schedule, the loss, classes, bias, dtype.
 CASES = [
-    *((way, how, "mean", 81, False, torch.float64) for way in WAYS for how in ("swap", "stream")),
-    *(("inside", how, "mean", 80, True, torch.bfloat16) for how in ("swap", "stream")),
-    *(("SimpleFSDP", how, "mean", 80, True, torch.bfloat16) for how in ("swap", "stream")),
-    *(("inside", how, name, 81, True, torch.float64) for how in ("swap", "stream") for name in ("smoothed", "z-loss")),
-    *(("SimpleFSDP", how, "written out", 81, True, torch.float64) for how in ("swap", "stream")),
-    *((way, "auto", "mean", v, False, torch.float64) for way in ("inside", "SimpleFSDP") for v in (70, 400)),
+    ("inside", "swap", "mean", 81, False, torch.float64),
+    ("another graph", "stream", "mean", 81, False, torch.float64),
+    ("eager", "swap", "mean", 81, False, torch.float64),
+    ("SimpleFSDP", "stream", "written out", 81, True, torch.float64),
+    ("SimpleFSDP", "swap", "mean", 80, True, torch.bfloat16),
+    ("inside", "stream", "smoothed", 81, True, torch.float64),
+    ("inside", "auto", "mean", 400, False, torch.float64),
     ("inside", "swap", "entropy", 81, False, torch.float64),
-    ("SimpleFSDP", "gather", "mean", 81, False, torch.float64),
 ]
 # On more ranks, in their place.
 MORE = [
+    *((way, how, "mean", 80, True, torch.bfloat16) for way in ("inside", "SimpleFSDP") for how in ("swap", "stream")),
+    *(("inside", how, name, 81, True, torch.float64) for how in ("swap", "stream") for name in ("smoothed", "z-loss")),
+    *((way, "auto", "mean", v, False, torch.float64) for way in ("inside", "SimpleFSDP") for v in (70, 400)),
+    ("SimpleFSDP", "gather", "mean", 81, False, torch.float64),
     *((way, how, "mean", 81, True, torch.float64) for way in WAYS for how in ("swap", "stream")),
     *(("SimpleFSDP", how, name, 81, True, torch.float64) for how in ("swap", "stream") for name in ("sum", "softcap")),
     *(("SimpleFSDP", how, "smoothed", 5, True, torch.float64) for how in ("swap", "stream")),  # rank 3 of 4 has none

@@ -90,7 +90,7 @@ PLANS: dict[str, dict[str, Any]] = {
 CASES = [
     ("split", "mean", 40, False),
     ("sequence", "mean", 40, False),
-    *(("replicated", name, 41, True) for name in ("smoothed", "z-loss", "none", "entropy", "accuracy")),
+    *(("replicated", name, 41, True) for name in ("smoothed", "entropy", "accuracy")),
     ("split", "returned", 41, True),
     ("sequence", "returned", 40, False),
     ("replicated", "returned, trained through", 41, True),
@@ -99,7 +99,7 @@ CASES = [
 # On more ranks.
 MORE = [
     *(("split", name, 40, False) for name in ("sum", "scaled")),
-    *(("replicated", name, 41, True) for name in ("mean", "sum", "scaled", "softcap", "written out")),
+    *(("replicated", name, 41, True) for name in ("mean", "sum", "scaled", "softcap", "none", "z-loss", "written out")),
     ("split", "mean", 41, True),
     ("replicated", "mean", 2, False),  # fewer classes than there are ranks
 ]

@@ -10,7 +10,7 @@ from .. import compat
 from ..config import Settings
 from ..graph import nodes
 from ..graph.facts import Fact
-from ..graph.fakes import fake, is_tensor
+from ..graph.fakes import fake, is_tensor, same
 from ..graph.refusal import Refusal
 from ..graph.regions import descendants
 from ..ops.picked import FEWEST
@@ -104,6 +104,9 @@ def why(walk: Walk, loss: Node) -> tuple[Trace | None, Refusal]:
             refusal, trace = walk.refused[node]
             return trace, refusal
         op = nodes.read(node)
+        if op is not None and op.is_head and node not in walk.values and same(fake(node).shape[-1], 1):
+            reason = "the layer in front of it gives one number for each row, and no logits of classes"
+            return None, Refusal(node, reason, "leave it: there is nothing to save")
         if op is not None and op.name in ("cat", "stack") and op.args["tensors"]:
             node = op.args["tensors"][0]
             continue

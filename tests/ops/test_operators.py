@@ -10,7 +10,8 @@ from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from cce_inductor.ops.call import Attributes
-from cce_inductor.ops.library import BACKWARD, FORWARD, MM
+from cce_inductor.ops.gemm import MM
+from cce_inductor.ops.library import BACKWARD, FORWARD
 from cce_inductor.ops.statistics import TABLE
 
 EVERY = "lse target_logit logit_sum entropy argmax"
