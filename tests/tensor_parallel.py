@@ -89,9 +89,7 @@ PLANS: dict[str, dict[str, Any]] = {
 }
 CASES = [
     ("split", "mean", 40, False),
-    ("sequence", "mean", 40, False),
     *(("replicated", name, 41, True) for name in ("smoothed", "entropy", "accuracy")),
-    ("split", "returned", 41, True),
     ("sequence", "returned", 40, False),
     ("replicated", "returned, trained through", 41, True),
     ("split", "returned, trained through", 40, False),
@@ -101,6 +99,8 @@ MORE = [
     *(("split", name, 40, False) for name in ("sum", "scaled")),
     *(("replicated", name, 41, True) for name in ("mean", "sum", "scaled", "softcap", "none", "z-loss", "written out")),
     ("split", "mean", 41, True),
+    ("split", "returned", 41, True),
+    ("sequence", "mean", 40, False),
     ("replicated", "mean", 2, False),  # fewer classes than there are ranks
 ]
 

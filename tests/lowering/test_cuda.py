@@ -46,7 +46,7 @@ NO_PRODUCT = {
 # One of each kind of kernel, operand and statistic. All others are variants of these, and slow tests: interpreting one
 # takes some seconds.
 OFTEN = [
-    *("softcap, scale and smoothing", "any number of rows", "TMA", "gradients in the forward, bfloat16"),
+    *("softcap, scale and smoothing", "any number of rows", "TMA"),
     *("factors, blocks", "budget, NaN", "two heads, softcaps"),
     *("library, NaN in rows that do not count", "gradients in the forward, library, bfloat16"),
 ]

@@ -185,6 +185,7 @@ def test_groups():
     assert [found[name].int().tolist() for name in pretrain.GROUPS] == [[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
 
 
+@pytest.mark.slow
 def test_command(tmp_path, capsys):
     command = ["training", "--quick", "--out", str(tmp_path / "out"), "--docs", str(tmp_path / "docs")]
     assert main(command) == 0
