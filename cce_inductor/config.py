@@ -147,7 +147,8 @@ KNOBS: dict[str, Knob] = {
     ),
     "gradients_in_forward": Knob(
         _boolean,
-        "form the gradients of a mean or sum while the forward has the logits, where that saves a fifth of the time; "
+        "form the gradients of a loss that is one number, linear in the rows', while the forward has the logits, where "
+        "that saves a fifth of the time; "
         "they are then paid for, and held, by every forward under grad mode, backward or not",
     ),
     "sharded_head": Knob(

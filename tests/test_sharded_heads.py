@@ -6,7 +6,6 @@ DDP. The ranks run all cases once (`sharded_heads`); on two ranks, under `make t
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ import sharded_heads
 import torch
 import torch.distributed as dist
 from head_oracle import check_error_rule
+from on_ranks import results_of
 from sharded_heads import CASES, MORE, SIZES, exact
 
 pytestmark = [
@@ -28,16 +28,7 @@ Results = Callable[[int], list[dict[Any, Any]]]
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    folder = tmp_path_factory.mktemp("ranks")
-
-    @functools.cache
-    def results(n: int) -> list[dict[Any, Any]]:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("OMP_NUM_THREADS", "1")
-            torch.multiprocessing.spawn(sharded_heads.work, (n, str(folder)), nprocs=n)
-        return [torch.load(folder / f"{n}-{rank}.pt", weights_only=True) for rank in range(n)]
-
-    return results
+    return results_of(sharded_heads.work, tmp_path_factory.mktemp("ranks"))
 
 
 def of(name: str, n: int, ranks: Results) -> list[Any]:

@@ -5,7 +5,6 @@ Values and gradients are those of one process in float64. The ranks run all case
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 import tensor_parallel
 import torch
 import torch.distributed as dist
+from on_ranks import results_of
 from tensor_parallel import CASES, MORE
 
 pytestmark = [
@@ -24,16 +24,7 @@ RANKS = (2, pytest.param(3, marks=pytest.mark.slow))
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[Any, Any]]]:
-    folder = tmp_path_factory.mktemp("ranks")
-
-    @functools.cache
-    def results(n: int) -> list[dict[Any, Any]]:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("OMP_NUM_THREADS", "1")
-            torch.multiprocessing.spawn(tensor_parallel.work, (n, str(folder)), nprocs=n)
-        return [torch.load(folder / f"{n}-{rank}.pt", weights_only=True) for rank in range(n)]
-
-    return results
+    return results_of(tensor_parallel.work, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize(

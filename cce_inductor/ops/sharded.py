@@ -189,6 +189,11 @@ class _Head:
     def named(self, operands: Sequence[Tensor]) -> dict[str, Tensor]:
         return dict(zip(self.names.split(), operands, strict=True))
 
+    def kept(self, saved: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """What a forward has saved, by name: the operands, the statistics over all classes, and those of its own."""
+        tensors, wanted = iter(saved), self.wanted.split()
+        return [dict(zip(names, tensors, strict=False)) for names in (self.names.split(), wanted, wanted)]
+
     def forward(self, given: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
         """The statistics of one rank's classes."""
         out = FORWARD([*given.values()], " ".join(given), mask, self.wanted, False, *self.attributes.args())
@@ -295,14 +300,11 @@ class _Swap(torch.autograd.Function):
         """Collectives: the tangents and log-sum-exps of all rows; then the hidden states' gradient goes back."""
         head, shards = ctx.head, ctx.head.shards
         *saved, active, inside = ctx.saved_tensors
-        names, wanted = head.names.split(), head.wanted.split()
-        given = dict(zip(names, saved, strict=False))
-        made = dict(zip(wanted, saved[len(names) :], strict=False))
-        own = dict(zip(wanted, saved[len(names) + len(wanted) :], strict=True))
+        given, made, own = head.kept(saved)
         tangents = _tangents(ctx, grads, made)
         needs = head.needs(ctx.needs_input_grad[2:])
         if not tangents or not needs:
-            return (None,) * (2 + len(names))
+            return (None,) * (2 + len(given))
         sent = [*tangents.values(), *([made["lse"]] if "lse" in made else [])]
         rows = shards.gather(torch.stack(sent)).view(shards.ranks, len(sent), -1).transpose(0, 1).reshape(len(sent), -1)
         everywhere = dict(zip(tangents, rows.unbind(0), strict=False))
@@ -314,7 +316,7 @@ class _Swap(torch.autograd.Function):
         for name in ("weight", "bias"):
             if name in found:
                 found[name] = shards.mean(found[name], given[name])
-        return None, None, *(found.get(name) for name in names)
+        return None, None, *(found.get(name) for name in given)
 
 
 class _Stream(torch.autograd.Function):
@@ -349,21 +351,18 @@ class _Stream(torch.autograd.Function):
         """P - 1 steps of the ring with a shard, and P - 1 with the gradient of one, in fp32."""
         head, shards = ctx.head, ctx.head.shards
         *saved, mask = ctx.saved_tensors
-        names, wanted = head.names.split(), head.wanted.split()
-        given = dict(zip(names, saved, strict=False))
-        made = dict(zip(wanted, saved[len(names) :], strict=False))
-        own = dict(zip(wanted, saved[len(names) + len(wanted) :], strict=True))
+        given, made, own = head.kept(saved)
         tangents = _tangents(ctx, grads, made)
         needs = head.needs(ctx.needs_input_grad[2:])
         if not tangents or not needs:
-            return (None,) * (2 + len(names))
+            return (None,) * (2 + len(given))
         found = _Ring(head, given, made.get("lse"), own, mask, tangents, needs).run()
         for name in ("weight", "bias"):
             if name in found:
                 found[name] = shards.mean(found[name], given[name])
         if "input" in found:
             found["input"] = found["input"].to(given["input"].dtype)
-        return None, None, *(found.get(name) for name in names)
+        return None, None, *(found.get(name) for name in given)
 
 
 @dataclass

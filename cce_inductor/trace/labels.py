@@ -196,9 +196,7 @@ def left_out(op: Op, value: Value) -> tuple[Mask, float, bool] | None:
     if name in ("add", "sub") and found.same <= _OUT_OF_SIGHT:
         number = found.same
     filled: Any = constants.number(number) if is_tensor(number) else number
-    same, elsewhere = (0, 1) if name == "mul" else (there, not there)
-    if name in ("add", "sub"):
-        same, elsewhere = number, 0
+    same, elsewhere = {"mul": (0, 1), "add": (number, 0), "sub": (number, 0)}.get(name, (there, not there))
     # Of a row's own class it is known that it has the row's label.
     itself = made.keeps_itself and not isinstance(made.kept, Node)
     known = itself or (made.kept is not None and found.kept == found.kept_of_another)
