@@ -1,22 +1,65 @@
-"""Runs a function on several ranks, once for each number of them."""
+"""Runs programs on several ranks, all of a file once for each number of ranks."""
 
+from __future__ import annotations
+
+import datetime
+import faulthandler
 import functools
+import multiprocessing
+import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from cce_inductor import config
+
+# What the ranks run, each under the name of what it finds: (mesh, folder) -> the programs.
+Programs = Callable[[DeviceMesh, str], dict[Any, Callable[[], Any]]]
+Results = Callable[[int], list[dict[Any, Any]]]
 
 
-def results_of(work: Callable[[int, int, str], None], folder: Path) -> Callable[[int], list[dict[Any, Any]]]:
-    """(ranks) -> what each rank has found: `work(rank, ranks, folder)` saves it in the folder, as `ranks-rank.pt`."""
+@functools.lru_cache(maxsize=1)
+def _processes(ranks: int) -> ProcessPoolExecutor:
+    """For all files that run on this worker: what one has imported and warmed up the next one needs too."""
+    return ProcessPoolExecutor(ranks, multiprocessing.get_context("spawn"))
+
+
+def _run(programs: Programs, rank: int, ranks: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(600, exit=True)
+    store = dist.FileStore(f"{folder}/store{ranks}", ranks)
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timeout)
+    results: dict[Any, Any] = {}
+    with config.patch(min_vocab=0, compiler="aot_eager"):  # of heads that run eagerly
+        for name, program in programs(init_device_mesh("cpu", (ranks,)), folder).items():
+            torch._dynamo.reset()
+            try:
+                results[name] = program()
+            except Exception:
+                results[name] = traceback.format_exc()
+    torch.save(results, f"{folder}/{ranks}-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()
+
+
+def results_of(programs: Programs, folder: Path) -> Results:
+    """(ranks) -> what each rank has found, by the program's name; the error as text where one has failed."""
 
     @functools.cache
     def results(n: int) -> list[dict[Any, Any]]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("OMP_NUM_THREADS", "1")
-            torch.multiprocessing.spawn(work, (n, str(folder)), nprocs=n)
+            # They wait for one another, so that each is in a process of its own.
+            for run in [_processes(n).submit(_run, programs, rank, n, str(folder)) for rank in range(n)]:
+                run.result()
         return [torch.load(folder / f"{n}-{rank}.pt", weights_only=True) for rank in range(n)]
 
     return results

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
-import faulthandler
 import functools
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -138,7 +135,6 @@ def exact(vocab: int, bias: bool, name: str, ranks: int, dtype: torch.dtype) -> 
 
 def case(way: str, how: str, name: str, vocab: int, bias: bool, dtype: torch.dtype, mesh: DeviceMesh) -> dict[str, Any]:
     """Two steps of training, and what was found at the second."""
-    torch._dynamo.reset()
     eager_heads._calls.clear()  # a loss is counted when it is rewritten
     counters["cce_inductor"].clear()
     low = dtype == torch.bfloat16
@@ -317,7 +313,6 @@ def faulty(mesh: DeviceMesh) -> str:
     def fail(*args: Any) -> str:
         raise AssertionError("as a test")
 
-    torch._dynamo.reset()
     model = wrapped(Model(81, False), "SimpleFSDP", "swap", mesh, None)
     before, rewrite_of_heads.localise = rewrite_of_heads.localise, fail
     try:
@@ -443,25 +438,7 @@ OTHERS: dict[str, Callable[[DeviceMesh], Any]] = {
 OF_TWO = ("refused", "different rows", "training", "read", "lonely", "faulty", "graphs")
 
 
-def work(rank: int, ranks: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(600, exit=True)
-    config.min_vocab, config.compiler = 0, "aot_eager"  # type: ignore[attr-defined] # of heads that run eagerly
-    store = dist.FileStore(f"{folder}/store{ranks}", ranks)
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timeout)
-    mesh = init_device_mesh("cpu", (ranks,))
-    results: dict[Any, Any] = {}
-    for given in CASES if ranks == 2 else MORE:
-        try:
-            results[given] = case(*given, mesh)
-        except Exception:
-            results[given] = traceback.format_exc()
-    for name, other in OTHERS.items() if ranks > 2 else [(name, OTHERS[name]) for name in OF_TWO]:
-        try:
-            results[name] = other(mesh)
-        except Exception:
-            results[name] = traceback.format_exc()
-    torch.save(results, f"{folder}/{ranks}-{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+def programs(mesh: DeviceMesh, folder: str) -> dict[Any, Callable[[], Any]]:
+    few = mesh.size() == 2
+    cases = {given: functools.partial(case, *given, mesh) for given in (CASES if few else MORE)}
+    return cases | {name: functools.partial(OTHERS[name], mesh) for name in (OF_TWO if few else OTHERS)}

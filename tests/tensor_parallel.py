@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
-import faulthandler
-import traceback
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,7 +15,7 @@ from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, SequenceParallel, loss_parallel, parallelize_module
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -132,7 +130,6 @@ def case(plan: str, name: str, vocab: int, bias: bool, mesh: DeviceMesh) -> dict
     loss = LOSSES[name](logits, t)
     through = 0.1 * logits.square().mean() if name == "returned, trained through" else 0.0
     expected = torch.autograd.grad(loss + through, list(exact.parameters()))
-    torch._dynamo.reset()
     model = parallel(Model(vocab, bias), plan, mesh)
     counters["cce_inductor"].clear()
 
@@ -168,7 +165,6 @@ def case(plan: str, name: str, vocab: int, bias: bool, mesh: DeviceMesh) -> dict
 
 def graphs(mesh: DeviceMesh) -> dict[str, dict[str, int]]:
     """The collectives in the graphs that a compiler is given, of the forward and of the backward."""
-    torch._dynamo.reset()
     model = parallel(Model(40, False), "split", mesh)
     x, t = data(40)
     seen: dict[str, dict[str, int]] = {}
@@ -194,7 +190,6 @@ def graphs(mesh: DeviceMesh) -> dict[str, dict[str, int]]:
 
 def lonely(mesh: DeviceMesh) -> list[str]:
     """The errors of ranks that read logits, of which each has a part, when others do not."""
-    torch._dynamo.reset()
     model = parallel(Model(41, True), "replicated", mesh)
     x, t = data(41)
     errors = []
@@ -220,7 +215,6 @@ def lonely(mesh: DeviceMesh) -> list[str]:
 
 def failing(mesh: DeviceMesh) -> str:
     """The error where our pass fails: the graph as it was would wait for ranks on which it has not failed."""
-    torch._dynamo.reset()
     model = parallel(Model(41, True), "replicated", mesh)
     x, t = data(41)
 
@@ -250,7 +244,6 @@ def hugging_face(mesh: DeviceMesh, folder: str) -> dict[str, Any]:
     ids = torch.randint(130, (2, 9), generator=torch.Generator().manual_seed(1))
     expected = exact.double()(input_ids=ids, labels=ids)
     expected.loss.backward()
-    torch._dynamo.reset()
     counters["cce_inductor"].clear()
     made = torch.compile(model, backend="cce", options=THROUGH_AOT)(input_ids=ids, labels=ids)
     made.loss.backward()
@@ -265,30 +258,11 @@ def hugging_face(mesh: DeviceMesh, folder: str) -> dict[str, Any]:
     }
 
 
-def work(rank: int, ranks: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(120, exit=True)
-    store = dist.FileStore(f"{folder}/store{ranks}", ranks)
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timeout)
-    mesh = init_device_mesh("cpu", (ranks,))
-    results: dict[Any, Any] = {}
-    for given in CASES if ranks == 2 else CASES + MORE:
-        try:
-            results[given] = case(*given, mesh)
-        except Exception:
-            results[given] = traceback.format_exc()
-    others: dict[str, Callable[[], Any]] = {
-        "collectives": lambda: graphs(mesh),
-        "lonely": lambda: lonely(mesh),
-        "failing": lambda: failing(mesh),
-        "hugging face": lambda: hugging_face(mesh, f"{folder}/model{ranks}"),
+def programs(mesh: DeviceMesh, folder: str) -> dict[Any, Callable[[], Any]]:
+    few = mesh.size() == 2
+    found: dict[Any, Callable[[], Any]] = {
+        given: functools.partial(case, *given, mesh) for given in (CASES if few else CASES + MORE)
     }
-    for key, what in others.items() if ranks == 2 else [*others.items()][:3]:
-        try:
-            results[key] = what()
-        except Exception:
-            results[key] = traceback.format_exc()
-    torch.save(results, f"{folder}/{ranks}-{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    others = {"collectives": graphs, "lonely": lonely, "failing": failing}
+    found |= {name: functools.partial(other, mesh) for name, other in others.items()}
+    return found | ({"hugging face": lambda: hugging_face(mesh, f"{folder}/model")} if few else {})

@@ -6,7 +6,6 @@ DDP. The ranks run all cases once (`sharded_heads`); on two ranks, under `make t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,21 +13,20 @@ import sharded_heads
 import torch
 import torch.distributed as dist
 from head_oracle import check_error_rule
-from on_ranks import results_of
+from on_ranks import Results, results_of
 from sharded_heads import CASES, MORE, SIZES, exact
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo"),
-    pytest.mark.xdist_group("sharded_heads"),
+    pytest.mark.xdist_group("ranks"),
 ]
 MORE_RANKS = (pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow))
 RANKS = (2, *MORE_RANKS)
-Results = Callable[[int], list[dict[Any, Any]]]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return results_of(sharded_heads.work, tmp_path_factory.mktemp("ranks"))
+    return results_of(sharded_heads.programs, tmp_path_factory.mktemp("ranks"))
 
 
 def of(name: str, n: int, ranks: Results) -> list[Any]:

@@ -5,26 +5,25 @@ Values and gradients are those of one process in float64. The ranks run all case
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import tensor_parallel
 import torch
 import torch.distributed as dist
-from on_ranks import results_of
+from on_ranks import Results, results_of
 from tensor_parallel import CASES, MORE
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo"),
-    pytest.mark.xdist_group("tensor_parallel"),
+    pytest.mark.xdist_group("ranks"),
 ]
 RANKS = (2, pytest.param(3, marks=pytest.mark.slow))
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[Any, Any]]]:
-    return results_of(tensor_parallel.work, tmp_path_factory.mktemp("ranks"))
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return results_of(tensor_parallel.programs, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize(
@@ -32,7 +31,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict
     [*((2, case) for case in CASES), *(pytest.param(3, case, marks=pytest.mark.slow) for case in CASES + MORE)],
     ids=str,
 )
-def test_is_one_head(n: int, case: Any, ranks: Callable[[int], list[dict[Any, Any]]]) -> None:
+def test_is_one_head(n: int, case: Any, ranks: Results) -> None:
     for found in (results[case] for results in ranks(n)):
         assert isinstance(found, dict), found
         assert found["reads"] == (case[1] == "returned, trained through")
@@ -49,14 +48,14 @@ def test_is_one_head(n: int, case: Any, ranks: Callable[[int], list[dict[Any, An
 
 @pytest.mark.parametrize("n", RANKS)
 def test_one_collective_in_the_forward_and_one_for_the_hidden_states(
-    n: int, ranks: Callable[[int], list[dict[Any, Any]]]
+    n: int, ranks: Results
 ) -> None:
     for results in ranks(n):
         assert results["collectives"] == {"forward": {"all_gather_into_tensor": 1}, "backward": {"all_reduce": 1}}
 
 
 @pytest.mark.parametrize("n", RANKS)
-def test_a_read_of_one_rank_ends(n: int, ranks: Callable[[int], list[dict[Any, Any]]]) -> None:
+def test_a_read_of_one_rank_ends(n: int, ranks: Results) -> None:
     for rank, results in enumerate(ranks(n)):
         errors = results["lonely"]
         assert len(errors) == 2, errors
@@ -69,12 +68,12 @@ def test_a_read_of_one_rank_ends(n: int, ranks: Callable[[int], list[dict[Any, A
 
 
 @pytest.mark.parametrize("n", RANKS)
-def test_a_fault_of_ours_is_an_error_on_its_rank(n: int, ranks: Callable[[int], list[dict[Any, Any]]]) -> None:
+def test_a_fault_of_ours_is_an_error_on_its_rank(n: int, ranks: Results) -> None:
     for results in ranks(n):
         assert "a head that is spread over ranks, which others may have done" in results["failing"]
 
 
-def test_a_model_of_hugging_face_that_its_plan_has_split(ranks: Callable[[int], list[dict[Any, Any]]]) -> None:
+def test_a_model_of_hugging_face_that_its_plan_has_split(ranks: Results) -> None:
     for found in (results["hugging face"] for results in ranks(2)):
         assert isinstance(found, dict), found
         assert (found["fused"], found["reads"]) == (1, 0)

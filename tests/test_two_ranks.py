@@ -11,22 +11,19 @@ import pytest
 import torch
 import torch.distributed as dist
 import two_ranks
+from on_ranks import results_of
 from torch import Tensor
 from two_ranks import CASES, INSIDE, RANKS
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo"),
-    pytest.mark.xdist_group("two_ranks"),  # one worker runs the ranks for all
+    pytest.mark.xdist_group("ranks"),
 ]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        torch.multiprocessing.spawn(two_ranks.work, (str(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    return results_of(two_ranks.programs, tmp_path_factory.mktemp("ranks"))(RANKS)
 
 
 def close(got: list[Tensor], expected: list[Tensor], tolerance: float) -> None:

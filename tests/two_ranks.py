@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import traceback
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from capture import THROUGH_AOT
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -121,7 +119,6 @@ def gradients(model: Any) -> list[Tensor]:
 
 def case(wrapper: str, order: str | None, inside: bool, x: Tensor, t: Tensor) -> dict[str, Any]:
     """Three steps: the logits are not read, read before the backward, and read after the optimizer's step."""
-    torch._dynamo.reset()
     eager_heads._calls.clear()  # a loss is counted when it is rewritten
     before = dict(counters["cce_inductor"])
     model, loss_fn = made(wrapper, order), loss_of
@@ -159,21 +156,11 @@ def attempt(read: Callable[[], Tensor]) -> Tensor | str:
         return str(error)
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    cce_inductor.config.min_vocab, cce_inductor.config.compiler = 0, "aot_eager"  # of heads that run eagerly
-    store = dist.FileStore(f"{folder}/store", RANKS)
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timeout)
-    gen = torch.Generator().manual_seed(1 + rank)
+def programs(mesh: DeviceMesh, folder: str) -> dict[Any, Callable[[], Any]]:
+    gen = torch.Generator().manual_seed(1 + mesh.get_local_rank())
     x, t = torch.randn(2, 6, D, generator=gen), torch.randint(0, V, (2, 6), generator=gen)
-    results: dict[Any, Any] = {}
-    for wrapper, order in [*((w, None) for w in WRAPPERS), *CASES]:
-        for where in INSIDE:
-            try:
-                results[wrapper, order, where] = case(wrapper, order, where == "loss_inside", x, t)
-            except Exception:
-                results[wrapper, order, where] = traceback.format_exc()
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return {
+        (wrapper, order, where): functools.partial(case, wrapper, order, where == "loss_inside", x, t)
+        for wrapper, order in [*((w, None) for w in WRAPPERS), *CASES]
+        for where in INSIDE
+    }
