@@ -270,7 +270,7 @@ def test_logits_far_apart_behind_a_wide_softcap_in_16_bits(as_on_avx512):
     "dtype,workspace,at_once",
     [
         (torch.float32, 1 << 20, False),  # many blocks and slabs
-        (torch.bfloat16, 4 << 20, True),
+        pytest.param(torch.bfloat16, 4 << 20, True, marks=pytest.mark.slow),
         pytest.param(torch.float32, 64 << 20, False, marks=pytest.mark.slow),  # one of each
         pytest.param(torch.float32, 4 << 20, True, marks=pytest.mark.slow),
         pytest.param(torch.bfloat16, 64 << 20, False, marks=pytest.mark.slow),

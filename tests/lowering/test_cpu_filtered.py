@@ -400,6 +400,7 @@ def transposed(case: Case) -> Case:
     return replace(case, head=replace(head, x=x, w=w))
 
 
+@pytest.mark.slow
 def test_autocast_strided_operands_a_frozen_trunk_and_the_sum_of_logits():
     """The gradient of logit_sum (label smoothing) stands apart and is never filtered."""
     n, v = 300, 2500

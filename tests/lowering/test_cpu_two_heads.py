@@ -39,7 +39,8 @@ def test_every_option_and_any_number_of_rows_and_classes():
     assert kernels() == 2
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sixteen_bits_beside_what_is_of_one_head(dtype):
     given = heads(dtype, n=130, d=70, other_d=33, v=2500)
     given |= {"target": torch.arange(130), "entries": some_entries(130, 8, 2500)}

@@ -161,7 +161,7 @@ def loss_of(x, w, t):
     return F.cross_entropy(F.linear(x, w), t)
 
 
-@pytest.mark.parametrize("workspace_mb", [8, "auto"])
+@pytest.mark.parametrize("workspace_mb", [pytest.param(8, marks=pytest.mark.slow), "auto"])
 def test_a_compiled_loss_uses_it_and_holds_one_gradient_of_the_weight(workspace_mb):
     n, d, v = 512, 64, 9000
     torch._dynamo.reset()
