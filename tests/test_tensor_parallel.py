@@ -47,9 +47,7 @@ def test_is_one_head(n: int, case: Any, ranks: Results) -> None:
 
 
 @pytest.mark.parametrize("n", RANKS)
-def test_one_collective_in_the_forward_and_one_for_the_hidden_states(
-    n: int, ranks: Results
-) -> None:
+def test_one_collective_in_the_forward_and_one_for_the_hidden_states(n: int, ranks: Results) -> None:
     for results in ranks(n):
         assert results["collectives"] == {"forward": {"all_gather_into_tensor": 1}, "backward": {"all_reduce": 1}}
 
