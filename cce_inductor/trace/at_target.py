@@ -12,17 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.fx import Node
 
 from ..graph import nodes
 from ..graph.builder import Builder, Proxy
 from ..graph.facts import Fact
 from ..graph.fakes import fake, is_number, is_tensor
-from ..graph.memory import storages, written
+from ..graph.memory import storages, written, written_after
 from ..graph.nodes import Op
 from ..graph.refusal import Refused
-from .affine import IDENTITY
+from .cosines import are_cosines, between_cosines
 from .decompose import widened
 from .marks import Mark, mark
 from .reasons import MARGIN
@@ -91,26 +90,22 @@ class Expression:
             return n
         if not self._made_of_logits(n):
             found = self._mark(n)
-            return n if found is None else found.elsewhere
-        if self._leaf(n) is not None:
+            if found is not None:
+                return found.elsewhere
+            if not self._is_made_for_it(n):
+                return n
+        elif self._leaf(n) is not None:
             return n
         op = nodes.read(n)
         name = "" if op is None else _called(n) if op.name == "function" else op.name
         if op is None or name not in _SIMPLIFIED:
             raise Refused(*MARGIN)
         made = _SIMPLIFIED[name](*(self._lazily(op, a) for a in _ARGUMENTS.get(name, ("input", "other"))))
-        if isinstance(made, _Angles) and (op.inplace or not self._are_cosines(made.of)):
-            raise Refused(*MARGIN)
+        if isinstance(made, _Angles):
+            leaf = self._leaf(made.of)
+            if op.inplace or leaf is None or not are_cosines(leaf):
+                raise Refused(*MARGIN)
         return made
-
-    def _are_cosines(self, n: Node) -> bool:
-        """Whether logits are products of rows of length 1 as they are."""
-        leaf = self._leaf(n)
-        if leaf is None or leaf.affine != IDENTITY:
-            return False
-        head = leaf.one
-        of_weight = _of_length_one(head.weight, 0 if head.transposed else 1)
-        return of_weight and _of_length_one(head.input, head.width_dim)
 
     def _lazily(self, op: Op, name: str) -> Callable[[], Any]:
         if op.args.get("alpha", 1) != 1 or op.args.get("rounding_mode") is not None:
@@ -150,10 +145,11 @@ class Expression:
                 return entry(yes if holds else no)
         args, kwargs = [entry(a) for a in n.args], {k: entry(a) for k, a in n.kwargs.items()}
         if not isinstance(args[0], torch.fx.Proxy) and not isinstance(args[-1], torch.fx.Proxy):
-            args[0] = builder.call(torch.full_like, index, float(args[0]), dtype=value.fake.dtype)
+            dtype = fake(n).dtype if fake(n).is_floating_point() else value.fake.dtype
+            args[0] = builder.call(torch.full_like, index, float(args[0]), dtype=dtype)
         if op.name == "cast":
             return args[0].to(fake(n).dtype)
-        if op.inplace:
+        if op.inplace or not isinstance(args[0], torch.fx.Proxy):
             return OUT_OF_PLACE[op.name](args[0], args[1])
         return builder.again(n, tuple(args), kwargs)
 
@@ -171,7 +167,13 @@ class Expression:
             return builder.proxy(n)
         if is_vocabulary_vector(fake(n), value.fake, value.class_dim):
             return builder.proxy(n).reshape(-1)[index]
+        if self._is_made_for_it(n):
+            return self._again(builder, n, index, value)
         raise Refused(*MARGIN)
+
+    def _is_made_for_it(self, n: Node) -> bool:
+        """Whether a tensor of the logits' shape was made entry by entry, such as numbers of the classes, one-hot."""
+        return fake(n).shape == fake(self.root).shape and is_pointwise(n) and not written_after(n)
 
 
 @dataclass(frozen=True)
@@ -194,30 +196,6 @@ def _called(node: Node) -> str:
     return {"arccos": "acos"}.get(name, name)
 
 
-def _of_length_one(node: Node, dim: int) -> bool:
-    """Whether a tensor was divided by its length along a dimension."""
-    op = nodes.read(node)
-    while op is not None and op.name in ("cast", "copy", "detach") and not op.inplace:
-        node = op.args["input"]
-        op = nodes.read(node)
-    rank = fake(node).dim()
-    if node.target is F.normalize:
-        given = dict(zip(("p", "dim"), node.args[1:3], strict=False)) | node.kwargs
-        along = given.get("dim", 1)
-        return bool(given.get("p", 2.0) == 2 and isinstance(along, int) and along % rank == dim % rank)
-    if op is None or op.name != "div" or op.inplace or not is_tensor(length := op.args["other"]):
-        return False
-    name = nodes.called(length).split(".")[0]
-    shape: list[Any] = [*fake(node).shape]
-    shape[dim] = 1
-    own = bool(length.args) and length.args[0] is op.args["input"]
-    order = length.kwargs.get("p", length.kwargs.get("ord", length.args[1] if len(length.args) > 1 else 2))
-    return name in _LENGTHS and shape == [*fake(length).shape] and own and order in (2, None)
-
-
-_LENGTHS = ("norm", "linalg_norm", "linalg_vector_norm")
-
-
 # The condition of a choice between two, what holds where it is true, and where it is not.
 _BRANCHES = {"where": ("condition", "input", "other"), "masked_fill": ("mask", "value", "input")}
 _ARGUMENTS = _BRANCHES | {"clamp": ("input", "min", "max"), "acos": ("input",), "cos": ("input",)}
@@ -235,10 +213,12 @@ def _product(a: Callable[[], Any], b: Callable[[], Any]) -> Any:
             known = x()
         except Refused:
             continue
+        known = int(known) if isinstance(known, bool) else known
         if is_number(known) and known == 0:
             return 0.0
         if is_number(known):
             rest = other()
+            rest = int(rest) if isinstance(rest, bool) else rest
             return rest if known == 1 else known * rest if is_number(rest) else _unknown()
     return _unknown()
 
@@ -259,10 +239,8 @@ def _branch(condition: Callable[[], Any], a: Callable[[], Any], b: Callable[[], 
 
 def _clamped(a: Callable[[], Any], low: Callable[[], Any], high: Callable[[], Any]) -> Any:
     """To what cosines are anyway, or a rounding error less: their arccosine has a finite slope then."""
-    z, ends = a(), (low(), high())
-    if not isinstance(z, Node) or not all(is_number(end) and 0 <= 1 - abs(end) <= 1e-5 for end in ends):
-        return _unknown()
-    return _Cosines(z) if ends[0] < 0 < ends[1] else _unknown()
+    z = a()
+    return _Cosines(z) if isinstance(z, Node) and between_cosines(low(), high()) else _unknown()
 
 
 def _angles(a: Callable[[], Any]) -> Any:

@@ -30,7 +30,7 @@ from .targets import base, counts, same_classes
 from .values import Diagonal, Labels, Value
 
 # What is added to logits to leave them out: from here on the sum is the number itself, but for its rounding.
-_OUT_OF_SIGHT = -1e9
+OUT_OF_SIGHT = -1e9
 
 
 class Numbers(NamedTuple):
@@ -193,7 +193,7 @@ def left_out(op: Op, value: Value) -> tuple[Mask, float, bool] | None:
         return None
     made = Mask(mask, value)
     found = made.numbers if name != "sub" else Numbers(*map(operator.neg, made.numbers))
-    if name in ("add", "sub") and found.same <= _OUT_OF_SIGHT:
+    if name in ("add", "sub") and found.same <= OUT_OF_SIGHT:
         number = found.same
     filled: Any = constants.number(number) if is_tensor(number) else number
     same, elsewhere = {"mul": (0, 1), "add": (number, 0), "sub": (number, 0)}.get(name, (there, not there))

@@ -28,15 +28,15 @@ from ..graph.refusal import Refused
 from . import margin_losses, rules
 from .at_target import OUT_OF_PLACE, Expression, is_pointwise, own_entry
 from .indexing import positions
-from .labels import left_out
+from .labels import OUT_OF_SIGHT, left_out
 from .marks import mark
 from .operands import vocab
 from .reasons import LEFT_OUT, MARGIN
 from .reduction import Reduction
 from .reductions import is_arange
-from .shapes import is_row_vector, same_rows, same_shape
+from .shapes import is_row_vector, is_vocabulary_vector, same_rows, same_shape
 from .targets import as_column, base
-from .values import Diagonal, Edit, Labels, Value
+from .values import Diagonal, Edit, Labels, Mask, Value
 from .walk import Entry, Walk
 
 # ---- where they begin
@@ -321,11 +321,16 @@ def _follows(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
     if isinstance(made, Reduction):
         walk.decompose(node, entry.trace, lambda b: margin_losses.read(b, walk, value, made))
         return True
-    if not isinstance(made, Value) or (made.picked, made.columns, made.masks) != (None, value.columns, value.masks):
+    if not isinstance(made, Value) or (made.picked, made.columns) != (None, value.columns):
         raise Refused(*MARGIN)
+    masked = made.masks[len(value.masks) :]
+    if made.masks[: len(value.masks)] != value.masks:
+        raise Refused(*MARGIN)
+    if any(mask.fill != -math.inf for mask in masked):
+        raise Refused("logits with a margin are masked with a finite number", "mask them with -inf")
     if made.kind == "logits":
         rearranged = made.rows != value.rows
-        edit = replace(edit, logits=node) if rearranged else _done_to_the_entry(walk, node, op, value, edit)
+        edit = replace(edit, logits=node) if rearranged else _done_to_the_entry(walk, node, op, value, edit, masked)
     elif made.kind != "log_softmax":
         raise Refused(*MARGIN)
     walk.put_or_edit(node, op, entry, [replace(made, edit=edit)])
@@ -356,12 +361,14 @@ def _takes_the_rest(op: Op, value: Value) -> bool:
     return op.name == "getitem" and index == (Ellipsis, slice(1, None, None))
 
 
-def _done_to_the_entry(walk: Walk, node: Node, op: Op, value: Value, edit: Edit) -> Edit:
-    """What an op on every entry makes of the one at the target."""
+def _done_to_the_entry(walk: Walk, node: Node, op: Op, value: Value, edit: Edit, masked: tuple[Mask, ...]) -> Edit:
+    """What an op on every entry makes of the one at the target. masked: the classes that it has masked."""
     builder, before = Builder(walk.graph, node), node.prev
 
     def record(n: Node) -> Proxy:
         e = builder.proxy(n)
+        if masked:
+            return e.masked_fill(_at_classes(builder, masked[0].node, edit), masked[0].fill)
         if op.name in ("cast", "copy", "detach"):
             return e.detach() if op.name == "detach" else e
         if op.name == "neg":
@@ -371,9 +378,10 @@ def _done_to_the_entry(walk: Walk, node: Node, op: Op, value: Value, edit: Edit)
         )
         return OUT_OF_PLACE[op.name](a, b)
 
-    if op.name not in ("cast", "copy", "detach", "neg", *OUT_OF_PLACE) or op.args.get("alpha", 1) != 1:
+    known = masked or op.name in ("cast", "copy", "detach", "neg", *OUT_OF_PLACE)
+    if not known or op.args.get("alpha", 1) != 1:
         raise Refused(*MARGIN)
-    if value.labels is not None and edit.filled is None and not _keeps_infinite(op):
+    if value.labels is not None and not _keeps_what_is_left_out(op, value, edit, masked):
         raise Refused(*MARGIN)
     made, filled = builder.run(record, edit.entry).node, edit.filled
     if filled is not None:
@@ -382,14 +390,30 @@ def _done_to_the_entry(walk: Walk, node: Node, op: Op, value: Value, edit: Edit)
     return replace(edit, entry=made, logits=node, filled=filled)
 
 
-def _keeps_infinite(op: Op) -> bool:
-    """Whether an op gives -inf for -inf, whatever else it takes as long as that is finite."""
-    if op.name in ("cast", "copy", "detach", "add"):
+def _at_classes(builder: Builder, n: Node | None, edit: Edit) -> Proxy:
+    """What a tensor with one number for each class has at those of the edit."""
+    if n is None or edit.classes is None:
+        raise Refused(*MARGIN)
+    return builder.proxy(n).reshape(-1)[builder.proxy(edit.classes)]
+
+
+def _keeps_what_is_left_out(op: Op, value: Value, edit: Edit, masked: tuple[Mask, ...]) -> bool:
+    """Whether an op does the same to all classes that a mask of labels leaves out, whatever else it takes.
+
+    To those at -inf it does nothing, as long as that is finite.
+    """
+    first = op.args["input"] is value.node
+    other = op.args.get("other") if first else op.args["input"]
+    if edit.filled is not None:
+        number = nodes.read(edit.filled[0])
+        of_classes = is_tensor(other) and is_vocabulary_vector(fake(other), value.fake, value.class_dim)
+        far = number is not None and number.has(Fact.CONSTANT) and number.args["fill_value"] <= OUT_OF_SIGHT
+        return not masked and (not of_classes or (far and op.name in ("add", "sub")))
+    if masked or op.name in ("cast", "copy", "detach", "add"):
         return True
-    other = op.args.get("other")
-    if not is_tensor(op.args["input"]):
-        return False  # it is subtracted, or what divides
-    return op.name == "sub" or (op.name in ("mul", "div") and isinstance(other, (int, float)) and other > 0)
+    if op.name == "mul":
+        return isinstance(other, (int, float)) and other > 0
+    return first and (op.name == "sub" or (op.name == "div" and isinstance(other, (int, float)) and other > 0))
 
 
 def _beside(builder: Builder, x: Any, value: Value, edit: Edit) -> Any:
@@ -397,4 +421,6 @@ def _beside(builder: Builder, x: Any, value: Value, edit: Edit) -> Any:
         return x
     if is_tensor(x) and (fake(x).numel() == 1 or (is_row_vector(x, value) and len(value.rows) == edit.start)):
         return builder.proxy(x)
+    if is_tensor(x) and is_vocabulary_vector(fake(x), value.fake, value.class_dim):
+        return _at_classes(builder, x, edit)
     raise Refused(*MARGIN)

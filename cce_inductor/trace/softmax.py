@@ -10,6 +10,7 @@ from torch.fx import Node
 from ..graph import nodes
 from ..graph.fakes import differentiates, fake, is_number
 from ..graph.refusal import Refused
+from .cosines import are_cosines, between_cosines
 from .reduction import SOFTMAX, Reduction
 from .shapes import is_row_vector
 from .values import Args, Function, Value
@@ -62,8 +63,10 @@ def log(value: Value, node: Node, args: Args) -> Value:
 
 
 def clamp(value: Value, node: Node, args: Args) -> Value:
-    """Only where it changes nothing but -inf, as torch.distributions.Categorical does."""
+    """Only where it changes no more than -inf, as torch.distributions.Categorical does, or how cosines are rounded."""
     low, high = args["min"], args["max"]
+    if are_cosines(value) and between_cosines(low, high):
+        return value.then(node, lambda z, _: z.clamp(low, high))
     if value.kind != "log_softmax":
         raise Refused(f"the {value.words} are clamped", _UNCLAMPED.get(value.kind, "clamp what the loss reads of them"))
     if high is not None or not is_number(low) or low > -1e30:

@@ -537,6 +537,12 @@ MARGINS = {
     "a margin by scatter": ("z = z.scatter(-1, t[..., None], z.gather(-1, t[..., None]) - 0.3)",),
     "a margin by parts": ("m = F.one_hot(t, {v}).to(z.dtype)", "z = m * torch.cos(z) + (1.0 - m) * z"),
     "a margin for each class": ("z = z - F.one_hot(t, {v}) * torch.linspace(0.1, 0.5, {v}).to(z.dtype)[t][..., None]",),
+    "a margin of the classes' numbers": ("z = z - F.one_hot(t, {v}) * torch.linspace(0.1, 0.5, {v}).to(z.dtype)",),
+    "a margin and a prior": ("z = (z - 0.3 * F.one_hot(t, {v}).to(z.dtype)) + torch.linspace(-1, 1, {v}).to(z.dtype)",),
+    "a margin and a mask": (
+        "z = z - 0.3 * F.one_hot(t, {v}).to(z.dtype)",
+        "z = z.masked_fill(torch.arange({v}) == 0, -math.inf)",
+    ),
     "a margin looked up by a product": (
         "i = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, t[..., None], True)",
         "z = torch.where(i, z - torch.matmul(i.float(), torch.linspace(0.1, 0.5, {v})[:, None]).to(z.dtype), z)",

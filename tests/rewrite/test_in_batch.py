@@ -179,6 +179,49 @@ def test_equal_labels_of_a_batch_with_itself(name, inputs):
     assert_same_as_eager(lambda q, k, t: LABELS[name](similarities(q, q) + k.sum() * 0, t), inputs, fused=1)
 
 
+def corrected():
+    return torch.linspace(0, 1, N)
+
+
+# What is done to the classes behind a mask of equal labels, each by a number of its own; -inf, and out of sight.
+BEHIND = {
+    "less a prior": lambda z, t: z.masked_fill(equal(t) & ~bools(), -math.inf) - corrected(),
+    "less a prior, a number": lambda z, t: z.masked_fill(equal(t) & ~bools(), -1e9) - corrected(),
+    "and a prior, a number": lambda z, t: corrected() + z.masked_fill(equal(t) & ~bools(), -1e9),
+    "a mask": lambda z, t: z.masked_fill(equal(t) & ~bools(), -math.inf).masked_fill(corrected() > 0.8, -math.inf),
+    "scaled from the left": lambda z, t: 0.5 * z.masked_fill(equal(t) & ~bools(), -math.inf),
+}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_classes_are_edited_behind_a_mask_of_labels(name, inputs):
+    target = torch.arange(N) % (N // 2)
+
+    def fn(q, k, t):
+        z = BEHIND[name](similarities(q, k), t)
+        return (z.logsumexp(1) - z.diagonal())[target].square().mean()
+
+    assert_same_as_eager(fn, inputs, fused=1)
+
+
+# What brings the classes that are left out to other logits than all of them one, or than none.
+NOT_BEHIND = {
+    "a prior, in sight": lambda z, t: z.masked_fill(equal(t) & ~bools(), -5.0) - corrected(),
+    "a gain": lambda z, t: z.masked_fill(equal(t) & ~bools(), -1e9) * (corrected() + 1.0),
+    "a mask with a number": lambda z, t: z.masked_fill(equal(t) & ~bools(), -math.inf).masked_fill(
+        corrected() > 0.8, -5.0
+    ),
+    "subtracted from a tensor": lambda z, t: corrected()[:, None] - z.masked_fill(equal(t) & ~bools(), math.inf),
+}
+
+
+@pytest.mark.parametrize("name", NOT_BEHIND)
+def test_classes_that_are_left_out_are_edited_apart(name, inputs):
+    assert_same_as_eager(
+        lambda q, k, t: F.cross_entropy(NOT_BEHIND[name](similarities(q, k), t), rows()), inputs, fused=0
+    )
+
+
 # With a target that is not the diagonal.
 OF_A_TARGET = {
     "one-hot rows": lambda z, t, u: z.masked_fill(equal(u, t) & ~F.one_hot(t, N).bool(), -math.inf),

@@ -89,6 +89,10 @@ MARGINS = {
     "a one-hot tensor subtracted": lambda z, t: z - M * one_hot(t).to(z.dtype),
     "a one-hot tensor added": lambda z, t: -M * one_hot(t).float() + z,
     "a margin for each class": lambda z, t: z - torch.linspace(0.1, 0.5, V)[t][:, None] * one_hot(t),
+    "of the classes' numbers": lambda z, t: z - one_hot(t) * torch.linspace(0.1, 0.5, V),
+    "of the classes' numbers, one of one": lambda z, t: z - torch.linspace(0.1, 0.5, V) * one_hot(t).double().float(),
+    "where classes are compared": lambda z, t: z - M * (torch.arange(V) == t[:, None]),
+    "a sum of numbers of the classes": lambda z, t: z + one_hot(t) * (torch.linspace(0.1, 0.5, V) - M),
     "a scattered tensor subtracted": lambda z, t: z - torch.zeros_like(z).scatter_(-1, t[..., None], M),
     "a margin in a buffer": lambda z, t: z - scattered(torch.zeros(B * S, V), t, M),
     "a one-hot tensor subtracted in place": lambda z, t: z.sub_(M * one_hot(t)),
@@ -147,6 +151,49 @@ LOSSES = {
 @pytest.mark.parametrize("name", MARGINS)
 def test_a_margin_at_the_target_fuses(name, inputs):
     assert_same_as_eager(lambda x, w, t: ce(4 * MARGINS[name](F.linear(x, w), t), t), inputs, fused=1)
+
+
+def prior():
+    return torch.linspace(-1, 1, V)
+
+
+# What is done to all classes behind a margin, each class by a number of its own.
+BEHIND = {
+    "a prior": lambda z: z * 4 + prior(),
+    "a prior, subtracted in place": lambda z: (z * 4).sub_(prior()),
+    "a prior before": lambda z: prior() + 0.5 * z,
+    "a gain": lambda z: z * (prior() + 3.0),
+    "a temperature": lambda z: z / (prior() + 2.0),
+    "a mask": lambda z: (z * 4).masked_fill(prior() > 0.8, -math.inf),
+    "a mask and a prior": lambda z: (z * 4).masked_fill(prior() > 0.8, -math.inf) + prior(),
+    "a mask in three dimensions": lambda z: z.view(B, S, V).masked_fill(prior() > 0.8, -math.inf).view(B * S, V),
+    "a mask in place": lambda z: (z * 4).masked_fill_((prior() > 0.8)[None], -math.inf),
+}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+@pytest.mark.parametrize("margin", ["a one-hot tensor subtracted", "scattered in place", "ArcFace"])
+def test_classes_are_edited_behind_a_margin(name, margin, inputs):
+    assert_same_as_eager(lambda x, w, t: ce(BEHIND[name](MARGINS[margin](F.linear(x, w), t)), t % 5), inputs, fused=1)
+
+
+@pytest.mark.parametrize("ends", [(-1, 1), (-1.0 + 1e-7, 1.0 - 1e-7), (-0.5, 0.5)], ids=str)
+@pytest.mark.parametrize("margin", ["none", "CosFace", "by arccos"])
+def test_cosines_are_clamped_to_what_they_are(margin, ends, inputs):
+    """As in insightface: a rounding error beyond 1 would have no arccosine."""
+
+    def fn(x, w, t):
+        z = F.linear(F.normalize(x), F.normalize(w)).clamp(*ends)
+        return ce(4 * (z if margin == "none" else MARGINS[margin](z, t)), t)
+
+    assert_same_as_eager(fn, inputs, fused=int(ends[1] > 0.9), tolerance=2e-5)
+
+
+def test_products_that_are_no_cosines_are_clamped(inputs):
+    def fn(x, w, t):
+        return ce(4 * F.linear(x, F.normalize(w)).clamp(-1, 1), t) + ce(F.linear(F.normalize(x), w).clip(-1, 1), t)
+
+    assert_same_as_eager(fn, inputs, fused=0)
 
 
 def of_all_angles(z, t):
@@ -395,10 +442,9 @@ UNFUSED = {
     ),
     "the largest": (lambda z, t: ce(z, t) + (z - M * one_hot(t)).amax(-1).mean(), "a margin at the target"),
     "its probabilities": (lambda z, t: ce(z, t) - (z - M * one_hot(t)).softmax(-1).square().sum(), "a margin"),
-    "a factor for each class behind it": (lambda z, t: ce((z - M * one_hot(t)) * torch.ones(V), t), "a margin"),
     "a mask behind it": (
         lambda z, t: ce((z - M * one_hot(t)).masked_fill(torch.arange(V) > 30, -1e4), t % 30),
-        "a margin",
+        "masked with a finite number",
     ),
     "scattered along the rows": (lambda z, t: ce(z.scatter(0, t[:1, ..., None] % len(z), 0.5), t), "by an index"),
     "one row scattered": (lambda z, t: ce(z.scatter(-1, t[..., :1, None], 0.5), t), "by an index"),
