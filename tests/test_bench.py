@@ -340,7 +340,7 @@ class TestRun:
     def test_factors_and_margins(self, tmp_path, capsys):
         assert main(["factors", "--quick", "--out", str(tmp_path)]) == 0
         found = json.loads((tmp_path / "cpu-factors.json").read_text())["factors"]
-        assert [one["loss"] for one in found] == [*FACTORED, *LOOPS]
+        assert [one["loss"] for one in found] == [name for name in (*FACTORED, *LOOPS) if "D = 576" not in name]
         for one in found:
             assert set(one["seconds"]) == {"eager", "compile", "ours", *(["base"] if one["base"] else [])}
         assert "| ArcFace |" in capsys.readouterr().out
@@ -349,9 +349,9 @@ class TestRun:
     def test_two_heads(self, tmp_path, capsys):
         assert main(["two-heads", "--quick", "--out", str(tmp_path)]) == 0
         found = json.loads((tmp_path / "cpu-two-heads.json").read_text())["two-heads"]
-        assert [one["loss"] for one in found] == [*TWO_HEADS]
+        assert [one["loss"] for one in found] == [name for name in TWO_HEADS if "D = 576" not in name]
         assert all({*one["seconds"]} == {*one["peak"]} == {"eager", "compile", "ours"} for one in found)
-        assert "| EMO, D = 576, bf16 |" in capsys.readouterr().out
+        assert "| EMO, D = 1024, bf16 |" in capsys.readouterr().out
 
     def test_from_arguments_to_report(self, tmp_path, monkeypatch, capsys):
         preset = replace(arguments.PRESETS["table"], repeat=2)
