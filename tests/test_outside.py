@@ -6,6 +6,7 @@ fuses in a compiled graph fuses here too; tests/rewrite/test_property.py tries p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -134,6 +135,22 @@ def arcface(z: Tensor, t: Tensor) -> Tensor:
     return flat(30 * (own * torch.cos(torch.acos(cosines) + 0.3) + (1.0 - own) * cosines), t)
 
 
+def monotonic(cosines: Tensor) -> Tensor:
+    """An angle larger by 0.3, as far as that is one: where it is not, as much less that it goes on falling."""
+    angle = cosines * math.cos(0.3) - torch.sqrt((1.0 - torch.pow(cosines, 2)).clamp(0, 1)) * math.sin(0.3)
+    return torch.where(cosines > math.cos(math.pi - 0.3), angle, cosines - math.sin(math.pi - 0.3) * 0.3)
+
+
+def arcface_that_falls(z: Tensor, t: Tensor) -> Tensor:
+    cosines = z / 10
+    own = torch.zeros(cosines.size()).scatter_(-1, t[..., None], 1)
+    return flat(30 * (own * monotonic(cosines) + (1.0 - own) * cosines), t)
+
+
+def margin_and_prior(z: Tensor, t: Tensor) -> Tensor:
+    return flat((3 * (z - 0.3 * F.one_hot(t, V)) + PRIOR).masked_fill(torch.arange(V) > 998, -torch.inf), t % 998)
+
+
 def margin_by_scatter(z: Tensor, t: Tensor) -> Tensor:
     return flat(z.scatter(-1, t[..., None], z.gather(-1, t[..., None]) - 0.3), t)
 
@@ -255,7 +272,10 @@ LOSSES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "halves": halves,
     "margin": margin,
     "margin_by_where": margin_by_where,
+    "margin_by_where_not": lambda z, t: flat(torch.where(torch.arange(V) != t[..., None], z, z - 0.3), t),
+    "margin_and_prior": margin_and_prior,
     "arcface": arcface,
+    "arcface_that_falls": arcface_that_falls,
     "margin_by_scatter": margin_by_scatter,
     "margin_in_place": margin_in_place,
     "margin_added_in_place": margin_added_in_place,
@@ -317,6 +337,37 @@ def test_no_logits_are_needed(name: str) -> None:
         for g, e, x in zip(got, expected, exact, strict=True):
             off, theirs = ((t.double() - x).norm() / x.norm() for t in (g, e))
             assert off <= 1.25 * theirs + 8 * torch.finfo(torch.float32).eps, f"off by {off:.2e}, eager {theirs:.2e}"
+
+
+def normalized(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(F.normalize(x), F.normalize(weight))
+
+
+# Of cosines, whose arccosine is an angle, and which are clamped to what they are.
+OF_COSINES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "clamped": lambda z, t: F.cross_entropy(30 * z.clamp(-1, 1), t),
+    "a margin": lambda z, t: F.cross_entropy(30 * (z.clamp(-1, 1) - 0.3 * F.one_hot(t, V)), t),
+    "angles": lambda z, t: F.cross_entropy(
+        30 * torch.cos(torch.acos(z.clamp(-1 + 1e-7, 1 - 1e-7)) + 0.3 * F.one_hot(t, V)), t
+    ),
+}
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["eager", "compiled apart"])
+@pytest.mark.parametrize("name", OF_COSINES)
+@pytest.mark.parametrize("head", [normalized, lambda x, w: normalized(x, w).clip(-1, 1)], ids=["", "clipped"])
+def test_no_cosines_are_needed(head: Callable[[Tensor, Tensor], Tensor], name: str, apart: bool) -> None:
+    torch._dynamo.reset()
+    x, w = (torch.randn(n, D, dtype=torch.float64).requires_grad_() for n in (S, V))
+    t = T.flatten()[:S]
+    run = torch.compile(head, backend="cce", options=FUSE_ALL)
+    loss = torch.compile(OF_COSINES[name], backend="cce", options=FUSE_ALL) if apart else OF_COSINES[name]
+    counters["cce_inductor"].clear()
+    got, expected = loss(run(x, w), t), OF_COSINES[name](head(x, w), t)
+    torch.testing.assert_close(got, expected)
+    for g, e in zip(torch.autograd.grad(got, (x, w)), torch.autograd.grad(expected, (x, w)), strict=True):
+        torch.testing.assert_close(g, e)
+    assert counters["cce_inductor"]["deferred"] == 1 and counters["cce_inductor"]["deferred_materialized"] == 0
 
 
 def test_the_sum_of_all_entries_is_no_sum_of_a_row() -> None:

@@ -164,8 +164,10 @@ def _step_of(
 
 
 def _trains(tensors: Iterable[Tensor]) -> list[bool]:
-    """Which of the tensors a gradient reaches from what is computed of them now."""
-    return [t.requires_grad and torch.is_grad_enabled() for t in tensors]
+    """Which of the tensors a gradient reaches from what is computed of them now; comparisons follow the others."""
+    given = [*tensors]
+    reached = [t.requires_grad and torch.is_grad_enabled() for t in given]
+    return [own or (not t.is_floating_point() and any(reached)) for t, own in zip(given, reached, strict=True)]
 
 
 def _record_with_statistic(func: Any, args: Sequence[Any], logits: DeferredLogits, other: Tensor) -> Any:

@@ -41,10 +41,12 @@ class Spread:
         several = [classes] if len(self.high) == 1 else [classes[i] for i in range(len(self.high))]
         made: Any = None
         for high, own in zip(self.high, several, strict=True):
-            term = F.one_hot(own, self.classes).to(self.dtype)
+            term = F.one_hot(own, self.classes)
+            term = term if self.dtype == torch.bool else term.to(self.dtype)
             term = term * (high - self.low) if high - self.low != 1 else term
             made = term if made is None else made + term
-        return made + self.low if self.low else made
+        made = made + self.low if self.low else made
+        return made.to(self.dtype) if self.dtype == torch.bool else made
 
     def _made(self, classes: Tensor) -> Tensor:
         several = classes[None] if len(self.high) == 1 else classes

@@ -22,6 +22,7 @@ from ..ops.sharded import Shards
 from ..trace import operands
 from ..trace.affine import Listed
 from ..trace.codes import codes
+from ..trace.cosines import gives_cosines
 from ..trace.values import SeveralHeads, Value
 from . import sharded_heads
 from .recipe import Logits
@@ -183,6 +184,7 @@ class Outputs:
             terms=tuple(terms),
             concatenated=isinstance(head, SeveralHeads),
             whole=whole,
+            cosines=one is not None and gives_cosines(one),
         )
         return compute, sources
 

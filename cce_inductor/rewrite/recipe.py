@@ -11,6 +11,7 @@ from torch import Tensor
 from ..graph.builder import Proxy
 from ..graph.fakes import example
 from ..trace.affine import Range
+from ..trace.cosines import OF_LENGTH_ONE
 from ..trace.values import Step
 from .sharded_heads import Whole
 
@@ -25,7 +26,8 @@ class Logits:
     dimensions, with D at `class_dim`; the result has V there. With `terms` the logits are the sum of others, each times
     a factor, or their concatenation; their operands stand in the head's place, one after the other. columns: what
     `steps` leave of the vocabulary, or how many classes. whole: puts weight and bias together, where the operands are
-    this rank's shards; every rank has to compute the logits then.
+    this rank's shards; every rank has to compute the logits then. cosines: whether the rows of hidden states and weight
+    were divided by their lengths.
     """
 
     dtype: torch.dtype
@@ -41,6 +43,7 @@ class Logits:
     terms: tuple[tuple[float, "Logits"], ...] = ()
     concatenated: bool = False
     whole: Whole | None = None
+    cosines: bool = False
 
     def __call__(self, operands: Sequence[Tensor]) -> Tensor:
         return self._in_place(self._classes_last(operands, recorded=False))
@@ -66,6 +69,8 @@ class Logits:
 
     def _recorded(self, operands: Sequence[Any], extra: list[Any]) -> Any:
         w = self._weight(operands[1], extra)
+        for operand in (operands[0], w) if self.cosines else ():
+            operand.node.meta[OF_LENGTH_ONE] = True
         w = w if example(w.node).is_floating_point() else w.to(example(operands[0].node).dtype)
         return self._head(operands[0], w, self._gathered(operands[2]) if self.biased else None, self._marked)
 

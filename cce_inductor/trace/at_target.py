@@ -198,7 +198,7 @@ def _called(node: Node) -> str:
 
 # The condition of a choice between two, what holds where it is true, and where it is not.
 _BRANCHES = {"where": ("condition", "input", "other"), "masked_fill": ("mask", "value", "input")}
-_ARGUMENTS = _BRANCHES | {"clamp": ("input", "min", "max"), "acos": ("input",), "cos": ("input",)}
+_ARGUMENTS = _BRANCHES | {"cast": ("input",), "clamp": ("input", "min", "max"), "acos": ("input",), "cos": ("input",)}
 OUT_OF_PLACE: dict[str, Callable[[Any, Any], Any]] = {
     "mul": lambda a, b: a * b,
     "div": lambda a, b: a / b,
@@ -237,6 +237,11 @@ def _branch(condition: Callable[[], Any], a: Callable[[], Any], b: Callable[[], 
     return (a if holds else b)() if isinstance(holds, bool) else _unknown()
 
 
+def _cast(a: Callable[[], Any]) -> Any:
+    number = a()
+    return number if is_number(number) else _unknown()
+
+
 def _clamped(a: Callable[[], Any], low: Callable[[], Any], high: Callable[[], Any]) -> Any:
     """To what cosines are anyway, or a rounding error less: their arccosine has a finite slope then."""
     z = a()
@@ -264,6 +269,7 @@ _SIMPLIFIED: dict[str, Callable[..., Any]] = {
     "sub": lambda a, b: _sum(a, b, -1.0),
     "where": _branch,
     "masked_fill": _branch,
+    "cast": _cast,
     "clamp": _clamped,
     "acos": _angles,
     "cos": _cosines,

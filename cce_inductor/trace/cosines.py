@@ -12,12 +12,18 @@ from ..graph.fakes import fake, is_number, is_tensor
 from .affine import IDENTITY
 from .values import Head, Value
 
+# In the meta of the input of a graph, a tensor whose rows were divided by their lengths in another graph.
+OF_LENGTH_ONE = "cce_inductor_of_length_one"
+
 
 def are_cosines(value: Value) -> bool:
     """Whether logits are products of rows of length 1 as they are."""
-    head = value.head
-    if value.affine != IDENTITY or not value.whole or not isinstance(head, Head):
-        return False
+    as_they_are = value.affine == IDENTITY and value.whole and isinstance(value.head, Head)
+    return as_they_are and gives_cosines(value.one)
+
+
+def gives_cosines(head: Head) -> bool:
+    """Whether a head multiplies rows of length 1."""
     of_weight = _of_length_one(head.weight, 0 if head.transposed else 1)
     return head.bias is None and of_weight and _of_length_one(head.input, head.width_dim)
 
@@ -34,6 +40,8 @@ def _of_length_one(node: Node, dim: int) -> bool:
     while op is not None and op.name in ("cast", "copy", "detach") and not op.inplace:
         node = op.args["input"]
         op = nodes.read(node)
+    if OF_LENGTH_ONE in node.meta:
+        return True
     rank = fake(node).dim()
     if node.target is F.normalize:
         given = dict(zip(("p", "dim"), node.args[1:3], strict=False)) | node.kwargs

@@ -196,6 +196,18 @@ def test_products_that_are_no_cosines_are_clamped(inputs):
     assert_same_as_eager(fn, inputs, fused=0)
 
 
+@pytest.mark.parametrize("number", [0.3, 0.1])
+def test_a_margin_of_a_narrower_dtype(number, inputs):
+    """It is rounded to fp32 before it is subtracted from logits of float64."""
+    x, w, t = inputs
+    wide = x.detach().double().requires_grad_(), w.detach().double().requires_grad_(), t
+
+    def fn(x, w, t):
+        return ce(4 * (F.linear(x, w) - number * one_hot(t)), t)
+
+    assert_same_as_eager(fn, wide, fused=1, tolerance=1e-14)
+
+
 def of_all_angles(z, t):
     return torch.cos(torch.acos(z.clamp(-1.0 + 1e-7, 1.0 - 1e-7)) + M * one_hot(t))
 
