@@ -18,8 +18,8 @@ OF_LENGTH_ONE = "cce_inductor_of_length_one"
 
 def are_cosines(value: Value) -> bool:
     """Whether logits are products of rows of length 1 as they are."""
-    as_they_are = value.affine == IDENTITY and value.whole and isinstance(value.head, Head)
-    return as_they_are and gives_cosines(value.one)
+    edited = value.affine != IDENTITY or value.masks or value.terms or not value.whole
+    return not edited and isinstance(value.head, Head) and gives_cosines(value.head)
 
 
 def gives_cosines(head: Head) -> bool:

@@ -189,11 +189,20 @@ def test_cosines_are_clamped_to_what_they_are(margin, ends, inputs):
     assert_same_as_eager(fn, inputs, fused=int(ends[1] > 0.9), tolerance=2e-5)
 
 
-def test_products_that_are_no_cosines_are_clamped(inputs):
-    def fn(x, w, t):
-        return ce(4 * F.linear(x, F.normalize(w)).clamp(-1, 1), t) + ce(F.linear(F.normalize(x), w).clip(-1, 1), t)
+NO_COSINES = {
+    "hidden states of any length": lambda x, w: F.linear(x, F.normalize(w)),
+    "a weight of any length": lambda x, w: F.linear(F.normalize(x), w),
+    "scaled": lambda x, w: 3 * F.linear(F.normalize(x), F.normalize(w)),
+    "with a bias": lambda x, w: F.linear(F.normalize(x), F.normalize(w), torch.linspace(-1, 1, V)),
+    "masked": lambda x, w: F.linear(F.normalize(x), F.normalize(w)).masked_fill(prior() > 0.8, -math.inf),
+    "of another norm": lambda x, w: F.linear(F.normalize(x), F.normalize(w, p=1)),
+    "along the classes": lambda x, w: F.linear(F.normalize(x), F.normalize(w, dim=0)),
+}
 
-    assert_same_as_eager(fn, inputs, fused=0)
+
+@pytest.mark.parametrize("name", NO_COSINES)
+def test_what_is_no_cosine_is_clamped(name, inputs):
+    assert_same_as_eager(lambda x, w, t: ce(4 * NO_COSINES[name](x, w).clamp(-1, 1), t % 5), inputs, fused=0)
 
 
 @pytest.mark.parametrize("number", [0.3, 0.1])
