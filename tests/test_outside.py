@@ -21,6 +21,7 @@ B, S, D, V = 2, 12, 16, 1000
 ROWS = torch.arange(B * S)
 PADDED = torch.arange(V) >= 900
 PRIOR = torch.linspace(-1, 1, V).log_softmax(0)
+POSITIVE = torch.linspace(-1, 1, B * S)[:, None]
 
 
 class Model(nn.Module):
@@ -280,6 +281,10 @@ LOSSES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "margin_in_place": margin_in_place,
     "margin_added_in_place": margin_added_in_place,
     "a_number_at_the_target": a_number_at_the_target,
+    "a_positive_in_front": lambda z, t: F.cross_entropy(
+        torch.cat([POSITIVE, z.flatten(0, 1)], 1) / 0.2, 0 * t.flatten()
+    ),
+    "a_positive_by_hstack": lambda z, t: F.cross_entropy(torch.hstack((POSITIVE, z.flatten(0, 1))), t.flatten()),
     "the_diagonal_filled": lambda z, t: F.cross_entropy(
         z.flatten(0, 1).clone().fill_diagonal_(-torch.inf), t.flatten() % 900 + 100
     ),
@@ -337,6 +342,21 @@ def test_no_logits_are_needed(name: str) -> None:
         for g, e, x in zip(got, expected, exact, strict=True):
             off, theirs = ((t.double() - x).norm() / x.norm() for t in (g, e))
             assert off <= 1.25 * theirs + 8 * torch.finfo(torch.float32).eps, f"off by {off:.2e}, eager {theirs:.2e}"
+
+
+def test_a_positive_beside_the_logits_has_its_gradient() -> None:
+    """As in MoCo, where it is made of the same hidden states."""
+    model, other = Model(), torch.randn(B, S, D)
+
+    def loss(run: Any) -> Tensor:
+        x = X.clone().requires_grad_()
+        positive = (x * other).sum(-1).flatten()[:, None]
+        value = F.cross_entropy(torch.cat([positive, run(x).flatten(0, 1)], 1) / 0.2, torch.zeros(B * S).long())
+        return torch.autograd.grad(value, x)[0]
+
+    counters["cce_inductor"].clear()
+    torch.testing.assert_close(loss(compiled(model)), loss(model), rtol=1e-4, atol=1e-5)
+    assert counters["cce_inductor"]["deferred_materialized"] == 0
 
 
 def normalized(x: Tensor, weight: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ What is only made in their image (``zeros_like``) is a plain tensor.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -289,17 +290,28 @@ def _is_mask_of_rows(indices: Sequence[Any], logits: DeferredLogits) -> bool:
 
 
 def _put_together(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Tensors that follow from the same logits, one behind the other or in a new dimension."""
+    """Tensors that follow from the same logits, one behind the other or in a new dimension, and small ones beside them.
+
+    Such as a positive class of its own for each row, in front of sampled negatives.
+    """
     tensors, *dim = args
-    if not tensors or kwargs or not all(isinstance(t, DeferredLogits) for t in tensors):
+    given = [i for i, t in enumerate(tensors) if isinstance(t, DeferredLogits)]
+    beside = [t for t in tensors if not isinstance(t, DeferredLogits)]
+    pending = [tensors[i] for i in given]
+    if not given or kwargs or not all(_recordable(t, *tensors) for t in pending):
         return NotImplemented
-    first = tensors[0]
-    if len({t.dtype for t in tensors}) > 1 or not all(_recordable(t, *tensors) for t in tensors):
+    small = 2 * sum(t.numel() for t in beside) <= pending[0].numel()
+    if not small or not all(type(t) in (Tensor, torch.nn.Parameter) for t in beside):
         return NotImplemented
-    meta = func([t._meta() for t in tensors], *dim)
-    values = [t._value for t in tensors]
-    made = PendingValue.joint(func, values, _trains(tensors), (tuple(map(Part, range(len(values)))), *dim))
-    return NotImplemented if made is None else DeferredLogits(made, meta, first.device)
+    if len({t.dtype for t in tensors}) > 1 or any(_mixes_gradients(t, beside) for t in pending):
+        return NotImplemented
+    meta = _meta(func, args, {})
+    places = {i: Part(part) for part, i in enumerate(given)}
+    reads = itertools.count()
+    own = tuple(places[i] if i in places else Read(next(reads)) for i in range(len(tensors)))
+    values = [t._value for t in pending]
+    made = PendingValue.joint(func, values, _trains(pending), (own, *dim), [Extra(t) for t in beside])
+    return NotImplemented if made is None else DeferredLogits(made, meta, pending[0].device)
 
 
 def _gathered(logits: DeferredLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -173,4 +173,10 @@ def _frozen(argument: Any) -> Any:
 
 def moved(args: tuple, known: int, more: int) -> tuple:
     """The arguments of a step where `more` extras stand behind the `known` ones."""
-    return tuple(replace(a, index=a.index + more) if isinstance(a, Read) and a.index >= known else a for a in args)
+
+    def of(a: Any) -> Any:
+        if isinstance(a, tuple):
+            return moved(a, known, more)
+        return replace(a, index=a.index + more) if isinstance(a, Read) and a.index >= known else a
+
+    return tuple(map(of, args))

@@ -370,6 +370,7 @@ SPELLINGS = (
         facts=Fact.PURE,
         several="several.joined",
     ),
+    Spelling("cat", "tensors dim=1", (torch.hstack,)),
     Spelling("stack", "tensors dim=0", (torch.stack,), facts=Fact.PURE, several="several.joined"),
     # metadata
     # Dynamo checks a size that only the data knows as soon as it is there.

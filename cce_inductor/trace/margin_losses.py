@@ -102,8 +102,11 @@ def _sums(builder: Builder, walk: Walk, value: Value, edit: Edit, target: Any) -
     others, e = _others(builder, of, edit), widened(_mapped(builder, edit.entry, of, edit.start))
     own = e
     if target is not None:
-        index = _mapped(builder, edit.classes, of, edit.start)
-        own = builder.call(torch.where, target.eq(index), e, others.gather(c, target))
+        index: Any = 0
+        if edit.classes is not None:
+            index = _mapped(builder, edit.classes, of, edit.start)
+        there = target if edit.classes is not None else (target - 1).clamp(min=0)
+        own = builder.call(torch.where, target.eq(index), e, others.gather(c, there))
     gone = own.eq(-math.inf)
     own = builder.call(torch.where, gone, 0.0, own)
     lse = builder.call(torch.logaddexp, (others - own).logsumexp(c, True), e - own)
@@ -146,16 +149,9 @@ def _left_out_mass(builder: Builder, value: Value, edit: Edit) -> Any:
 def _another(walk: Walk, value: Value, target: Node | None, edit: Edit) -> bool:
     """Whether logits are read at other classes than those of the edit, as far as one can see."""
     if value.order is edit.order and target is not None:
-        if edit.target is None and _is_zero(target):
+        if _is_zero(target) if edit.target is None else same_classes(target, edit.target):
             return False
-        if edit.target is not None and same_classes(target, edit.target):
-            return False
-        if (
-            edit.target is not None
-            and not edit.partial
-            and value.labels is None
-            and value.rows == walk.values[edit.logits].values[0].rows
-        ):
+        if not edit.partial and value.labels is None and value.rows == walk.values[edit.logits].values[0].rows:
             return True
     raise Refused("logits with a margin at one target are read at another", "use the same class indices in both")
 
@@ -201,6 +197,8 @@ def read(builder: Builder, walk: Walk, value: Value, made: Reduction) -> Proxy:
         raise Refused(*MARGIN)
     if made.given is not None:
         at = as_column(builder, made.given, value) if _another(walk, value, made.target, edit) else None
+        if at is not None and made.wraps and edit.classes is None:
+            raise Refused(*MARGIN)
         if at is not None and made.wraps:
             at = builder.call(torch.where, at < 0, at + vocab(builder, value), at)
         sums = _sums(builder, walk, value, edit, at)

@@ -320,6 +320,11 @@ POSITIVES = {
         (y := in_front(z, x, w)).logsumexp(-1) - y.gather(-1, zeros(t)[:, None])[:, 0]
     ).mean(),
     "of every row": lambda z, x, w, t: ce(in_front(3 * z, x, w), zeros(t), reduction="none").square().mean(),
+    "by hstack": lambda z, x, w, t: ce(torch.hstack([x.sum(1, keepdim=True), z]) / 0.2, zeros(t)),
+    "as a target among others": lambda z, x, w, t: ce(in_front(z, x, w) / 0.2, torch.where(t % 2 == 0, 0, t + 1)),
+    "as a smoothed target": lambda z, x, w, t: ce(in_front(z, x, w), t * 0, label_smoothing=0.1, reduction="sum"),
+    "as a target or none": lambda z, x, w, t: ce(in_front(z, x, w), torch.where(t % 3 == 0, -100, t)),
+    "read at a class": lambda z, x, w, t: -in_front(z, x, w).log_softmax(-1).gather(-1, t[:, None]).exp().mean(),
 }
 
 
@@ -518,10 +523,6 @@ UNFUSED = {
     "masked by a weighted mask": (
         lambda z, t: ce(z.masked_fill(one_hot(t) * (t[..., None] % 2 + 0.5) > 1, 0.3), t),
         "not one for all rows",
-    ),
-    "a positive that is not the target": (
-        lambda z, t: ce(torch.cat([z.sum(-1, keepdim=True), z], -1), torch.ones_like(t)),
-        "read at another",
     ),
     "a positive behind the negatives": (
         lambda z, t: ce(torch.cat([z, z.sum(-1, keepdim=True)], -1), torch.full_like(t, V)),
