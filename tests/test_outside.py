@@ -17,6 +17,8 @@ from capture import FUSE_ALL
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from cce_inductor import DeferredLogitsError
+
 B, S, D, V = 2, 12, 16, 1000
 ROWS = torch.arange(B * S)
 PADDED = torch.arange(V) >= 900
@@ -357,6 +359,52 @@ def test_a_positive_beside_the_logits_has_its_gradient() -> None:
     counters["cce_inductor"].clear()
     torch.testing.assert_close(loss(compiled(model)), loss(model), rtol=1e-4, atol=1e-5)
     assert counters["cce_inductor"]["deferred_materialized"] == 0
+
+
+# Logits (rows..., V) that a compiled head returns times numbers of the rows: of (S, D), (V, D) and (S,).
+OF_TEMPERATURES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "of each row": lambda x, w, k: x @ w.T / k[:, None],
+    "in front of a view": lambda x, w, k: (x @ w.T * k[:, None]).view(4, 3, V),
+    "of each position": lambda x, w, k: (x @ w.T).view(4, 3, V) * k[:3].view(1, 3, 1),
+    "of each sequence, cut": lambda x, w, k: ((x @ w.T).view(4, 3, V) / k[:4].view(4, 1, 1))[:, 1:],
+    "in another order": lambda x, w, k: ((x @ w.T / k[:, None]).flip(0) * k[:, None])[3:],
+    "in front of a softcap": lambda x, w, k: 30 * torch.tanh((x @ w.T + PRIOR) / k[:, None] / 30),
+    "log-probabilities": lambda x, w, k: (x @ w.T / k[:, None]).log_softmax(-1),
+    "computed": lambda x, w, k: x @ w.T * (1 + k.square())[:, None],
+}
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["eager", "compiled apart"])
+@pytest.mark.parametrize("name", OF_TEMPERATURES)
+def test_logits_with_factors_of_rows_are_returned(name: str, apart: bool) -> None:
+    torch._dynamo.reset()
+    head = OF_TEMPERATURES[name]
+    given = [torch.randn(S, D).requires_grad_(), torch.randn(V, D).requires_grad_(), torch.rand(S).add(0.5)]
+    given[2].requires_grad_()
+
+    def loss(z: Tensor) -> Tensor:
+        rows = z[T[0, :S].view(z.shape[:-1]) % 4 != 0] if z.shape[:-1].numel() == S else z.flatten(0, -2)
+        return F.cross_entropy(rows, torch.arange(len(rows)))
+
+    run = torch.compile(head, backend="cce", options=FUSE_ALL)
+    of_logits = torch.compile(loss, backend="cce", options=FUSE_ALL) if apart else loss
+    counters["cce_inductor"].clear()
+    got, expected = of_logits(run(*given)), loss(head(*given))
+    torch.testing.assert_close(got, expected)
+    for g, e in zip(torch.autograd.grad(got, given), torch.autograd.grad(expected, given), strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-5)
+    counted = counters["cce_inductor"]
+    assert counted["deferred"] >= 1 and counted["deferred_materialized"] == 0
+
+
+def test_temperatures_that_are_edited_before_the_logits_are_read() -> None:
+    """As any operand: it is what the logits were computed with that counts."""
+    torch._dynamo.reset()
+    x, w, k = torch.randn(S, D).requires_grad_(), torch.randn(V, D).requires_grad_(), torch.rand(S)
+    z = torch.compile(OF_TEMPERATURES["of each row"], backend="cce", options=FUSE_ALL)(x, w, k)
+    k.mul_(2)
+    with pytest.raises(DeferredLogitsError, match="read too late"):
+        z.sum()
 
 
 def normalized(x: Tensor, weight: Tensor) -> Tensor:

@@ -281,8 +281,8 @@ def rows(logits: DeferredLogits, index: Tensor) -> DeferredLogits:
 
 
 def _is_mask_of_rows(indices: Sequence[Any], logits: DeferredLogits) -> bool:
-    """Whether an index is one mask, of all rows of what follows from two heads. (Of one, see `EagerCalls`.)"""
-    if logits._value.origin is None or logits._value.origin.other is None:
+    """Whether an index is one mask, of all rows. (Most masks of one head's come before, to `EagerCalls`.)"""
+    if logits._value.origin is None:
         return False
     mask, *others = indices
     shaped = not others and type(mask) is Tensor and mask.dtype == torch.bool and mask.shape == logits.shape[:-1]

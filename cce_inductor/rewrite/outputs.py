@@ -14,13 +14,13 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from ..graph import nodes
-from ..graph.builder import Builder
+from ..graph.builder import Builder, Proxy
 from ..graph.facts import Fact
 from ..graph.fakes import fake
 from ..graph.refusal import Refused
 from ..ops.sharded import Shards
 from ..trace import operands
-from ..trace.affine import Listed
+from ..trace.affine import Listed, Scale
 from ..trace.codes import codes
 from ..trace.cosines import gives_cosines
 from ..trace.values import SeveralHeads, Value
@@ -167,7 +167,10 @@ class Outputs:
             sources.append(Source(True, self.placeholders[h]) if h in self.placeholders else self._own_output(h))
             weight = one.weight if made is None else made.node
             sources += [(self.source if whole is None else self._part)(n) for n in (weight, one.bias) if n is not None]
-        sources += [self.source(n) for n in value.extra]
+        sources += [
+            self._of_rows(builder, value, extra) if isinstance(extra, Scale) else self.source(extra)
+            for extra in value.extra
+        ]
         factors = [t.factor for t in made.scales if isinstance(t.factor, Node)] if made is not None else []
         sources += [self.source(n) for n in factors]
         compute = Logits(
@@ -187,6 +190,16 @@ class Outputs:
             cosines=one is not None and gives_cosines(one),
         )
         return compute, sources
+
+    def _of_rows(self, builder: Builder, value: Value, factor: Scale) -> Source:
+        """A factor of the rows, with one number where the classes are, as the last dimension."""
+
+        def last() -> Proxy:
+            p = operands.row_factor(builder, value, factor)
+            return p if value.class_dim == value.fake.dim() - 1 else p.movedim(value.class_dim, -1)
+
+        made = builder.run(last).node
+        return self.source(made) if made is factor.node else self._own_output(made)
 
     def _whole(self, weight: Node, bias: Node | None) -> Whole | None:
         """How a head is put together of what the ranks have, where the graph is given that."""

@@ -203,6 +203,7 @@ class _Members(abc.ABC):
         """What was done to the logits since, with the classes last; `cut` are the classes of `z` among all."""
         extra: list[Any] = []
         for node in self.value.extra:
+            assert isinstance(node, Node)
             p = self.builder.proxy(node)
             extra.append(p.reshape(-1)[cut] if fake(node).numel() != 1 else p)
         z = widened(z)

@@ -24,7 +24,7 @@ from ..graph.nodes import Op
 from ..graph.refusal import Refusal, Refused
 from ..graph.regions import descendants
 from . import decompose, embeddings, inner, log_mixtures, margins, ranking, rsqrt_softcap, rules, two_heads
-from .affine import Listed
+from .affine import Listed, Scale
 from .at_target import is_pointwise
 from .heads import subclassed
 from .one_hot import marks_target, mixture, one_hot_target
@@ -177,8 +177,10 @@ class Interpreter(Walk):
             escapes.append(Refusal(node, "parts of the logits leave the graph", "return the logits"))
             return n
         value = entry.values[0]
-        plain = value.picked is None and not value.terms and not value.affine.of_rows and not self.is_edited(n)
-        plain = plain and all(other in self.given for other in value.extra)
+        plain = value.picked is None and not value.terms and not self.is_edited(n)
+        plain = plain and not (value.members and value.affine.of_rows)
+        read = [other.node if isinstance(other, Scale) else other for other in value.extra]
+        plain = plain and all(other in self.given for other in read)
         if isinstance(value.head, SeveralHeads) and value.head.stacked_at is not None:
             reason = "the logits of several heads leave the graph in one tensor"
             escapes.append(Refusal(n, reason, "return the logits of each head"))

@@ -105,16 +105,23 @@ def row_scale(builder: Builder, value: Value, detach: bool) -> Proxy | None:
     """The product of the rows' factors, (N,), in the dtype of the statistics; None where there are none."""
     total: Any = None
     for factor in value.affine.scales:
-        if not factor.of_rows:
-            continue
-        p = builder.proxy(factor.node)
-        if factor.expanded:
-            h = builder.proxy(value.one.input)
-            for _, row_map in value.rows[: factor.start]:
-                h = row_map(h, width(builder, value.one))
-            p = p.expand_as(h.narrow(factor.class_dim, 0, 1))
-        total = _times(total, column(value, p.detach() if detach else p, factor.start).squeeze(-1), factor, value)
+        if factor.of_rows:
+            p = flat_rows(row_factor(builder, value, factor), value.fake.dim(), value.class_dim).squeeze(-1)
+            total = _times(total, p.detach() if detach else p, factor, value)
     return total
+
+
+def row_factor(builder: Builder, value: Value, factor: Scale) -> Proxy:
+    """A factor of the rows, in their order, 1 wide where the classes are."""
+    p = builder.proxy(factor.node)
+    if factor.expanded:
+        h = builder.proxy(value.one.input)
+        for _, row_map in value.rows[: factor.start]:
+            h = row_map(h, width(builder, value.one))
+        p = p.expand_as(h.narrow(factor.class_dim, 0, 1))
+    for _, row_map in value.rows[factor.start :]:
+        p = row_map(p, 1)
+    return p
 
 
 def column_scale(builder: Builder, value: Value, detach: bool, made: Codes | None = None) -> Proxy | None:

@@ -93,18 +93,22 @@ def _tensor_scale(value: Value, node: Node, other: Node, divides: bool) -> Value
         )
     if scale.dtype == torch.float64 and value.head.dtype != torch.float64:
         raise Refused("logits multiplied by a float64 tensor", "cast it to float32")
+    index, dims = len(value.extra), scale.dim()
     if of_rows:
         shared = not is_row_vector(other, value)
         factor = Scale(other, divides, True, start=len(value.rows), class_dim=value.class_dim, expanded=shared)
-        return value.then(node, no_step, affine=value.affine.scaled_along(factor))
-    index, dims = len(value.extra), scale.dim()
+        affine = value.affine.scaled_along(factor)
+        if value.members:
+            return value.then(node, no_step, affine=affine)
+        of_row = (lambda z, extra: z / extra[index]) if divides else (lambda z, extra: z * extra[index])
+        return value.then(node, of_row, affine=affine, extra=(*value.extra, factor))
 
     def step(z: Tensor, extra: list[Tensor]) -> Tensor:
         f = extra[index].reshape(-1) if dims > 1 or of_classes else extra[index]  # a piece has fewer dimensions
         return z / f if divides else z * f
 
-    affine = value.affine.scaled_along(Scale(other, divides, False)) if of_classes else None
-    affine = affine or value.affine.times(Factor(other, divides))
+    of_class = Scale(other, divides, False)
+    affine = value.affine.scaled_along(of_class) if of_classes else value.affine.times(Factor(other, divides))
     return value.then(node, step, affine=affine, extra=(*value.extra, other))
 
 
@@ -126,7 +130,7 @@ def mul(value: Value, node: Node, args: Args) -> Value:
 
 
 def no_step(z: Tensor, extra: list[Tensor]) -> Tensor:
-    raise AssertionError("what has a one-hot tensor, or a number for each row, is never deferred")
+    raise AssertionError("what has a one-hot tensor, or a number added to each row, is never deferred")
 
 
 def div(value: Value, node: Node, args: Args) -> Value:

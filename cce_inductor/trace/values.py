@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from ..graph.fakes import example, fake, same
 from ..graph.refusal import Refused
-from .affine import IDENTITY, Affine, Columns, Factor, Range
+from .affine import IDENTITY, Affine, Columns, Factor, Range, Scale
 
 
 @dataclass(frozen=True)
@@ -260,11 +260,11 @@ class Value:
     edit: Edit | None = None
     without: Node | None = None
     labels: Labels | None = None
-    # How eager computed the values, for deferred logits: ops in order, and tensors they read besides the head's. The
-    # first `plain` of them gave logits still.
+    # How eager computed the values, for deferred logits: ops in order, and tensors they read besides the head's: of the
+    # classes, or of the rows, 1 wide. The first `plain` of them gave logits still.
     steps: tuple[Step, ...] = field(default=(), compare=False)
     plain: int = field(default=0, compare=False)
-    extra: tuple[Node, ...] = ()
+    extra: tuple[Node | Scale, ...] = ()
 
     @property
     def fake(self) -> Tensor:
