@@ -101,6 +101,9 @@ COPIES = (
     "one_hot({v}) * torch.cos({v}) + (1.0 - one_hot({v})) * {v}",
     "{v}.scatter(-1, ones({v}), {v}.gather(-1, ones({v})) - 0.3)",
     "{v}.scatter_add(-1, ones({v}), torch.full_like(ones({v}), -0.3, dtype={v}.dtype))",
+    "{v} / column({v})",
+    "torch.cat([column({v}), {v}], -1)",
+    "torch.cat([{v}, column({v})], -1)",
 )
 # Statements that write into the memory of `{v}`, of any shape.
 EDITS = (
@@ -411,6 +414,11 @@ def numpy_edit(x: Tensor) -> None:
 def ones(x: Tensor) -> Tensor:
     """A class of each row, where `x` has the classes last."""
     return torch.ones(*x.shape[:-1], 1, dtype=torch.long)
+
+
+def column(x: Tensor) -> Tensor:
+    """A number for each row, where `x` has the classes last."""
+    return torch.linspace(0.5, 2, x.shape[:-1].numel(), dtype=x.dtype).view(*x.shape[:-1], 1)
 
 
 def one_hot(x: Tensor) -> Tensor:

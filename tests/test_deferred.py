@@ -364,7 +364,7 @@ READS: dict[str, Callable[[Any], Any]] = {
     "index_of_two": lambda x: x[torch.tensor([0, 0]), torch.tensor([0, 2])],
     "mask": lambda x: x[x.detach() > 0],
     "iterate": lambda x: [row.sum() for row in x],
-    "cat_with_another": lambda x: torch.cat([x, torch.zeros(B, 1, V)], 1),
+    "cat_with_as_many": lambda x: torch.cat([x, torch.zeros(x.shape)], 1),
     "arithmetic": lambda x: (2 * x + x.exp()).cumsum(1),
     "product": lambda x: (x * x).cumsum(1),
     "softmax_read": lambda x: x.softmax(-1).cumsum(1),
