@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import RestartAnalysis
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
@@ -79,7 +80,11 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings,
     # The parts of a graph that DDPOptimizer has cut share one `meta`.
     result.graph_module.meta = {**result.graph_module.meta, _MARK: True}
     as_it_is = form.as_it_is or result.uncompiled or not compat.outputs(result.graph_module)
-    compiled = _as_it_is(result.graph_module) if as_it_is else compiler(result.graph_module, form.inputs)
+    try:
+        compiled = _as_it_is(result.graph_module) if as_it_is else compiler(result.graph_module, form.inputs)
+    except RestartAnalysis:  # Dynamo traces the program again, with a number that it has taken for an input
+        _forget(result)
+        raise
     if result.deferrals:
         compiled = wrap.with_deferred(compiled, result, eager_calls(settings), settings.defer_timeout)
     if form.inlined or form.read or form.unused:
@@ -133,6 +138,15 @@ def _record(form: Form, result: Rewritten, settings: Settings) -> None:
     record.record(form.graph_module, result, settings)
     if settings.strict and declined:
         raise DeclinedError("cce_inductor, with strict=True:\n" + "\n".join(str(site) for site in declined))
+
+
+def _forget(result: Rewritten) -> None:
+    """Takes the graph that was recorded last back: it is not the one that will run."""
+    ours = counters[COUNTERS]
+    ours["fused"] -= result.fused
+    ours["declined"] -= sum(not site.fused for site in result.sites)
+    ours["deferred"] -= len(result.deferrals)
+    record.forget()
 
 
 def _left(site: Site) -> Site:

@@ -71,6 +71,13 @@ def record(gm: GraphModule, result: Rewritten, settings: Settings) -> None:
     _write_page()
 
 
+def forget() -> None:
+    """Takes the graph that was recorded last out of the open collectors. What was logged and dumped of it stays."""
+    for collector in _collectors:
+        if collector and collector[-1] is _latest:
+            collector.pop()
+
+
 def outside(site: Site) -> None:
     """Writes down what runs outside of every graph, once where a collector is open."""
     log.info("%s", site)

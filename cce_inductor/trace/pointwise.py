@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..graph import nodes
 from ..graph.fakes import differentiates, fake, is_number, is_tensor, same
+from ..graph.memory import written_after
 from ..graph.refusal import Refused
 from . import rsqrt_softcap
 from .affine import Factor, Scale, Shift
@@ -72,6 +74,35 @@ def _factors(value: Value, other: Node, divides: bool) -> tuple[str, str]:
 
 
 def _tensor_scale(value: Value, node: Node, other: Node, divides: bool) -> Value:
+    for factor, inverse in _of_rows_and_classes(other, value):
+        value = _scale_along(value, node, factor, divides != inverse)
+    return value
+
+
+def _of_rows_and_classes(other: Node, value: Value) -> list[tuple[Node, bool]]:
+    """The parts of a factor, with whether each is divided by: one of rows and one of classes, where it is their product.
+
+    Such as the lengths of hidden states and weights, ``z / (x.norm(dim=1, keepdim=True) * w.norm(dim=1))``.
+    """
+    op = nodes.read(other)
+    whole = [(other, False)]
+    if (
+        op is None
+        or op.name not in ("mul", "div")
+        or op.inplace
+        or not same_shape(other, value)
+        or written_after(other)
+    ):
+        return whole
+    parts = [op.args["input"], op.args["other"]]
+    if op.args.get("rounding_mode") is not None or not all(map(is_tensor, parts)):
+        return whole
+    kinds = {is_vocabulary_vector(fake(n), value.fake, value.class_dim) for n in parts if not same_shape(n, value)}
+    rows = any(is_row_vector(n, value) for n in parts)
+    return [(parts[0], False), (parts[1], op.name == "div")] if kinds == {True, False} and rows else whole
+
+
+def _scale_along(value: Value, node: Node, other: Node, divides: bool) -> Value:
     if compares_labels(other, value):
         raise Refused(*LABELS)
     scale = fake(other)

@@ -475,6 +475,15 @@ def _(d: Draft) -> None:
     d.write(d.pick(f"z = z / {numbers}", f"z = z * {numbers}", f"z = {numbers} * z", f"z *= {numbers}"))
 
 
+@production("between", "a factor for each row and class", verdict="may", weight=0.2)
+def _(d: Draft) -> None:
+    shape = [1 if k == d.c else n for k, n in enumerate(d.z.shape)]
+    n = math.prod(shape)
+    d.need(n > 1)
+    numbers, gain = f"torch.linspace(0.5, 1.5, {n}, dtype=z.dtype).view({shape})", d.along("b2")
+    d.write(d.pick(f"z = z / ({numbers} * (1 + {gain}.square()))", f"z = ({gain} / {numbers}) * z"))
+
+
 @production("between", "detached", weight=0.3)
 def _(d: Draft) -> None:
     d.write("z = z.detach()")

@@ -272,6 +272,32 @@ def test_learned_temperatures():
     assert_same_as_eager(fn, (rand(B, S, D), rand(V, D), rand(), rand(1), rand(V), labels()), fused=1)
 
 
+# One factor for every entry, which is a number of its row times one of its class.
+OF_ROWS_AND_CLASSES = {
+    "lengths": lambda z, h, w: z / (h.norm(dim=-1, keepdim=True) * w.norm(dim=1)),
+    "lengths, the other first": lambda z, h, w: z / (w.norm(dim=1)[None] * h.norm(dim=-1).unsqueeze(-1)),
+    "a quotient": lambda z, h, w: (w.norm(dim=1) / h.norm(dim=-1, keepdim=True)) * z,
+    "in place": lambda z, h, w: z.div_(h.norm(dim=-1, keepdim=True) * w.norm(dim=1)),
+    "in front of a softcap": lambda z, h, w: torch.tanh(z * (h[..., :1].exp() * w[:, 0].exp())),
+}
+
+
+@pytest.mark.parametrize("name", OF_ROWS_AND_CLASSES)
+def test_a_product_of_numbers_of_rows_and_of_classes(name):
+    def fn(h, w, t):
+        return ce(3 * OF_ROWS_AND_CLASSES[name](F.linear(h, w), h, w), t)
+
+    assert_same_as_eager(fn, (rand(B, S, D), rand(V, D), labels()), fused=1)
+
+
+def test_other_factors_of_every_entry_are_left_alone():
+    def fn(h, w, t, f):
+        z = F.linear(h, w)
+        return ce(z * (f * f[..., :1]), t) + ce(z * (f[..., :1] * f[:1, :1]), t) + ce(z / (f * f.flip(0)), t)
+
+    assert_same_as_eager(fn, (rand(B, S, D), rand(V, D), labels(), rand(B, S, V)), fused=0)
+
+
 def test_an_edit_shows_in_what_reads_the_logits_afterwards():
     def fn(h, w, t):
         z = F.linear(h, w)

@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 import cce_inductor
 from cce_inductor import config
+from cce_inductor.record import collect
 from cce_inductor.ops.library import FORWARD
 from cce_inductor.rewrite.run import rewrite
 
@@ -365,6 +366,18 @@ def test_a_scale_and_a_margin_that_are_inputs_of_the_graph(name, inputs):
             torch.testing.assert_close(b, a, atol=1e-6, rtol=1e-4)
     assert counters["cce_inductor"]["declined"] == 0
     assert counters["cce_inductor"]["fused"] == 2 * counters["stats"]["unique_graphs"]
+
+
+def test_a_graph_that_dynamo_traces_again_is_recorded_once(inputs):
+    """AOTAutograd takes a float that is an input of the graph for a number, and has the program traced once more."""
+    module = Scheduled(SCHEDULED["none"])
+    options = {**FUSE_ALL, "compiler": "aot_eager"}
+    counters.clear()
+    with collect() as found:
+        for module.scale in (4.0, 5.0):
+            torch.compile(module, backend="cce", dynamic=True, options=options)(*inputs)
+    assert counters["cce_inductor"]["fused"] == 2 * len(found) == sum(len(graph.sites) for graph in found)
+    assert len(found) == counters["stats"]["unique_graphs"]
 
 
 def test_logits_scaled_by_an_input_of_the_graph_are_returned(inputs):
