@@ -83,7 +83,7 @@ _AMPERE = _table(
     },
     _CAST,
 )
-_AMPERE["budget_dw"]["fp32"] = _FP32[:1]  # the other one spills under Triton 3.7
+_AMPERE["budget_dw"]["fp32"] = [Tiles(64, 64, 32, 2, 4)]  # a third stage and wider tiles spill under Triton 3.7
 # Wider tiles spill under Triton 3.6.
 _BOUND = [Tiles(128, 64, 64, 4, 8, tma=True), Tiles(128, 64, 64, 4, 8)]
 _HOPPER = _table(
@@ -143,6 +143,7 @@ _SPILL_WITH_FACTORS: dict[tuple[int | str, str], list[Tiles]] = {
     (90, "linear_statistics, kept"): [_MIDDLE_TMA, _MIDDLE, _SMALL],
     (100, "linear_statistics_dw, added"): [_MIDDLE_TMA, _MIDDLE],
     (100, "two_heads"): [_MIDDLE_TMA],
+    ("gfx942", "linear_statistics_dx"): _TALL_CDNA3[:1],
 }
 
 

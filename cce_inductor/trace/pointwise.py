@@ -80,7 +80,7 @@ def _tensor_scale(value: Value, node: Node, other: Node, divides: bool) -> Value
 
 
 def _of_rows_and_classes(other: Node, value: Value) -> list[tuple[Node, bool]]:
-    """The parts of a factor, with whether each is divided by: one of rows and one of classes, where it is their product.
+    """The parts of a factor, and whether each is divided by: one of rows and one of classes, if it is their product.
 
     Such as the lengths of hidden states and weights, ``z / (x.norm(dim=1, keepdim=True) * w.norm(dim=1))``.
     """

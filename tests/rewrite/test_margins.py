@@ -11,8 +11,8 @@ from torch._dynamo.utils import counters
 
 import cce_inductor
 from cce_inductor import config
-from cce_inductor.record import collect
 from cce_inductor.ops.library import FORWARD
+from cce_inductor.record import collect
 from cce_inductor.rewrite.run import rewrite
 
 B, S, D, V = 2, 6, 8, 40
