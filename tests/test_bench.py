@@ -353,6 +353,7 @@ class TestRun:
         assert all({*one["seconds"]} == {*one["peak"]} == {"eager", "compile", "ours"} for one in found)
         assert "| EMO, D = 1024, bf16 |" in capsys.readouterr().out
 
+    @pytest.mark.slow
     def test_from_arguments_to_report(self, tmp_path, monkeypatch, capsys):
         preset = replace(arguments.PRESETS["table"], repeat=2)
         monkeypatch.setitem(arguments.PRESETS, "table", preset)

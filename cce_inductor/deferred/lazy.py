@@ -281,8 +281,15 @@ def rows(logits: DeferredLogits, index: Tensor) -> DeferredLogits:
 
 
 def _is_mask_of_rows(indices: Sequence[Any], logits: DeferredLogits) -> bool:
-    """Whether an index is one mask, of all rows. (Most masks of one head's come before, to `EagerCalls`.)"""
-    if logits._value.origin is None:
+    """Whether an index is one mask, of all rows of what follows from two heads, or has numbers of its own for each row.
+
+    (Others are for `EagerCalls`.)
+    """
+    origin = logits._value.origin
+    if origin is None:
+        return False
+    beside = [*(operand.alias for operand in origin.head.operands[2:]), *(extra.tensor for extra in origin.extras)]
+    if origin.other is None and all(t.dim() < 2 for t in beside):
         return False
     mask, *others = indices
     shaped = not others and type(mask) is Tensor and mask.dtype == torch.bool and mask.shape == logits.shape[:-1]

@@ -324,8 +324,6 @@ def _follows(walk: Walk, node: Node, op: Op, touched: list[Node]) -> bool:
     if not isinstance(made, Value) or (made.picked, made.columns) != (None, value.columns):
         raise Refused(*MARGIN)
     masked = made.masks[len(value.masks) :]
-    if made.masks[: len(value.masks)] != value.masks:
-        raise Refused(*MARGIN)
     if any(mask.fill != -math.inf for mask in masked):
         raise Refused("logits with a margin are masked with a finite number", "mask them with -inf")
     if made.kind == "logits":

@@ -136,7 +136,8 @@ def test_scratch_is_bounded(frozen):
     assert memory.peak <= 4 * MIB + results < given["input"].shape[0] * v * 2
 
 
-@pytest.mark.parametrize("early", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("early", [True, False])
 def test_a_compiled_program(early):
     """Distillation as people write it, from a frozen teacher: by one kernel, or by two."""
     given = heads(n=64, v=800)

@@ -18,6 +18,7 @@ from cce_inductor.ops.with_gradients import WITH_GRADIENTS
 pytestmark = pytest.mark.usefixtures("lowerings")
 
 
+@pytest.mark.slow
 def test_float32_kept_in_full_in_chunks_and_not_at_all():
     """One chunk, several (where all rows count), and a workspace too small for any: the same numbers."""
     weight = torch.rand(1003)
@@ -208,7 +209,7 @@ def test_explain_names_the_kernel():
     assert site(loss_of, x, w, t, compiler="aot_eager").kernel == "eager implementation"
 
 
-@pytest.mark.parametrize("rows,kept", [(120, False), (400, True)])
+@pytest.mark.parametrize("rows,kept", [pytest.param(120, False, marks=pytest.mark.slow), (400, True)])
 def test_logits_are_kept_in_less_memory_than_they_take(rows, kept):
     """What is kept, and all other scratch, is less than the logits: of few rows too little is left to keep."""
     x, w, t = torch.randn(rows, 8, requires_grad=True), torch.randn(5000, 8), torch.randint(0, 5000, (rows,))

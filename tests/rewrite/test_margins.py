@@ -537,6 +537,10 @@ UNFUSED = {
         lambda z, t: ce(z.masked_fill(one_hot(t) * (t[..., None] % 2 + 0.5) > 1, 0.3), t),
         "not one for all rows",
     ),
+    "numbers of the classes beside a positive": (
+        lambda z, t: ce(torch.cat([z.sum(-1, keepdim=True), z], -1) + torch.linspace(0, 1, V + 1), torch.zeros_like(t)),
+        "a margin",
+    ),
     "a positive behind the negatives": (
         lambda z, t: ce(torch.cat([z, z.sum(-1, keepdim=True)], -1), torch.full_like(t, V)),
         "put together with other tensors",

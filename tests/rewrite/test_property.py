@@ -223,7 +223,7 @@ def test_found(name):
         assert result is None or not result.wrong, result.wrong
 
 
-@pytest.mark.parametrize("first", [0, 60])
+@pytest.mark.parametrize("first", [0, pytest.param(60, marks=pytest.mark.slow)])
 def test_random_programs(first):
     tally = check(range(first, first + 60))
     assert tally.fused >= 0.3 * tally.programs > 9
