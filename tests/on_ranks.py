@@ -25,9 +25,12 @@ Results = Callable[[int], list[dict[Any, Any]]]
 
 
 @functools.lru_cache(maxsize=1)
-def _processes(ranks: int) -> ProcessPoolExecutor:
-    """For all files that run on this worker: what one has imported and warmed up the next one needs too."""
-    return ProcessPoolExecutor(ranks, multiprocessing.get_context("spawn"))
+def _processes(ranks: int) -> list[ProcessPoolExecutor]:
+    """One for each rank, for all files that run on this worker: what one has warmed up the next one needs too.
+
+    A process stays the same rank: DTensor keeps what it has found out about the places of shards.
+    """
+    return [ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) for _ in range(ranks)]
 
 
 def _run(programs: Programs, rank: int, ranks: int, folder: str) -> None:
@@ -57,8 +60,8 @@ def results_of(programs: Programs, folder: Path) -> Results:
     def results(n: int) -> list[dict[Any, Any]]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("OMP_NUM_THREADS", "1")
-            # They wait for one another, so that each is in a process of its own.
-            for run in [_processes(n).submit(_run, programs, rank, n, str(folder)) for rank in range(n)]:
+            runs = [pool.submit(_run, programs, rank, n, str(folder)) for rank, pool in enumerate(_processes(n))]
+            for run in runs:
                 run.result()
         return [torch.load(folder / f"{n}-{rank}.pt", weights_only=True) for rank in range(n)]
 

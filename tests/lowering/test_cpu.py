@@ -27,6 +27,7 @@ def test_every_option_float32_and_any_number_of_rows():
     assert all(torch.equal(again[0][name], again[1][name]) for name in again[0])
 
 
+@pytest.mark.slow
 def test_the_softcap_by_a_root():
     """Small logits, logits far beyond it, and infinite ones, which a program that squares them makes NaN."""
     operator = Operator(EVERY, scale=0.7, softcap=5.0, softcap_form="rsqrt", workspace=1 << 18)

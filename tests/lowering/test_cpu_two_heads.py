@@ -80,6 +80,7 @@ def test_what_nobody_needs_is_not_computed(frozen):
     assert kernels() == 2
 
 
+@pytest.mark.slow
 def test_close_and_equal_heads():
     operator = compiled()
     names = f"{LOWS} divergence other_divergence"

@@ -86,6 +86,7 @@ def test_factors_of_both_heads():
     assert kernels() == 2
 
 
+@pytest.mark.slow
 def test_rows_that_are_not_finite_and_classes_without_mass():
     """As the two operators give them one after the other, but for the tangent of lse, which is NaN in such rows."""
     given = heads(n=140, v=400)

@@ -184,6 +184,7 @@ def test_a_compiled_loss_uses_it_and_holds_one_gradient_of_the_weight(workspace_
     assert a.largest <= scratch
 
 
+@pytest.mark.slow
 def test_no_active_row_gives_nan_and_gradients_of_zero_as_eager():
     x, w, t = torch.randn(20, 8), torch.randn(5000, 8), torch.full((20,), -100)
     for ours, want in zip(
