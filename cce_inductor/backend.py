@@ -131,10 +131,7 @@ def _settle_statistic(form: Form, settings: Settings) -> Rewritten:
 def _record(form: Form, result: Rewritten, settings: Settings) -> None:
     """Counts and records what became of a graph's losses; under ``strict``, one that was not fused is an error."""
     declined = [site for site in result.sites if not site.fused]
-    ours = counters[COUNTERS]
-    ours["fused"] += result.fused
-    ours["declined"] += len(declined)
-    ours["deferred"] += len(result.deferrals)
+    _count(result, 1)
     record.record(form.graph_module, result, settings)
     if settings.strict and declined:
         raise DeclinedError("cce_inductor, with strict=True:\n" + "\n".join(str(site) for site in declined))
@@ -142,11 +139,15 @@ def _record(form: Form, result: Rewritten, settings: Settings) -> None:
 
 def _forget(result: Rewritten) -> None:
     """Takes the graph that was recorded last back: it is not the one that will run."""
-    ours = counters[COUNTERS]
-    ours["fused"] -= result.fused
-    ours["declined"] -= sum(not site.fused for site in result.sites)
-    ours["deferred"] -= len(result.deferrals)
+    _count(result, -1)
     record.forget()
+
+
+def _count(result: Rewritten, times: int) -> None:
+    ours = counters[COUNTERS]
+    ours["fused"] += times * result.fused
+    ours["declined"] += times * sum(not site.fused for site in result.sites)
+    ours["deferred"] += times * len(result.deferrals)
 
 
 def _left(site: Site) -> Site:

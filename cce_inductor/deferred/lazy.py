@@ -302,10 +302,9 @@ def _put_together(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any
     Such as a positive class of its own for each row, in front of sampled negatives.
     """
     tensors, *dim = args
-    given = [i for i, t in enumerate(tensors) if isinstance(t, DeferredLogits)]
+    pending = [t for t in tensors if isinstance(t, DeferredLogits)]
     beside = [t for t in tensors if not isinstance(t, DeferredLogits)]
-    pending = [tensors[i] for i in given]
-    if not given or kwargs or not all(_recordable(t, *tensors) for t in pending):
+    if not pending or kwargs or not all(_recordable(t, *tensors) for t in pending):
         return NotImplemented
     small = 2 * sum(t.numel() for t in beside) <= pending[0].numel()
     if not small or not all(type(t) in (Tensor, torch.nn.Parameter) for t in beside):
@@ -313,9 +312,8 @@ def _put_together(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any
     if len({t.dtype for t in tensors}) > 1 or any(_mixes_gradients(t, beside) for t in pending):
         return NotImplemented
     meta = _meta(func, args, {})
-    places = {i: Part(part) for part, i in enumerate(given)}
-    reads = itertools.count()
-    own = tuple(places[i] if i in places else Read(next(reads)) for i in range(len(tensors)))
+    parts, reads = map(Part, itertools.count()), map(Read, itertools.count())
+    own = tuple(next(parts) if isinstance(t, DeferredLogits) else next(reads) for t in tensors)
     values = [t._value for t in pending]
     made = PendingValue.joint(func, values, _trains(pending), (own, *dim), [Extra(t) for t in beside])
     return NotImplemented if made is None else DeferredLogits(made, meta, pending[0].device)

@@ -24,7 +24,7 @@ from ..ops.losses import cross_entropy, normalizer
 from . import rules
 from .decompose import in_dtype_of, widened
 from .labels import log_count
-from .operands import vocab
+from .operands import mapped, vocab
 from .reasons import MARGIN
 from .reduction import SOFTMAX, Loss, Reduction
 from .targets import as_column, same_classes
@@ -133,10 +133,7 @@ def _sums(builder: Builder, walk: Walk, value: Value, edit: Edit, target: Any) -
 def _mapped(builder: Builder, n: Node | None, value: Value, start: int) -> Any:
     """A tensor with one number for each row that the logits had at row map `start`, for those of `value`."""
     assert n is not None
-    p = builder.proxy(n)
-    for _, row_map in value.rows[start:]:
-        p = row_map(p, 1)
-    return p
+    return mapped(value, builder.proxy(n), start)
 
 
 def _left_out_mass(builder: Builder, value: Value, edit: Edit) -> Any:
@@ -197,9 +194,9 @@ def read(builder: Builder, walk: Walk, value: Value, made: Reduction) -> Proxy:
         raise Refused(*MARGIN)
     if made.given is not None:
         at = as_column(builder, made.given, value) if _another(walk, value, made.target, edit) else None
-        if at is not None and made.wraps and edit.classes is None:
-            raise Refused(*MARGIN)
         if at is not None and made.wraps:
+            if edit.classes is None:
+                raise Refused(*MARGIN)
             at = builder.call(torch.where, at < 0, at + vocab(builder, value), at)
         sums = _sums(builder, walk, value, edit, at)
         result = sums.entry - normalizer(sums.lse) if logarithm else sums.entry + sums.own

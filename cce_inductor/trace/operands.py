@@ -72,9 +72,14 @@ def flat_rows(h: Proxy, rank: int, class_dim: int) -> Proxy:
 
 def column(value: Value, p: Proxy, start: int) -> Proxy:
     """(N, 1), in the order of the rows, from what was 1 wide in front of row map `start`."""
+    return flat_rows(mapped(value, p, start), value.fake.dim(), value.class_dim)
+
+
+def mapped(value: Value, p: Proxy, start: int) -> Proxy:
+    """What was 1 wide in front of row map `start`, for the rows of now."""
     for _, row_map in value.rows[start:]:
         p = row_map(p, 1)
-    return flat_rows(p, value.fake.dim(), value.class_dim)
+    return p
 
 
 def flat(builder: Builder, node: Node) -> Proxy:
@@ -119,9 +124,7 @@ def row_factor(builder: Builder, value: Value, factor: Scale) -> Proxy:
         for _, row_map in value.rows[: factor.start]:
             h = row_map(h, width(builder, value.one))
         p = p.expand_as(h.narrow(factor.class_dim, 0, 1))
-    for _, row_map in value.rows[factor.start :]:
-        p = row_map(p, 1)
-    return p
+    return mapped(value, p, factor.start)
 
 
 def column_scale(builder: Builder, value: Value, detach: bool, made: Codes | None = None) -> Proxy | None:
